@@ -1,0 +1,46 @@
+# make demo | make test: each creates .venv and installs everything itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# faiss-gpu where a GPU answers, faiss-cpu elsewhere: only one may be installed.
+EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+DEMO ?= demo
+SRC ?=
+DATASET ?= folder
+DEMO_FLAGS ?=
+
+.PHONY: help install install-simd demo test lint format bench clean
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@echo "Installing into $(VENV) (torch alone is several GB: minutes on the first run) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRA),dev]"
+	@touch $@
+
+install: $(VENV)/.installed  ## Create .venv with everything in it
+
+install-simd: install  ## Swap Pillow for pillow-simd (needs a C compiler, libjpeg and zlib headers)
+	$(BIN)/python -m pip uninstall --yes pillow
+	CC="cc -mavx2" $(BIN)/python -m pip install --no-binary pillow-simd pillow-simd
+
+demo: install  ## Raw video to report; on your own videos with SRC=folder DATASET=hmdb51|ucf101|kinetics|folder
+	$(BIN)/seco demo --out "$(DEMO)" $(if $(SRC),--src "$(SRC)" --dataset "$(DATASET)") $(DEMO_FLAGS)
+
+test: install  ## Run all tests with line coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=85
+
+lint: install  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

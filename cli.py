@@ -1,0 +1,298 @@
+"""The ``seco`` command: parse, make the stage's settings, one call. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pipelines._config import PrepareConfig
+from seco import __version__
+from seco.config import PretrainConfig
+from seco.demo_config import DemoConfig
+from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.extract_config import ExtractConfig
+from shards.errors import InputError, Stopped, TooManyExcluded
+
+EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED = 1, 2, 3, 75
+
+_TYPES = {"int": int, "float": float, "str": str}
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def settings_options(config: type, required: Sequence[str] = ()) -> Callable[[_Command], _Command]:
+    """Options for the fields of a settings dataclass, and ``--config`` to read them from TOML."""
+
+    def decorate(command: _Command) -> _Command:
+        for field in reversed(dataclasses.fields(config)):
+            if not field.metadata.get("hidden"):
+                command = _option(field, field.name in required)(command)
+        read_config = click.option(
+            "--config",
+            type=click.Path(dir_okay=False),
+            callback=_read_config,
+            is_eager=True,
+            expose_value=False,
+            help="TOML file of these options, for example the config.toml of a run.",
+        )
+        return read_config(command)
+
+    return decorate
+
+
+def _option(field: dataclasses.Field[Any], required: bool) -> Callable[[_Command], _Command]:
+    meta = field.metadata
+    base = str(field.type).removesuffix(" | None")
+    flag = "--" + field.name.replace("_", "-")
+    source = f" ({meta['source']})" if meta.get("source") else ""
+    arguments: dict[str, Any] = {
+        "help": f"{meta['help']}{source}.",
+        "default": field.default,
+        "show_default": field.default not in (None, (), "", False),
+    }
+    if base == "bool":
+        arguments |= {"is_flag": True}
+    elif base.startswith("tuple"):
+        arguments |= {"multiple": True, "metavar": "SPEC"}
+    else:
+        arguments["type"] = click.Choice(meta["choices"]) if meta.get("choices") else _TYPES[base]
+    if required:
+        # An explicit default, even None, would count as a value given.
+        arguments |= {"required": True}
+        del arguments["default"], arguments["show_default"]
+    names = [flag] + ([meta["flag"]] if meta.get("flag") else []) + [field.name]
+    return click.option(*dict.fromkeys(names), **arguments)
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        with open(value, "rb") as file:
+            settings = tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", value) from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"is not TOML ({error})", value) from error
+    known = {p.name for p in context.command.params}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise InputError(f"has no option named {unknown[0]!r}", value, "see --help for the names")
+    context.default_map = {**(context.default_map or {}), **settings}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="seco")
+def seco() -> None:
+    """Learn visual representations from unlabelled video (SeCo, AAAI 2021).
+
+    \b
+    seco prepare ucf101 --src raw/
+    seco pretrain --shards "shards/ucf101-{000..055}.tar"
+    seco extract-features --shards shards/ucf101.json --checkpoint runs/ucf101/last.pt
+    seco probe --features features/ucf101
+    """
+
+
+@seco.command()
+@click.argument("dataset")
+@settings_options(PrepareConfig, required=("src",))
+def prepare(**settings: Any) -> None:
+    """Decode the videos of DATASET (ucf101, hmdb51, kinetics, folder) into shards.
+
+    \b
+    Example: seco prepare kinetics --src raw/ --out shards/
+    """
+    from pipelines._prepare import prepare as run
+
+    run(PrepareConfig(**settings))
+
+
+@seco.command()
+@settings_options(PretrainConfig, required=("shards",))
+def pretrain(**settings: Any) -> None:
+    """Pre-train an encoder on shards.
+
+    \b
+    Example: seco pretrain --shards "shards/k400-{000..999}.tar" --out runs/k400
+    """
+    from seco.trainer import pretrain as run
+
+    print(run(PretrainConfig(**settings)))
+
+
+@seco.command("extract-features")
+@settings_options(ExtractConfig, required=("shards", "checkpoint"))
+def extract_features(**settings: Any) -> None:
+    """Write one frozen feature a video.
+
+    \b
+    Example: seco extract-features --shards shards/k400-val.json \\
+               --checkpoint runs/k400/last.pt --out features/k400-val
+    """
+    from seco.features import extract_features as run
+
+    print(run(ExtractConfig(**settings)))
+
+
+@seco.command()
+@settings_options(ProbeConfig, required=("features",))
+def probe(**settings: Any) -> None:
+    """Train a linear SVM (or kNN) on features and report its accuracy.
+
+    \b
+    Example: seco probe --features features/ucf101 --split 1
+    """
+    from seco.probe import probe as run
+
+    print(run(ProbeConfig(**settings)).table())
+
+
+@seco.group()
+def retrieve() -> None:
+    """Find nearest videos in features with faiss."""
+
+
+@retrieve.command("evaluate")
+@settings_options(RetrieveConfig, required=("features",))
+def retrieve_evaluate(**settings: Any) -> None:
+    """R@k of test videos among training videos, and of a video's halves.
+
+    \b
+    Example: seco retrieve evaluate --features features/ucf101
+    """
+    from seco.retrieval import evaluate
+
+    print(evaluate(RetrieveConfig(**settings)).table())
+
+
+@retrieve.command("build")
+@settings_options(RetrieveConfig, required=("features",))
+def retrieve_build(**settings: Any) -> None:
+    """Save a faiss index of the features.
+
+    \b
+    Example: seco retrieve build --features features/ucf101
+    """
+    from seco.retrieval import build
+
+    print(build(RetrieveConfig(**settings)))
+
+
+@retrieve.command("query")
+@click.option("--video", required=True, help="Key of the query video (videos.csv lists them).")
+@click.option("--html", default="nearest.html", show_default=True, help="The page to write.")
+@settings_options(RetrieveConfig, required=("features",))
+def retrieve_query(video: str, html: str, **settings: Any) -> None:
+    """Write a page of the videos nearest to one.
+
+    \b
+    Example: seco retrieve query --features features/ucf101 --video v_Archery_g01_c01
+    """
+    from seco.retrieval_page import write_query_page
+
+    print(write_query_page(RetrieveConfig(**settings), video, Path(html)))
+
+
+@seco.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--html", default=None, help="Write a page with histogram and contact sheet.")
+@click.option("--png", default=None, help="Write the contact sheet as a picture.")
+def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
+    """Show what shards hold: counts, sizes, labels, a contact sheet.
+
+    \b
+    Example: seco inspect "shards/ucf101-*.tar" --html ucf101.html
+    """
+    from seco.set_page import inspect_set
+
+    print(inspect_set(shards, html=html, png=png))
+
+
+@seco.command()
+@click.argument("runs", nargs=-1)
+@click.option("--out", default="report.html", show_default=True, help="The page to write.")
+def report(runs: tuple[str, ...], out: str) -> None:
+    """Set every result under RUNS (default: runs/ features/) beside the paper's tables.
+
+    \b
+    Example: seco report runs/ features/ --out report.html
+    """
+    from seco.report import write_report
+
+    print(write_report([Path(run) for run in runs], Path(out)))
+
+
+@seco.command()
+@settings_options(DemoConfig)
+def demo(**settings: Any) -> None:
+    """Run the whole chain, on a rendered set or on your own videos.
+
+    \b
+    Example: seco demo --src raw/ --dataset hmdb51
+    """
+    from seco.demo import demo as run
+
+    print(run(DemoConfig(**settings)))
+
+
+@seco.command("render-demo")
+@click.argument("out")
+@click.option("--clips-per-class", default=36, show_default=True, help="Clips of each class.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other clips.")
+def render_demo(out: str, clips_per_class: int, seed: int) -> None:
+    """Render the demo's labelled videos into OUT, in UCF101's layout.
+
+    \b
+    Example: seco render-demo raw/
+    """
+    from pipelines._rendered import render_demo_set
+
+    render_demo_set(Path(out), clips_per_class=clips_per_class, seed=seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: users' mistakes are one line on standard error and an exit code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (DESIGN §12)."""
+    try:
+        seco.main(args=arguments, prog_name="seco", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except TooManyExcluded as error:
+        return _fail(error, EXIT_TOO_MANY_EXCLUDED)
+    except InputError as error:
+        return _fail(error, EXIT_FAILED)
+    except Stopped as stopped:
+        return _fail(stopped, stopped.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; nothing is half-written, run the same command again", EXIT_STOPPED)
+    except BrokenPipeError:
+        # The reader of our output has gone (`seco … | head`): not a mistake of anybody's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"seco: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Settings of a pre-training run; every default with its source. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from shards.errors import InputError
+from shards.settings import setting
+
+TASKS = ("inter", "intra", "order")
+
+# Where the paper and its authors' code differ, a setting of None takes the preset's value.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "heads": "shared",  # §5.2 "an MLP head"
+        "intra": "three-way",  # Eq. 3
+        "sampling": "uniform",  # §4.1
+        "queue_init": "unit",  # MoCo's; the paper is silent
+        "warmup_epochs": 0,  # §5.2 names a cosine only
+        "final_lr": 0.0,  # §5.2 "annealed down to zero"
+    },
+    "authors": {
+        "heads": "separate",
+        "intra": "pairwise",
+        "sampling": "halves",
+        "queue_init": "uniform",
+        "warmup_epochs": 5,
+        "final_lr": 1e-6,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """``seco pretrain``: one value for every switch of the method and the run."""
+
+    shards: tuple[str, ...] = setting((), "shards to train on: pattern, glob, manifest or folder")
+    out: str | None = setting(None, "folder of the run [default: runs/SET]")
+    preset: str = setting(
+        "paper", "whose variant where paper and authors' code differ", choices=tuple(PRESETS)
+    )
+    tasks: str = setting(
+        "inter,intra,order", "proxy tasks, separated by commas", source="paper Eq. 5, Table 1"
+    )
+    arch: str = setting("resnet50", "torchvision ResNet", source="paper §5.2")
+    init: str | None = setting(None, "start from this checkpoint or ResNet state dict")
+    epochs: int = setting(400, "epochs", source="paper §5.2")
+    batch_size: int = setting(512, "global batch, in videos", source="paper §5.2")
+    lr: float = setting(0.2, "learning rate at its highest", source="paper §5.2")
+    momentum: float = setting(0.9, "SGD momentum", source="authors' code")
+    weight_decay: float = setting(1e-4, "weight decay, on every parameter", source="authors' code")
+    warmup_epochs: int | None = setting(None, "epochs of linear warm-up from lr/100")
+    final_lr: float | None = setting(None, "learning rate at the end of the cosine")
+    queue_size: int = setting(131_072, "keys kept as negatives", source="paper §5.2")
+    queue_init: str | None = setting(
+        None, "the queue's first rows: unit vectors, or uniform", choices=("unit", "uniform")
+    )
+    mask_same_video: bool = setting(False, "leave queue rows of the query's own video out")
+    temperature: float = setting(0.1, "temperature of inter", source="paper §5.2")
+    intra_temperature: float = setting(0.1, "temperature of intra", source="paper §5.2")
+    ema: float = setting(0.999, "momentum of the key encoder", source="paper §5.2, Eq. 6")
+    heads: str | None = setting(
+        None, "one MLP head, or one for each task", choices=("shared", "separate")
+    )
+    embedding_dim: int = setting(128, "width of the embedding", source="paper §5.2")
+    intra: str | None = setting(None, "form of the intra loss", choices=("three-way", "pairwise"))
+    sampling: str | None = setting(None, "frames of a triplet", choices=("uniform", "halves"))
+    crop_size: int = setting(224, "side of a view in px", source="paper §5.2")
+    min_crop_area: float = setting(
+        0.2, "smallest area of a random crop, of the frame's", source="authors' code"
+    )
+    bn_group: int | None = setting(
+        None,
+        "images normalised together by shuffled BatchNorm [default: a quarter of the batch]",
+        source="authors' code: 4 ranks of 128",
+    )
+    precision: str = setting(
+        "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
+    )
+    device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
+    workers: int = setting(2, "loader processes; never changes a result")
+    seed: int = setting(0, "seed of every random draw")
+    max_unreadable: float = setting(1.0, "stop when this percentage of the samples is unreadable")
+    log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    resume: str | None = setting(None, "'auto' (the run's last.pt if there is one) or a checkpoint")
+    checkpoint_every_steps: int = setting(1000, "steps between saves of last.pt")
+    keep_every_epochs: int = setting(100, "epochs between checkpoints that are kept")
+    keep: int = setting(5, "how many of those are kept, the newest")
+
+
+# What two runs must share for one to go on from the other's checkpoint.
+RESUMABLE_DIFFERENCES = frozenset(
+    {
+        *("out", "shards", "preset", "init", "device", "workers", "max_unreadable", "resume"),
+        *("log_every", "checkpoint_every_steps", "keep_every_epochs", "keep"),
+    }
+)
+
+
+def task_list(config: PretrainConfig) -> tuple[str, ...]:
+    """The tasks in the order of Eq. 5.
+
+    Raises:
+        InputError: an unknown task, or none.
+    """
+    named = [task.strip() for task in config.tasks.split(",") if task.strip()]
+    unknown = [task for task in named if task not in TASKS]
+    if unknown or not named:
+        raise InputError(
+            f"unknown task {unknown[0]!r}" if unknown else "names no task",
+            "--tasks",
+            f"choose from {','.join(TASKS)}",
+        )
+    return tuple(task for task in TASKS if task in named)
+
+
+def resolve(config: PretrainConfig) -> PretrainConfig:
+    """Fill in what the preset decides, and refuse values that cannot work.
+
+    Raises:
+        InputError: a value out of range, named by its option.
+    """
+    chosen = {
+        name: value
+        for name, value in PRESETS[config.preset].items()
+        if getattr(config, name) is None
+    }
+    if config.bn_group is None:
+        chosen["bn_group"] = max(2, config.batch_size // 4)
+        if config.batch_size % chosen["bn_group"]:
+            chosen["bn_group"] = config.batch_size
+    resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
+    _require_ranges(resolved)
+    return resolved
+
+
+def _require_ranges(config: PretrainConfig) -> None:
+    for name in ("epochs", "queue_size", "crop_size", "embedding_dim", "log_every", "keep"):
+        _require(getattr(config, name) >= 1, name, "must be 1 or more")
+    for name in ("checkpoint_every_steps", "keep_every_epochs"):
+        _require(getattr(config, name) >= 1, name, "must be 1 or more")
+    for name in ("lr", "temperature", "intra_temperature"):
+        _require(0 < getattr(config, name) < float("inf"), name, "must be above 0")
+    for name in ("momentum", "ema"):
+        _require(0 <= getattr(config, name) < 1, name, "must be 0 or more and below 1")
+    _require(config.weight_decay >= 0, "weight_decay", "must not be negative")
+    _require(config.workers >= 0, "workers", "must not be negative")
+    _require(0 < config.min_crop_area <= 1, "min_crop_area", "must be above 0 and at most 1")
+    _require(config.batch_size >= 2, "batch_size", "must be 2 or more: BatchNorm needs two images")
+    group = config.bn_group or 0
+    _require(
+        group >= 2 and config.batch_size % group == 0,
+        "bn_group",
+        f"must be 2 or more and divide the batch of {config.batch_size}",
+    )
+    warmup = config.warmup_epochs or 0
+    _require(0 <= warmup <= config.epochs, "warmup_epochs", "must not exceed --epochs")
+
+
+def _require(holds: bool, name: str, message: str) -> None:
+    if not holds:
+        raise InputError(message, f"--{name.replace('_', '-')}")

@@ -1,0 +1,274 @@
+"""Finding what a report is made of: the results under some folders.
+
+Files of any age and state lie in such folders. One that cannot be read is named on the page and
+never stops the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seco.pages import printable
+from seco.report_records import (
+    Demo,
+    Evaluation,
+    Probe,
+    Retrieval,
+    mapping,
+    parse_demo,
+    parse_evaluation,
+    parse_probe,
+    parse_retrieval,
+    words,
+)
+from shards.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_FOLDERS = ("runs", "features")
+_MAX_PICTURE_BYTES = 16 << 20
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run: its settings and the columns of its logs."""
+
+    folder: Path
+    config: dict[str, Any]  # empty without a readable config.toml
+    metrics: dict[str, NDArray[np.float64]]  # (S,) each; nan: not in this line, inf: not finite
+    skipped_lines: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """A feature folder and what was measured on it."""
+
+    folder: Path
+    dataset: str
+    encoder: dict[str, Any]
+    probe: Probe | None
+    retrieval: Retrieval | None
+    confusion_png: bytes | None
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file that is not on the page, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass
+class Found:
+    """Everything found, in the order of the walk."""
+
+    runs: list[Run] = field(default_factory=list)
+    features: list[Features] = field(default_factory=list)
+    evaluations: list[tuple[Path, Evaluation]] = field(default_factory=list)  # with their folders
+    demos: list[tuple[Path, Demo]] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.runs or self.features or self.evaluations or self.demos)
+
+
+def find_results(folders: Sequence[str | Path] = ()) -> Found:
+    """Read every result under the folders; by default under ``runs/`` and ``features/``.
+
+    Raises:
+        InputError: a named folder does not exist, or nothing readable was found.
+    """
+    roots = [Path(folder) for folder in folders]
+    for folder in roots:
+        if not folder.is_dir():
+            raise InputError("is not a folder", folder, "name folders of runs or features")
+    roots = roots or [Path(name) for name in DEFAULT_FOLDERS if Path(name).is_dir()]
+    found = Found()
+    for folder, names in _walk(roots, found):
+        _Folder(folder, names, found).read()
+    if not found:
+        reason = f"; {found.unread[0].path}: {found.unread[0].reason}" if found.unread else ""
+        raise InputError(
+            f"no results found{reason}",
+            ", ".join(str(root) for root in roots or DEFAULT_FOLDERS),
+            "run `seco pretrain` or `seco probe` first, or name the folders that hold results",
+        )
+    return found
+
+
+def _walk(roots: Iterable[Path], found: Found) -> Iterator[tuple[Path, set[str]]]:
+    def refused(error: OSError) -> None:
+        found.unread.append(Unread(Path(error.filename or ""), error.strerror or str(error)))
+
+    seen: set[Path] = set()
+    for root in roots:
+        for folder, subfolders, names in os.walk(root, onerror=refused):
+            subfolders.sort()
+            resolved = Path(folder).resolve()
+            if resolved not in seen:
+                seen.add(resolved)
+                yield Path(folder), set(names)
+
+
+class _Folder:
+    """Reads the results that lie directly in one folder."""
+
+    def __init__(self, folder: Path, names: set[str], found: Found) -> None:
+        self._folder = folder
+        self._names = names
+        self._found = found
+
+    def read(self) -> None:
+        self._read_run()
+        self._read_features()
+        for kind in ("finetune", "track"):
+            evaluation = self._try(
+                f"{kind}.json", lambda path: parse_evaluation(_read_object(path), path.stem)
+            )
+            if evaluation is not None:
+                self._found.evaluations.append((self._folder, evaluation))
+        demo = self._try("demo.json", lambda path: parse_demo(_read_object(path)))
+        if demo is not None:
+            self._found.demos.append((self._folder, demo))
+
+    def _read_run(self) -> None:
+        log = self._try("metrics.jsonl", read_log)
+        if log is None:
+            return
+        columns, skipped = log
+        # Clock readings stand apart from what the computation determines.
+        speed = self._try("speed.jsonl", read_log)
+        if speed is not None:
+            for name, values in speed[0].items():
+                if name not in columns:
+                    columns[name] = _aligned(columns["step"], speed[0]["step"], values)
+            skipped += speed[1]
+        config = self._try("config.toml", _read_config) or {}
+        self._found.runs.append(
+            Run(folder=self._folder, config=config, metrics=columns, skipped_lines=skipped)
+        )
+
+    def _read_features(self) -> None:
+        probe = self._try("probe.json", lambda path: parse_probe(_read_object(path)))
+        retrieval = self._try("retrieval.json", lambda path: parse_retrieval(_read_object(path)))
+        if probe is None and retrieval is None:
+            return
+        meta = self._try("meta.json", _read_object) or {}
+        self._found.features.append(
+            Features(
+                folder=self._folder,
+                dataset=words(meta.get("dataset")) or (probe.dataset if probe else ""),
+                encoder=(probe.encoder if probe else {}) or mapping(meta.get("encoder")),
+                probe=probe,
+                retrieval=retrieval,
+                confusion_png=self._try("probe-confusion.png", _read_png) if probe else None,
+            )
+        )
+
+    def _try(self, name: str, read: Callable[[Path], T]) -> T | None:
+        if name not in self._names:
+            return None
+        path = self._folder / name
+        try:
+            return read(path)
+        except OSError as error:
+            self._found.unread.append(Unread(path, error.strerror or str(error)))
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._found.unread.append(Unread(path, printable(reason)))
+        return None
+
+
+def read_log(path: Path) -> tuple[dict[str, NDArray[np.float64]], int]:
+    """The numeric columns of a ``.jsonl`` log by step, and how many lines were unusable.
+
+    A run resumed from an older checkpoint may log some steps again: the later line counts. A last
+    line cut short by a kill is not counted as unusable.
+
+    Raises:
+        ValueError: no line is usable.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    skipped = 0
+    cut_short = False
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            row = _log_row(line)
+            if row is None:
+                skipped += 1
+                cut_short = not line.endswith("\n")
+            else:
+                rows[int(row["step"])] = row
+    if not rows:
+        raise ValueError("has no usable line")
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    steps = sorted(rows)
+    columns = {n: np.array([rows[step].get(n, math.nan) for step in steps]) for n in names}
+    return columns, skipped - cut_short
+
+
+def _log_row(line: str) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    numbers = {}
+    for name, value in row.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            numbers[name] = number if math.isfinite(number) else math.inf
+    return numbers if math.isfinite(numbers.get("step", math.inf)) else None
+
+
+def _aligned(
+    steps: NDArray[np.float64], other_steps: NDArray[np.float64], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``values`` at ``steps``; nan where the other log has no such step."""
+    at = np.searchsorted(other_steps, steps).clip(max=len(other_steps) - 1)
+    return np.where(other_steps[at] == steps, values[at], np.nan)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        settings: dict[str, Any] = tomllib.load(file)
+    return settings
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError("is not a JSON object")
+    return value
+
+
+def _read_png(path: Path) -> bytes:
+    if path.stat().st_size > _MAX_PICTURE_BYTES:
+        raise ValueError(f"is larger than {_MAX_PICTURE_BYTES >> 20} MiB")
+    data = path.read_bytes()
+    if not data.startswith(_PNG):
+        raise ValueError("is not a PNG picture")
+    return data

@@ -1,0 +1,62 @@
+"""Packaging of the SeCo toolkit. The wheel's top level is exactly seco, pipelines, shards, cli."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "seco/__init__.py").read_text()).group(1)
+
+setup(
+    name="seco-video",
+    version=VERSION,
+    description="SeCo: learn visual representations from unlabelled video (AAAI 2021)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # Listed, not found: the layout puts four names on the top level and nothing else may join them.
+    packages=["seco", "pipelines", "shards"],
+    py_modules=["cli"],
+    package_data={
+        "seco": ["py.typed", "templates/*.j2"],
+        "pipelines": ["py.typed"],
+        "shards": ["py.typed"],
+    },
+    install_requires=[
+        "braceexpand",
+        "click>=8.1",
+        "ffmpeg-python>=0.2",
+        "fsspec",
+        "imageio-ffmpeg>=0.5",
+        "jinja2>=3.1",
+        "matplotlib>=3.7",
+        "numpy>=1.26",
+        "rich>=13",
+        "simplejpeg>=1.7",
+        "tensorboard",
+        "tomli; python_version < '3.11'",
+        "tomli-w>=1.0",
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "webdataset>=0.2.86",
+    ],
+    extras_require={
+        # Two packages own the import name faiss and two own PIL: install exactly one of each.
+        "cpu": ["faiss-cpu>=1.8", "pillow>=10"],
+        "gpu": ["faiss-gpu>=1.8", "pillow>=10"],
+        "simd": ["pillow-simd>=9"],
+        "dev": [
+            "av",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-cov",
+            "pytest-timeout",
+            "ruff",
+            "scikit-learn",
+        ],
+    },
+    entry_points={"console_scripts": ["seco=cli:main"]},
+)

@@ -1,0 +1,153 @@
+"""What a shard holds (format version 1): records of videos, keys, and the manifest.
+
+``docs/shards.md`` is the specification; this file is its code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+
+FORMAT_VERSION = 1
+
+_NOT_KEY = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRecord:
+    """``KEY.json``: everything known of one stored video but its pictures.
+
+    ``frame_times`` are the presentation times in seconds of the stored frames; ``boxes`` are
+    ``[x, y, w, h]`` in px of the stored frames, one a frame (tracking sets only).
+    """
+
+    key: str
+    dataset: str
+    source: str  # path relative to the raw folder
+    label: int | None = None
+    label_name: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)  # {"1": "train"} or {"official": "val"}
+    width: int = 0
+    height: int = 0
+    frame_times: list[float] = field(default_factory=list)
+    source_fps: float | None = None
+    source_frames: int | None = None  # frames really decoded
+    source_duration: float | None = None  # seconds, as the container says
+    boxes: list[list[float]] | None = None
+    absence: list[int] | None = None
+    cover: list[int] | None = None
+
+    def to_json(self) -> bytes:
+        """The member's bytes: one line of JSON, fields in the order above, absent ones left out."""
+        fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        fields |= dataclasses.asdict(self)
+        for name in ("boxes", "absence", "cover"):
+            if fields[name] is None:
+                del fields[name]
+        return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8")
+
+    @staticmethod
+    def from_json(data: bytes | str) -> VideoRecord:
+        """Read ``KEY.json``; unknown fields are ignored so that later minor versions still load.
+
+        Raises:
+            ValueError: not JSON, or not a record of this format version.
+        """
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"not a video record of format version {FORMAT_VERSION}")
+        known = {f.name for f in dataclasses.fields(VideoRecord)}
+        return VideoRecord(**{k: v for k, v in fields.items() if k in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """A video that is not in the set: where it was, what kind of failure, the tool's words."""
+
+    source: str
+    kind: str  # missing, unreadable, no-video-stream, zero-frames, too-short, timeout, …
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One row of the manifest."""
+
+    file: str
+    bytes: int
+    sha256: str
+    videos: int
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """``NAME.json``: what the set is and which shards it consists of."""
+
+    name: str
+    dataset: str
+    settings: dict[str, Any]
+    ffmpeg_version: str
+    label_names: list[str]  # in index order; empty for a set without labels
+    shards: list[ShardInfo]
+    excluded: int
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in a fixed order, ready for :func:`shards.atomic.write_json`."""
+        fields = dataclasses.asdict(self)
+        return {"format_version": fields.pop("format_version"), **fields}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``NAME.json``.
+
+    Raises:
+        InputError: the file cannot be read or is no manifest of this version.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+        rows = [ShardInfo(**row) for row in fields.pop("shards")]
+        manifest = Manifest(shards=rows, **fields)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError("is not a shard manifest", path, "pass NAME.json of a set") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise InputError(
+            f"has format version {manifest.format_version}; this toolkit reads {FORMAT_VERSION}",
+            path,
+        )
+    return manifest
+
+
+def make_keys(sources: Iterable[str]) -> list[str]:
+    """A tar-safe key for each source: letters, digits, ``_`` and ``-`` only, all distinct.
+
+    WebDataset cuts a member's name at its first dot and groups by what is before it, so a key has
+    neither dot nor slash. Sources whose plain keys collide (ignoring case: tars get unpacked on
+    case-insensitive disks) take eight hex digits of their path's SHA-1 at the end, all of them, so
+    that a key does not depend on the order of the list.
+    """
+    sources = list(sources)
+    plain = [_NOT_KEY.sub("_", _stem(source)) or "video" for source in sources]
+    seen: dict[str, int] = {}
+    for key in plain:
+        seen[key.lower()] = seen.get(key.lower(), 0) + 1
+    return [
+        key if seen[key.lower()] == 1 else f"{key}-{hashlib.sha1(source.encode()).hexdigest()[:8]}"
+        for key, source in zip(plain, sources, strict=True)
+    ]
+
+
+def _stem(source: str) -> str:
+    name = source.replace("\\", "/").rsplit("/", 1)[-1]
+    return name.rsplit(".", 1)[0] if "." in name[1:] else name

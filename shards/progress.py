@@ -1,0 +1,103 @@
+"""The one progress display: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+class Progress:
+    """Counts ``done`` of ``total`` units; :meth:`advance` shows rate, ETA and a status text."""
+
+    def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = start
+        self._start = start
+        self._began = time.monotonic()
+        self._last_line = self._began
+        self._status = ""
+
+    def advance(self, count: int = 1, status: str = "") -> None:
+        """``count`` more units are done; ``status`` replaces the text at the line's end."""
+        self.done += count
+        self._status = status or self._status
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = now
+            self._print_line()
+
+    def _print_line(self) -> None:
+        print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        elapsed = time.monotonic() - self._began
+        rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        eta = f", {_clock(left)} left" if self.done < self.total and left < float("inf") else ""
+        status = f" | {self._status}" if self._status else ""
+        return (
+            f"{self.title}: {self.done}/{self.total} {self.unit}, "
+            f"{rate:.1f}/s, {_clock(elapsed)}{eta}{status}"
+        )
+
+    def finish(self) -> None:
+        """Show the final count, also when it came before the first timed line."""
+        self._print_line()
+
+
+class _TerminalProgress(Progress):
+    """The same, drawn by rich on a terminal."""
+
+    def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
+        super().__init__(title, total, unit, start)
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit} {{task.fields[rate]}}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bars.add_task(title, total=total, completed=start, rate="", status="")
+        self._bars.start()
+
+    def _show(self) -> None:
+        elapsed = time.monotonic() - self._began
+        rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
+        self._bars.update(
+            self._task, completed=self.done, rate=f"{rate:.1f}/s", status=self._status
+        )
+
+    def finish(self) -> None:
+        self._show()
+        self._bars.stop()
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, start: int = 0) -> Iterator[Progress]:
+    """Show the progress of the block, on standard error."""
+    shown = (_TerminalProgress if sys.stderr.isatty() else Progress)(title, total, unit, start)
+    try:
+        yield shown
+    finally:
+        shown.finish()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

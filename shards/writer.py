@@ -1,0 +1,100 @@
+"""Writing one shard: a plain WebDataset tar and its index, byte for byte reproducible."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from shards.atomic import atomic_path
+from shards.format import Exclusion, ShardInfo, VideoRecord
+from shards.index import IndexBuilder, write_index
+
+_BLOCK = tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE
+
+
+class ShardWriter:
+    """Writes ``path`` (a ``.tar``) and then its ``.idx``; both appear whole or not at all.
+
+    The index is committed last, so that a shard with an index is a finished one. Members carry no
+    time, owner or other trace of the machine.
+
+    Args:
+        path: the final name of the tar.
+        plan_digest: what the shard was made from; a resumed run compares it.
+    """
+
+    def __init__(self, path: Path, plan_digest: str = "") -> None:
+        self.path = path
+        self.info: ShardInfo | None = None
+        self._plan_digest = plan_digest
+        self._builder = IndexBuilder()
+        self._exclusions: list[Exclusion] = []
+        self._sha256 = hashlib.sha256()
+        self._position = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ShardWriter:
+        temporary = self._stack.enter_context(atomic_path(self.path))
+        try:
+            # An index left by an older set must never describe the new tar.
+            self.path.with_suffix(".idx").unlink(missing_ok=True)
+            self._out = self._stack.enter_context(open(temporary, "wb"))
+        except BaseException as error:
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def add(self, record: VideoRecord, frames: Sequence[bytes]) -> None:
+        """One video: ``KEY.json``, then ``KEY.0000.jpg``, ``KEY.0001.jpg``, … in time order."""
+        record_at = self._member(f"{record.key}.json", record.to_json())
+        frames_at = [
+            self._member(f"{record.key}.{number:04d}.jpg", frame)
+            for number, frame in enumerate(frames)
+        ]
+        self._builder.add(record.key, record, record_at, frames_at)
+
+    def exclude(self, exclusion: Exclusion) -> None:
+        """A video that could not be stored; kept in the index so that a resumed run knows it."""
+        self._exclusions.append(exclusion)
+
+    def _member(self, name: str, data: bytes) -> tuple[int, int]:
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        header.mode = 0o644
+        self._write(header.tobuf(tarfile.PAX_FORMAT))
+        offset = self._position
+        self._write(data)
+        self._write(b"\0" * (-len(data) % _BLOCK))
+        return offset, len(data)
+
+    def _write(self, data: bytes) -> None:
+        self._out.write(data)
+        self._sha256.update(data)
+        self._position += len(data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._write(b"\0" * (2 * _BLOCK))
+            self._write(b"\0" * (-self._position % _RECORD))
+        index = self._builder.finish(
+            file=self.path.name,
+            size=self._position,
+            sha256=self._sha256.hexdigest(),
+            plan_digest=self._plan_digest,
+            exclusions=self._exclusions,
+        )
+        write_index(self.path.with_suffix(".idx"), index)
+        self.info = index.info
