@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from seco.eval_config import ProbeConfig, RetrieveConfig
 
 from pipelines._config import PrepareConfig
 from seco import __version__
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
-from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.extract_config import ExtractConfig
 from shards.errors import InputError, Stopped, TooManyExcluded
 
@@ -213,7 +213,7 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
     \b
     Example: seco inspect "shards/ucf101-*.tar" --html ucf101.html
     """
-    from seco.set_page import inspect_set
+    from seco.inspection import inspect_set
 
     print(inspect_set(shards, html=html, png=png))
 
@@ -229,7 +229,8 @@ def report(runs: tuple[str, ...], out: str) -> None:
     """
     from seco.report import write_report
 
-    print(write_report([Path(run) for run in runs], Path(out)))
+    write_report(runs, Path(out))
+    print(out)
 
 
 @seco.command()
@@ -240,9 +241,9 @@ def demo(**settings: Any) -> None:
     \b
     Example: seco demo --src raw/ --dataset hmdb51
     """
-    from seco.demo import demo as run
+    from seco.demo import demo as run_demo
 
-    print(run(DemoConfig(**settings)))
+    print(run_demo(DemoConfig(**settings), command=run))
 
 
 @seco.command("render-demo")
@@ -282,7 +283,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return _fail(stopped, stopped.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing is half-written, run the same command again", EXIT_STOPPED)
+        return _fail(
+            "interrupted; nothing is half-written, run the same command again", EXIT_STOPPED
+        )
     except BrokenPipeError:
         # The reader of our output has gone (`seco … | head`): not a mistake of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

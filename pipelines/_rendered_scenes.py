@@ -46,6 +46,7 @@ FRAMES_PER_CLIP = (24, 32)  # both included
 OBJECT_SIZE = (0.60, 0.95)  # diameter, of the frame's short side
 SHUTTER = 0.9  # share of the frame interval during which light is gathered
 BLUR_SAMPLES = 6  # drawings that are averaged to one exposure
+SCENE_PX = 216  # side of the drawn background; a frame and its drift must fit into it
 CAMERA_DRIFT_PX = (2.0, 14.0)  # way of the background over the clip
 EXPOSURE = (0.60, 1.30)
 LIGHT_GRADIENT = (0.0, 0.6)  # how much darker one side of the frame is
@@ -219,14 +220,15 @@ def _drifting_background(
     scene: np.random.Generator, take: np.random.Generator, count: int, height: int, width: int
 ) -> FloatArray:
     """Frames ``(count, height, width, 3)`` of the scene under a camera that moves steadily."""
-    margin = int(np.ceil(CAMERA_DRIFT_PX[1])) + 1
-    share = draw_background(scene, height + 2 * margin, width + 2 * margin)
+    # Drawn at one size whatever the frame's, so that a group's clips show the same place.
+    share = draw_background(scene, SCENE_PX, SCENE_PX)
     first, second = random_colour_pair(take, BACKGROUND_CONTRAST)
     way, direction = take.uniform(*CAMERA_DRIFT_PX), take.uniform(0, 2 * np.pi)
     frames = np.empty((count, height, width, 3), np.float32)
     for index in range(count):
         time = index / count - 0.5
-        x, y = (margin + way * time * np.array((np.cos(direction), np.sin(direction)))).tolist()
+        x = (SCENE_PX - width) / 2 + way * time * np.cos(direction)
+        y = (SCENE_PX - height) / 2 + way * time * np.sin(direction)
         column, row = int(x), int(y)
         fx, fy = np.float32(x - column), np.float32(y - row)
         patch = share[row : row + height + 1, column : column + width + 1]

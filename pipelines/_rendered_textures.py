@@ -8,6 +8,7 @@ background. A class can therefore not be told by colour, only by the family.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

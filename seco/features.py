@@ -87,7 +87,10 @@ def extract_features(config: ExtractConfig) -> Path:
             shown.advance()
             if reason:
                 failed += 1
-                print(f"seco extract-features: left out: {shards.keys[video]}: {reason}", file=sys.stderr)
+                print(
+                    f"seco extract-features: left out: {shards.keys[video]}: {reason}",
+                    file=sys.stderr,
+                )
                 continue
             kept.append(video)
             features.append(frames.mean(0))

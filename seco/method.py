@@ -102,14 +102,12 @@ class SeCo(nn.Module):
         order = group_order(torch.cat(permutations), 3 * groups).to(images.device)
         set_groups(self.key_encoder, 3 * groups, passes=3)
         encoded = self.key_encoder(images.flatten(0, 1)[order])
-        return {
-            name: _put_back(vectors, order).view(3, n, -1) for name, vectors in encoded.items()
-        }
+        return {name: _put_back(vectors, order).view(3, n, -1) for name, vectors in encoded.items()}
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """Eq. 6, after the optimizer's step; parameters only (the key BN buffers are its own)."""
-        key = list(self.key_encoder.parameters())
+        key = [p.detach() for p in self.key_encoder.parameters()]
         query = [p.detach() for p in self.query_encoder.parameters()]
         torch._foreach_lerp_(key, query, 1 - self.config.ema)
 

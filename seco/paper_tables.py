@@ -20,7 +20,7 @@ SECO_INTER = ("inter",)
 SECO_INTER_INTRA = ("inter", "intra")
 SECO = ("inter", "intra", "order")
 
-# Videos a figure of the paper is over (§5.1) and classes of the set; fewer videos make a partial set.
+# Test videos and classes of the sets (§5.1); a figure over fewer videos is of a partial set.
 TEST_VIDEOS = {"kinetics400": 20_000, "activitynet": 4_926, "ucf101": 3_700, "hmdb51": 1_500}
 CLASSES = {"kinetics400": 400, "activitynet": 200, "ucf101": 101, "hmdb51": 51}
 OTB_SEQUENCES = 100
@@ -159,9 +159,9 @@ def known_dataset(name: str, classes: int | None = None) -> str | None:
     number of classes than the paper's is another task, whatever its name.
     """
     lowered = name.strip().lower()
-    if lowered.startswith("kinetics") and classes == CLASSES["kinetics400"]:
-        if re.fullmatch("kinetics" + _VERSION_OR_SPLIT, lowered):
-            return "kinetics400"
+    unversioned = re.fullmatch("kinetics" + _VERSION_OR_SPLIT, lowered)
+    if unversioned and classes == CLASSES["kinetics400"]:
+        return "kinetics400"
     for dataset, pattern in _NAMES.items():
         if re.fullmatch(f"({pattern}){_VERSION_OR_SPLIT}", lowered):
             right = classes is None or CLASSES.get(dataset, classes) == classes
@@ -210,14 +210,10 @@ def _belongs(table: PaperTable, measured: Measured) -> bool:
 
 
 def _is_method(table: PaperTable, row: Row, measured: Measured) -> bool:
-    return (
-        row.tasks is not None and measured.tasks == row.tasks and measured.arch == table.arch
-    )
+    return row.tasks is not None and measured.tasks == row.tasks and measured.arch == table.arch
 
 
-def probe_metric(
-    dataset: str, split: str, method: str, classes: int | None
-) -> str | None:
+def probe_metric(dataset: str, split: str, method: str, classes: int | None) -> str | None:
     """The column that a probe's top-1 corresponds to: linear SVM on a validation set, else None."""
     known = known_dataset(dataset, classes)
     if known not in ("kinetics400", "activitynet") or method.lower() != "svm":

@@ -66,9 +66,7 @@ def tasks_of(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(task for task in ("inter", "intra", "order") if task in wanted) or None
 
 
-def downsample(
-    steps: Curve, values: Curve, max_points: int = MAX_POINTS
-) -> tuple[Curve, Curve]:
+def downsample(steps: Curve, values: Curve, max_points: int = MAX_POINTS) -> tuple[Curve, Curve]:
     """Means over equal bins of consecutive points, at most ``max_points`` of them.
 
     A bin with a value that is not finite becomes nan, a gap in the chart: a mean over the rest
@@ -86,9 +84,7 @@ def downsample(
     return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(finite, starts) / sizes
 
 
-def draw_charts(
-    metrics: Mapping[str, Curve], config: Mapping[str, Any], salt: str
-) -> list[Chart]:
+def draw_charts(metrics: Mapping[str, Curve], config: Mapping[str, Any], salt: str) -> list[Chart]:
     """Every chart that the run has figures for, in the order of the page.
 
     Args:
@@ -118,8 +114,9 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
     plans = [_Plan("Loss, all parts", (("loss", "loss"),))]
     for task in tasks:
         key = f"loss_{task}"
-        levels = [(f"chance, {words[key]} = {chance[key]:.2f}", chance[key])] if key in chance else []
-        plans.append(_Plan(f"Loss, {task}", ((key, key),), tuple(levels)))
+        level = chance.get(key)
+        levels = () if level is None else ((f"chance, {words[key]} = {level:.2f}", level),)
+        plans.append(_Plan(f"Loss, {task}", ((key, "loss"),), levels))
     contrast = tuple((f"acc_{task}", task) for task in ("inter", "intra") if task in tasks)
     plans += [
         _Plan(

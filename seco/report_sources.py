@@ -6,6 +6,7 @@ never stops the rest.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -33,10 +34,8 @@ from seco.report_records import (
 )
 from shards.errors import InputError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+# The standard library reads TOML from Python 3.11 on; by name, for mypy to accept both.
+_TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
 
 DEFAULT_FOLDERS = ("runs", "features")
 _MAX_PICTURE_BYTES = 16 << 20
@@ -208,7 +207,7 @@ def read_log(path: Path) -> tuple[dict[str, NDArray[np.float64]], int]:
     rows: dict[int, dict[str, float]] = {}
     skipped = 0
     cut_short = False
-    with open(path, encoding="utf-8", errors="replace") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if not line.strip():
                 continue
@@ -253,8 +252,7 @@ def _aligned(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        settings: dict[str, Any] = tomllib.load(file)
+    settings: dict[str, Any] = importlib.import_module(_TOML).loads(path.read_text("utf-8"))
     return settings
 
 

@@ -29,8 +29,9 @@ TIGHT_EPS = 1e-6
 
 _MAX_NEWTON = 200
 _MAX_CG = 500
-_SUFFICIENT_DECREASE = 1e-4
-_MAX_HALVINGS = 30
+_CG_STEPS_EXPECTED = 50
+_MAX_LINE_SEARCH = 30
+_LINE_TOLERANCE = 1e-3
 _RESIDENT_BYTES = 8 << 30  # features become float64 once if they fit in this, else block by block
 _BLOCK_BYTES = 256 << 20
 _GROUP_BYTES = 2 << 30  # scores of a group of classes: three (K, N) float64 arrays
@@ -139,6 +140,17 @@ class _Rows:
             out += coefficients[:, rows] @ block
         return out
 
+    def take(self, index: Tensor) -> Tensor:
+        """Some of the rows, (n, D)."""
+        return self._x[index].double()
+
+    def gram(self) -> Tensor:
+        """Xᵀ X, (D, D)."""
+        out = torch.zeros(self.dimension, self.dimension, dtype=torch.float64, device=self.device)
+        for _, block in self._blocks():
+            out += block.T @ block
+        return out
+
 
 def _fit_group(
     rows: _Rows, target: Tensor, classes: Tensor, c: float, eps: float
@@ -156,8 +168,6 @@ def _fit_group(
     goal = eps * rarest / rows.count * gradient.norm(dim=1)
 
     first_norm = gradient.norm(dim=1)
-    e, q = torch.linalg.eigh(rows.combine(rows._x.double().T.contiguous()))
-    basis = (q, e.clamp(min=0))
     live = torch.arange(len(classes), device=rows.device)  # classes still being solved
     for _ in range(_MAX_NEWTON):
         done = gradient.norm(dim=1) <= goal[live]
@@ -166,13 +176,10 @@ def _fit_group(
             live, gradient, margin, sign = (a[~done] for a in (live, gradient, margin, sign))
         if not len(live):
             break
-        direction = _newton_direction(rows, gradient, margin > 0, c, first_norm[live], basis)
+        direction = _newton_direction(rows, gradient, margin > 0, c, first_norm[live])
         change = rows.scores(direction).mul_(sign)
-        moved, step, value = _line_search(
-            weights[live], direction, margin, change, gradient, objective[live], c
-        )
-        weights[live] = moved
-        objective[live] = value
+        step = _line_search(weights[live], direction, margin, change, c)
+        weights[live] += step[:, None] * direction
         steps[live] += 1
         margin = margin - step[:, None] * change
         gradient = _gradient(rows, weights[live], margin, sign, c)
@@ -189,60 +196,101 @@ def _gradient(rows: _Rows, weights: Tensor, margin: Tensor, sign: Tensor, c: flo
     return weights - 2 * c * rows.combine(margin.clamp(min=0).mul_(sign))
 
 
-def _newton_direction(rows, gradient, active, c, first_norm, basis):
+def _newton_direction(
+    rows: _Rows, gradient: Tensor, active: Tensor, c: float, first_norm: Tensor
+) -> Tensor:
+    """Solve (I + 2C X_aᵀ X_a) d = -gradient for each class, X_a the rows within its margin.
+
+    Where every row is within the margin (at w = 0) the classes share one matrix. Where few rows
+    are, which is the rule for small sets and a separable class, factorising is faster than
+    conjugate gradients and does not suffer from the matrix's condition.
+    """
+    direction = torch.empty_like(gradient)
+    count = active.sum(1)
+    whole = count == rows.count
+    cost = count * count.clamp(max=rows.dimension)
+    direct = (cost <= _CG_STEPS_EXPECTED * 4 * rows.count) & ~whole
+    iterative = ~whole & ~direct
+    if whole.any():
+        shared = 2 * c * rows.gram()
+        shared.diagonal().add_(1)
+        factor = torch.linalg.cholesky(shared)
+        direction[whole] = -torch.cholesky_solve(gradient[whole].T, factor).T
+    for k in direct.nonzero().flatten().tolist():
+        direction[k] = _solve_directly(rows.take(active[k].nonzero().flatten()), gradient[k], c)
+    if iterative.any():
+        direction[iterative] = _solve_by_cg(
+            rows, gradient[iterative], active[iterative], c, first_norm[iterative]
+        )
+    return direction
+
+
+def _solve_directly(x: Tensor, gradient: Tensor, c: float) -> Tensor:
+    """-(I + 2C xᵀ x)⁻¹ gradient, by the smaller of the two matrices: (n, D), (D,) -> (D,)."""
+    count, dimension = x.shape
+    if count >= dimension:
+        matrix = 2 * c * (x.T @ x)
+        matrix.diagonal().add_(1)
+        solved = torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(matrix))
+        return -solved[:, 0]
+    matrix = x @ x.T  # Woodbury's identity
+    matrix.diagonal().add_(1 / (2 * c))
+    solved = torch.cholesky_solve((x @ gradient)[:, None], torch.linalg.cholesky(matrix))
+    return x.T @ solved[:, 0] - gradient
+
+
+def _solve_by_cg(
+    rows: _Rows, gradient: Tensor, active: Tensor, c: float, first_norm: Tensor
+) -> Tensor:
+    """The same by conjugate gradients, for all classes (K, D) at once.
+
+    Loosely while far from the minimum, tighter near it, so that the outer steps converge faster
+    than linearly.
+    """
     norm = gradient.norm(dim=1)
     goal = norm * torch.clamp((norm / first_norm).sqrt(), max=0.1)
     direction = torch.zeros_like(gradient)
     live = torch.arange(len(gradient), device=rows.device)
-    q, e = basis
-    share = active.sum(1) / rows.count
-    scale = 1 / (1 + 2 * c * share[:, None] * e)
-    def prec(r, scale):
-        return ((r @ q) * scale) @ q.T
     residual = -gradient
-    pr = prec(residual, scale)
-    search = pr.clone()
-    square = (residual * pr).sum(1)
+    search = residual.clone()
+    square = residual.square().sum(1)
     for _ in range(_MAX_CG):
-        going = residual.norm(dim=1) > goal[live]
+        going = square.sqrt() > goal[live]
         if not going.all():
             live, residual, search, square = (a[going] for a in (live, residual, search, square))
             active = active[going]
-            scale = scale[going]
         if not len(live):
             break
         curved = search + 2 * c * rows.combine(rows.scores(search).mul_(active))
         length = square / (search * curved).sum(1)
         direction[live] += length[:, None] * search
         residual = residual - length[:, None] * curved
-        pr = prec(residual, scale)
-        previous, square = square, (residual * pr).sum(1)
-        search = pr + (square / previous)[:, None] * search
+        previous, square = square, residual.square().sum(1)
+        search = residual + (square / previous)[:, None] * search
     return direction
 
 
 def _line_search(
-    weights: Tensor,
-    direction: Tensor,
-    margin: Tensor,
-    change: Tensor,
-    gradient: Tensor,
-    objective: Tensor,
-    c: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve the step of each class until the objective falls enough.
+    weights: Tensor, direction: Tensor, margin: Tensor, change: Tensor, c: float
+) -> Tensor:
+    """The step (K,) to each class's minimum along its direction.
 
-    Returns the new weights (K, D), the steps (K,) and the new objectives (K,).
+    The objective's derivative along a line is piecewise linear and rising, so that Newton's method,
+    kept between the last step too short and the last too long, finds its zero in a few rounds.
     """
-    slope = (gradient * direction).sum(1)
-    # Near the minimum the fall is below float64's resolution of the objective itself.
-    slack = 1e-13 * objective.abs()
-    step = torch.ones_like(objective)
-    for _ in range(_MAX_HALVINGS):
-        moved = weights + step[:, None] * direction
-        value = _objective(moved, margin - step[:, None] * change, c)
-        enough = value <= objective + _SUFFICIENT_DECREASE * step * slope + slack
-        if enough.all():
+    inner = (weights * direction).sum(1)
+    square = direction.square().sum(1)
+    step = torch.ones_like(inner)
+    low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+    slope = inner - 2 * c * (change * margin.clamp(min=0)).sum(1)  # at step 0
+    for _ in range(_MAX_LINE_SEARCH):
+        hinge = (margin - step[:, None] * change).clamp_(min=0)
+        first = inner + step * square - 2 * c * (change * hinge).sum(1)
+        if (first.abs() <= _LINE_TOLERANCE * slope.abs()).all():
             break
-        step = torch.where(enough, step, step / 2)
-    return moved, step, value
+        second = square + 2 * c * (change * (hinge > 0)).mul_(change).sum(1)
+        low, high = torch.where(first < 0, step, low), torch.where(first > 0, step, high)
+        step = step - first / second
+        middle = torch.where(high.isinf(), 2 * low, (low + high) / 2)
+        step = torch.where((step > low) & (step < high), step, middle)
+    return step

@@ -286,7 +286,11 @@ def _set_name(first_shard: str) -> str:
 
 
 def _status(metrics: dict[str, Any]) -> str:
-    parts = [f"{t} {metrics[f'loss_{t}']:.3f}" for t in ("inter", "intra", "order") if f"loss_{t}" in metrics]
+    parts = [
+        f"{t} {metrics[f'loss_{t}']:.3f}"
+        for t in ("inter", "intra", "order")
+        if f"loss_{t}" in metrics
+    ]
     return f"loss {metrics['loss']:.3f} ({', '.join(parts)})"
 
 

@@ -75,9 +75,7 @@ def _torchvision_state(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(value, Tensor) for value in content.values()
     ):
-        raise InputError(
-            "is neither a checkpoint of this toolkit nor a ResNet state dict", path
-        )
+        raise InputError("is neither a checkpoint of this toolkit nor a ResNet state dict", path)
     return {name: t for name, t in content.items() if not name.startswith("fc.")}
 
 
@@ -98,9 +96,7 @@ def _arch_of(state: dict[str, Tensor], path: Path) -> str:
 def _load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     expected = network.state_dict()
     wrong = sorted(set(expected) ^ set(state)) + sorted(
-        name
-        for name in set(expected) & set(state)
-        if expected[name].shape != state[name].shape
+        name for name in set(expected) & set(state) if expected[name].shape != state[name].shape
     )
     if wrong:
         raise InputError(

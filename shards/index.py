@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,7 +164,7 @@ def read_index(path: Path) -> ShardIndex:
         raise _broken(path) from error
 
 
-def _require_inside(arrays: dict[str, NDArray[np.generic]], info: ShardInfo) -> None:
+def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
     """An index from elsewhere must not send a reader outside the tar or into huge buffers."""
     first = arrays["first_frame"].astype(np.int64)
     if first[0] != 0 or first[-1] != info.frames or (np.diff(first) < 0).any():

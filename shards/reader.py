@@ -95,7 +95,7 @@ class ShardSet:
         return [str(path) for path in self._tars]
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """The size of all tars together."""
         return sum(index.info.bytes for index in self._indexes)
 
@@ -119,7 +119,7 @@ class ShardSet:
         shard, row = self._locate(video)
         index = self._indexes[shard]
         position = int(index.first_frame[row]) + frame
-        if not 0 <= frame or position >= int(index.first_frame[row + 1]):
+        if not frame >= 0 or position >= int(index.first_frame[row + 1]):
             raise IndexError(f"video {video} has no frame {frame}")
         return self._pread(
             shard, int(index.frame_offset[position]), int(index.frame_size[position])
@@ -140,7 +140,9 @@ class ShardSet:
         try:
             return VideoRecord.from_json(data)
         except (ValueError, TypeError) as error:
-            raise UnreadableFrame(f"{self._tars[shard]}: {index.keys[row]}.json: {error}") from error
+            raise UnreadableFrame(
+                f"{self._tars[shard]}: {index.keys[row]}.json: {error}"
+            ) from error
 
     def _locate(self, video: int) -> tuple[int, int]:
         if not 0 <= video < len(self):

@@ -59,7 +59,9 @@ def _expand_one(part: str) -> list[Path]:
             (found if Path(pattern).is_file() else missing).append(Path(pattern))
     if missing:
         several = len(missing) + len(found) > 1
-        count = f"{len(missing)} of {len(missing) + len(found)} shards do not exist" if several else ""
+        count = (
+            f"{len(missing)} of {len(missing) + len(found)} shards do not exist" if several else ""
+        )
         raise InputError(count or "no such shard", missing[0] if several else part, _ADVICE)
     return _some([path for path in found if path.suffix == ".tar"], part)
 

@@ -1,0 +1,236 @@
+"""What a dataset's file provides: an :class:`Adapter` named ``ADAPTER``, found by its file name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pipelines
+from pipelines._config import PrepareConfig
+from shards.errors import InputError
+from shards.format import Exclusion, make_keys
+
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts"),
+        *(".mts", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogm"),
+        *(".rm", ".rmvb", ".dv", ".divx", ".mxf"),
+    )
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """One video to store."""
+
+    source: str  # relative to --src, with forward slashes
+    path: Path
+    key: str = ""  # given by keyed()
+    label: int | None = None
+    label_name: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSet:
+    """The videos that become one set of shards.
+
+    ``excluded`` are rows of ``NAME.errors.csv`` that are known without decoding: kinds
+    ``missing``, ``not-in-annotations``, ``duplicate``. ``coverage`` are lines for people.
+    """
+
+    name: str
+    videos: list[Video]
+    label_names: list[str]
+    excluded: list[Exclusion] = field(default_factory=list)
+    coverage: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discovery:
+    """All that was found below ``--src``; ``notes`` are lines for people."""
+
+    sets: list[VideoSet]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A dataset.
+
+    Args:
+        discover: finds its videos and annotations.
+        default_frames: frames a video when the user names no number; None for all.
+    """
+
+    discover: Callable[[PrepareConfig], Discovery]
+    default_frames: int | None
+
+
+def dataset_names() -> list[str]:
+    """The datasets: the files of ``pipelines/`` that do not start with ``_``."""
+    found = (module.name for module in pkgutil.iter_modules(pipelines.__path__))
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def adapter(name: str) -> Adapter:
+    """The dataset called ``name``.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in dataset_names():
+        raise InputError(f"unknown dataset {name!r}", fix=f"one of {', '.join(dataset_names())}")
+    found = importlib.import_module(f"pipelines.{name}").ADAPTER
+    assert isinstance(found, Adapter)
+    return found
+
+
+def source_folder(config: PrepareConfig) -> Path:
+    """``--src``.
+
+    Raises:
+        InputError: it is no folder.
+    """
+    src = Path(config.src)
+    if not src.is_dir():
+        what = "is not a folder" if src.exists() else "there is no such folder"
+        raise InputError(what, src, "give the folder of the raw videos with --src")
+    return src
+
+
+def walk(root: Path) -> Iterator[tuple[str, Path]]:
+    """Every regular file below ``root`` in a fixed order: its relative path and itself.
+
+    Links to files and folders are followed (data sets get linked together), cycles are not.
+    Hidden files are left out: among them are ``._name.mp4``, which macOS leaves beside videos.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"cannot be read ({error.strerror})", error.filename) from error
+
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                # Names need not be UTF-8; what is written to JSON and CSV must.
+                source = path.relative_to(root).as_posix()
+                yield source.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), path
+
+
+def is_video(name: str) -> bool:
+    """Whether a file of this name is a video, by its suffix."""
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def find_videos(root: Path) -> list[tuple[str, Path]]:
+    """The videos below ``root``: relative path and path, in a fixed order.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [(source, path) for source, path in walk(root) if is_video(source)]
+    if not found:
+        raise InputError(
+            "holds no videos", root, f"expected files such as *.mp4 or *.avi below {root.name}/"
+        )
+    return found
+
+
+def keyed(videos: Sequence[Video]) -> list[Video]:
+    """The same videos with keys that differ within the set."""
+    keys = make_keys([video.source for video in videos])
+    return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of an annotation file without line ends, blanks at the ends, or empty ones.
+
+    Raises:
+        InputError: it cannot be read as text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path) from error
+    except UnicodeDecodeError as error:
+        raise InputError("is not a text file", path) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def find_annotation_folder(
+    config: PrepareConfig, holds: Callable[[Path], bool], expected: str
+) -> Path:
+    """The folder of annotations: ``--annotations``, or the nearest in or beside ``--src``.
+
+    Args:
+        holds: tells it.
+        expected: its usual name, for the message.
+
+    Raises:
+        InputError: there is none.
+    """
+    src = source_folder(config)
+    if config.annotations is not None:
+        given = Path(config.annotations)
+        candidates = [given, *_subfolders(given)] if given.is_dir() else [given.parent]
+        where: Path = given
+    else:
+        candidates = [src, *_subfolders(src)]
+        candidates += [deeper for folder in _subfolders(src) for deeper in _subfolders(folder)]
+        beside = src.absolute().parent
+        candidates += [beside, *_subfolders(beside)]
+        where = src
+    for folder in candidates:
+        if holds(folder):
+            return folder
+    raise InputError(
+        f"no {expected} was found",
+        where,
+        "give its folder with --annotations, or prepare the videos without splits as "
+        "dataset 'folder'",
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+
+
+def missing_rows(sources: Iterable[str]) -> list[Exclusion]:
+    """Rows for videos the annotations list and the disk does not hold."""
+    return [
+        Exclusion(source=source, kind="missing", message="listed in the annotations, not found")
+        for source in sorted(sources)
+    ]
+
+
+def refuse_split(config: PrepareConfig) -> None:
+    """For datasets whose official splits overlap: each record holds all of them.
+
+    Raises:
+        InputError: the user gave ``--split``.
+    """
+    if config.split is not None:
+        raise InputError(
+            f"{config.dataset} has no --split to prepare: each video is stored once, with its "
+            "part in every official split",
+            "--split",
+            "leave it out; choose the split when evaluating",
+        )

@@ -1,0 +1,276 @@
+"""Decoding a video in one pass: ffmpeg scales, the pictures come back through a pipe.
+
+ffmpeg is asked for size only, never for colour: measured, its 8-bit conversions between ranges
+and matrices shift the chroma by up to half a level, so ``_colour.py`` does them exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import ffmpeg
+
+from pipelines._ffmpeg import FfmpegStream, local_url
+
+# Containers and raw streams of video. Nothing that only names other files or addresses: hls,
+# dash, concat, sdp and image2 dressed up as a video must not be followed.
+CONTAINERS = (
+    *("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo", "flv", "asf", "ogg", "rm", "dv"),
+    *("mxf", "nut", "ivf", "obu", "h264", "hevc", "m4v", "gif", "wtv"),
+)
+_MAX_PICTURE_BYTES = 256 << 20
+
+
+class DecodeError(Exception):
+    """A video that cannot be stored; ``kind`` as in :class:`shards.format.Exclusion`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
+        return DecodeError, (self.kind, self.message)
+
+
+class Frame(NamedTuple):
+    """One decoded picture, in the source's own matrix and range."""
+
+    time: float  # seconds from the video's start
+    planes: bytes  # Y (H, W), then U and V (H/2, W/2), uint8
+
+
+def decode_argv(path: Path, short_edge: int, binary: str) -> list[str]:
+    """The command that writes the frames of ``path`` as YUV4MPEG2 and their times to its log."""
+    source = ffmpeg.input(
+        local_url(path),
+        protocol_whitelist="file",
+        format_whitelist=",".join(CONTAINERS),
+        # One thread a video: the workers fill the cores, and damaged streams decode the same
+        # way every time.
+        threads=1,
+    )
+    # Autorotation has happened when the filters begin. `sar` makes pixels square. A video is never
+    # enlarged: views are cropped and resized later, and each interpolation blurs. Sides are even
+    # because 4:2:0 needs it; halves round down so that an odd side loses a line, not gains one.
+    scale = f"min(1,{short_edge}/min(iw*sar,ih))"
+    picture = (
+        source["V:0"]  # V: no cover art
+        .filter(
+            "scale",
+            w=f"max(2,2*ceil(iw*sar*{scale}/2-0.5))",
+            h=f"max(2,2*ceil(ih*{scale}/2-0.5))",
+            flags="bicubic+accurate_rnd+bitexact",  # the same on every processor
+        )
+        .filter("setsar", "1")
+        .filter("format", "yuv420p")
+        # Side data may hold anything, of any length, and showinfo would print it.
+        .filter("sidedata", mode="delete")
+        .filter("showinfo", checksum=0)
+    )
+    output = picture.output(
+        "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
+    ).global_args("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1")
+    return [str(word) for word in output.compile(cmd=binary)]
+
+
+class Decoding:
+    """The frames of one video as they come; what is known of it grows while they do.
+
+    Attributes:
+        width, height: px, of the frames given; known from the first frame on.
+        matrix, full_range: of the frames given, in ffmpeg's names; known from the first frame on.
+        source_fps, source_duration: as the container says; None when it does not.
+        frames: how many have been decoded so far.
+    """
+
+    def __init__(self, stream: FfmpegStream, path: Path) -> None:
+        self.width = self.height = 0
+        self.matrix = "unknown"
+        self.full_range = False
+        self.source_fps: float | None = None
+        self.source_duration: float | None = None
+        self.frames = 0
+        self._stream = stream
+        self._path = path
+        self._log = _Log()
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Every frame that decodes, in time order.
+
+        Raises:
+            DecodeError: no frame came, or ffmpeg gave up.
+        """
+        try:
+            yield from self._frames()
+        except (ValueError, EOFError) as error:
+            # Only ffmpeg's end makes the pipe end early; how it ended says more than the pipe.
+            self._raise_failure(str(error))
+        self._raise_failure(None)
+
+    def _frames(self) -> Iterator[Frame]:
+        pipe = self._stream.stdout
+        header = pipe.readline(4096)
+        if not header:
+            return
+        self.width, self.height = _picture_size(header)
+        size = self.width * self.height * 3 // 2
+        latest = 0.0
+        while marker := pipe.readline(4096):
+            if not marker.startswith(b"FRAME"):
+                raise ValueError("ffmpeg's output cannot be read")
+            planes = pipe.read(size)
+            if len(planes) != size:
+                raise EOFError("ffmpeg's output ends in the middle of a frame")
+            # A frame's line is written before the frame is, so it is there by now.
+            if len(self._log.shown) <= self.frames:
+                self._log.update(self._stream.read_log())
+                self.source_fps, self.source_duration = self._log.fps, self._log.duration
+            if len(self._log.shown) <= self.frames:
+                raise ValueError("ffmpeg did not tell a frame's time")
+            shown = self._log.shown[self.frames]
+            if shown.size != (self.width, self.height):
+                raise DecodeError(
+                    "unreadable",
+                    f"the picture changes from {self.width}x{self.height} "
+                    f"to {shown.size[0]}x{shown.size[1]} in the middle",
+                )
+            if self.frames == 0:
+                self.matrix, self.full_range = self._log.matrix, self._log.full_range
+            # Damaged files go back in time; frames are stored in the order they are shown.
+            latest = max(latest, shown.time if not math.isnan(shown.time) else self._guess(latest))
+            self.frames += 1
+            yield Frame(latest, planes)
+
+    def _guess(self, latest: float) -> float:
+        return latest + 1.0 / (self.source_fps or 25.0) if self.frames else 0.0
+
+    def _raise_failure(self, reading: str | None) -> None:
+        # The pipe is at its end or useless; a stuck ffmpeg falls to the time limit.
+        if reading is not None:
+            self._stream.kill()
+        code = self._stream.wait()
+        self._log.update(self._stream.read_log())
+        if self._stream.timed_out:
+            raise DecodeError("timeout", "ffmpeg ran past the time limit and was killed")
+        message = self._log.failure(self._path)
+        if self._log.no_video_stream:
+            raise DecodeError("no-video-stream", "it has no video stream")
+        if code != 0 or reading is not None:
+            opened = self._log.opened and self.frames == 0 and reading is None
+            kind = "zero-frames" if opened else "unreadable"
+            raise DecodeError(kind, message or reading or f"ffmpeg ended with code {code}")
+        if self.frames == 0:
+            raise DecodeError("zero-frames", message or "no frame could be decoded")
+
+
+@contextmanager
+def decoding(
+    path: Path, *, short_edge: int, timeout_seconds: float, binary: str
+) -> Iterator[Decoding]:
+    """Decode ``path`` once; ffmpeg is gone when the block ends.
+
+    Raises:
+        DecodeError: there is no such file, or from the iteration, see :class:`Decoding`.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise DecodeError(kind, error.strerror or "cannot be read") from error
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        raise DecodeError("unreadable", "the file is empty")
+    with FfmpegStream(decode_argv(path, short_edge, binary), timeout_seconds) as stream:
+        yield Decoding(stream, path)
+
+
+def _picture_size(header: bytes) -> tuple[int, int]:
+    words = header.split()
+    if words[:1] != [b"YUV4MPEG2"]:
+        raise ValueError("ffmpeg's output cannot be read")
+    fields = {word[:1]: word[1:] for word in words[1:]}
+    width, height = int(fields[b"W"]), int(fields[b"H"])
+    if width % 2 or height % 2 or not 0 < width * height * 3 // 2 <= _MAX_PICTURE_BYTES:
+        raise ValueError(f"pictures of {width}x{height} cannot be stored")
+    return width, height
+
+
+class _Shown(NamedTuple):
+    time: float  # seconds; nan when the stream has none
+    size: tuple[int, int]  # px
+
+
+_TIME_BASE = re.compile(rb"\[Parsed_showinfo_\d+ @ \S+\] config in time_base: (\d+)/(\d+)")
+_SHOWN = re.compile(rb"\[Parsed_showinfo_\d+ @ \S+\] n: *\d+ pts: *(-?\d+|NOPTS) .* s:(\d+)x(\d+) ")
+_COLOUR = re.compile(rb"\[Parsed_showinfo_\d+ @ \S+\] color_range:(\S+) color_space:(\S+)")
+_DURATION = re.compile(rb"  Duration: (\d+):(\d+):(\d+(?:\.\d+)?)")
+_FPS = re.compile(rb"  Stream #0:\d+.*: Video: .*?([\d.]+)(k?) fps")
+_FAULT = re.compile(
+    rb"error|invalid|not found|no such|could not|cannot|unsupported|denied|whitelist|truncat", re.I
+)
+
+
+class _Log:
+    """What ffmpeg's log tells, read in pieces while it grows."""
+
+    def __init__(self) -> None:
+        self.shown: list[_Shown] = []
+        self.matrix = "unknown"
+        self.full_range = False
+        self.fps: float | None = None
+        self.duration: float | None = None
+        self.opened = False
+        self.no_video_stream = False
+        self._time_base = 0.0
+        self._fault: bytes | None = None
+        self._rest = b""
+
+    def update(self, piece: bytes) -> None:
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"[Parsed_showinfo"):
+                self._read_showinfo(line)
+            elif not self.shown:
+                self._read_banner(line)
+            if self._fault is None and _is_fault(line):
+                self._fault = line
+
+    def _read_showinfo(self, line: bytes) -> None:
+        if found := _SHOWN.match(line):
+            ticks, width, height = found.groups()
+            time = math.nan if ticks == b"NOPTS" else round(int(ticks) * self._time_base, 6)
+            self.shown.append(_Shown(time, (int(width), int(height))))
+        elif found := _COLOUR.match(line):
+            if len(self.shown) == 1:
+                self.full_range = found[1] in (b"pc", b"jpeg")
+                self.matrix = found[2].decode("ascii", "replace")
+        elif found := _TIME_BASE.match(line):
+            self._time_base = int(found[1]) / max(1, int(found[2]))
+
+    def _read_banner(self, line: bytes) -> None:
+        if line.startswith(b"Input #0"):
+            self.opened = True
+        elif b"matches no streams" in line:
+            self.no_video_stream = True
+        elif found := _DURATION.match(line):
+            hours, minutes, seconds = (float(part) for part in found.groups())
+            self.duration = round(hours * 3600 + minutes * 60 + seconds, 3)
+        elif self.fps is None and (found := _FPS.match(line)):
+            self.fps = float(found[1]) * (1000 if found[2] else 1) or None
+
+    def failure(self, path: Path) -> str:
+        """ffmpeg's first complaint, without addresses and places of this machine."""
+        text = (self._fault or b"").decode("utf-8", "replace")
+        text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
+        return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
+
+
+def _is_fault(line: bytes) -> bool:
+    # Metadata is indented and may hold any words.
+    return not line.startswith((b" ", b"[Parsed_showinfo")) and _FAULT.search(line) is not None

@@ -1,0 +1,193 @@
+"""The local engine: shards built by processes of this machine.
+
+Whatever ends the run - Ctrl-C, SIGTERM, a killed driver, a killed worker - leaves finished shards
+under their final names and no running ffmpeg.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from types import FrameType
+from typing import Any
+
+from pipelines._build import ShardResult, build_shard
+from pipelines._ffmpeg import kill_running
+from pipelines._plan import ShardPlan
+from shards.errors import InputError
+
+_POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 5.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, but sent by a scheduler."""
+
+
+def build_shards(
+    plans: Sequence[ShardPlan],
+    workers: int,
+    on_shard: Callable[[ShardPlan, ShardResult], None],
+    on_videos: Callable[[int], None],
+) -> None:
+    """Build every plan; ``on_shard`` is called as each is finished, in any order.
+
+    Args:
+        workers: videos decoded at once, over all processes.
+        on_videos: told how many more videos are done.
+
+    Raises:
+        InputError: a shard cannot be written, or a worker was killed.
+        KeyboardInterrupt: after Ctrl-C or (Terminated) SIGTERM, with all workers gone.
+    """
+    if not plans:
+        return
+    processes = min(workers, len(plans))
+    threads = math.ceil(workers / processes)
+    with _sigterm_raises():
+        if processes == 1:
+            for plan in plans:
+                on_shard(plan, build_shard(plan, threads, lambda: on_videos(1)))
+        else:
+            _build_in_processes(plans, processes, threads, on_shard, on_videos)
+
+
+def _build_in_processes(
+    plans: Sequence[ShardPlan],
+    processes: int,
+    threads: int,
+    on_shard: Callable[[ShardPlan, ShardResult], None],
+    on_videos: Callable[[int], None],
+) -> None:
+    # Forking this process itself would copy its threads' locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines._build"])
+    with _sigint_ignored():  # inherited by all workers: Ctrl-C is this process's to handle
+        forkserver.ensure_running()
+    counter = context.Value("Q", 0)
+    others = set(multiprocessing.active_children())
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        now = counter.value
+        if now > told:
+            on_videos(now - told)
+            told = now
+
+    executor = ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start_worker, initargs=(counter,)
+    )
+    try:
+        # No more are handed out than there are processes, so that none waits where it cannot
+        # be taken back from.
+        queue = iter(plans)
+        running: dict[Future[ShardResult], ShardPlan] = {}
+        while True:
+            for plan in queue:
+                running[executor.submit(_work, plan, threads)] = plan
+                if len(running) >= processes:
+                    break
+            if not running:
+                break
+            done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            tell()
+            for future in done:
+                on_shard(running.pop(future), future.result())
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was killed, perhaps for want of memory",
+            fix="run the same command again to go on, with fewer --workers",
+        ) from error
+    finally:
+        # After an exception they are in the middle of a shard that nobody waits for.
+        _end([child for child in multiprocessing.active_children() if child not in others])
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end(children: list[Any]) -> None:
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(_PATIENCE_SECONDS)
+        if child.is_alive():
+            child.kill()
+
+
+_counter: Any = None
+_busy = False
+
+
+def _start_worker(counter: Any) -> None:
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    threading.Thread(target=_die_with_driver, daemon=True).start()
+
+
+def _work(plan: ShardPlan, threads: int) -> ShardResult:
+    global _busy
+    _busy = True
+    try:
+        return build_shard(plan, threads, _count)
+    except Terminated:
+        # By now the shard's temporary file and its ffmpeg are gone.
+        os._exit(128 + signal.SIGTERM)
+    finally:
+        _busy = False
+
+
+def _count() -> None:
+    with _counter.get_lock():
+        _counter.value += 1
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    if _busy:
+        raise Terminated
+    os._exit(128 + signal.SIGTERM)
+
+
+def _die_with_driver() -> None:
+    """A killed driver must not leave workers that write where its successor writes."""
+    driver = multiprocessing.parent_process()
+    if driver is not None:
+        driver.join()
+        kill_running()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    with _handled(signal.SIGTERM, handle):
+        yield
+
+
+@contextlib.contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    with _handled(signal.SIGINT, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

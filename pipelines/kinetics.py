@@ -1,0 +1,185 @@
+"""Kinetics-400/600/700: videos named by id and seconds, splits from the annotation CSVs.
+
+The layouts people have: ``train/*.mp4`` (CVDF, with ``replacement/…/*.mp4`` for corrupted files),
+``train/<label>/*.mp4``, ``videos_train/<label>/*.mp4``. Only file names count: folders spell
+labels in many ways.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+from pipelines._adapter import (
+    Adapter,
+    Discovery,
+    Video,
+    VideoSet,
+    is_video,
+    keyed,
+    missing_rows,
+    source_folder,
+    walk,
+)
+from pipelines._config import PrepareConfig
+from pipelines._kinetics_csv import SPLITS, Clip, clip_of_file, find_annotations
+from shards.errors import InputError
+from shards.format import Exclusion
+
+_VERSIONS = {400: "k400", 600: "k600", 700: "k700"}
+
+
+def discover(config: PrepareConfig) -> Discovery:
+    """One set a split: ``k400``, ``k400-val``, ``k400-test``; ``kinetics`` for other sizes.
+
+    Labels count the sorted label names of all the annotation files found.
+
+    Raises:
+        InputError: no videos, no annotations, or an unknown split.
+    """
+    src = source_folder(config)
+    files = list(walk(src))
+    annotations = find_annotations(config, files)
+    wanted = _wanted_splits(config, set(annotations.clips))
+    label_names = sorted(
+        {clip.label for clips in annotations.clips.values() for clip in clips if clip.label}
+    )
+    index = {name: number for number, name in enumerate(label_names)}
+    base = config.name or _VERSIONS.get(len(label_names), "kinetics")
+
+    matches = _Matches(annotations.clips)
+    for source, path in files:
+        if is_video(source):
+            matches.add(Video(source=source, path=path))
+    if not matches.seen:
+        raise InputError("holds no videos", src, f"expected *.mp4 files below {src.name}/")
+
+    sets = []
+    notes = list(annotations.notes)
+    for split in wanted:
+        clips = annotations.clips[split]
+        found = matches.videos[split]
+        if not found:
+            notes.append(f"{split}: none of the {len(clips)} listed videos found; left out")
+            continue
+        videos = [
+            replace(
+                video,
+                label=index[clip.label] if clip.label else None,
+                label_name=clip.label,
+                splits={"official": split},
+            )
+            for clip, video in sorted(found.items(), key=lambda pair: pair[1].source)
+        ]
+        name = base if split == "train" else f"{base}-{split}"
+        absent = [clip for clip in clips if clip not in found]
+        sets.append(
+            VideoSet(
+                name=name,
+                videos=keyed(videos),
+                label_names=label_names,
+                excluded=missing_rows(clip.file_stem for clip in absent) + matches.doubles[split],
+                coverage=_coverage(name, split, clips, absent),
+            )
+        )
+    if not sets:
+        raise InputError(
+            "none of the videos is in the annotations",
+            src,
+            "files are named <youtube id>_<start>_<end>.mp4; see --annotations",
+        )
+    # Files no annotation knows belong to no split; they are told of once.
+    sets[0] = replace(sets[0], excluded=sets[0].excluded + matches.unknown)
+    return Discovery(sets=sets, notes=notes)
+
+
+@dataclass
+class _Matches:
+    """Which file is which annotated clip."""
+
+    clips: dict[str, list[Clip]]
+    videos: dict[str, dict[Clip, Video]] = field(default_factory=lambda: defaultdict(dict))
+    doubles: dict[str, list[Exclusion]] = field(default_factory=lambda: defaultdict(list))
+    unknown: list[Exclusion] = field(default_factory=list)
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self._by_id: dict[str, list[tuple[str, Clip]]] = defaultdict(list)
+        for split, clips in self.clips.items():
+            for clip in clips:
+                self._by_id[clip.youtube_id].append((split, clip))
+
+    def add(self, video: Video) -> None:
+        self.seen += 1
+        found = self._find(video.source)
+        if found is None:
+            message = "its id is in no annotation file"
+            self.unknown.append(
+                Exclusion(source=video.source, kind="not-in-annotations", message=message)
+            )
+            return
+        split, clip = found
+        present = self.videos[split].get(clip)
+        if present is None:
+            self.videos[split][clip] = video
+            return
+        # CVDF's replacements stand for corrupted files of the same name.
+        kept, other = (
+            (video, present)
+            if _is_replacement(video) and not _is_replacement(present)
+            else (present, video)
+        )
+        self.videos[split][clip] = kept
+        message = f"the same clip as {kept.source}"
+        self.doubles[split].append(
+            Exclusion(source=other.source, kind="duplicate", message=message)
+        )
+
+    def _find(self, source: str) -> tuple[str, Clip] | None:
+        youtube_id, start, end = clip_of_file(PurePosixPath(source).stem)
+        rows = self._by_id.get(youtube_id, [])
+        exact = [row for row in rows if (row[1].start, row[1].end) == (start, end)]
+        # A video trimmed by other hands may have other seconds, or none in its name.
+        rows = exact or rows
+        if len(rows) > 1:
+            here = source.lower()
+            rows = [row for row in rows if row[0] in here] or rows
+        return rows[0] if rows else None
+
+
+def _is_replacement(video: Video) -> bool:
+    return any(
+        folder.startswith("replacement") for folder in PurePosixPath(video.source).parts[:-1]
+    )
+
+
+def _wanted_splits(config: PrepareConfig, found: set[str]) -> list[str]:
+    if config.split is None:
+        return [split for split in SPLITS if split in found]
+    wanted = [word.strip() for word in config.split.split(",") if word.strip()]
+    unknown = [word for word in wanted if word not in found]
+    if unknown or not wanted:
+        have = ", ".join(split for split in SPLITS if split in found)
+        what = f"unknown split {unknown[0]!r}" if unknown else "names no split"
+        raise InputError(what, "--split", f"the annotations have {have}")
+    return [split for split in SPLITS if split in wanted]
+
+
+def _coverage(name: str, split: str, clips: list[Clip], absent: Iterable[Clip]) -> list[str]:
+    lacking = Counter(clip.label or "(no label)" for clip in absent)
+    count = sum(lacking.values())
+    lines = [f"{name}: {len(clips) - count} of {len(clips)} listed {split} videos found"]
+    if lacking:
+        worst = ", ".join(f"{label} {number}" for label, number in _most(lacking))
+        lines.append(f"{name}: most are missing of {worst}")
+    return lines
+
+
+def _most(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
+
+
+# As the authors' stored frames: 30 a video, for pre-training and for features alike.
+ADAPTER = Adapter(discover=discover, default_frames=30)

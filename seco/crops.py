@@ -1,0 +1,142 @@
+"""The CPU part of the views: decode, random resized crop, centre crop. No torch here."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+
+CROP_SCALE = (0.2, 1.0)  # authors' code; MoCo v2
+CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's default
+_CROP_ATTEMPTS = 10  # torchvision's, before it takes the centre
+_MIN_REDUCTION = 2  # libjpeg-turbo's scaled IDCT is no faster below 2
+
+
+class BrokenJpeg(ValueError):
+    """The bytes are no JPEG, or one that was cut short or damaged."""
+
+
+class CropParameters(NamedTuple):
+    """A box within an image, in px."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def draw_crop(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+) -> CropParameters:
+    """The box of a random resized crop: torchvision's ``RandomResizedCrop.get_params``.
+
+    Args:
+        rng: consumed by four numbers an attempt.
+        width: of the image, px.
+        height: of the image, px.
+        scale: range of the box's area, of the image's, uniform.
+        ratio: range of width / height, uniform in its logarithm.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return CropParameters(left, top, box_width, box_height)
+    return _widest_center(width, height, ratio)
+
+
+def _widest_center(width: int, height: int, ratio: tuple[float, float]) -> CropParameters:
+    """The largest centred box whose ratio is allowed."""
+    box_width, box_height = width, height
+    if width / height < ratio[0]:
+        box_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        box_width = round(height * ratio[1])
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return CropParameters(left, top, box_width, box_height)
+
+
+def decode_jpeg(data: bytes, min_short_edge: int | None = None) -> Pixels:
+    """Decode to (H, W, 3) RGB, accurately (slow integer DCT, smooth chroma).
+
+    Args:
+        data: the JPEG file.
+        min_short_edge: allow the decoder to drop resolution, which is quicker: the image comes out
+            by a factor of 2 or more smaller if its short edge is then still this many px (see
+            :func:`edge_for_crops`), and whole if not. Without it always whole.
+
+    Raises:
+        BrokenJpeg: the data is no JPEG or is damaged.
+    """
+    edge = min_short_edge or 0
+    try:
+        decoded: Pixels = simplejpeg.decode_jpeg(
+            data, min_width=edge, min_height=edge, min_factor=_MIN_REDUCTION if edge else 1
+        )
+    except ValueError as error:
+        raise BrokenJpeg(f"broken JPEG of {len(data)} bytes ({error})") from error
+    return decoded
+
+
+def edge_for_crops(
+    size: int,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+) -> int:
+    """The ``min_short_edge`` at which the smallest crop still has ``size`` px on each side.
+
+    Then decoding at reduced resolution only does, earlier, a part of what the resize would do.
+    """
+    narrowest = min(ratio[0], 1 / ratio[1])
+    return math.ceil(size / math.sqrt(scale[0] * narrowest))
+
+
+def crop_resize(image: Pixels, box: CropParameters, size: int) -> Pixels:
+    """Cut ``box`` out of an (H, W, 3) image and resize it to (size, size, 3).
+
+    PIL's bilinear filter with antialiasing: equal to torchvision's ``resized_crop`` on PIL images.
+    """
+    left, top, width, height = box
+    # Cut before PIL sees it: converting only the box is quicker than resize(box=), which also
+    # lets the filter look beyond the box's edges.
+    return _resize(image[top : top + height, left : left + width], size, size)
+
+
+def center_crop(image: Pixels, short_edge: int = 256, size: int = 224) -> Pixels:
+    """Resize the short edge, then cut the (size, size, 3) centre out.
+
+    Equal to torchvision's ``Resize(short_edge)`` and ``CenterCrop(size)`` on PIL images.
+
+    Raises:
+        ValueError: ``size`` exceeds ``short_edge``.
+    """
+    if size > short_edge:
+        raise ValueError(f"a crop of {size} px does not fit into a short edge of {short_edge} px")
+    height, width = image.shape[:2]
+    if min(height, width) != short_edge:
+        if width <= height:
+            width, height = short_edge, short_edge * height // width
+        else:
+            width, height = short_edge * width // height, short_edge
+        image = _resize(image, width, height)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def _resize(image: Pixels, width: int, height: int) -> Pixels:
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)

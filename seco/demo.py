@@ -1,0 +1,185 @@
+"""``seco demo``: the whole chain on a small set, by the commands a user would type.
+
+Each step is one command of the toolkit, printed before it runs, so that the demo is also the
+recipe. Its scale (short edge, crop, batch, queue) is what a two-core machine trains in minutes; it
+shows that the parts work together and that pre-training helps, not what SeCo reaches at full size.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seco.demo_config import DemoConfig
+from shards.atomic import write_json
+from shards.errors import InputError, Stopped, TooManyExcluded
+from shards.format import Manifest, read_manifest
+
+Command = Callable[[list[str]], int]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the demo is; measured choices are in ``benchmarks/results/demo.md``."""
+
+    steps: int
+    clips_per_class: int
+    crop_px: int = 32
+    stored_short_edge_px: int = 72
+    feature_short_edge_px: int = 36
+    frames: int = 16
+    batch: int = 32
+    lr: float = 0.12
+    temperature: float = 0.2
+    ema: float = 0.99
+    queue_share: float = 0.2  # of 3 keys a video: beyond it a query's own video is a negative
+
+
+FULL = Scale(steps=2000, clips_per_class=36)
+QUICK = Scale(steps=12, clips_per_class=4, batch=8, frames=4)
+
+
+def demo(config: DemoConfig, command: Command) -> str:
+    """Run the chain; returns the closing table.
+
+    Args:
+        config: settings.
+        command: runs one ``seco`` command line in this process and returns its exit code.
+
+    Raises:
+        InputError: a step failed; its own line says why.
+    """
+    return _Demo(config, command).run()
+
+
+class _Demo:
+    def __init__(self, config: DemoConfig, command: Command) -> None:
+        self.config = config
+        self.command = command
+        self.out = Path(config.out)
+        self.scale = QUICK if config.quick else FULL
+        self.steps = min(config.steps, self.scale.steps) if config.quick else config.steps
+        self.began = time.monotonic()
+
+    def run(self) -> str:
+        manifest = self._shards()
+        shards = str(self.out / "shards" / f"{manifest.name}.json")
+        self._step("inspect", shards, "--html", str(self.out / "shards.html"))
+        run = self._pretrain(manifest, shards)
+        encoders = {"SeCo": str(run / "last.pt"), "random initialisation": "random"}
+        rows = [self._evaluate(name, source, shards) for name, source in encoders.items()]
+        nearest = self._nearest_page()
+        summary = {"dataset": manifest.dataset, "seed": self.config.seed, "rows": rows}
+        write_json(self.out / "demo.json", {**summary, "tasks": self.config.tasks})
+        report = self.out / "report.html"
+        self._step("report", str(self.out), "--out", str(report))
+        return self._table(rows, report, nearest)
+
+    def _shards(self) -> Manifest:
+        """Render or take the videos, and prepare them."""
+        dataset, source = self.config.dataset, self.config.src
+        if source is None:
+            dataset, source = "ucf101", str(self.out / "raw")
+            if not (self.out / "raw" / "ucfTrainTestlist").is_dir():
+                clips = ["--clips-per-class", str(self.scale.clips_per_class)]
+                self._step("render-demo", source, *clips, "--seed", "0")
+        self._step(
+            *("prepare", dataset, "--src", source, "--out", str(self.out / "shards")),
+            *("--short-edge", str(self.scale.stored_short_edge_px), "--frames", "24"),
+            *("--videos-per-shard", "64"),
+        )
+        manifests = sorted((self.out / "shards").glob("*.json"))
+        if not manifests:
+            raise InputError("holds no prepared set", self.out / "shards")
+        return max((read_manifest(path) for path in manifests), key=_videos)
+
+    def _pretrain(self, manifest: Manifest, shards: str) -> Path:
+        scale, videos = self.scale, _videos(manifest)
+        batch = min(scale.batch, max(2, videos // 2))
+        epochs = max(1, round(self.steps / max(1, videos // batch)))
+        queue = max(batch, int(scale.queue_share * 3 * videos) // 32 * 32)
+        run = self.out / "runs" / f"{manifest.name}-{self.config.tasks.replace(',', '-')}"
+        self._step(
+            *("pretrain", "--shards", shards, "--out", str(run), "--resume", "auto"),
+            *("--arch", "resnet18", "--tasks", self.config.tasks, "--epochs", str(epochs)),
+            *("--batch-size", str(batch), "--queue-size", str(queue), "--lr", str(scale.lr)),
+            *("--temperature", str(scale.temperature), "--ema", str(scale.ema)),
+            *("--crop-size", str(scale.crop_px), "--seed", str(self.config.seed)),
+            *("--workers", "1", "--checkpoint-every-steps", "500"),
+        )
+        return run
+
+    def _evaluate(self, name: str, source: str, shards: str) -> dict[str, Any]:
+        scale = self.scale
+        folder = self.out / "features" / ("random" if source == "random" else "seco")
+        self._step(
+            *("extract-features", "--shards", shards, "--checkpoint", source),
+            *("--out", str(folder), "--arch", "resnet18", "--seed", str(self.config.seed)),
+            *("--frames", str(scale.frames), "--short-edge", str(scale.feature_short_edge_px)),
+            *("--crop-size", str(scale.crop_px), "--workers", "1"),
+        )
+        self._step("probe", "--features", str(folder))
+        self._step("retrieve", "evaluate", "--features", str(folder))
+        probe = json.loads((folder / "probe.json").read_text("utf-8"))
+        retrieval = json.loads((folder / "retrieval.json").read_text("utf-8"))
+        return {
+            "encoder": name,
+            "probe_top1": probe["top1"],
+            "r_at_1": retrieval["label"]["1"],
+            "same_video_r_at_1": retrieval["same_video"]["1"],
+        }
+
+    def _nearest_page(self) -> Path:
+        """The nearest videos of the first test video."""
+        folder = self.out / "features" / "seco"
+        with open(folder / "videos.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        tests = [r for r in rows if "test" in (v for k, v in r.items() if k.startswith("split."))]
+        page = self.out / "nearest.html"
+        key = (tests or rows)[0]["key"]
+        self._step(
+            "retrieve", "query", "--features", str(folder), "--video", key, "--html", str(page)
+        )
+        return page
+
+    def _step(self, *arguments: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        print(
+            f"\n[{minutes}:{seconds:02d}] $ seco {shlex.join(arguments)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = self.command(list(arguments))
+        if code == 75:
+            raise Stopped("the demo stopped; run it again and it goes on from there")
+        if code == 3:
+            raise TooManyExcluded("too many videos could not be used", self.config.src)
+        if code:
+            raise InputError(f"the step 'seco {arguments[0]}' failed with exit code {code}")
+
+    def _table(self, rows: list[dict[str, Any]], report: Path, nearest: Path) -> str:
+        names = {"probe_top1": "SVM top-1", "r_at_1": "R@1", "same_video_r_at_1": "same video R@1"}
+        lines = [f"{'encoder':<24}" + "".join(f"{title:>16}" for title in names.values())]
+        for row in rows:
+            figures = "".join(f"{100 * row[name]:>15.1f}%" for name in names)
+            lines.append(f"{row['encoder']:<24}{figures}")
+        if self.config.quick:
+            lines.append("(--quick: a few steps on a few clips; these figures mean nothing)")
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        lines += [
+            f"report: {report}",
+            f"nearest videos: {nearest}",
+            f"took {minutes}:{seconds:02d}",
+        ]
+        return "\n" + "\n".join(lines)
+
+
+def _videos(manifest: Manifest) -> int:
+    return sum(shard.videos for shard in manifest.shards)

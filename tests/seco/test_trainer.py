@@ -1,0 +1,210 @@
+"""Training runs: they learn from the shards, stop and go on exactly, and fail in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import seco.trainer
+from seco.checkpoint import load_checkpoint
+from seco.config import PretrainConfig
+from seco.trainer import pretrain
+from shards.errors import InputError, Stopped
+from tests.made_shards import make_set
+
+SMALL: dict[str, Any] = {
+    "arch": "resnet18",
+    "epochs": 3,
+    "batch_size": 4,
+    "bn_group": 2,
+    "queue_size": 20,
+    "crop_size": 32,
+    "workers": 0,
+    "log_every": 1,
+    "lr": 0.05,
+    "device": "cpu",
+    "checkpoint_every_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_set(tmp_path_factory.mktemp("shards"), videos=18, frames=5, per_shard=7)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    pretrain(PretrainConfig(shards=(shards,), out=str(out), **SMALL))
+    return out
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_design_names(undisturbed: Path) -> None:
+    rows = lines(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["epoch"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    for row in rows:
+        parts = row["loss_inter"] + row["loss_intra"] + row["loss_order"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+        assert 0 <= row["acc_inter"] <= 1
+    assert rows[0]["lr"] == 0.05
+    assert rows[-1]["lr"] < 0.002
+    assert rows[-1]["queue_fill"] == 1.0
+    content = load_checkpoint(undisturbed / "last.pt")
+    assert content["step"] == 12
+    assert "preset" in (undisturbed / "config.toml").read_text()
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_the_same_settings_give_the_same_run_with_loader_processes(
+    shards: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **{**SMALL, "workers": 2}))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    one = load_checkpoint(tmp_path / "last.pt")["model"]
+    other = load_checkpoint(undisturbed / "last.pt")["model"]
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_killed_at_a_random_step_and_resumed(
+    shards: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    options = {**SMALL, "checkpoint_every_steps": 1, "out": tmp_path, "shards": shards}
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    stop_after = random.randrange(1, 10)
+    with subprocess.Popen(
+        [sys.executable, "-m", "cli", "pretrain", *arguments], env=environment
+    ) as run:
+        log = tmp_path / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and len(log.read_text().splitlines()) > stop_after):
+            assert time.monotonic() < deadline
+            assert run.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        run.kill()
+    kept = load_checkpoint(tmp_path / "last.pt")["step"]
+    assert kept < 12
+    pretrain(PretrainConfig(**{**SMALL, "shards": (shards,), "out": str(tmp_path)}, resume="auto"))
+    resumed = lines(tmp_path)
+    assert [r for r in resumed if r["step"] > kept] == [
+        r for r in lines(undisturbed) if r["step"] > kept
+    ]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(
+    shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_of_trainer = seco.trainer.Trainer._train_step
+
+    def signalled(self: Any, batch: Any) -> Any:
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of_trainer(self, batch)
+
+    monkeypatch.setattr(seco.trainer.Trainer, "_train_step", signalled)
+    config = PretrainConfig(shards=(shards,), out=str(tmp_path), **SMALL)
+    with pytest.raises(Stopped, match=r"saved step 6 of 12.*--resume auto") as stopped:
+        pretrain(config)
+    assert stopped.value.exit_code == 75
+    monkeypatch.undo()
+    pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **SMALL, resume="auto"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(
+    shards: str, undisturbed: Path
+) -> None:
+    with pytest.raises(InputError, match="holds a run already.*--resume auto"):
+        pretrain(PretrainConfig(shards=(shards,), out=str(undisturbed), **SMALL))
+    with pytest.raises(InputError, match=r"was made with lr = 0\.05, not 0\.1"):
+        pretrain(
+            PretrainConfig(
+                shards=(shards,), out=str(undisturbed), resume="auto", **{**SMALL, "lr": 0.1}
+            )
+        )
+
+
+def test_unreadable_samples_are_named_replaced_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = make_set(tmp_path / "shards", videos=12, frames=3)
+    tar = tmp_path / "shards" / "made-000.tar"
+    data = bytearray(tar.read_bytes())
+    at = data.index(b"video_0004.0000.jpg") + 512  # all three frames of one video
+    end = data.index(b"video_0005.json")
+    for position in range(at, end):
+        data[position] ^= 0x55
+    tar.write_bytes(data)
+    out = tmp_path / "run"
+    pretrain(PretrainConfig(shards=(shards,), out=str(out), **{**SMALL, "epochs": 2}))
+    assert lines(out)[-1]["unreadable"] == 2  # once an epoch
+    assert "video_0004" in capsys.readouterr().err
+    strict = {**SMALL, "epochs": 2, "max_unreadable": 0.0}
+    with pytest.raises(InputError, match="1 samples could not be read.*--max-unreadable"):
+        pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path / "strict"), **strict))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the loss is (nan|inf) at step"):
+        pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **{**SMALL, "lr": 1e12}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 64}, "do not fill a batch"),
+        ({"tasks": "inter,colour"}, "unknown task 'colour'"),
+        ({"tasks": ""}, "names no task"),
+        ({"bn_group": 3}, "--bn-group: must be 2 or more and divide"),
+        ({"lr": -1.0}, "--lr: must be above 0"),
+        ({"arch": "vgg16"}, "unknown architecture 'vgg16'"),
+        ({"device": "cuda:9"}, "no GPU|unknown device"),
+        ({"init": "nowhere.pt"}, "nowhere.pt: cannot be read"),
+        ({"epochs": 0}, "--epochs"),
+    ],
+)
+def test_settings_that_cannot_work(
+    shards: str, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **{**SMALL, **change}))
+    assert "\n" not in str(caught.value)
+
+
+def test_ablations_and_the_authors_preset_train(shards: str, tmp_path: Path) -> None:
+    for tasks in ("inter", "inter,intra", "order"):
+        out = tmp_path / tasks
+        one_epoch = {**SMALL, "epochs": 1, "tasks": tasks, "preset": "authors", "warmup_epochs": 0}
+        pretrain(PretrainConfig(shards=(shards,), out=str(out), **one_epoch))
+        logged = {k for k in lines(out)[-1] if k.startswith("loss_")}
+        assert logged == {f"loss_{task}" for task in tasks.split(",")}
+
+
+def test_init_takes_an_earlier_runs_backbone(
+    shards: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = PretrainConfig(
+        shards=(shards,), out=str(tmp_path), init=str(undisturbed / "last.pt"), **SMALL
+    )
+    trainer = seco.trainer.Trainer(seco.trainer.resolve(config))
+    trained = load_checkpoint(undisturbed / "last.pt")["model"]
+    for side in ("query", "key"):
+        encoder = getattr(trainer.model, f"{side}_encoder").backbone.state_dict()
+        for name, tensor in encoder.items():
+            assert torch.equal(tensor, trained[f"query_encoder.backbone.{name}"])

@@ -1,0 +1,71 @@
+"""Shard specifications as people type them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.errors import InputError
+from shards.spec import expand_spec
+from tests.made_shards import make_set
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards")
+    make_set(path, videos=6, frames=3, per_shard=2)
+    return path
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{folder}/made-{{000..002}}.tar",
+        "{folder}/made-<000..002>.tar",
+        "{folder}/made-*.tar",
+        "{folder}/made-00?.tar",
+        "{folder}/made.json",
+        "{folder}",
+        "{folder}/made-000.tar,{folder}/made-{{001..002}}.tar",
+    ],
+)
+def test_each_form_names_all_three(folder: Path, pattern: str) -> None:
+    names = [path.name for path in expand_spec(pattern.format(folder=folder))]
+    assert names == ["made-000.tar", "made-001.tar", "made-002.tar"]
+
+
+def test_a_list_is_joined_without_repeats(folder: Path) -> None:
+    spec = [f"{folder}/made-001.tar", f"{folder}/made-*.tar"]
+    assert [p.name for p in expand_spec(spec)] == ["made-001.tar", "made-000.tar", "made-002.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{folder}/none-*.tar", "matches no shards"),
+        ("{folder}/made-{{000..009}}.tar", "7 of 10 shards do not exist"),
+        ("{folder}/other.tar", "no such shard"),
+        ("", "names no shards|no such shard|matches no shards"),
+        ("s3://bucket/x.tar", "remote"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(folder: Path, pattern: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        expand_spec(pattern.format(folder=folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_whose_shards_are_gone(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path, videos=4, frames=3, per_shard=2)
+    (tmp_path / "made-001.tar").unlink()
+    with pytest.raises(InputError, match=r"1 of its 2 shards are missing, first made-001\.tar"):
+        expand_spec(manifest)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": [1]}', "\0"])
+def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="is not a shard manifest"):
+        expand_spec(str(path))
