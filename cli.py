@@ -1,4 +1,4 @@
-"""The ``seco`` command: parse, make the stage's settings, one call. Nothing heavy is imported here."""
+"""The ``seco`` command: parse, make the stage's settings, one call. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -283,9 +283,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return _fail(stopped, stopped.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(
-            "interrupted; nothing is half-written, run the same command again", EXIT_STOPPED
-        )
+        return _fail("interrupted, nothing is half-written: run the same again", EXIT_STOPPED)
     except BrokenPipeError:
         # The reader of our output has gone (`seco … | head`): not a mistake of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -121,7 +121,7 @@ def normalise(
 
 
 def _standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """In place, on (N, 3, H, W) in 0 … 1. Channel by channel: no constants to send to the device."""
+    """In place, on (N, 3, H, W) in 0 … 1; a channel at a time needs no constants on the device."""
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         x[:, channel].sub_(m).div_(s)
     return x

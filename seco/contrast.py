@@ -33,9 +33,7 @@ class NegativeQueue(nn.Module):
         else:
             rows = F.normalize(torch.randn(size, dim, generator=generator))
         self.register_buffer("rows", rows)  # (K, D)
-        self.register_buffer(
-            "videos", torch.full((size,), -1)
-        )  # (K,) whose key it is, -1: nobody's
+        self.register_buffer("videos", torch.full((size,), -1))  # (K,) -1: nobody's
         self.register_buffer("next_slot", torch.zeros((), dtype=torch.long))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # keys ever appended
 

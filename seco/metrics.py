@@ -25,7 +25,7 @@ class RunLog:
         self._files: dict[str, TextIO] = {}
         for name in (METRICS, SPEED):
             _drop_after(folder / name, start_step)
-            self._files[name] = open(folder / name, "a", encoding="utf-8")
+            self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: dict[str, Any], speed: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from seco.augment import ViewConfig, apply_views
 from seco.checkpoint import load_checkpoint, save_checkpoint
-from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig, resolve
+from seco.config import RESUMABLE_DIFFERENCES, TASKS, PretrainConfig, resolve
 from seco.loader import Batch, TripletBatches, batches
 from seco.method import SeCo, StepResult
 from seco.metrics import RunLog

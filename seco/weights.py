@@ -1,4 +1,4 @@
-"""Backbone weights from a checkpoint, a torchvision state dict or at random; strict, never partial."""
+"""Backbone weights from a checkpoint, a torchvision state dict or at random; never partial."""
 
 from __future__ import annotations
 

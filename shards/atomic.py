@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise _unwritable(path, error) from error
         raise
     finally:
-        try:
+        # When the parent is unwritable or not a folder, nothing of ours can be lying there.
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            # The parent is unwritable or not a folder: nothing of ours can be lying there.
-            pass
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

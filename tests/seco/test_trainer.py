@@ -130,7 +130,7 @@ def test_sigterm_saves_and_says_how_to_go_on(
 def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(
     shards: str, undisturbed: Path
 ) -> None:
-    with pytest.raises(InputError, match="holds a run already.*--resume auto"):
+    with pytest.raises(InputError, match=r"holds a run already.*--resume auto"):
         pretrain(PretrainConfig(shards=(shards,), out=str(undisturbed), **SMALL))
     with pytest.raises(InputError, match=r"was made with lr = 0\.05, not 0\.1"):
         pretrain(
@@ -156,12 +156,12 @@ def test_unreadable_samples_are_named_replaced_and_counted(
     assert lines(out)[-1]["unreadable"] == 2  # once an epoch
     assert "video_0004" in capsys.readouterr().err
     strict = {**SMALL, "epochs": 2, "max_unreadable": 0.0}
-    with pytest.raises(InputError, match="1 samples could not be read.*--max-unreadable"):
+    with pytest.raises(InputError, match=r"1 samples could not be read.*--max-unreadable"):
         pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path / "strict"), **strict))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the loss is (nan|inf) at step"):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step"):
         pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **{**SMALL, "lr": 1e12}))
 
 
