@@ -192,7 +192,7 @@ def render_clip(
 def _expose(
     sprite: FloatArray, poses: list[Pose], half_size_px: float, height: int, width: int
 ) -> FloatArray:
-    """Mean over ``poses`` of the object drawn into a frame: premultiplied RGBA (height, width, 4)."""
+    """The object drawn once a pose, averaged: premultiplied RGBA ``(height, width, 4)``."""
     total = np.zeros((height, width, 4), np.float32)
     texels = sprite.reshape(-1, 4)
     for pose in poses:
@@ -213,7 +213,8 @@ def _expose(
         # Texel 0 is outside every silhouette, so what lies off the sprite reads as empty.
         inside = (np.abs(u) < 0.999) & (np.abs(v) < 0.999)
         total[top:bottom, left:right] += texels[np.where(inside, row * SPRITE_PX + column, 0)]
-    return total / len(poses)
+    total /= len(poses)
+    return total
 
 
 def _drifting_background(
@@ -245,4 +246,4 @@ def _lighting(take: np.random.Generator, height: int, width: int) -> FloatArray:
     x = np.linspace(-1, 1, width)[None, :]
     slope = (x * np.cos(angle) + y * np.sin(angle)) / np.sqrt(2)
     light = take.uniform(*EXPOSURE) * (1 + 0.5 * depth * (slope - 1))
-    return light[..., None].astype(np.float32)
+    return np.asarray(light[..., None], np.float32)

@@ -31,6 +31,10 @@ STAR_INNER_RADIUS = (0.42, 0.55)
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
+def _f32(values: Any) -> FloatArray:
+    return np.asarray(values, np.float32)
+
+
 def random_colour_pair(
     rng: np.random.Generator, contrast: tuple[float, float]
 ) -> tuple[FloatArray, FloatArray]:
@@ -55,7 +59,7 @@ def _colour_of_luma(rng: np.random.Generator, luma: float) -> FloatArray:
     # The largest tint that keeps every channel in range, so that the luma stays what was asked.
     room = np.where(tint > 0, (1.0 - luma) / np.maximum(tint, 1e-6), luma / np.maximum(-tint, 1e-6))
     colour = luma + tint * min(float(room.min()), 1.0) * rng.uniform(0.1, 1.0)
-    return np.clip(colour, 0.0, 1.0).astype(np.float32)
+    return _f32(np.clip(colour, 0.0, 1.0))
 
 
 def cloud_noise(
@@ -74,7 +78,7 @@ def cloud_noise(
     spectrum[0, 0] = 0.0
     white = np.fft.rfft2(rng.standard_normal((height, width)))
     noise = np.fft.irfft2(white * spectrum, s=(height, width))
-    return (noise / noise.std()).astype(np.float32)
+    return _f32(noise / noise.std())
 
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> FloatArray:
@@ -83,36 +87,35 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> FloatA
         rng, height, width, rng.uniform(*BACKGROUND_SLOPE), rng.uniform(*BACKGROUND_STRETCH)
     )
     sharpness = np.exp(rng.uniform(*np.log(BACKGROUND_SHARPNESS)))
-    mixed: FloatArray = _two_tone(noise - np.float32(rng.uniform(-0.4, 0.4)), sharpness)
-    return mixed
+    return _two_tone(_f32(noise - rng.uniform(-0.4, 0.4)), sharpness)
 
 
 def _two_tone(wave: FloatArray, sharpness: float) -> FloatArray:
-    return 0.5 + 0.5 * np.tanh(np.float32(sharpness) * wave)
+    return _f32(0.5 + 0.5 * np.tanh(sharpness * wave))
 
 
 def _stripes(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> FloatArray:
-    return np.sin(k * x + np.float32(rng.uniform(0, 2 * np.pi)))
+    return _f32(np.sin(k * x + rng.uniform(0, 2 * np.pi)))
 
 
 def _checker(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> FloatArray:
-    phase_x, phase_y = rng.uniform(0, 2 * np.pi, 2).astype(np.float32)
+    phase_x, phase_y = rng.uniform(0, 2 * np.pi, 2)
     # Less than k: a checker's diagonal neighbours make it look finer than stripes of the same k.
-    return 1.6 * np.sin(0.8 * k * x + phase_x) * np.sin(0.8 * k * y + phase_y)
+    return _f32(1.6 * np.sin(0.8 * k * x + phase_x) * np.sin(0.8 * k * y + phase_y))
 
 
 def _rings(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> FloatArray:
-    return np.sin(k * np.hypot(x, y) + np.float32(rng.uniform(0, 2 * np.pi)))
+    return _f32(np.sin(k * np.hypot(x, y) + rng.uniform(0, 2 * np.pi)))
 
 
 def _dots(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> FloatArray:
-    phase_x, phase_y = rng.uniform(0, 2 * np.pi, 2).astype(np.float32)
-    return 1.2 * (np.cos(k * x + phase_x) + np.cos(k * y + phase_y) - 0.35)
+    phase_x, phase_y = rng.uniform(0, 2 * np.pi, 2)
+    return _f32(1.2 * (np.cos(k * x + phase_x) + np.cos(k * y + phase_y) - 0.35))
 
 
 def _nested_stars(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> FloatArray:
     # The caller gives the star's own radius in x (see draw_sprite): lines parallel to its outline.
-    return np.sin(k * x + np.float32(rng.uniform(0, 2 * np.pi)))
+    return _f32(np.sin(k * x + rng.uniform(0, 2 * np.pi)))
 
 
 PATTERNS: dict[str, Callable[[FloatArray, FloatArray, float, np.random.Generator], FloatArray]] = {
@@ -128,7 +131,7 @@ def _polygon_radius(x: FloatArray, y: FloatArray, sides: int) -> FloatArray:
     """1 on the outline of a regular polygon inscribed in the unit circle, less inside."""
     sector = 2 * np.pi / sides
     angle = np.mod(np.arctan2(y, x), sector) - sector / 2
-    return (np.hypot(x, y) * np.cos(angle) / np.cos(sector / 2)).astype(np.float32)
+    return _f32(np.hypot(x, y) * np.cos(angle) / np.cos(sector / 2))
 
 
 def _star_radius(x: FloatArray, y: FloatArray, points: int, inner: float) -> FloatArray:
@@ -142,7 +145,7 @@ def _star_radius(x: FloatArray, y: FloatArray, points: int, inner: float) -> Flo
     normal = (tip[1] - corner[1], corner[0] - tip[0])
     offset = normal[0] * tip[0] + normal[1] * tip[1]
     along = radius * (np.cos(angle) * normal[0] + np.sin(angle) * normal[1])
-    return (along / offset).astype(np.float32)
+    return _f32(along / offset)
 
 
 def draw_sprite(rng: np.random.Generator, pattern: str) -> FloatArray:
@@ -159,8 +162,8 @@ def draw_sprite(rng: np.random.Generator, pattern: str) -> FloatArray:
     axis = np.linspace(-1, 1, SPRITE_PX, dtype=np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     turn = rng.uniform(0, 2 * np.pi)
-    c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    turned_x, turned_y = c * x + s * y, c * y - s * x
+    c, s = np.cos(turn), np.sin(turn)
+    turned_x, turned_y = _f32(c * x + s * y), _f32(c * y - s * x)
     points, inner = int(rng.choice(STAR_POINTS)), rng.uniform(*STAR_INNER_RADIUS)
     sides = int(rng.choice((3, 4, 6, 0)))
     if pattern == "star":
@@ -169,15 +172,14 @@ def draw_sprite(rng: np.random.Generator, pattern: str) -> FloatArray:
     elif sides:
         radius = _polygon_radius(x, y, sides)
     else:
-        radius = np.hypot(x, y)
-    k = np.float32(np.pi * rng.uniform(*PATTERN_CYCLES))
-    wave = PATTERNS[pattern](turned_x, turned_y, k, rng)
-    wave = wave + np.float32(rng.uniform(-PATTERN_BALANCE, PATTERN_BALANCE))
+        radius = _f32(np.hypot(x, y))
+    wave = PATTERNS[pattern](turned_x, turned_y, np.pi * rng.uniform(*PATTERN_CYCLES), rng)
+    wave = _f32(wave + rng.uniform(-PATTERN_BALANCE, PATTERN_BALANCE))
     share = _two_tone(wave, rng.uniform(*PATTERN_SHARPNESS))[..., None]
     first, second = random_colour_pair(rng, FOREGROUND_CONTRAST)
     colour = first + share * (second - first)
     grain = cloud_noise(rng, SPRITE_PX, SPRITE_PX, rng.uniform(0.5, 1.5), 1.0)[..., None]
-    colour = np.clip(colour * (1 + np.float32(0.5 * rng.uniform(*SECOND_TEXTURE)) * grain), 0, 1)
+    colour = np.clip(colour * (1 + 0.5 * rng.uniform(*SECOND_TEXTURE) * grain), 0, 1)
     # The outline is softened over about two pixels of the sprite.
     alpha = np.clip((1 - radius) * (SPRITE_PX / 4), 0, 1)[..., None]
-    return np.concatenate([colour * alpha, alpha], axis=-1).astype(np.float32)
+    return _f32(np.concatenate([colour * alpha, alpha], axis=-1))

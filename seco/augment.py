@@ -237,7 +237,8 @@ def _column(values: Floats, device: torch.device) -> Tensor:
 def _gray(x: Tensor) -> Tensor:
     """(n, 3, H, W) -> (n, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
-    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
+    gray: Tensor = red * _GRAY[0]
+    return gray.add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
 
 
 def _brightness(x: Tensor, factor: Tensor) -> None:
@@ -317,16 +318,14 @@ def _blur(x: Tensor, kernels: Floats) -> Tensor:
     anew for every n, and the same to the bit in any batch.
     """
     radius = kernels.shape[1] // 2
-    taps = _to_device(torch.from_numpy(kernels.astype(np.float32)), x.device)[
-        :, :, None, None, None
-    ]
+    taps = _to_device(torch.from_numpy(kernels.astype(np.float32)), x.device)
+    taps = taps[..., None, None, None]
     for dim, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         size = x.shape[dim]
         padded = F.pad(x, padding, mode="replicate")
         x = padded.narrow(dim, radius, size) * taps[:, radius]
         for shift in range(1, radius + 1):
-            both = padded.narrow(dim, radius - shift, size) + padded.narrow(
-                dim, radius + shift, size
-            )
-            x.addcmul_(both, taps[:, radius + shift])
+            before = padded.narrow(dim, radius - shift, size)
+            after = padded.narrow(dim, radius + shift, size)
+            x.addcmul_(before + after, taps[:, radius + shift])
     return x

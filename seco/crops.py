@@ -15,7 +15,7 @@ Pixels = NDArray[np.uint8]
 CROP_SCALE = (0.2, 1.0)  # authors' code; MoCo v2
 CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's default
 _CROP_ATTEMPTS = 10  # torchvision's, before it takes the centre
-_MIN_REDUCTION = 2  # libjpeg-turbo's scaled IDCT is no faster below 2
+_REDUCTIONS = (8, 4, 2)  # libjpeg-turbo's others, 8/3 for example, are slower and no better
 
 
 class BrokenJpeg(ValueError):
@@ -76,20 +76,32 @@ def decode_jpeg(data: bytes, min_short_edge: int | None = None) -> Pixels:
     Args:
         data: the JPEG file.
         min_short_edge: allow the decoder to drop resolution, which is quicker: the image comes out
-            by a factor of 2 or more smaller if its short edge is then still this many px (see
+            8, 4 or 2 times smaller if its short edge is then still this many px (see
             :func:`edge_for_crops`), and whole if not. Without it always whole.
 
     Raises:
         BrokenJpeg: the data is no JPEG or is damaged.
     """
-    edge = min_short_edge or 0
     try:
-        decoded: Pixels = simplejpeg.decode_jpeg(
-            data, min_width=edge, min_height=edge, min_factor=_MIN_REDUCTION if edge else 1
-        )
+        wanted = _reduced_size(data, min_short_edge) if min_short_edge else {}
+        decoded: Pixels = simplejpeg.decode_jpeg(data, **wanted)
     except ValueError as error:
         raise BrokenJpeg(f"broken JPEG of {len(data)} bytes ({error})") from error
     return decoded
+
+
+def _reduced_size(data: bytes, min_short_edge: int) -> dict[str, int]:
+    """simplejpeg's arguments for the strongest reduction that keeps the short edge."""
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    for factor in _REDUCTIONS:
+        reduced_height, reduced_width = -(-height // factor), -(-width // factor)
+        if min(reduced_height, reduced_width) >= min_short_edge:
+            return {
+                "min_height": reduced_height,
+                "min_width": reduced_width,
+                "min_factor": factor,
+            }
+    return {}
 
 
 def edge_for_crops(

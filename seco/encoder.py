@@ -63,6 +63,10 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) → for each head, unit vectors (N, D) in float32."""
+        """(N, 3, H, W) → for each head, unit vectors (N, D), in float32 even under autocast."""
         feature = self.backbone(images)
-        return {name: F.normalize(head(feature).float()) for name, head in self.heads.items()}
+        vectors = {name: head(feature) for name, head in self.heads.items()}
+        return {
+            name: F.normalize(vector.to(torch.promote_types(vector.dtype, torch.float32)))
+            for name, vector in vectors.items()
+        }

@@ -288,7 +288,7 @@ def _set_name(first_shard: str) -> str:
 def _status(metrics: dict[str, Any]) -> str:
     parts = [
         f"{t} {metrics[f'loss_{t}']:.3f}"
-        for t in ("inter", "intra", "order")
+        for t in TASKS
         if f"loss_{t}" in metrics
     ]
     return f"loss {metrics['loss']:.3f} ({', '.join(parts)})"

@@ -1,0 +1,186 @@
+"""Decoding and cropping against torchvision and PIL. Differences are in steps of 8 bits (1/255)."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from seco.crops import (
+    BrokenJpeg,
+    CropParameters,
+    center_crop,
+    crop_resize,
+    decode_jpeg,
+    draw_crop,
+    edge_for_crops,
+)
+
+
+def texture(seed: int, width: int, height: int) -> np.ndarray:
+    """Smooth colours, hard edges and some noise: (height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(coarse).resize((width, height), 3)).astype(float)
+    for _ in range(6):
+        left, top = rng.integers(width - 8), rng.integers(height - 8)
+        w, h = rng.integers(8, width // 2), rng.integers(8, height // 2)
+        image[top : top + h, left : left + w] = rng.integers(0, 256, 3)
+    image += rng.normal(0, 4, image.shape)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    return simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
+
+
+def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's: the largest gap between the two distribution functions."""
+    points = np.concatenate([a, b])
+    cdfs = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(cdfs[0] - cdfs[1]).max())
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "scale"),
+    [
+        (340, 256, (0.2, 1.0)),
+        (256, 455, (0.2, 1.0)),
+        (900, 100, (0.2, 1.0)),  # often no box fits, so the centre is taken
+        (100, 900, (0.9, 1.0)),  # never does one fit
+    ],
+)
+def test_crops_are_distributed_as_torchvisions(
+    width: int, height: int, scale: tuple[float, float]
+) -> None:
+    rng = np.random.default_rng(1)
+    ours = np.array([draw_crop(rng, width, height, scale) for _ in range(4000)])
+    torch.manual_seed(1)
+    blank = torch.empty(3, height, width)
+    theirs = np.array(
+        [
+            transforms.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3])
+            for _ in range(4000)
+        ]
+    )[:, [1, 0, 3, 2]]  # top, left, height, width
+    # 0.03 is what samples of 4000 from one distribution exceed once in 20 at the most.
+    for number, name in enumerate(CropParameters._fields):
+        assert ks_distance(ours[:, number], theirs[:, number]) < 0.03, name
+    for of in (lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 2] * b[:, 3]):  # ratio, area
+        assert ks_distance(of(ours), of(theirs)) < 0.03
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= width).all()
+    assert (ours[:, 1] + ours[:, 3] <= height).all()
+
+
+def test_crop_depends_on_the_generator_only() -> None:
+    def draws(seed: int) -> list[CropParameters]:
+        rng = np.random.default_rng(seed)
+        return [draw_crop(rng, 340, 256) for _ in range(5)]
+
+    assert draws(3) == draws(3)
+    assert draws(3) != draws(4)
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_crop_resize_equals_torchvision_on_pil(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for seed in range(5):
+        image = texture(seed, 340, 256)
+        box = draw_crop(rng, 340, 256)
+        reference = transforms.functional.resized_crop(
+            Image.fromarray(image), box.top, box.left, box.height, box.width, [size, size]
+        )
+        np.testing.assert_array_equal(crop_resize(image, box, size), np.asarray(reference))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(340, 256), (256, 341), (301, 411), (500, 97), (225, 224)]
+)
+@pytest.mark.parametrize(("short_edge", "size"), [(256, 224), (36, 32), (224, 224)])
+def test_center_crop_equals_torchvision_on_pil(
+    width: int, height: int, short_edge: int, size: int
+) -> None:
+    image = texture(7, width, height)
+    chain = transforms.Compose([transforms.Resize(short_edge), transforms.CenterCrop(size)])
+    reference = np.asarray(chain(Image.fromarray(image)))
+    np.testing.assert_array_equal(center_crop(image, short_edge, size), reference)
+
+
+def test_center_crop_larger_than_the_short_edge_is_refused() -> None:
+    with pytest.raises(ValueError, match="224 px does not fit"):
+        center_crop(texture(0, 64, 48), 200, 224)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_decoding_equals_pil(mode: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(texture(2, 341, 255)).convert(mode).save(file, "JPEG", quality=90)
+    reference = np.asarray(Image.open(file).convert("RGB"))
+    assert mean_difference(decode_jpeg(file.getvalue()), reference) < 0.05
+
+
+def test_broken_jpegs_are_told_apart() -> None:
+    data = jpeg(texture(3, 128, 96))
+    for broken in (b"", b"no picture", data[:10], data[:300], data[: len(data) // 2], data[:-2]):
+        with pytest.raises(BrokenJpeg, match=f"of {len(broken)} bytes"):
+            decode_jpeg(broken)
+
+
+@pytest.mark.parametrize(
+    ("min_short_edge", "shape"),
+    [
+        (None, (256, 340, 3)),
+        (32, (32, 43, 3)),
+        (33, (64, 85, 3)),
+        (83, (128, 170, 3)),
+        (128, (128, 170, 3)),
+        (129, (256, 340, 3)),  # a factor below 2 is not worth it
+        (300, (256, 340, 3)),
+    ],
+)
+def test_reduced_decoding_keeps_the_short_edge(
+    min_short_edge: int | None, shape: tuple[int, int, int]
+) -> None:
+    assert decode_jpeg(jpeg(texture(4, 340, 256)), min_short_edge).shape == shape
+
+
+def test_edge_for_crops_keeps_every_crop_at_the_target_size() -> None:
+    edge = edge_for_crops(32)
+    assert edge == 83
+    rng = np.random.default_rng(0)
+    boxes = [draw_crop(rng, edge, edge) for _ in range(3000)]
+    assert min(min(box.width, box.height) for box in boxes) in (32, 33)
+
+
+def test_views_from_reduced_decoding_are_close_to_views_from_whole_frames() -> None:
+    rng = np.random.default_rng(5)
+    differences = []
+    for seed in range(20):
+        data = jpeg(texture(seed, 340, 256))
+        whole, reduced = decode_jpeg(data), decode_jpeg(data, edge_for_crops(32))
+        assert reduced.shape[:2] == (128, 170)
+        box = draw_crop(rng, 170, 128)
+        same = CropParameters(*(2 * px for px in box))
+        differences.append(
+            mean_difference(crop_resize(whole, same, 32), crop_resize(reduced, box, 32))
+        )
+    assert np.mean(differences) < 0.6  # JPEG itself, at quality 90, costs 0.5 here
+    assert max(differences) < 1.5
+
+
+def test_crops_do_not_load_torch() -> None:
+    code = "import sys, seco.crops; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,190 @@
+"""A training forward against a reference that does everything one by one, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from seco.batchnorm import GroupedBatchNorm2d, group_order
+from seco.config import PretrainConfig, resolve
+from seco.encoder import Encoder, build_backbone, feature_dim
+from seco.method import SeCo
+
+N, GROUP, SIZE, DIM = 4, 2, 32, 16
+
+
+def settings(**changes: Any) -> PretrainConfig:
+    values: dict[str, Any] = {
+        "arch": "resnet18",
+        "batch_size": N,
+        "bn_group": GROUP,
+        "queue_size": 10,
+        "crop_size": SIZE,
+        "embedding_dim": DIM,
+    }
+    return resolve(PretrainConfig(**{**values, **changes}))
+
+
+def made_input() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(4, N, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    return views, torch.tensor([0, 1, 1, 0]), torch.tensor([7, 3, 9, 5])
+
+
+def plain_copy(encoder: Encoder) -> tuple[nn.Module, nn.ModuleDict]:
+    """The same weights in a stock torchvision network with stock BatchNorm."""
+    backbone = torchvision.models.resnet18(weights=None).double()
+    backbone.fc = nn.Identity()
+    backbone.load_state_dict(encoder.backbone.state_dict(), strict=True)
+    return backbone.train(), copy.deepcopy(encoder.heads)
+
+
+def embed(network: tuple[nn.Module, nn.ModuleDict], images: Tensor, head: str) -> Tensor:
+    vectors = network[1][head](network[0](images))
+    return vectors / vectors.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("preset", ["paper", "authors"])
+def test_one_step_equals_the_reference(preset: str) -> None:
+    config = settings(preset=preset, warmup_epochs=0)
+    torch.manual_seed(0)
+    model = SeCo(config).double().train()
+    for parameter in model.key_encoder.parameters():  # so that the encoders differ
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    views, order, videos = made_input()
+    query_network = plain_copy(model.query_encoder)
+    key_network = plain_copy(model.key_encoder)
+    classifier = copy.deepcopy(model.order_classifier)
+    rows_before = model.queue.rows.clone()
+
+    result = model(views, order, videos, torch.Generator().manual_seed(5))
+    result.loss.backward()
+
+    # Reference: groups one by one, keys one by one, losses term by term.
+    shuffle = torch.Generator().manual_seed(5)
+    permutations = [torch.randperm(N, generator=shuffle) for _ in range(3)]
+    heads = list(model.query_encoder.heads)
+    head = {task: task if preset == "authors" else "shared" for task in ("inter", "intra", "order")}
+    query: dict[str, list[Any]] = {name: [None] * N for name in heads}
+    for start in range(0, N, GROUP):
+        for name in heads:
+            vectors = embed(query_network, views[0][start : start + GROUP], name)
+            query[name][start : start + GROUP] = list(vectors)
+    keys: dict[str, list[list[Any]]] = {name: [[None] * N for _ in range(3)] for name in heads}
+    with torch.no_grad():
+        for i, permutation in enumerate(permutations):
+            for start in range(0, N, GROUP):
+                members = permutation[start : start + GROUP]
+                for name in heads:
+                    vectors = embed(key_network, views[1 + i][members], name)
+                    for member, vector in zip(members.tolist(), vectors, strict=True):
+                        keys[name][i][member] = vector
+    inter, intra, ordering = [], [], []
+    for n in range(N):
+        q, k = query[head["inter"]][n], [keys[head["inter"]][i][n] for i in range(3)]
+        negatives = sum(torch.exp(q @ row / 0.1) for row in rows_before)
+        for i in range(3):
+            positive = torch.exp(q @ k[i] / 0.1)
+            inter.append(-torch.log(positive / (positive + negatives)))
+        q, k = query[head["intra"]][n], [keys[head["intra"]][i][n] for i in range(3)]
+        e = [torch.exp(q @ k[i] / 0.1) for i in range(3)]
+        if preset == "paper":
+            intra.append(-torch.log(e[0] / (e[0] + e[1] + e[2])))
+        else:
+            intra.append(-torch.log(e[0] / (e[0] + e[1])) / 2 - torch.log(e[0] / (e[0] + e[2])) / 2)
+        q, k = query[head["order"]][n], [keys[head["order"]][i][n] for i in range(3)]
+        logits = classifier(torch.cat([q, k[1], k[2]]))
+        ordering.append(-torch.log_softmax(logits, 0)[order[n]])
+    expected = [sum(terms) / len(terms) for terms in (inter, intra, ordering)]
+    for task, value in zip(("inter", "intra", "order"), expected, strict=True):
+        assert float(result.figures[f"loss_{task}"]) == pytest.approx(float(value), abs=1e-9)
+    total = sum(expected)
+    assert isinstance(total, Tensor)
+    total.backward()
+    plain_gradients = {f"backbone.{k}": p.grad for k, p in query_network[0].named_parameters()}
+    plain_gradients |= {f"heads.{k}": p.grad for k, p in query_network[1].named_parameters()}
+    for name, parameter in model.query_encoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(model.order_classifier.weight.grad, classifier.weight.grad)
+    assert all(p.grad is None for p in model.key_encoder.parameters())
+    appended = torch.stack([keys[head["inter"]][i][n] for i in range(3) for n in range(N)])
+    kept = torch.cat([appended[10:], appended[2:10]])  # 12 keys through 10 rows
+    torch.testing.assert_close(model.queue.rows, kept)
+    assert model.queue.videos.tolist() == [9, 5] + [9, 5, 7, 3, 9, 5, 7, 3]
+
+
+def test_grouped_statistics_are_those_of_separate_layers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, 4, 4)
+    grouped = GroupedBatchNorm2d(5)
+    grouped.groups, grouped.passes = 6, 2  # two joined passes of three groups of two images
+    separate = [nn.BatchNorm2d(5) for _ in range(6)]
+    order = group_order(torch.arange(12), 6)
+    assert order[:6].tolist() == [0, 2, 4, 6, 8, 10]
+    out = torch.empty_like(x)
+    out[order] = grouped(x[order])
+    for group, layer in enumerate(separate):
+        rows = slice(2 * group, 2 * group + 2)
+        torch.testing.assert_close(out[rows], layer(x[rows]))
+    twice = nn.BatchNorm2d(5)  # rank 0 of the first pass, then rank 0 of the second
+    twice(x[0:2])
+    twice(x[6:8])
+    torch.testing.assert_close(grouped.running_mean, twice.running_mean)
+    torch.testing.assert_close(grouped.running_var, twice.running_var)
+    assert int(grouped.num_batches_tracked) == 2
+    grouped.eval()
+    twice.eval()
+    torch.testing.assert_close(grouped(x), twice(x))
+
+
+def test_the_key_encoder_follows_by_equation_6() -> None:
+    model = SeCo(settings(ema=0.9))
+    before = [p.clone() for p in model.key_encoder.parameters()]
+    with torch.no_grad():
+        for parameter in model.query_encoder.parameters():
+            parameter += 1.0
+    model.update_key_encoder()
+    for old, new, query in zip(
+        before, model.key_encoder.parameters(), model.query_encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
+        assert not new.requires_grad
+
+
+def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
+    views, order, videos = made_input()
+    owners = torch.tensor([7, 3, 9, 5, 100, 101, 102, 103, 104, 105])
+
+    def loss(masked: bool) -> float:
+        torch.manual_seed(0)
+        model = SeCo(settings(mask_same_video=masked, tasks="inter")).double().train()
+        model.queue.videos[:] = owners
+        forward = model(views, order, videos, torch.Generator().manual_seed(0))
+        return float(forward.figures["loss_inter"])
+
+    # Every query of the batch owns one of the first four rows; a foreign one of them still counts.
+    assert loss(masked=True) < loss(masked=False)
+    model = SeCo(settings(mask_same_video=True, tasks="inter"))
+    model.queue.videos[:] = owners
+    expected = torch.zeros(4, 10, dtype=torch.bool)
+    expected[0, 0] = expected[1, 1] = expected[2, 2] = expected[3, 3] = True
+    assert torch.equal(model.queue.same_video(videos), expected)
+
+
+@pytest.mark.parametrize(("arch", "width"), [("resnet18", 512), ("resnet50", 2048)])
+def test_backbones_are_torchvisions(arch: str, width: int) -> None:
+    assert feature_dim(arch) == width
+    network = build_backbone(arch)
+    stock = torchvision.models.get_model(arch, weights=None)
+    expected = {k: v.shape for k, v in stock.state_dict().items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in network.state_dict().items()} == expected
+    features = network.eval()(torch.randn(2, 3, 64, 64))
+    assert features.shape == (2, width)
+    vectors = Encoder(arch, ["inter", "order"], 128).eval()(torch.randn(2, 3, 64, 64))
+    assert set(vectors) == {"inter", "order"}
+    torch.testing.assert_close(vectors["order"].norm(dim=1), torch.ones(2))
