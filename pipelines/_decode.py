@@ -267,6 +267,8 @@ class _Log:
     def failure(self, path: Path) -> str:
         """ffmpeg's first complaint, without addresses and places of this machine."""
         text = (self._fault or b"").decode("utf-8", "replace")
+        if "not on whitelist" in text:
+            return "it is not in a format of videos; playlists are never followed"
         text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
         return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
 

@@ -1,0 +1,111 @@
+"""Stored colour against another decoder, and against the formulas.
+
+The reference is PyAV's RGB with ACCURATE_RND and FULL_CHR_H_INT: within 0.06 levels of the
+formulas in the mean, where its default rounds every channel down by about one.
+
+Tolerances: PSNR of 33 dB and more, a mean difference below 0.2 levels in each channel, and a mean
+absolute difference below 2.0 (chroma at half resolution and JPEG quality 90 take most of that).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import Interpolation
+from numpy.typing import NDArray
+
+from pipelines._colour import jpeg_planes
+from tests.data import shared
+from tests.pipelines.made_videos import draw_video, stored_pictures
+
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+def reference(path: Path, most: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    pictures = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            width, height = size or (frame.width, frame.height)
+            small = frame.reformat(width, height, format="rgb24", interpolation=EXACT)
+            pictures.append(small.to_ndarray())
+            if len(pictures) == most:
+                break
+    return np.stack(pictures)
+
+
+def require_same_colour(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
+    assert ours.shape == theirs.shape
+    difference = ours.astype(float) - theirs
+    psnr = 10 * np.log10(255**2 / (difference**2).mean())
+    signed, absolute = difference.mean((0, 1, 2)), np.abs(difference).mean((0, 1, 2))
+    shown = f"PSNR {psnr:.2f} dB, mean {signed.round(3)}, mean absolute {absolute.round(3)}"
+    print(shown)
+    assert psnr >= 33, shown
+    assert (np.abs(signed) < 0.2).all(), shown
+    assert (absolute < 2.0).all(), shown
+
+
+CLIPS = [
+    "playing_guitar.mp4",  # no matrix named: BT.601, limited
+    "v_biking_01_01.mpg",  # MPEG-1: BT.601, limited
+    "jesse_dance.mp4",  # BT.709, limited
+    "bt709_full_range.mp4",  # BT.709, full
+]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_colour_at_the_videos_own_size(clip: str) -> None:
+    path = shared(f"clips/{clip}")
+    require_same_colour(stored_pictures(path, short_edge=4000), reference(path, 3))
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_colour_when_scaled(clip: str) -> None:
+    path = shared(f"clips/{clip}")
+    ours = stored_pictures(path, short_edge=128)
+    require_same_colour(ours, reference(path, 3, (ours.shape[2], ours.shape[1])))
+
+
+@pytest.mark.parametrize("pixels", ["rgb24", "gray", "yuv444p", "yuv420p10le", "yuvj422p"])
+def test_colour_of_other_pixel_formats(tmp_path: Path, pixels: str) -> None:
+    codec = "mjpeg" if pixels.startswith("yuvj") else "ffv1"
+    options = ("-vf", f"gblur=4,format={pixels}", "-c:v", codec, "-qscale:v", "1")
+    video = draw_video(tmp_path / "v.mkv", size="128x96", frames=3, options=options)
+    require_same_colour(stored_pictures(video, quality=98), reference(video, 3))
+
+
+GREYS = [(16, 0), (126, 128), (235, 255)]
+
+
+@pytest.mark.parametrize("matrix", ["unknown", "bt709", "bt2020nc", "smpte240m"])
+@pytest.mark.parametrize(("limited", "full"), GREYS)
+def test_grey_stays_grey(matrix: str, limited: int, full: int) -> None:
+    flat = bytes([limited]) * 64 + bytes([128]) * 32
+    y, u, v = jpeg_planes(flat, 8, 8, matrix, full_range=False)
+    assert (y == full).all()
+    assert (u == 128).all()
+    assert (v == 128).all()
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "kr", "kb"),
+    [("bt709", 0.2126, 0.0722), ("bt470bg", 0.299, 0.114), ("bt2020nc", 0.2627, 0.0593)],
+)
+def test_planes_of_known_colours(matrix: str, kr: float, kb: float, full_range: bool) -> None:
+    def planes_of(rgb: NDArray[np.float64], kr: float, kb: float, full: bool) -> list[float]:
+        y = kr * rgb[0] + (1 - kr - kb) * rgb[1] + kb * rgb[2]
+        u, v = (rgb[2] - y) / (2 - 2 * kb), (rgb[0] - y) / (2 - 2 * kr)
+        if full:
+            return [y, u + 128, v + 128]
+        return [y * 219 / 255 + 16, u * 224 / 255 + 128, v * 224 / 255 + 128]
+
+    for rgb in np.random.default_rng(0).uniform(20, 235, (50, 3)):
+        sent = [round(value) for value in planes_of(rgb, kr, kb, full_range)]
+        flat = bytes([sent[0]]) * 4 + bytes(sent[1:])
+        got = [float(plane.mean()) for plane in jpeg_planes(flat, 2, 2, matrix, full_range)]
+        # Half a level for each rounding, the first one stretched by the change of range.
+        np.testing.assert_allclose(got, planes_of(rgb, 0.299, 0.114, True), atol=1.4)
