@@ -176,7 +176,7 @@ def _apply(images: Tensor, views: ViewParameters, config: ViewConfig) -> Tensor:
     reach = _box_reach(views.sigma)
     radii = np.unique(reach[views.blur])
     for chosen, numbers in batch.regroup([views.blur & (reach == r) for r in radii]):
-        chosen.copy_(_blur(chosen, blur_kernels(views.sigma[numbers])))
+        chosen.copy_(_blur(chosen, box_kernels(views.sigma[numbers])))
     batch.regroup_as_given()
     return _standardise(batch.pixels, config.mean, config.std)
 
@@ -286,46 +286,41 @@ def _box_reach(sigma: Floats) -> NDArray[np.int64]:
     return np.floor((width - 1) / 2).astype(np.int64)
 
 
-def blur_kernels(sigma: Floats) -> Floats:
-    """The kernels of PIL's ``GaussianBlur``: a box with fractional ends, three times.
+def box_kernels(sigma: Floats) -> Floats:
+    """The boxes with fractional ends that PIL's ``GaussianBlur`` applies three times.
 
     Args:
-        sigma: (n,) px, all of the same reach L = floor((sqrt(4 sigma² + 1) - 1) / 2).
+        sigma: (n,) px, all of one reach L = floor((sqrt(4 sigma² + 1) - 1) / 2).
 
     Returns:
-        (n, 6 (L + 1) + 1) symmetric rows of sum 1 and variance sigma².
+        (n, 2L + 3) symmetric rows of sum 1 and variance sigma² / 3.
     """
-    reach = int(_box_reach(sigma).max(initial=0))
-    variance = sigma**2 / _BOX_PASSES  # of one pass
+    reach = int(_box_reach(sigma)[0])
+    variance = sigma**2 / _BOX_PASSES
     end = (2 * reach + 1) * (reach * (reach + 1) - 3 * variance)
     end /= 6 * (variance - (reach + 1) ** 2)
     box = np.ones((len(sigma), 2 * reach + 3))
     box[:, 0] = box[:, -1] = end
     box /= box.sum(axis=1, keepdims=True)
-    kernel = box
-    for _ in range(_BOX_PASSES - 1):
-        wider = np.zeros((len(sigma), kernel.shape[1] + box.shape[1] - 1))
-        for tap in range(box.shape[1]):
-            wider[:, tap : tap + kernel.shape[1]] += box[:, tap : tap + 1] * kernel
-        kernel = wider
-    return kernel
+    return box
 
 
-def _blur(x: Tensor, kernels: Floats) -> Tensor:
-    """Convolve each of (n, 3, H, W) with its row of (n, 2R + 1), across and down, edges repeated.
+def _blur(x: Tensor, boxes: Floats) -> Tensor:
+    """Convolve each of (n, 3, H, W) three times with its row of (n, 2R + 1), edges repeated.
 
-    A sum of shifted images: on the CPU quicker than a grouped convolution, which prepares itself
-    anew for every n, and the same to the bit in any batch.
+    Across, then down, as sums of shifted images: on the CPU that is quicker than a grouped
+    convolution, which prepares itself anew for every n.
     """
-    radius = kernels.shape[1] // 2
-    taps = _to_device(torch.from_numpy(kernels.astype(np.float32)), x.device)
+    radius = boxes.shape[1] // 2
+    taps = _to_device(torch.from_numpy(boxes.astype(np.float32)), x.device)
     taps = taps[..., None, None, None]
     for dim, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         size = x.shape[dim]
-        padded = F.pad(x, padding, mode="replicate")
-        x = padded.narrow(dim, radius, size) * taps[:, radius]
-        for shift in range(1, radius + 1):
-            before = padded.narrow(dim, radius - shift, size)
-            after = padded.narrow(dim, radius + shift, size)
-            x.addcmul_(before + after, taps[:, radius + shift])
+        for _ in range(_BOX_PASSES):
+            padded = F.pad(x, padding, mode="replicate")
+            x = padded.narrow(dim, radius, size) * taps[:, radius]
+            for shift in range(1, radius + 1):
+                before = padded.narrow(dim, radius - shift, size)
+                after = padded.narrow(dim, radius + shift, size)
+                x.addcmul_(before + after, taps[:, radius + shift])
     return x

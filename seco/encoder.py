@@ -22,9 +22,7 @@ def build_backbone(arch: str) -> nn.Module:
     Raises:
         InputError: torchvision has no ResNet of this name.
     """
-    names = [n for n in torchvision.models.list_models(torchvision.models) if _RESNET.fullmatch(n)]
-    if arch not in names:
-        raise InputError(f"unknown architecture {arch!r}", "--arch", f"one of {', '.join(names)}")
+    _require_resnet(arch)
     network: nn.Module = torchvision.models.get_model(
         arch, weights=None, norm_layer=GroupedBatchNorm2d
     )
@@ -33,11 +31,22 @@ def build_backbone(arch: str) -> nn.Module:
 
 
 def feature_dim(arch: str) -> int:
-    """C, the width of the pooled feature."""
+    """C, the width of the pooled feature.
+
+    Raises:
+        InputError: torchvision has no ResNet of this name.
+    """
+    _require_resnet(arch)
     with torch.device("meta"):
         classifier = torchvision.models.get_model(arch, weights=None).fc
     assert isinstance(classifier, nn.Linear)
     return classifier.in_features
+
+
+def _require_resnet(arch: str) -> None:
+    names = [n for n in torchvision.models.list_models(torchvision.models) if _RESNET.fullmatch(n)]
+    if arch not in names:
+        raise InputError(f"unknown architecture {arch!r}", "--arch", f"one of {', '.join(names)}")
 
 
 class Encoder(nn.Module):

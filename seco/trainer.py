@@ -88,7 +88,7 @@ class Trainer:
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,
         )
         self.autocast = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
@@ -286,11 +286,7 @@ def _set_name(first_shard: str) -> str:
 
 
 def _status(metrics: dict[str, Any]) -> str:
-    parts = [
-        f"{t} {metrics[f'loss_{t}']:.3f}"
-        for t in TASKS
-        if f"loss_{t}" in metrics
-    ]
+    parts = [f"{t} {metrics[f'loss_{t}']:.3f}" for t in TASKS if f"loss_{t}" in metrics]
     return f"loss {metrics['loss']:.3f} ({', '.join(parts)})"
 
 

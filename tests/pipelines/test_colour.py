@@ -3,8 +3,9 @@
 The reference is PyAV's RGB with ACCURATE_RND and FULL_CHR_H_INT: within 0.06 levels of the
 formulas in the mean, where its default rounds every channel down by about one.
 
-Tolerances: PSNR of 33 dB and more, a mean difference below 0.2 levels in each channel, and a mean
-absolute difference below 2.0 (chroma at half resolution and JPEG quality 90 take most of that).
+A JPEG of 4:2:0 has half the chroma resolution of that reference, whatever wrote it: the reference
+itself, put through exact 4:2:0 and back, is 27.3 dB from its former self on the worst clip here.
+So pictures are compared with the reference at 4:2:0, and the bias with the untouched one too.
 """
 
 from __future__ import annotations
@@ -36,15 +37,38 @@ def reference(path: Path, most: int, size: tuple[int, int] | None = None) -> NDA
     return np.stack(pictures)
 
 
+def at_half_chroma(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """``rgb`` (N, H, W, 3) with the chroma of each 2x2 pixels averaged, then spread as JPEG does.
+
+    BT.601 by its formulas; libjpeg's "fancy" upsampling is the triangle filter 3/4, 1/4.
+    """
+    matrix = np.array(
+        [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    )
+    yuv = rgb @ matrix.T
+    count, height, width, _ = yuv.shape
+    chroma = yuv[..., 1:].reshape(count, height // 2, 2, width // 2, 2, 2).mean((2, 4))
+    for axis in (1, 2):
+        size = chroma.shape[axis]
+        near = np.repeat(np.arange(size), 2)
+        far = np.clip(near + np.tile([-1, 1], size), 0, size - 1)
+        chroma = 0.75 * chroma.take(near, axis) + 0.25 * chroma.take(far, axis)
+    spread = np.concatenate([yuv[..., :1], chroma], axis=-1) @ np.linalg.inv(matrix).T
+    return np.clip(spread, 0, 255)
+
+
 def require_same_colour(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
+    """PSNR of 35 dB and more; each channel's mean within 0.3 levels; mean absolute below 2."""
     assert ours.shape == theirs.shape
-    difference = ours.astype(float) - theirs
+    difference = ours.astype(float) - at_half_chroma(theirs)
     psnr = 10 * np.log10(255**2 / (difference**2).mean())
-    signed, absolute = difference.mean((0, 1, 2)), np.abs(difference).mean((0, 1, 2))
-    shown = f"PSNR {psnr:.2f} dB, mean {signed.round(3)}, mean absolute {absolute.round(3)}"
+    bias = (ours.astype(float) - theirs).mean((0, 1, 2))
+    absolute = np.abs(difference).mean((0, 1, 2))
+    shown = f"PSNR {psnr:.2f} dB, mean {bias.round(3)}, mean absolute {absolute.round(3)}"
     print(shown)
-    assert psnr >= 33, shown
-    assert (np.abs(signed) < 0.2).all(), shown
+    assert psnr >= 35, shown
+    assert (np.abs(bias) < 0.3).all(), shown
+    assert (np.abs(difference.mean((0, 1, 2))) < 0.3).all(), shown
     assert (absolute < 2.0).all(), shown
 
 
@@ -65,7 +89,8 @@ def test_colour_at_the_videos_own_size(clip: str) -> None:
 @pytest.mark.parametrize("clip", CLIPS)
 def test_colour_when_scaled(clip: str) -> None:
     path = shared(f"clips/{clip}")
-    ours = stored_pictures(path, short_edge=128)
+    # Small pictures are all detail: quality 90 would add its own 1 to 3 levels of noise.
+    ours = stored_pictures(path, short_edge=128, quality=98)
     require_same_colour(ours, reference(path, 3, (ours.shape[2], ours.shape[1])))
 
 

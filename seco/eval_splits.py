@@ -1,0 +1,169 @@
+"""Which labelled videos an evaluation trains on and which it tests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seco.feature_store import UNLABELLED, Features, read_features, require_same_encoder
+from shards.errors import InputError
+
+_TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
+
+
+@dataclass(frozen=True)
+class TrainTest:
+    """Rows of one feature folder, or of two; ``unlabelled`` rows of the splits are left out."""
+
+    train: Features
+    train_rows: NDArray[np.int64]
+    train_split: str  # "1 train", or "all" where the folder has no splits
+    test: Features
+    test_rows: NDArray[np.int64]
+    test_split: str
+    unlabelled: int
+
+    @property
+    def train_labels(self) -> NDArray[np.int64]:
+        """(N,) labels to train on."""
+        return self.train.labels[self.train_rows]
+
+    @property
+    def test_labels(self) -> NDArray[np.int64]:
+        """(M,) labels to test on."""
+        return self.test.labels[self.test_rows]
+
+    def class_name(self, label: int) -> str:
+        """The label's name, or its number where it has none."""
+        return self._names.get(label, str(label))
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return self.train.class_names() | self.test.class_names()
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+        notes = []
+        if self.unlabelled:
+            notes.append(f"{self.unlabelled} videos without a label are left out")
+        unknown = set(self.test_labels.tolist()) - set(self.train_labels.tolist())
+        if unknown:
+            videos = int(np.isin(self.test_labels, list(unknown)).sum())
+            notes.append(
+                f"{len(unknown)} classes have no training video; their {videos} test videos "
+                "are counted as wrong"
+            )
+        return notes
+
+
+def read_train_test(
+    folder: str,
+    test_folder: str | None = None,
+    split: str | None = None,
+    train_value: str = "train",
+    test_value: str | None = None,
+) -> TrainTest:
+    """Open the feature folder(s) and choose the rows.
+
+    Args:
+        test_folder: where the test rows are, if not in ``folder``.
+        split: the split's name; by default "1", else "official", else the only one.
+        train_value: rows of the split to train on.
+        test_value: rows to test on; by default "test", or "val" where test has no labelled row.
+
+    Raises:
+        InputError: a folder cannot be used, no row is left, or two folders do not go together.
+    """
+    train = read_features(folder)
+    test = train if test_folder is None else read_features(test_folder)
+    if test is not train:
+        require_same_encoder(train, test)
+        _require_same_labels(train, test)
+    train_name = choose_split(train, split)
+    test_name = train_name
+    if test is not train:
+        test_name = choose_split(test, split if split in test.splits else None)
+    elif train_name is None:
+        raise InputError(
+            "has no splits", train.folder, "give the test videos' folder with --test-features"
+        )
+    train_rows, train_unlabelled = _rows(train, train_name, train_value)
+    values = (test_value,) if test_value is not None else _TEST_VALUES
+    found = [_rows(test, test_name, value) for value in values]
+    chosen = next((n for n, (rows, _) in enumerate(found) if len(rows)), 0)
+    test_rows, test_unlabelled = found[chosen]
+    for features, name, wanted, rows in (
+        (train, train_name, train_value, train_rows),
+        (test, test_name, " or ".join(values), test_rows),
+    ):
+        if not len(rows):
+            raise InputError(
+                f"has no labelled {wanted} rows", features.folder, _what_there_is(features, name)
+            )
+    return TrainTest(
+        train=train,
+        train_rows=train_rows,
+        train_split="all" if train_name is None else f"{train_name} {train_value}",
+        test=test,
+        test_rows=test_rows,
+        test_split="all" if test_name is None else f"{test_name} {values[chosen]}",
+        unlabelled=train_unlabelled + test_unlabelled,
+    )
+
+
+def choose_split(features: Features, wanted: str | None) -> str | None:
+    """The split's name; None where the folder has no splits.
+
+    Raises:
+        InputError: it has no such split, or several and none is the obvious one.
+    """
+    names = list(features.splits)
+    there = f"it has: {', '.join(names)}" if names else "it has no splits"
+    if wanted is not None:
+        if wanted not in names:
+            raise InputError(f"has no split {wanted!r}", features.folder, there)
+        return wanted
+    for name in ("1", "official"):
+        if name in names:
+            return name
+    if len(names) > 1:
+        raise InputError("has several splits", features.folder, f"choose with --split; {there}")
+    return names[0] if names else None
+
+
+def _rows(features: Features, split: str | None, value: str) -> tuple[NDArray[np.int64], int]:
+    """The labelled rows of a split's value, and how many others have no label."""
+    inside = np.ones(len(features), dtype=bool)
+    if split is not None:
+        inside = np.array([given == value for given in features.splits[split]], dtype=bool)
+    labelled = features.labels != UNLABELLED
+    return np.flatnonzero(inside & labelled), int((inside & ~labelled).sum())
+
+
+def _what_there_is(features: Features, chosen: str | None) -> str:
+    """The splits, their values and labelled rows, for a message."""
+    labelled = features.labels != UNLABELLED
+    if chosen is None:
+        return f"it has {int(labelled.sum())} labelled of {len(features)} videos and no splits"
+    parts = []
+    for name, values in features.splits.items():
+        counts = [
+            f"{value} {sum(v == value and bool(t) for v, t in zip(values, labelled, strict=True))}"
+            for value in sorted({v for v in values if v})
+        ]
+        parts.append(f"split {name}: {', '.join(counts) or 'nothing'}")
+    return "labelled rows there are, " + "; ".join(parts)
+
+
+def _require_same_labels(train: Features, test: Features) -> None:
+    names = train.class_names()
+    for label, name in test.class_names().items():
+        if names.get(label, name) != name:
+            raise InputError(
+                f"label {label} is {name!r} here and {names[label]!r} in {train.folder}",
+                test.folder,
+                "prepare both sets with the same annotations",
+            )

@@ -1,0 +1,400 @@
+"""``prepare`` from videos to sets: what is written, and that nothing but the input decides it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import simplejpeg
+import webdataset
+
+from pipelines import _prepare
+from pipelines._config import PrepareConfig
+from pipelines._prepare import PrepareReport, prepare
+from shards.errors import InputError, Stopped, TooManyExcluded
+from shards.format import read_manifest
+from shards.index import build_index, read_index
+from tests.data import ROOT, shared
+from tests.pipelines.made_videos import draw_video, link_into
+
+
+def run(src: Path, out: Path, **settings: object) -> PrepareReport:
+    given = {"dataset": "folder", "workers": 1, "frames": 4} | settings
+    return prepare(PrepareConfig(src=str(src), out=str(out), **given))  # type: ignore[arg-type]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+def errors(path: Path) -> list[tuple[str, str]]:
+    rows = csv.DictReader(io.StringIO(path.read_text()))
+    return [(row["source"], row["kind"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine drawn videos of two labels, one of them broken."""
+    root = tmp_path_factory.mktemp("made") / "raw"
+    for number in range(4):
+        draw_video(root / "a" / f"v{number}.mp4", frames=5 + number)
+        draw_video(root / "b" / f"w{number}.avi", frames=3 + number)
+    (root / "b" / "broken.mp4").write_bytes(b"not a video at all")
+    return root
+
+
+def test_a_set_is_what_the_format_says(raw: Path, tmp_path: Path) -> None:
+    report = run(raw, tmp_path, videos_per_shard=5, max_failures=50)
+    manifest = read_manifest(tmp_path / "raw.json")
+    assert [row.file for row in manifest.shards] == ["raw-000.tar", "raw-001.tar"]
+    assert (manifest.label_names, manifest.excluded) == (["a", "b"], 1)
+    assert manifest.settings["frames"] == 4
+    assert sum(row.videos for row in manifest.shards) == 8
+    assert errors(tmp_path / "raw.errors.csv") == [("b/broken.mp4", "unreadable")]
+    assert (report.sets[0].failed, report.sets[0].videos) == (1, 9)
+    for row in manifest.shards:
+        tar = tmp_path / row.file
+        assert hashlib.sha256(tar.read_bytes()).hexdigest() == row.sha256
+        assert build_index(tar).info == read_index(tar.with_suffix(".idx")).info == row
+    text = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
+    assert str(raw.parent) not in text
+
+
+def test_webdataset_reads_it(raw: Path, tmp_path: Path) -> None:
+    run(raw, tmp_path, max_failures=50)
+    stock = webdataset.WebDataset(str(tmp_path / "raw-000.tar"), shardshuffle=False).decode("pil")
+    samples = {sample["__key__"]: sample for sample in stock}
+    assert len(samples) == 8
+    sample = samples["v0"]
+    record = sample["json"]
+    assert [name for name in sample if name.endswith("jpg")] == [f"{n:04d}.jpg" for n in range(4)]
+    assert sample["0000.jpg"].size == (record["width"], record["height"]) == (64, 48)
+    assert (record["label"], record["label_name"], record["source"]) == (0, "a", "a/v0.mp4")
+    assert (record["source_fps"], record["source_frames"]) == (25.0, 5)
+    assert record["frame_times"] == pytest.approx([0.0, 0.04, 0.12, 0.16])
+
+
+@pytest.mark.parametrize(
+    ("settings", "frames"),
+    [
+        ({"frames": 3}, 3),
+        ({"frames": None, "fps": 5.0}, 2),
+        ({"frames": None, "all_frames": True}, 8),
+        ({"frames": 30}, 8),  # no more than there are, each once
+        ({"frames": None}, 8),
+    ],
+)
+def test_how_many_frames(tmp_path: Path, settings: dict[str, object], frames: int) -> None:
+    draw_video(tmp_path / "raw" / "v.mp4")
+    (made,) = run(tmp_path / "raw", tmp_path / "out", **settings).sets
+    assert made.shards[0].frames == frames
+
+
+def test_real_ucf101_keeps_every_frame(tmp_path: Path) -> None:
+    clip = shared("ucf101/UCF-101/Diving/v_Diving_g01_c01.avi")
+    link_into(tmp_path / "raw" / "UCF-101" / "Diving", [clip])
+    link_into(tmp_path / "raw", [shared("ucf101/ucfTrainTestlist")])
+    (made,) = run(tmp_path / "raw", tmp_path / "out", dataset="ucf101", frames=None).sets
+    with webdataset.WebDataset(str(tmp_path / "out/ucf101-000.tar"), shardshuffle=False) as tar:
+        (sample,) = tar
+    record = json.loads(sample["json"])
+    assert record["source_frames"] == len(record["frame_times"]) == made.shards[0].frames > 50
+    assert (record["label"], record["splits"]) == (25, {"1": "train"})
+    assert simplejpeg.decode_jpeg(sample["0000.jpg"]).shape == (240, 320, 3)
+    assert {row.kind for row in made.excluded} == {"missing"}
+
+
+def test_workers_never_change_a_byte(raw: Path, tmp_path: Path) -> None:
+    for name, workers, shard in (("1", 1, 3), ("2", 2, 3), ("5", 5, 3)):
+        run(raw, tmp_path / name, workers=workers, videos_per_shard=shard, max_failures=50)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2") == hashes(tmp_path / "5")
+    assert len(hashes(tmp_path / "1")) == 3 + 3 + 2
+
+
+def test_a_finished_run_does_nothing_again(raw: Path, tmp_path: Path) -> None:
+    run(raw, tmp_path, videos_per_shard=3, max_failures=50)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
+    (tmp_path / "raw-001.idx").unlink()
+    kept = hashes(tmp_path)
+    run(raw, tmp_path, videos_per_shard=3, max_failures=50)
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
+    assert [path.name for path in before if before[path] != again[path]] == ["raw-001.tar"]
+    assert kept.items() <= hashes(tmp_path).items()
+
+
+@pytest.mark.parametrize("change", [{"quality": 80}, {"frames": 5}, {"videos_per_shard": 9}])
+def test_another_plan_of_the_same_name_is_refused(
+    raw: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    run(raw, tmp_path, videos_per_shard=3, max_failures=50)
+    before = hashes(tmp_path)
+    with pytest.raises(InputError, match="choose another --out or --name"):
+        run(raw, tmp_path, **({"videos_per_shard": 3, "max_failures": 50} | change))
+    assert hashes(tmp_path) == before
+
+
+def test_too_many_failures_come_after_everything_is_written(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(TooManyExcluded, match=r"1 of 9 videos \(11\.1 %\)"):
+        run(raw, tmp_path, max_failures=11)
+    assert {"raw.json", "raw.errors.csv", "raw-000.tar"} <= set(hashes(tmp_path))
+    run(raw, tmp_path, max_failures=12)
+
+
+def test_no_readable_video_at_all(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.mp4").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="none of the 1 videos") as caught:
+        run(tmp_path / "raw", tmp_path / "out", max_failures=100)
+    assert not isinstance(caught.value, TooManyExcluded)
+    assert list(hashes(tmp_path / "out")) == ["raw.errors.csv"]
+
+
+def test_an_errors_file_of_an_earlier_run_goes(tmp_path: Path) -> None:
+    draw_video(tmp_path / "raw" / "x.mp4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "raw.errors.csv").write_text("old")
+    run(tmp_path / "raw", tmp_path / "out")
+    assert "raw.errors.csv" not in hashes(tmp_path / "out")
+
+
+def test_a_stuck_video_is_excluded_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = draw_video(tmp_path / "raw" / "good.mp4")
+    stuck = tmp_path / "raw" / "stuck.mp4"
+    stuck.write_bytes(good.read_bytes())
+    real = _prepare.plan_set
+
+    def swap(*arguments: object, **named: object) -> object:
+        plan = real(*arguments, **named)  # type: ignore[arg-type]
+        stuck.unlink()
+        os.mkfifo(stuck)
+        return plan
+
+    monkeypatch.setattr(_prepare, "plan_set", swap)
+    (made,) = run(tmp_path / "raw", tmp_path / "out", timeout=1.0, max_failures=50).sets
+    assert [(row.source, row.kind) for row in made.excluded] == [("stuck.mp4", "timeout")]
+    assert made.shards[0].videos == 1
+
+
+def test_short_videos_are_kept_unless_refused(tmp_path: Path) -> None:
+    draw_video(tmp_path / "raw" / "one.mp4", frames=1)
+    draw_video(tmp_path / "raw" / "more.mp4", frames=5)
+    (made,) = run(tmp_path / "raw", tmp_path / "out").sets
+    assert made.shards[0].frames == 1 + 4
+    (made,) = run(tmp_path / "raw", tmp_path / "three", min_frames=3, max_failures=50).sets
+    assert [(row.source, row.kind) for row in made.excluded] == [("one.mp4", "too-short")]
+
+
+def test_a_dry_run_writes_nothing(
+    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(raw, tmp_path / "out", dry_run=True, videos_per_shard=4)
+    assert "raw: 9 videos, 2 labels, 4 frames a video" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "nope"}, "unknown dataset"),
+        ({"fps": 2.0}, "exclude each other"),
+        ({"short_edge": 255}, "must be even"),
+        ({"quality": 0}, "--quality"),
+        ({"workers": 0}, "--workers"),
+        ({"name": "a/b"}, "--name"),
+        ({"ffmpeg": "/no/such/ffmpeg"}, "/no/such/ffmpeg"),
+        ({"split": "train"}, "--split"),
+    ],
+)
+def test_mistakes_are_one_line(
+    raw: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        run(raw, tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_a_file(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        run(raw, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(tmp_path: Path, raw: Path, workers: int) -> None:
+    # A limit on the size of files stands for a full disk: writing ends in EFBIG, not ENOSPC.
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+    )
+    done = subprocess.run(
+        driver(raw, tmp_path / "out", workers, script), capture_output=True, text=True, cwd=ROOT
+    )
+    assert "InputError" in done.stdout, done.stderr
+    assert "cannot be written" in done.stdout
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def driver(src: Path, out: Path, workers: int, before: str = "") -> list[str]:
+    """A Python that prepares ``src`` and prints how that ended."""
+    config = {"dataset": "folder", "src": str(src), "out": str(out), "workers": workers}
+    config |= {"videos_per_shard": 4, "frames": 8, "max_failures": 50}
+    script = (
+        f"{before}from pipelines._config import PrepareConfig\n"
+        "from pipelines._prepare import prepare\n"
+        "from shards.errors import InputError, Stopped\n"
+        f"try: prepare(PrepareConfig(**{config!r})); print('done')\n"
+        "except InputError as error: print('InputError', error)\n"
+        "except Stopped as stop: print('Stopped', stop.exit_code, stop)\n"
+    )
+    return [sys.executable, "-c", script]
+
+
+def processes_of(session: int) -> list[int]:
+    """All living processes of a session; ffmpeg has its own, found by the folder in its words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z" and int(fields[3]) == session:
+                found.append(int(entry.name))
+    return found
+
+
+def programs_naming(folder: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in words:
+                found.append(entry.name)
+    return found
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    limit = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """28 real clips, and the files an uninterrupted run makes of them."""
+    root = tmp_path_factory.mktemp("clips")
+    for folder in ("pick", "golf"):
+        found = sorted(shared(f"hmdb51/videos/{folder}").iterdir())[:14]
+        link_into(root / "raw" / folder, found)
+    settings: dict[str, object] = {"workers": 2, "videos_per_shard": 4, "frames": 8}
+    run(root / "raw", root / "whole", **settings)
+    return root / "raw", hashes(root / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, None)]
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    clips: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    workers: int,
+    number: signal.Signals,
+    code: int | None,
+) -> None:
+    raw, whole = clips
+    out = tmp_path / "out"
+    started = subprocess.Popen(
+        driver(raw, out, workers),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    wait_until(lambda: any(out.glob("*.idx")) or started.poll() is not None)
+    if number == signal.SIGINT:
+        os.killpg(started.pid, number)  # a terminal sends it to all of the group
+    else:
+        started.send_signal(number)
+    began = time.monotonic()
+    said, complaints = started.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    wait_until(lambda: not processes_of(started.pid) and not programs_naming(raw), 10)
+    finished = len(list(out.glob("*.idx")))
+    assert 1 <= finished < 7, "the signal came too late to prove anything"
+    assert not (out / "raw.json").exists()
+    if code is not None:
+        assert said.startswith(f"Stopped {code} stopped: "), said + complaints
+        assert "run the same command again" in said
+        assert "Traceback" not in complaints
+        assert not list(out.glob("*.part"))
+    again = subprocess.run(driver(raw, out, workers), capture_output=True, text=True, cwd=ROOT)
+    assert again.stdout == "done\n", again.stderr
+    assert f"{finished} of 7 shards are there already" in again.stderr
+    assert hashes(out) == whole
+
+
+def test_a_killed_worker_is_told_of(clips: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    raw, whole = clips
+    out = tmp_path / "out"
+    started = subprocess.Popen(
+        driver(raw, out, 2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    wait_until(lambda: len(list(out.glob("*.part"))) == 2 or started.poll() is not None)
+    # A worker is the parent of an ffmpeg.
+    parents: list[int] = []
+
+    def find_worker() -> bool:
+        for pid in programs_naming(raw):
+            try:
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(stat[1]) not in (started.pid, 1, os.getpid()):
+                parents.append(int(stat[1]))
+        return bool(parents)
+
+    wait_until(find_worker)
+    os.kill(parents[0], signal.SIGKILL)
+    said, complaints = started.communicate(timeout=30)
+    assert said.startswith("InputError a worker was killed"), said + complaints
+    wait_until(lambda: not processes_of(started.pid), 10)
+    again = subprocess.run(driver(raw, out, 2), capture_output=True, text=True, cwd=ROOT)
+    assert again.stdout == "done\n", again.stderr
+    assert hashes(out) == whole
+
+
+def test_ctrl_c_in_one_process(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_prepare, "build_shards", interrupt)
+    with pytest.raises(Stopped, match="0 of 1 shards") as caught:
+        run(raw, tmp_path)
+    assert caught.value.exit_code == 130
