@@ -25,12 +25,17 @@ _TYPES = {"int": int, "float": float, "str": str}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def settings_options(config: type, required: Sequence[str] = ()) -> Callable[[_Command], _Command]:
-    """Options for the fields of a settings dataclass, and ``--config`` to read them from TOML."""
+def settings_options(
+    config: type, required: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> Callable[[_Command], _Command]:
+    """Options for the fields of a settings dataclass, and ``--config`` to read them from TOML.
+
+    Fields named in ``arguments`` are left to arguments of the same name.
+    """
 
     def decorate(command: _Command) -> _Command:
         for field in reversed(dataclasses.fields(config)):
-            if not field.metadata.get("hidden"):
+            if not field.metadata.get("hidden") and field.name not in arguments:
                 command = _option(field, field.name in required)(command)
         read_config = click.option(
             "--config",
@@ -105,7 +110,7 @@ def seco() -> None:
 
 @seco.command()
 @click.argument("dataset")
-@settings_options(PrepareConfig, required=("src",))
+@settings_options(PrepareConfig, required=("src",), arguments=("dataset",))
 def prepare(**settings: Any) -> None:
     """Decode the videos of DATASET (ucf101, hmdb51, kinetics, folder) into shards.
 

@@ -71,7 +71,7 @@ def _build_in_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines._build"])
     with _sigint_ignored():  # inherited by all workers: Ctrl-C is this process's to handle
-        pass
+        forkserver.ensure_running()
     counter = context.Value("Q", 0)
     others = set(multiprocessing.active_children())
     told = 0
@@ -129,7 +129,7 @@ _busy = False
 def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
-    pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_sigterm)
     threading.Thread(target=_die_with_driver, daemon=True).start()
 

@@ -30,6 +30,7 @@ from shards.progress import progress
 
 CLIPS_PER_GROUP = 3
 TEST_SHARE = 1 / 3  # of the groups, the first ones, as in UCF101
+PALETTES = 2  # sets of colours, taken by the groups in turn; more make the task harder
 FRAMES_PER_SECOND = (25, 30, 24, 15)
 
 # Width and height; most clips have the first.
@@ -156,6 +157,7 @@ def _write_clip(clip: _Clip, videos: Path, seed: int) -> None:
         width=clip.width,
         height=clip.height,
         scene=np.random.default_rng((seed, 0, clip.group)),
+        palette=np.random.default_rng((seed, 2, clip.group % PALETTES)),
         take=np.random.default_rng((seed, 1, clip.class_index, clip.group, clip.take)),
     )
     # Motion JPEG is full range by custom; the others are read as limited range.

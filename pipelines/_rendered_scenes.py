@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 from pipelines._rendered_textures import (
     BACKGROUND_CONTRAST,
+    BACKGROUND_LUMA,
+    FOREGROUND_CONTRAST,
+    FOREGROUND_LUMA,
     SPRITE_PX,
     FloatArray,
     draw_background,
@@ -43,21 +46,26 @@ CLASSES: dict[str, tuple[str, str]] = {
 }
 
 FRAMES_PER_CLIP = (24, 32)  # both included
-OBJECT_SIZE = (0.60, 0.95)  # diameter, of the frame's short side
+OBJECT_SIZE = (0.90, 1.25)  # diameter, of the frame's short side
+STAR_SIZE = 1.15  # of the other objects' diameter: a star covers less of its circle
 SHUTTER = 0.9  # share of the frame interval during which light is gathered
 BLUR_SAMPLES = 6  # drawings that are averaged to one exposure
 SCENE_PX = 216  # side of the drawn background; a frame and its drift must fit into it
 CAMERA_DRIFT_PX = (2.0, 14.0)  # way of the background over the clip
 EXPOSURE = (0.60, 1.30)
+CONTRAST = (0.45, 1.25)  # of the camera, about mid grey
+TINT_TURN = (-0.12, 0.12)  # turn of all hues, of the full circle
+TINT_STRENGTH = (0.3, 1.3)  # saturation, of what the scene has
 LIGHT_GRADIENT = (0.0, 0.6)  # how much darker one side of the frame is
 FLICKER = (0.0, 0.06)
-NOISE = (0.0, 0.03)  # standard deviation of sensor noise, of 1
+NOISE = (0.0, 0.02)  # standard deviation of sensor noise, of 1
 
 SPIN_TURNS = (1.8, 3.0)  # over the clip
 DROP_FALLS = (1.6, 2.6)
 SWING_PERIODS = (1.5, 2.5)
-SWING_ANGLE = (0.7, 1.05)  # radians to either side
+SWING_ANGLE = (0.5, 0.8)  # radians to either side
 GROW_RATIO = (3.0, 5.0)  # last diameter over first
+GROW_USUAL_AT = 0.65  # when it has the usual size; chosen so that it covers as much as others
 BOUNCES = (2.5, 4.0)
 SHAKE_AMPLITUDE = (0.12, 0.22)  # of the frame's short side
 
@@ -97,7 +105,7 @@ def _drop(rng: np.random.Generator) -> Motion:
 
 
 def _swing(rng: np.random.Generator) -> Motion:
-    pivot, arm = rng.uniform(-0.2, 0.2), rng.uniform(1.0, 1.3)
+    pivot, arm = rng.uniform(-0.2, 0.2), rng.uniform(1.0, 1.2)
     reach, phase = rng.uniform(*SWING_ANGLE), rng.uniform(0, 2 * np.pi)
     periods = rng.uniform(*SWING_PERIODS)
 
@@ -111,7 +119,7 @@ def _swing(rng: np.random.Generator) -> Motion:
 def _grow(rng: np.random.Generator) -> Motion:
     x, y = rng.uniform(-0.35, 0.35, 2)
     ratio = np.log(rng.uniform(*GROW_RATIO))
-    return lambda t: Pose(x, y, 0.0, float(np.exp(ratio * (t - 0.55))))
+    return lambda t: Pose(x, y, 0.0, float(np.exp(ratio * (t - GROW_USUAL_AT))))
 
 
 def _bounce(rng: np.random.Generator) -> Motion:
@@ -154,6 +162,7 @@ def render_clip(
     width: int,
     height: int,
     scene: np.random.Generator,
+    palette: np.random.Generator,
     take: np.random.Generator,
 ) -> NDArray[np.uint8]:
     """The frames of one clip.
@@ -162,7 +171,8 @@ def render_clip(
         class_name: a key of :data:`CLASSES`.
         width: of a frame, in pixels.
         height: of a frame, in pixels.
-        scene: draws the background, which all clips of a group share, whatever their class.
+        scene: draws the background's pattern, which the clips of a group share in every class.
+        palette: draws the four colours, before the camera changes them.
         take: draws the rest.
 
     Returns:
@@ -170,11 +180,15 @@ def render_clip(
     """
     pattern, motion_name = CLASSES[class_name]
     count = int(take.integers(FRAMES_PER_CLIP[0], FRAMES_PER_CLIP[1] + 1))
-    sprite = draw_sprite(take, pattern)
+    colours = random_colour_pair(palette, FOREGROUND_LUMA, FOREGROUND_CONTRAST)
+    sprite = draw_sprite(take, pattern, colours)
     half_size_px = 0.5 * take.uniform(*OBJECT_SIZE) * min(width, height)
+    half_size_px *= STAR_SIZE if pattern == "star" else 1.0
     motion = MOTIONS[motion_name](take)
-    backgrounds = _drifting_background(scene, take, count, height, width)
+    ground = random_colour_pair(palette, BACKGROUND_LUMA, BACKGROUND_CONTRAST)
+    backgrounds = _drifting_background(scene, take, ground, count, height, width)
     light = _lighting(take, height, width)
+    grade, offset = _colour_grade(take)
     flicker = 1 + take.uniform(*FLICKER) * take.standard_normal(count)
     noise_level = np.float32(take.uniform(*NOISE))
     frames = np.empty((count, height, width, 3), np.uint8)
@@ -183,6 +197,7 @@ def render_clip(
         poses = [motion(float(time)) for time in times]
         cover = _expose(sprite, poses, half_size_px, height, width)
         image = backgrounds[index] * (1 - cover[..., 3:]) + cover[..., :3]
+        image = image @ grade + offset
         image *= light * np.float32(flicker[index])
         image += noise_level * take.standard_normal((height, width, 1), np.float32)
         frames[index] = np.clip(image * 255 + 0.5, 0, 255)
@@ -218,12 +233,17 @@ def _expose(
 
 
 def _drifting_background(
-    scene: np.random.Generator, take: np.random.Generator, count: int, height: int, width: int
+    scene: np.random.Generator,
+    take: np.random.Generator,
+    colours: tuple[FloatArray, FloatArray],
+    count: int,
+    height: int,
+    width: int,
 ) -> FloatArray:
     """Frames ``(count, height, width, 3)`` of the scene under a camera that moves steadily."""
     # Drawn at one size whatever the frame's, so that a group's clips show the same place.
     share = draw_background(scene, SCENE_PX, SCENE_PX)
-    first, second = random_colour_pair(take, BACKGROUND_CONTRAST)
+    first, second = colours
     way, direction = take.uniform(*CAMERA_DRIFT_PX), take.uniform(0, 2 * np.pi)
     frames = np.empty((count, height, width, 3), np.float32)
     for index in range(count):
@@ -237,6 +257,21 @@ def _drifting_background(
         patch = patch[:-1] + fy * (patch[1:] - patch[:-1])
         frames[index] = first + patch[..., None] * (second - first)
     return frames
+
+
+def _colour_grade(take: np.random.Generator) -> tuple[FloatArray, FloatArray]:
+    """A camera's way with colour, so that ``rgb @ matrix + offset`` is what it records.
+
+    Returns:
+        A matrix ``(3, 3)`` and an offset ``(3,)``.
+    """
+    turn, strength = 2 * np.pi * take.uniform(*TINT_TURN), take.uniform(*TINT_STRENGTH)
+    contrast = take.uniform(*CONTRAST)
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    c, s = strength * np.cos(turn), strength * np.sin(turn)
+    turned = np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
+    matrix = contrast * np.linalg.inv(to_yiq) @ turned @ to_yiq
+    return np.asarray(matrix.T, np.float32), np.full(3, 0.5 - 0.5 * contrast, np.float32)
 
 
 def _lighting(take: np.random.Generator, height: int, width: int) -> FloatArray:

@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 
 SPRITE_PX = 144  # side of the square the object is drawn on before it is moved over the frames
-PATTERN_CYCLES = (2.2, 4.0)  # periods of the pattern across the object
+PATTERN_CYCLES = (2.2, 3.8)  # periods of the pattern across the object
 PATTERN_SHARPNESS = (2.5, 8.0)  # low: a soft sine; high: hard edges
 PATTERN_BALANCE = 0.25  # how far the share of the two colours may lean to one of them
-FOREGROUND_CONTRAST = (0.30, 0.65)  # luma between the object's two colours, of 1
-BACKGROUND_CONTRAST = (0.10, 0.55)  # luma between the background's two colours
+FOREGROUND_LUMA = (0.35, 0.65)  # mean of the object's two colours, of 1
+FOREGROUND_CONTRAST = (0.40, 0.70)  # luma between them
+BACKGROUND_LUMA = (0.30, 0.70)
+BACKGROUND_CONTRAST = (0.05, 0.25)
+SATURATION = (0.1, 0.8)  # of the most that a colour of the luma can have
 SECOND_TEXTURE = (0.0, 0.30)  # strength of the fine grain on the object
-BACKGROUND_SLOPE = (0.9, 2.2)  # exponent of the 1/f noise: small is fine-grained
+BACKGROUND_SLOPE = (1.2, 2.4)  # exponent of the 1/f noise: small is fine-grained
 BACKGROUND_STRETCH = (1.0, 4.0)  # how much longer than wide its grains are
-BACKGROUND_SHARPNESS = (0.6, 6.0)  # small: clouds; large: camouflage with hard edges
+BACKGROUND_SHARPNESS = (0.6, 4.0)  # small: clouds; large: camouflage with hard edges
 STAR_POINTS = (5, 6)
 STAR_INNER_RADIUS = (0.42, 0.55)
 
-_LUMA = np.array([0.299, 0.587, 0.114])
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
 
 
 def _f32(values: Any) -> FloatArray:
@@ -36,15 +39,15 @@ def _f32(values: Any) -> FloatArray:
 
 
 def random_colour_pair(
-    rng: np.random.Generator, contrast: tuple[float, float]
+    rng: np.random.Generator, luma: tuple[float, float], contrast: tuple[float, float]
 ) -> tuple[FloatArray, FloatArray]:
-    """Two RGB colours in [0, 1] of any hue whose luma differs by an amount drawn from ``contrast``.
+    """Two RGB colours in [0, 1] of any hue; their mean luma and its difference are drawn.
 
     Returns:
         Two arrays ``(3,)``; which of them is the lighter is random.
     """
     difference = rng.uniform(*contrast)
-    middle = rng.uniform(0.5 * difference + 0.05, 0.95 - 0.5 * difference)
+    middle = np.clip(rng.uniform(*luma), 0.5 * difference, 1 - 0.5 * difference)
     sign = rng.choice((-0.5, 0.5))
     first, second = (
         _colour_of_luma(rng, middle + sign * difference),
@@ -55,10 +58,10 @@ def random_colour_pair(
 
 def _colour_of_luma(rng: np.random.Generator, luma: float) -> FloatArray:
     tint = rng.uniform(-1.0, 1.0, 3)
-    tint -= tint @ _LUMA
+    tint -= tint @ LUMA_WEIGHTS
     # The largest tint that keeps every channel in range, so that the luma stays what was asked.
     room = np.where(tint > 0, (1.0 - luma) / np.maximum(tint, 1e-6), luma / np.maximum(-tint, 1e-6))
-    colour = luma + tint * min(float(room.min()), 1.0) * rng.uniform(0.1, 1.0)
+    colour = luma + tint * min(float(room.min()), 1.0) * rng.uniform(*SATURATION)
     return _f32(np.clip(colour, 0.0, 1.0))
 
 
@@ -148,13 +151,16 @@ def _star_radius(x: FloatArray, y: FloatArray, points: int, inner: float) -> Flo
     return _f32(along / offset)
 
 
-def draw_sprite(rng: np.random.Generator, pattern: str) -> FloatArray:
+def draw_sprite(
+    rng: np.random.Generator, pattern: str, colours: tuple[FloatArray, FloatArray]
+) -> FloatArray:
     """The object of a clip, on a square of side 2 around its centre.
 
     Args:
         rng: draws everything except the family.
         pattern: a key of :data:`PATTERNS`; ``"star"`` also fixes the silhouette, which is a disc
             or a polygon for the others.
+        colours: the pattern's two, ``(3,)`` each.
 
     Returns:
         Premultiplied RGBA ``(SPRITE_PX, SPRITE_PX, 4)`` in [0, 1].
@@ -176,7 +182,7 @@ def draw_sprite(rng: np.random.Generator, pattern: str) -> FloatArray:
     wave = PATTERNS[pattern](turned_x, turned_y, np.pi * rng.uniform(*PATTERN_CYCLES), rng)
     wave = _f32(wave + rng.uniform(-PATTERN_BALANCE, PATTERN_BALANCE))
     share = _two_tone(wave, rng.uniform(*PATTERN_SHARPNESS))[..., None]
-    first, second = random_colour_pair(rng, FOREGROUND_CONTRAST)
+    first, second = colours
     colour = first + share * (second - first)
     grain = cloud_noise(rng, SPRITE_PX, SPRITE_PX, rng.uniform(0.5, 1.5), 1.0)[..., None]
     colour = np.clip(colour * (1 + 0.5 * rng.uniform(*SECOND_TEXTURE) * grain), 0, 1)

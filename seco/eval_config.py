@@ -51,4 +51,4 @@ class RetrieveConfig:
     neighbours: int = setting(10, "nearest videos a query shows")
     shards: tuple[str, ...] = setting((), "where pictures come from [default: as extracted]")
     threshold: float = setting(0.98, "cosine from which two videos count as near-duplicates")
-    device: str = setting("auto", "cpu, cuda, or the GPUs when faiss can use any")
+    device: str = setting("auto", "cpu, cuda, or the GPUs when faiss can use any (exact index)")

@@ -109,10 +109,7 @@ def write_features(
     for array in (features, halves):
         _check_finite(array, keys, folder)
     # Without meta.json the folder is unfinished, so no mixture of old and new is ever read.
-    try:
-        (folder / META).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot be written to ({error.strerror})", folder) from error
+    discard(folder / META)
     for name, array in ((FEATURES, features), (HALVES, halves)):
         with atomic_path(folder / name) as temporary, open(temporary, "wb") as file:
             np.save(file, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)
@@ -177,6 +174,18 @@ def require_same_encoder(a: Features, b: Features) -> None:
             b.folder,
             "extract both with the same checkpoint",
         )
+
+
+def discard(path: Path) -> None:
+    """Remove a file if it is there.
+
+    Raises:
+        InputError: its folder cannot be written to.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot be written to ({error.strerror})", path.parent) from error
 
 
 def encoder_name(encoder: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.unit_rows import unit_rows
 from shards.errors import InputError
 from shards.progress import progress
 
@@ -32,13 +33,13 @@ def build_index(features: NDArray[np.float32], ivfpq_above: int = 0) -> Any:
     if index_kind(rows, ivfpq_above) == "flat":
         exact = faiss.IndexFlatIP(dimension)
         for start in range(0, rows, _QUERIES_AT_ONCE):
-            exact.add(_unit(features[start : start + _QUERIES_AT_ONCE]))
+            exact.add(unit_rows(features[start : start + _QUERIES_AT_ONCE]))
         return exact
     if rows < _IVFPQ_LEAST:
         raise InputError(
             f"{rows} videos are too few for an approximate index", "--ivfpq-above", "raise it"
         )
-    unit = _unit(features)
+    unit = unit_rows(features)
     lists = max(1, min(round(4 * rows**0.5), rows // _TRAINED_ON_LEAST))
     codes = max(m for m in range(1, min(_CODE_BYTES, dimension) + 1) if dimension % m == 0)
     quantizer = faiss.IndexFlatIP(dimension)
@@ -68,7 +69,7 @@ def search(
     k is at most the size of the index; row -1 is nothing found (approximate indexes only).
 
     Args:
-        device: ``auto`` takes the GPUs when faiss can use any.
+        device: ``auto`` takes the GPUs when faiss can use any; exact indexes only.
         title: shown with a progress bar, if given.
 
     Raises:
@@ -79,28 +80,23 @@ def search(
     similarity = np.empty((len(queries), k), dtype=np.float32)
     found = np.empty((len(queries), k), dtype=np.int64)
     if not title:
-        similarity[:], found[:] = index.search(_unit(queries), k)
+        similarity[:], found[:] = index.search(unit_rows(queries), k)
         return similarity, found
     with progress(title, len(queries), "queries") as shown:
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             block = slice(start, start + _QUERIES_AT_ONCE)
-            similarity[block], found[block] = index.search(_unit(queries[block]), k)
+            similarity[block], found[block] = index.search(unit_rows(queries[block]), k)
             shown.advance(len(queries[block]))
     return similarity, found
 
 
 def _placed(index: Any, device: str) -> Any:
-    # faiss-cpu and faiss-gpu share a name; only the second has GPUs to count.
+    # faiss-cpu and faiss-gpu share a name; only the second moves indexes. An IVF-PQ stays on the
+    # CPU: a GPU's look-up tables hold no codes of 64 bytes.
     gpus = faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"unknown device {device!r}", "--device", "cpu or cuda")
     if device == "cuda" and not gpus:
         raise InputError("faiss can use no GPU here", "--device", "install faiss-gpu or give cpu")
-    return faiss.index_cpu_to_all_gpus(index) if gpus and device != "cpu" else index
-
-
-def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows (V, D) of length 1; rows of zeros stay zero."""
-    x = np.ascontiguousarray(features, dtype=np.float32)
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    movable = gpus and device != "cpu" and isinstance(index, faiss.IndexFlat)
+    return faiss.index_cpu_to_all_gpus(index) if movable else index

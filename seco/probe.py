@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from seco.eval_config import ProbeConfig
 from seco.eval_splits import TrainTest, read_train_test
 from seco.pages import percent, printable
+from seco.unit_rows import unit_rows
 from shards.atomic import atomic_path, write_json
 from shards.errors import InputError
 from shards.progress import progress
@@ -175,17 +176,12 @@ def normalised(
     if how == "none":
         return train, test
     if how == "l2":
-        return _unit(train), _unit(test)
+        return unit_rows(train), unit_rows(test)
     mean = train.mean(axis=0, dtype=np.float64)
     deviation = train.std(axis=0, dtype=np.float64)
     deviation[deviation == 0] = 1
     scaled = [((x - mean) / deviation).astype(np.float32) for x in (train, test)]
     return scaled[0], scaled[1]
-
-
-def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
 
 
 def draw_confusion(result: ProbeResult) -> Figure:

@@ -1,14 +1,11 @@
-"""``seco retrieve``: a faiss index over features, recalls, nearest videos and near-duplicates.
+"""``seco retrieve``: a faiss index over features, recalls and nearest videos.
 
 Similarity is the cosine: the inner product of unit vectors.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seco.eval_config import RetrieveConfig
-from seco.eval_splits import TrainTest, choose_split, read_train_test
+from seco.eval_splits import TrainTest, read_train_test
 from seco.feature_store import (
     UNLABELLED,
     Features,
+    discard,
     encoder_name,
     read_features,
-    require_same_encoder,
 )
 from seco.nearest import build_index, index_kind, search
 from seco.pages import percent, printable
-from shards.atomic import atomic_path, write_json, write_text
+from shards.atomic import atomic_path, write_json
 from shards.errors import InputError
 
-RESULT, INDEX, DUPLICATES = "retrieval.json", "retrieval.faiss", "duplicates.csv"
+RESULT, INDEX = "retrieval.json", "retrieval.faiss"
 LABEL_KS = (1, 5, 10, 20, 50)
 SAME_VIDEO_KS = (1, 5, 10)
 
 _FORMAT_VERSION = 1
-_DUPLICATES_OF_ONE = 10
 
 
 @dataclass(frozen=True)
@@ -105,23 +101,6 @@ class Neighbour:
     right: bool | None
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Pairs of videos of different splits that are nearly the same: (key, split, key, split, s)."""
-
-    pairs: list[tuple[str, str, str, str, float]]
-    threshold: float
-
-    def table(self) -> str:
-        """The pairs as lines for a terminal."""
-        head = f"{len(self.pairs)} pairs across splits with a cosine of {self.threshold:g} or more"
-        lines = [
-            f"  {s:.4f}  {a_split}: {a}   {b_split}: {b}"
-            for a, a_split, b, b_split, s in self.pairs
-        ]
-        return "\n".join([head, *map(printable, lines)])
-
-
 def evaluate(config: RetrieveConfig) -> RetrievalResult:
     """R@k of test videos among training videos, and of videos' halves; writes ``retrieval.json``.
 
@@ -179,9 +158,12 @@ def build(config: RetrieveConfig) -> Path:
     index = build_index(features.features, config.ivfpq_above)
     path = _out(config) / INDEX
     # The description is written last: without it the index is not used.
-    _description(path).unlink(missing_ok=True)
+    discard(_description(path))
     with atomic_path(path) as temporary:
-        faiss.write_index(index, str(temporary))
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:  # faiss's for any failing write
+            raise InputError("cannot be written", path, "free some space") from error
     write_json(_description(path), _identity(features))
     return path
 
@@ -210,7 +192,7 @@ def open_index(path: Path, features: Features) -> Any:
         raise InputError(f"is of other videos than {features.folder}", path, again)
     try:
         index = faiss.read_index(str(path))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise InputError("is missing or damaged", path, again) from error
     if (index.ntotal, index.d) != features.features.shape:
         raise InputError(
@@ -249,45 +231,6 @@ def query(
         name = features.label_names[other]
         nearest.append(Neighbour(other, features.keys[other], s, name, right))
     return nearest[:neighbours]
-
-
-def duplicates(config: RetrieveConfig) -> Duplicates:
-    """Near-duplicates between different values of the split, or between two folders.
-
-    At most 10 for each video of the later value. Writes ``duplicates.csv``.
-
-    Raises:
-        InputError: the feature folders cannot be used, or there are no two splits.
-    """
-    features = read_features(config.features)
-    groups: list[tuple[str, Features, NDArray[np.int64]]] = []
-    if config.test_features is not None:
-        other = read_features(config.test_features)
-        require_same_encoder(features, other)
-        groups = [(f.folder.name, f, np.arange(len(f))) for f in (features, other)]
-    else:
-        split = choose_split(features, config.split)
-        values = np.array(features.splits[split] if split is not None else [""] * len(features))
-        named = sorted(set(values.tolist()) - {"", "unused"})
-        groups = [(value, features, np.flatnonzero(values == value)) for value in named]
-    if len(groups) < 2:
-        raise InputError("has no two splits to compare", features.folder, "give --test-features")
-    pairs = []
-    for (a_name, a, a_rows), (b_name, b, b_rows) in itertools.combinations(groups, 2):
-        index = build_index(a.features[a_rows], config.ivfpq_above)
-        similarity, found = search(
-            index, b.features[b_rows], _DUPLICATES_OF_ONE, config.device, "duplicates"
-        )
-        for i, j in np.argwhere((similarity >= config.threshold) & (found >= 0)).tolist():
-            near = a.keys[a_rows[found[i, j]]]
-            pairs.append((b.keys[b_rows[i]], b_name, near, a_name, float(similarity[i, j])))
-    pairs.sort(key=lambda pair: (-pair[4], pair))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("key", "split", "near_key", "near_split", "similarity"))
-    writer.writerows((*pair[:4], f"{pair[4]:.6f}") for pair in pairs)
-    write_text(_out(config) / DUPLICATES, text.getvalue())
-    return Duplicates(pairs, config.threshold)
 
 
 def _labelled_rows(

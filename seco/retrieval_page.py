@@ -31,7 +31,7 @@ def write_query_page(config: RetrieveConfig, key: str, path: Path) -> Path:
     saved = Path(config.out or config.features) / INDEX
     index = open_index(saved, features) if saved.is_file() else None
     nearest = query(features, key, config.neighbours, index, config.device)
-    shards = open_shards(config.shards or features.meta["shards"])
+    shards = open_shards(config.shards or tuple(features.meta.get("shards", ())))
     write_text(path, render_query_page(features, key, nearest, frames_of(shards)))
     return path
 
