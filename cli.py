@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from seco.eval_config import ProbeConfig, RetrieveConfig
 
 from pipelines._config import PrepareConfig
 from seco import __version__
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
+from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.extract_config import ExtractConfig
 from shards.errors import InputError, Stopped, TooManyExcluded
 
@@ -206,6 +206,19 @@ def retrieve_query(video: str, html: str, **settings: Any) -> None:
     from seco.retrieval_page import write_query_page
 
     print(write_query_page(RetrieveConfig(**settings), video, Path(html)))
+
+
+@retrieve.command("duplicates")
+@settings_options(RetrieveConfig, required=("features",))
+def retrieve_duplicates(**settings: Any) -> None:
+    """List near-duplicate videos across training and test rows.
+
+    \b
+    Example: seco retrieve duplicates --features features/ucf101
+    """
+    from seco.duplicates import duplicates
+
+    print(duplicates(RetrieveConfig(**settings)).table())
 
 
 @seco.command()

@@ -41,7 +41,10 @@ def run_demo(work: Path, tasks: str, seed: int, options: list[str], threads: int
 
 def table(summaries: dict[str, list[Path]]) -> str:
     """Markdown: for each task set and encoder every seed's figures, and the decisive comparison."""
-    lines = ["| tasks | encoder | SVM top-1 % | R@1 % | same-video R@1 % |", "|---|---|---|---|---|"]
+    lines = [
+        "| tasks | encoder | SVM top-1 % | R@1 % | same-video R@1 % |",
+        "|---|---|---|---|---|",
+    ]
     verdicts = []
     for tasks, paths in summaries.items():
         found = [json.loads(path.read_text("utf-8"))["rows"] for path in paths]
@@ -72,7 +75,8 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // given.parallel)
     quick = ["--quick", *options] if given.src else ["--steps", "1"]
     subprocess.run(
-        [sys.executable, "-m", "cli", "demo", "--out", str(given.work / "first"), *quick], check=True
+        [sys.executable, "-m", "cli", "demo", "--out", str(given.work / "first"), *quick],
+        check=True,
     )
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.parallel) as pool:

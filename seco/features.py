@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from seco import __version__
 from seco.augment import normalise
 from seco.crops import BrokenJpeg, center_crop, decode_jpeg
+from seco.device import resolve_device
 from seco.extract_config import ExtractConfig
 from seco.feature_store import write_features
 from seco.stopping import leave_signals_to_parent
-from seco.trainer import resolve_device
 from seco.weights import Backbone, load_backbone
 from shards.errors import InputError
 from shards.progress import progress

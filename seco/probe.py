@@ -230,9 +230,9 @@ def _classify(
     notes: list[str],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Classes (K,) and the test rows' scores (M, K)."""
+    from seco.device import resolve_device
     from seco.knn import knn_scores
     from seco.svm import fit_svm
-    from seco.trainer import resolve_device
 
     device = resolve_device(config.device)
     labels = rows.train_labels

@@ -15,6 +15,7 @@ import torch
 from seco.augment import ViewConfig, apply_views
 from seco.checkpoint import load_checkpoint, save_checkpoint
 from seco.config import RESUMABLE_DIFFERENCES, TASKS, PretrainConfig, resolve
+from seco.device import resolve_device
 from seco.loader import Batch, TripletBatches, batches
 from seco.method import SeCo, StepResult
 from seco.metrics import RunLog
@@ -41,23 +42,6 @@ def pretrain(config: PretrainConfig) -> Path:
         Stopped: a signal came; everything is saved.
     """
     return Trainer(resolve(config)).run()
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is a GPU when there is one.
-
-    Raises:
-        InputError: a GPU is asked for and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no GPU can be used here", "--device", "leave it out or give cpu")
-    return device
 
 
 class Trainer:

@@ -1,0 +1,39 @@
+"""Which device computes, and how many of the processor's cores."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from shards.errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of ``--device``; ``auto`` is a GPU when there is one.
+
+    On the CPU one core is left to the loader: computing threads that wait for each other at every
+    layer lose far more than that core to a loader process which takes turns with them. How many
+    threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
+    because the number of threads may change the last bits of a sum.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no GPU can be used here", "--device", "leave it out or give cpu")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _usable_cores() - 1))
+    return device
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
