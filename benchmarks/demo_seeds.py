@@ -3,8 +3,8 @@
     python benchmarks/demo_seeds.py --work /tmp/seeds [--src DIR --dataset NAME] \\
         [--seeds 0,1,2] [--tasks inter/inter,intra/inter,intra,order] [--parallel 2]
 
-Every run is ``seco demo`` with its own seed of weights and draws; videos and shards are made once. Prints
-and writes (``--out``) a table of all figures as they are.
+Every run is ``seco demo`` with its own seed of weights and draws; videos and shards are made once.
+Prints and writes (``--out``) a table of all figures as they are.
 """
 
 from __future__ import annotations

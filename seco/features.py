@@ -103,7 +103,7 @@ def extract_features(config: ExtractConfig) -> Path:
         np.stack(features),
         np.stack(halves),
         [_row(shards, video, config.frames) for video in kept],
-        _meta(config, backbone, failed),
+        _meta(config, backbone, failed, shards.record(kept[0]).dataset),
     )
     return out
 
@@ -144,14 +144,16 @@ def _row(shards: ShardSet, video: int, frames: int) -> dict[str, Any]:
     }
 
 
-def _meta(config: ExtractConfig, backbone: Backbone, failed: int) -> dict[str, Any]:
+def _meta(config: ExtractConfig, backbone: Backbone, failed: int, dataset: str) -> dict[str, Any]:
     return {
         "encoder": {
             "arch": backbone.arch,
             "checkpoint": backbone.source,
             "sha256": backbone.sha256,
             "seed": config.seed if backbone.source == "random" else None,
+            "tasks": backbone.tasks,
         },
+        "dataset": dataset,
         "shards": list(config.shards),
         "frames": config.frames,
         "short_edge": config.short_edge,

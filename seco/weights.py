@@ -27,6 +27,7 @@ class Backbone:
     arch: str
     source: str
     sha256: str  # of the tensors
+    tasks: str | None = None  # what it was pre-trained on, when the file says
 
 
 def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbone:
@@ -53,15 +54,16 @@ def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbo
             for name, tensor in content["model"].items()
             if name.startswith(_QUERY_BACKBONE)
         }
-        found = content["config"]["arch"]
+        found, tasks = content["config"]["arch"], content["config"]["tasks"]
     else:
+        tasks = None
         state = _torchvision_state(content, path)
         found = arch or _arch_of(state, path)
     if arch is not None and arch != found:
         raise InputError(f"holds a {found}, not a {arch}", path, "leave --arch out")
     network = build_backbone(found)
     _load_strictly(network, state, path)
-    return Backbone(network, found, path.name, tensors_sha256(network.state_dict()))
+    return Backbone(network, found, path.name, tensors_sha256(network.state_dict()), tasks)
 
 
 def random_backbone(arch: str, seed: int) -> nn.Module:

@@ -21,7 +21,7 @@ def drawn_frame(video: int, frame: int, size: tuple[int, int] = (48, 64)) -> byt
     rng = np.random.default_rng(video)
     channels = []
     for _ in range(3):
-        a, b, phase = rng.uniform(0.05, 0.4, 2).tolist() + [rng.uniform(0, 6)]
+        a, b, phase = (*rng.uniform(0.05, 0.4, 2).tolist(), rng.uniform(0, 6))
         channels.append(127 + 100 * np.sin(a * x + b * y + phase + 0.5 * frame))
     picture = np.stack(channels, axis=-1).astype(np.uint8)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=90)
