@@ -306,6 +306,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`seco … | head`): not a mistake of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except OSError as error:
+        # A full disk, a vanished folder, a file one may not read: the machine's words suffice.
+        return _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", EXIT_FAILED)
 
 
 def _fail(message: object, code: int) -> int:

@@ -19,7 +19,7 @@ from pipelines._engine import Terminated, build_shards
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
 from pipelines._frames import FrameChoice
 from pipelines._plan import SetPlan, ShardPlan, plan_set
-from shards.atomic import write_json, write_text
+from shards.atomic import require_writable, write_json, write_text
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import Exclusion, Manifest, ShardInfo
 from shards.index import read_index
@@ -72,7 +72,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         for plan in plans:
             _say([*plan.videos.coverage, _forecast(plan)])
         return PrepareReport(sets=[])
-    _require_writable(Path(config.out))
+    require_writable(Path(config.out))
     finished = [_finished_shards(plan) for plan in plans]  # refuses before anything is decoded
     sets = [
         _prepare_set(plan, done, config, ffmpeg_version(binary))
@@ -107,18 +107,6 @@ def _forecast(plan: SetPlan) -> str:
         f"{plan.name}: {len(plan.videos.videos)} videos, {len(plan.videos.label_names)} labels, "
         f"{frames}, short edge {plan.shards[0].short_edge} px -> {first} to {last}"
     )
-
-
-def _require_writable(out: Path) -> None:
-    probe = out / f".seco-{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot be written to ({error.strerror})", out, "choose another folder with --out"
-        ) from error
 
 
 def _finished_shards(plan: SetPlan) -> dict[Path, ShardResult]:

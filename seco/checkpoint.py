@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -18,8 +19,11 @@ VERSION = 1
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` under ``path`` atomically."""
+    # Through memory: torch's own writer hides a full disk behind an error about positions.
+    whole = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, **content}, whole)
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+        temporary.write_bytes(whole.getbuffer())
 
 
 def load_torch_file(path: Path) -> Any:

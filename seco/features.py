@@ -21,6 +21,7 @@ from seco.extract_config import ExtractConfig
 from seco.feature_store import write_features
 from seco.stopping import leave_signals_to_parent
 from seco.weights import Backbone, load_backbone
+from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.progress import progress
 from shards.reader import ShardSet, UnreadableFrame, open_shards
@@ -78,6 +79,7 @@ def extract_features(config: ExtractConfig) -> Path:
     backbone = load_backbone(config.checkpoint, config.arch, config.seed)
     device = resolve_device(config.device)
     out = Path(config.out or f"features/{Path(shards.shard_files[0]).stem.rpartition('-')[0]}")
+    require_writable(out)
     kept: list[int] = []
     features: list[NDArray[np.float32]] = []
     halves: list[NDArray[np.float32]] = []

@@ -217,8 +217,7 @@ def _newton_direction(
     if whole.any():
         shared = 2 * c * rows.gram()
         shared.diagonal().add_(1)
-        factor = torch.linalg.cholesky(shared)
-        direction[whole] = -torch.cholesky_solve(gradient[whole].T, factor).T
+        direction[whole] = -torch.cholesky_solve(gradient[whole].T, _factor(shared)).T
     for k in direct.nonzero().flatten().tolist():
         direction[k] = _solve_directly(rows.take(active[k].nonzero().flatten()), gradient[k], c)
     if iterative.any():
@@ -228,17 +227,33 @@ def _newton_direction(
     return direction
 
 
+def _factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix that is positive-definite but for rounding.
+
+    Features of 10⁸ and more (a network after a few steps) swamp the identity in float64. A larger
+    diagonal changes the direction's length and slant, not that it goes down, and the line search
+    takes care of the rest.
+    """
+    more = torch.finfo(matrix.dtype).eps * float(matrix.diagonal().abs().mean())
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor
+        matrix.diagonal().add_(more)
+        more *= 10
+
+
 def _solve_directly(x: Tensor, gradient: Tensor, c: float) -> Tensor:
     """-(I + 2C xᵀ x)⁻¹ gradient, by the smaller of the two matrices: (n, D), (D,) -> (D,)."""
     count, dimension = x.shape
     if count >= dimension:
         matrix = 2 * c * (x.T @ x)
         matrix.diagonal().add_(1)
-        solved = torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(matrix))
+        solved = torch.cholesky_solve(gradient[:, None], _factor(matrix))
         return -solved[:, 0]
     matrix = x @ x.T  # Woodbury's identity
     matrix.diagonal().add_(1 / (2 * c))
-    solved = torch.cholesky_solve((x @ gradient)[:, None], torch.linalg.cholesky(matrix))
+    solved = torch.cholesky_solve((x @ gradient)[:, None], _factor(matrix))
     return x.T @ solved[:, 0] - gradient
 
 

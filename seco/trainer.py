@@ -22,7 +22,7 @@ from seco.metrics import RunLog
 from seco.schedule import learning_rate
 from seco.stopping import StopRequest
 from seco.weights import load_backbone
-from shards.atomic import write_text
+from shards.atomic import require_writable, write_text
 from shards.errors import InputError, Stopped
 from shards.progress import Progress, progress
 from shards.reader import UnreadableFrame, open_shards
@@ -51,6 +51,7 @@ class Trainer:
         shards = open_shards(config.shards)
         self.out = Path(config.out or f"runs/{_set_name(shards.shard_files[0])}")
         self.config = config = dataclasses.replace(config, out=str(self.out))
+        require_writable(self.out)
         checkpoint = self._checkpoint_to_resume()
         self.device = resolve_device(config.device)
         self.stream = TripletStream(

@@ -47,6 +47,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` if need be, and find out now rather than after hours of work.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    probe = folder / f".seco-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot be written ({error.strerror or error})",

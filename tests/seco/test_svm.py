@@ -125,6 +125,16 @@ def test_one_class_and_features_of_zeros() -> None:
     assert not nothing.weights.any()
 
 
+def test_features_that_swamp_the_regulariser_still_separate() -> None:
+    """As a network gives after a few steps: 10⁸ and more, all nearly one direction."""
+    x, labels = clusters(12, 40, 3, 2.0)
+    direction = np.abs(np.random.default_rng(0).standard_normal(40)).astype(np.float32)
+    swamped = (1e8 * direction + 1e3 * x).astype(np.float32)
+    fitted = fit_svm(swamped, labels)
+    assert np.isfinite(fitted.weights).all()
+    assert (fitted.objective >= 0).all()
+
+
 def test_what_cannot_be_fitted() -> None:
     x = np.ones((4, 3), np.float32)
     with pytest.raises(ValueError, match="do not match"):

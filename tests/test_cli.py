@@ -1,0 +1,298 @@
+"""The command line as people meet it: the whole chain, their mistakes, and Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+
+import cli
+from pipelines._config import PrepareConfig
+from seco.config import PretrainConfig
+from seco.demo_config import DemoConfig
+from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.extract_config import ExtractConfig
+from tests.made_shards import make_set
+
+TINY = shlex.split(
+    "--arch resnet18 --epochs 1 --batch-size 4 --bn-group 2 --queue-size 12 --crop-size 32 "
+    "--workers 0 --device cpu --log-every 1"
+)
+SMALL_FEATURES = shlex.split("--frames 3 --short-edge 36 --crop-size 32 --workers 0 --device cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_set(tmp_path_factory.mktemp("shards"), videos=18, frames=4, per_shard=7)
+
+
+@pytest.fixture(scope="module")
+def run_folder(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "made"
+    assert cli.run(["pretrain", "--shards", shards, "--out", str(out), *TINY]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def features(shards: str, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("features") / "made"
+    arguments = ["--shards", shards, "--checkpoint", str(run_folder / "last.pt"), "--out", str(out)]
+    assert cli.run(["extract-features", *arguments, *SMALL_FEATURES]) == 0
+    return out
+
+
+def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """The one line that a command prints when it fails."""
+    capsys.readouterr()
+    assert cli.run(arguments) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith(("seco: ", "Error: "))]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+def test_the_chain_ends_in_a_report(
+    shards: str,
+    run_folder: Path,
+    features: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["probe", "--features", str(features)]) == 0
+    assert cli.run(["retrieve", "evaluate", "--features", str(features)]) == 0
+    assert cli.run(["retrieve", "build", "--features", str(features)]) == 0
+    assert cli.run(["retrieve", "duplicates", "--features", str(features)]) == 0
+    page = tmp_path / "nearest.html"
+    query = ["--features", str(features), "--video", "video_0003", "--html", str(page)]
+    assert cli.run(["retrieve", "query", *query]) == 0
+    assert "video_0003" in page.read_text()
+    assert page.read_text().count("data:image/jpeg") >= 3
+    report = tmp_path / "report.html"
+    assert cli.run(["report", str(run_folder), str(features), "--out", str(report)]) == 0
+    html = report.read_text()
+    top1 = json.loads((features / "probe.json").read_text())["top1"]
+    assert f"{100 * top1:.1f}" in html
+    assert "61.91" in html  # the paper's Table 1 beside it
+    assert "<svg" in html
+    sheet, sheet_page = tmp_path / "sheet.png", tmp_path / "set.html"
+    capsys.readouterr()
+    assert cli.run(["inspect", shards, "--png", str(sheet), "--html", str(sheet_page)]) == 0
+    shown = capsys.readouterr().out
+    assert "18" in shown
+    assert "Circle" in shown
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    assert "video_0000" in sheet_page.read_text()
+
+
+def test_the_pre_trained_features_are_the_checkpoints(
+    shards: str, features: Path, tmp_path: Path
+) -> None:
+    """Not those of random weights, and the same for any number of loader processes."""
+    import numpy as np
+
+    encoder = json.loads((features / "meta.json").read_text())["encoder"]
+    assert (encoder["checkpoint"], encoder["tasks"]) == ("last.pt", "inter,intra,order")
+    out = str(tmp_path / "random")
+    random = ["--shards", shards, "--checkpoint", "random", "--arch", "resnet18", "--out", out]
+    assert cli.run(["extract-features", *random, *SMALL_FEATURES, "--workers", "2"]) == 0
+    other = np.load(tmp_path / "random" / "features.npy")
+    mine = np.load(features / "features.npy")
+    assert other.shape == mine.shape == (18, 512)
+    assert not np.allclose(other, mine, atol=1e-3)
+    again = str(tmp_path / "again")
+    assert cli.run(["extract-features", *random[:-1], again, *SMALL_FEATURES]) == 0
+    assert np.array_equal(np.load(tmp_path / "again" / "features.npy"), other)
+
+
+def test_config_of_a_run_repeats_it(shards: str, run_folder: Path, tmp_path: Path) -> None:
+    again = ["--config", str(run_folder / "config.toml"), "--shards", shards]
+    assert cli.run(["pretrain", *again, "--out", str(tmp_path)]) == 0
+    first, second = run_folder / "metrics.jsonl", tmp_path / "metrics.jsonl"
+    assert first.read_bytes() == second.read_bytes()
+
+
+MISTAKES = {
+    "missing --src": ("prepare ucf101 --src {tmp}/nowhere --out {tmp}/out", 1, "nowhere"),
+    "no --src": ("prepare ucf101", 2, "--src"),
+    "empty folder": ("prepare folder --src {empty} --out {tmp}/out", 1, "empty"),
+    "unknown data set": ("prepare imagenet --src {empty}", 1, "imagenet"),
+    "unreadable video": ("prepare folder --src {broken} --out {tmp}/out", 1, "broken"),
+    "out is a file": ("prepare folder --src {broken} --out {file}/x", 1, "file"),
+    "no shards": ("pretrain --shards {tmp}/none-*.tar", 1, "matches no shards"),
+    "missing shard": ("pretrain --shards {tmp}/k-{{000..003}}.tar", 1, "4 of 4 shards"),
+    "truncated tar": ("pretrain --shards {cut} --out {tmp}/run", 1, "truncated"),
+    "truncated tar, extract": (
+        "extract-features --shards {cut} --checkpoint random --out {tmp}/f",
+        1,
+        "truncated",
+    ),
+    "truncated tar, inspect": ("inspect {cut}", 1, "truncated"),
+    "run not writable": ("pretrain --shards {shards} --out {file}/x", 1, "file"),
+    "not a checkpoint": (
+        "extract-features --shards {shards} --checkpoint {file} --out {tmp}/f",
+        1,
+        "is not a checkpoint",
+    ),
+    "missing checkpoint": (
+        "extract-features --shards {shards} --checkpoint {tmp}/no.pt --out {tmp}/f",
+        1,
+        "no.pt: cannot be read",
+    ),
+    "features of nothing": ("probe --features {empty}", 1, "empty"),
+    "features nowhere": ("retrieve evaluate --features {tmp}/nowhere", 1, "nowhere"),
+    "unknown video": ("retrieve query --features {features} --video nobody", 1, "nobody"),
+    "nothing to report": ("report {empty}", 1, "empty"),
+    "bad option": ("pretrain --shards x --batch-size many", 2, "many"),
+    "unknown option": ("probe --features x --colour red", 2, "--colour"),
+    "bad config": ("pretrain --config {file} --shards x", 1, "is not TOML"),
+    "no config": ("pretrain --config {tmp}/none.toml --shards x", 1, "cannot be read"),
+    "unknown setting": ("pretrain --config {toml} --shards x", 1, "no option named 'colour'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_line(
+    name: str, shards: str, tmp_path: Path, features: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, code, message = MISTAKES[name]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "video.mp4").write_bytes(b"not a video" * 100)
+    (tmp_path / "file").write_text("{ not toml")
+    (tmp_path / "set.toml").write_text('colour = "red"')
+    make_set(tmp_path / "cut", videos=6)
+    tar = tmp_path / "cut" / "made-000.tar"
+    tar.write_bytes(tar.read_bytes()[:-20_000])
+    places = {"tmp": tmp_path, "cut": tar, "shards": shards, "features": features}
+    places |= {"toml": tmp_path / "set.toml"}
+    places |= {place: tmp_path / place for place in ("empty", "broken", "file")}
+    arguments = [part.format(**places) for part in command.split()]
+    assert message in complaint(arguments, capsys, code)
+
+
+def test_features_of_another_model_are_refused(
+    shards: str, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    random = ["--shards", shards, "--checkpoint", "random", "--arch", "resnet18"]
+    assert cli.run(["extract-features", *random, "--out", str(other), *SMALL_FEATURES]) == 0
+    line = complaint(["probe", "--features", str(features), "--test-features", str(other)], capsys)
+    assert "encoder" in line
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"model": Malicious()}, tmp_path / "evil.pt")
+    line = complaint(
+        ["extract-features", "--shards", shards, "--checkpoint", str(tmp_path / "evil.pt")], capsys
+    )
+    assert "holds more than tensors" in line
+    assert "weights_only=False" not in line
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    shards: str, tmp_path: Path
+) -> None:
+    """A file-size limit stands in for the full disk: writes fail part-way, as they do on one."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "cli", "pretrain", "--shards", shards, "--out", str(out)]
+    done = subprocess.run(
+        [*command, *TINY], preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "last.pt: cannot be written (File too large)" in done.stderr
+    assert not list(out.glob("*.pt*"))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "extract-features"])
+def test_ctrl_c_says_how_to_go_on(stage: str, shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = {
+        "pretrain": [*TINY, "--epochs", "4000", "--workers", "1"],
+        "extract-features": ["--checkpoint", "random", "--arch", "resnet50", "--workers", "1"],
+    }[stage]
+    command = [sys.executable, "-m", "cli", stage, "--shards", shards, "--out", str(out)]
+    run = subprocess.Popen(
+        [*command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if stage == "pretrain":
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    else:
+        time.sleep(6)  # wherever it is by then, the answer must be the same
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 75, error
+    assert "Traceback" not in error
+    assert "same command" in error or "same again" in error
+    assert not list(tmp_path.rglob("*.part"))
+    if stage == "pretrain":
+        assert (out / "last.pt").is_file()
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    def walk(command: click.Command, path: list[str]) -> list[list[str]]:
+        if isinstance(command, click.Group):
+            return [p for name, sub in command.commands.items() for p in walk(sub, [*path, name])]
+        return [path]
+
+    commands = walk(cli.seco, [])
+    assert len(commands) >= 11
+    for path in commands:
+        context = click.Context(cli.seco, info_name="seco")
+        command: click.Command = cli.seco
+        for name in path:
+            assert isinstance(command, click.Group)
+            command = command.commands[name]
+        text = command.get_help(context)
+        assert f"Example: seco {' '.join(path)}" in text, path
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("prepare", PrepareConfig),
+        ("pretrain", PretrainConfig),
+        ("extract-features", ExtractConfig),
+        ("probe", ProbeConfig),
+        ("retrieve evaluate", RetrieveConfig),
+        ("demo", DemoConfig),
+    ],
+)
+def test_options_are_the_settings(command: str, config: type) -> None:
+    found: click.Command = cli.seco
+    for name in command.split():
+        assert isinstance(found, click.Group)
+        found = found.commands[name]
+    options = {p.name: p for p in found.params}
+    for field in dataclasses.fields(config):
+        if not field.metadata.get("hidden"):
+            option = options.pop(field.name)
+            assert option.required or option.default == field.default, field.name
+    assert set(options) <= {"config", "video", "html"}
