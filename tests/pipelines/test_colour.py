@@ -15,12 +15,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import simplejpeg
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from pipelines._colour import jpeg_planes
+from pipelines._config import PrepareConfig
+from pipelines._prepare import prepare
+from shards.reader import open_shards
 from tests.data import shared
-from tests.pipelines.made_videos import draw_video, stored_pictures
+from tests.pipelines.made_videos import draw_video, link_into, stored_pictures
 
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -100,6 +104,48 @@ def test_colour_of_other_pixel_formats(tmp_path: Path, pixels: str) -> None:
     options = ("-vf", f"gblur=4,format={pixels}", "-c:v", codec, "-qscale:v", "1")
     video = draw_video(tmp_path / "v.mkv", size="128x96", frames=3, options=options)
     require_same_colour(stored_pictures(video, quality=98), reference(video, 3))
+
+
+def test_shards_of_default_settings_match_pyav(tmp_path: Path) -> None:
+    """From raw clips through ``prepare`` as it comes (short edge 256, quality 90) and back.
+
+    PyAV scales the way the decoder does, in the video's own 4:2:0 planes, and only then gives RGB.
+    """
+    link_into(tmp_path / "raw", [shared(f"clips/{clip}") for clip in CLIPS])
+    prepare(PrepareConfig(dataset="folder", src=str(tmp_path / "raw"), out=str(tmp_path), frames=5))
+    shards = open_shards(str(tmp_path / "raw.json"))
+    assert len(shards) == len(CLIPS)
+    for video in range(len(shards)):
+        record = shards.record(video)
+        with av.open(str(tmp_path / "raw" / record.source)) as container:
+            decoded = [
+                (float(frame.pts * frame.time_base), frame) for frame in container.decode(video=0)
+            ]
+        start = decoded[0][0] - record.frame_times[0]  # containers need not start at 0
+        for number, time in enumerate(record.frame_times):
+            at, frame = min(decoded, key=lambda pair: abs(pair[0] - start - time))
+            assert abs(at - start - time) < 0.002
+            small = frame.reformat(
+                record.width,
+                record.height,
+                format="yuv420p",
+                interpolation=EXACT,
+                src_color_range=frame.color_range,
+                dst_color_range=frame.color_range,
+            )
+            theirs = small.reformat(
+                format="rgb24",
+                interpolation=EXACT,
+                src_colorspace=frame.colorspace,
+                src_color_range=frame.color_range,
+            ).to_ndarray()
+            ours = simplejpeg.decode_jpeg(shards.read_frame(video, number))
+            difference = ours.astype(float) - theirs
+            psnr = 10 * np.log10(255**2 / (difference**2).mean())
+            shown = f"{record.source} frame {number}: {psnr:.2f} dB, {difference.mean((0, 1))}"
+            print(shown)
+            assert psnr >= 35, shown
+            assert (np.abs(difference.mean((0, 1))) < 1.0).all(), shown
 
 
 GREYS = [(16, 0), (126, 128), (235, 255)]
