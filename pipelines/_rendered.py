@@ -30,7 +30,9 @@ from shards.progress import progress
 
 CLIPS_PER_GROUP = 3
 TEST_SHARE = 1 / 3  # of the groups, the first ones, as in UCF101
-PALETTES = 2  # sets of colours, taken by the groups in turn; more make the task harder
+# Sets of colours, taken by the groups in turn whatever the class. Few, so that colour does not tell
+# the videos apart in pre-training either and the network has to look at what is shown.
+PALETTES = 3
 FRAMES_PER_SECOND = (25, 30, 24, 15)
 
 # Width and height; most clips have the first.

@@ -1,8 +1,9 @@
 """Colours, backgrounds and the patterned object ("sprite") of one rendered clip.
 
 Everything that is drawn at random here except the pattern's family has the same distribution in
-every class: colours, contrast, silhouettes, frequencies, phases, the fine second texture, and the
-background. A class can therefore not be told by colour, only by the family.
+every class: colours, contrast, frequencies, phases, the fine second texture and the background. The
+silhouette is a random disc or polygon, but a star's is a star. A class can therefore not be told by
+colour.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ SPRITE_PX = 144  # side of the square the object is drawn on before it is moved 
 PATTERN_CYCLES = (2.2, 3.8)  # periods of the pattern across the object
 PATTERN_SHARPNESS = (2.5, 8.0)  # low: a soft sine; high: hard edges
 PATTERN_BALANCE = 0.25  # how far the share of the two colours may lean to one of them
-FOREGROUND_LUMA = (0.35, 0.65)  # mean of the object's two colours, of 1
-FOREGROUND_CONTRAST = (0.40, 0.70)  # luma between them
-BACKGROUND_LUMA = (0.30, 0.70)
-BACKGROUND_CONTRAST = (0.05, 0.25)
+FOREGROUND_LUMA = (0.45, 0.55)  # mean of the object's two colours, of 1
+FOREGROUND_CONTRAST = (0.50, 0.75)  # luma between them
+BACKGROUND_LUMA = (0.40, 0.60)  # mean of the background's two
+BACKGROUND_CONTRAST = (0.06, 0.20)
 SATURATION = (0.1, 0.8)  # of the most that a colour of the luma can have
 SECOND_TEXTURE = (0.0, 0.30)  # strength of the fine grain on the object
-BACKGROUND_SLOPE = (1.2, 2.4)  # exponent of the 1/f noise: small is fine-grained
+BACKGROUND_SLOPE = (1.5, 2.5)  # exponent of the 1/f noise: small is fine-grained
 BACKGROUND_STRETCH = (1.0, 4.0)  # how much longer than wide its grains are
-BACKGROUND_SHARPNESS = (0.6, 4.0)  # small: clouds; large: camouflage with hard edges
+BACKGROUND_SHARPNESS = (0.6, 3.0)  # small: clouds; large: camouflage with hard edges
 STAR_POINTS = (5, 6)
 STAR_INNER_RADIUS = (0.42, 0.55)
 

@@ -125,6 +125,12 @@ class _Demo:
             *("--frames", str(scale.frames), "--short-edge", str(scale.feature_short_edge_px)),
             *("--crop-size", str(scale.crop_px), "--workers", "1"),
         )
+        if not _has_train_and_test(folder):
+            print(
+                f"{folder}: no labelled training and test videos, so nothing to probe",
+                file=sys.stderr,
+            )
+            return {"encoder": name}
         self._step("probe", "--features", str(folder))
         self._step("retrieve", "evaluate", "--features", str(folder))
         probe = json.loads((folder / "probe.json").read_text("utf-8"))
@@ -139,9 +145,8 @@ class _Demo:
     def _nearest_page(self) -> Path:
         """The nearest videos of the first test video."""
         folder = self.out / "features" / "seco"
-        with open(folder / "videos.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        tests = [r for r in rows if "test" in (v for k, v in r.items() if k.startswith("split."))]
+        rows = _table_of(folder)
+        tests = [row for row in rows if "test" in _splits(row)]
         page = self.out / "nearest.html"
         key = (tests or rows)[0]["key"]
         self._step(
@@ -150,12 +155,8 @@ class _Demo:
         return page
 
     def _step(self, *arguments: str) -> None:
-        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
-        print(
-            f"\n[{minutes}:{seconds:02d}] $ seco {shlex.join(arguments)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"\n[{self._clock()}] $ seco {shlex.join(arguments)}"
+        print(line, file=sys.stderr, flush=True)
         code = self.command(list(arguments))
         if code == 75:
             raise Stopped("the demo stopped; run it again and it goes on from there")
@@ -168,17 +169,32 @@ class _Demo:
         names = {"probe_top1": "SVM top-1", "r_at_1": "R@1", "same_video_r_at_1": "same video R@1"}
         lines = [f"{'encoder':<24}" + "".join(f"{title:>16}" for title in names.values())]
         for row in rows:
-            figures = "".join(f"{100 * row[name]:>15.1f}%" for name in names)
+            figures = "".join(
+                f"{100 * row[name]:>15.1f}%" if name in row else f"{'–':>16}" for name in names
+            )
             lines.append(f"{row['encoder']:<24}{figures}")
         if self.config.quick:
             lines.append("(--quick: a few steps on a few clips; these figures mean nothing)")
-        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
-        lines += [
-            f"report: {report}",
-            f"nearest videos: {nearest}",
-            f"took {minutes}:{seconds:02d}",
-        ]
+        lines += [f"report: {report}", f"nearest videos: {nearest}", f"took {self._clock()}"]
         return "\n" + "\n".join(lines)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        return f"{minutes}:{seconds:02d}"
+
+
+def _table_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "videos.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _splits(row: dict[str, str]) -> set[str]:
+    return {value for name, value in row.items() if name.startswith("split.")}
+
+
+def _has_train_and_test(folder: Path) -> bool:
+    labelled = [_splits(row) for row in _table_of(folder) if row["label"]]
+    return any("train" in s for s in labelled) and any(s & {"test", "val"} for s in labelled)
 
 
 def _videos(manifest: Manifest) -> int:

@@ -31,6 +31,7 @@ from shards.stream import TripletStream
 
 LAST = "last.pt"
 CONFIG = "config.toml"
+_BLUR_GIVEN_AT_PX = 224  # the authors' sigma is for views of this side
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -78,7 +79,7 @@ class Trainer:
         self.autocast = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )
-        self.view_config = ViewConfig(crop_scale=(config.min_crop_area, 1.0))
+        self.view_config = view_config(config)
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -252,6 +253,15 @@ class Trainer:
         self.step = content["step"]
         self.unreadable = content["unreadable"]
         _say(f"going on from step {self.step} of {self.total_steps} ({path})")
+
+
+def view_config(config: PretrainConfig) -> ViewConfig:
+    """The views of a run. The blur, given in px of a 224 px view, shrinks with smaller views."""
+    weakest, strongest = ViewConfig().blur_sigma
+    scale = config.crop_size / _BLUR_GIVEN_AT_PX
+    return ViewConfig(
+        crop_scale=(config.min_crop_area, 1.0), blur_sigma=(weakest * scale, strongest * scale)
+    )
 
 
 def _initialise(model: SeCo, config: PretrainConfig) -> None:

@@ -162,6 +162,7 @@ def test_a_moving_object_is_blurred_along_its_motion(monkeypatch: pytest.MonkeyP
             width=160,
             height=120,
             scene=np.random.default_rng(3),
+            palette=np.random.default_rng(0),
             take=np.random.default_rng(4),
         )
         return float(np.abs(np.diff(frames.astype(float), axis=1)).mean())
@@ -178,6 +179,7 @@ def test_classes_in_the_same_group_share_the_background_pattern_only() -> None:
             width=160,
             height=120,
             scene=np.random.default_rng(scene),
+            palette=np.random.default_rng(0),
             take=np.random.default_rng(0),
         )
         return np.asarray(frames.mean(axis=(0, 3))[-24:, :24].ravel(), np.float64)
@@ -239,6 +241,7 @@ def test_another_seed_or_take_gives_other_pixels() -> None:
             width=64,
             height=48,
             scene=np.random.default_rng(scene),
+            palette=np.random.default_rng(0),
             take=np.random.default_rng(take),
         )[:20]
 

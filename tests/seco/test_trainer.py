@@ -208,3 +208,10 @@ def test_init_takes_an_earlier_runs_backbone(
         encoder = getattr(trainer.model, f"{side}_encoder").backbone.state_dict()
         for name, tensor in encoder.items():
             assert torch.equal(tensor, trained[f"query_encoder.backbone.{name}"])
+
+
+def test_the_blur_scales_with_the_view() -> None:
+    assert seco.trainer.view_config(PretrainConfig()).blur_sigma == (0.1, 2.0)
+    small = seco.trainer.view_config(PretrainConfig(crop_size=56, min_crop_area=0.5))
+    assert small.blur_sigma == pytest.approx((0.025, 0.5))
+    assert small.crop_scale == (0.5, 1.0)

@@ -1,0 +1,60 @@
+"""The demo in its quick form, on the rendered set and on folders people have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import cli
+from tests.pipelines.made_videos import draw_video
+
+
+def test_the_rendered_demo_ends_with_table_report_and_pages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    assert cli.run(["demo", "--quick", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "SeCo" in shown.out
+    assert "random initialisation" in shown.out
+    assert "these figures mean nothing" in shown.out
+    commands = [line for line in shown.err.splitlines() if "$ seco" in line]
+    steps = ("render-demo", "prepare", "inspect", "pretrain", "extract-features", "probe")
+    for step in (*steps, "retrieve", "report"):
+        assert any(f"$ seco {step} " in line for line in commands), step
+    rows = json.loads((out / "demo.json").read_text())["rows"]
+    assert [row["encoder"] for row in rows] == ["SeCo", "random initialisation"]
+    assert all(0 <= row["probe_top1"] <= 1 for row in rows)
+    assert "random initialisation" in (out / "report.html").read_text()
+    assert (out / "nearest.html").is_file()
+    assert (out / "shards.html").is_file()
+    # Once more: everything is there already, so it goes through without training again.
+    assert cli.run(["demo", "--quick", "--out", str(out)]) == 0
+    assert json.loads((out / "demo.json").read_text())["rows"] == rows
+
+
+def test_a_folder_without_labels_gets_pages_and_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(6):
+        draw_video(tmp_path / "mine" / f"{number}.mp4", size="64x48", frames=6)
+    out = tmp_path / "demo"
+    arguments = ["--src", str(tmp_path / "mine"), "--dataset", "folder", "--out", str(out)]
+    assert cli.run(["demo", "--quick", *arguments]) == 0
+    shown = capsys.readouterr()
+    assert "nothing to probe" in shown.err
+    assert "–" in shown.out
+    assert (out / "report.html").is_file()
+
+
+def test_a_step_that_fails_ends_the_demo_in_its_own_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = ["--src", str(tmp_path / "empty"), "--out", str(tmp_path / "demo")]
+    assert cli.run(["demo", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "empty" in error
+    assert "the step 'seco prepare' failed" in error
