@@ -42,5 +42,8 @@ format: install  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: install  ## The demo over three seeds (about an hour); see benchmarks/ for the others
+	$(BIN)/python benchmarks/demo_seeds.py --work "$(DEMO)-seeds" --parallel 2
+
 clean:  ## Remove what make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -14,15 +14,16 @@ pattern, and the first third of the groups is the test list.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 
-from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, local_url, run_ffmpeg
+from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, kill_running, local_url, run_ffmpeg
 from pipelines._rendered_scenes import CLASSES, render_clip
 from shards.atomic import atomic_path, write_text
 from shards.errors import InputError
@@ -110,7 +111,9 @@ def render_demo_set(
                 shown.advance()
         else:
             # Not fork: the caller may have started threads (torch does).
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            with ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=_start_worker
+            ) as pool:
                 jobs = [pool.submit(_write_clip, clip, videos, seed) for clip in clips]
                 try:
                     for job in as_completed(jobs):
@@ -151,6 +154,19 @@ def _refuse_other_files(videos: Path, clips: list[_Clip]) -> None:
                 found,
                 "choose another folder, or remove this one",
             )
+
+
+def _start_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave workers behind: their queue alone would keep them waiting."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        kill_running()
+        os._exit(1)
 
 
 def _write_clip(clip: _Clip, videos: Path, seed: int) -> None:

@@ -51,8 +51,8 @@ CLASSES: dict[str, tuple[str, str]] = {
 
 FRAMES_PER_CLIP = (24, 32)  # both included
 OBJECT_SIZE = (0.95, 1.30)  # diameter, of the frame's short side
-STAR_SIZE = 1.15  # of the other objects' diameter: a star covers less of its circle
-SHUTTER = 0.9  # share of the frame interval during which light is gathered
+STAR_SIZE = 1.2  # of the other objects' diameter: a star covers less of its circle
+SHUTTER = 0.8  # share of the frame interval during which light is gathered
 BLUR_SAMPLES = 6  # drawings that are averaged to one exposure
 SCENE_PX = 216  # side of the drawn background; a frame and its drift must fit into it
 CAMERA_DRIFT_PX = (2.0, 14.0)  # way of the background over the clip
@@ -64,14 +64,15 @@ LIGHT_GRADIENT = (0.0, 0.6)  # how much darker one side of the frame is
 FLICKER = (0.0, 0.06)
 NOISE = (0.0, 0.02)  # standard deviation of sensor noise, of 1
 
-SPIN_TURNS = (1.8, 3.0)  # over the clip
+SPIN_TURNS = (1.3, 2.2)  # over the clip
 DROP_FALLS = (1.6, 2.6)
 SWING_PERIODS = (1.5, 2.5)
-SWING_ANGLE = (0.4, 0.6)  # radians to either side
+SWING_ANGLE = (0.45, 0.65)  # radians to either side, at first
+SWING_DAMPING = 0.4  # share of it that is lost by the end
 GROW_RATIO = (3.0, 5.0)  # last diameter over first
-GROW_USUAL_AT = 0.65  # when it has the usual size; chosen so that it covers as much as others
+GROW_USUAL_AT = 0.70  # when it has the usual size; chosen so that it covers as much as others
 BOUNCES = (2.5, 4.0)
-SHAKE_AMPLITUDE = (0.12, 0.22)  # of the frame's short side
+SHAKE_AMPLITUDE = (0.09, 0.17)  # of the frame's short side
 
 
 class Pose(NamedTuple):
@@ -103,7 +104,7 @@ def _drop(rng: np.random.Generator) -> Motion:
 
     def pose(t: float) -> Pose:
         fallen = (start + falls * t) % 1.0
-        return Pose(x, -1.5 + 3.2 * (0.5 * fallen + 0.5 * fallen**2), tilt)
+        return Pose(x, -1.4 + 3.0 * (0.5 * fallen + 0.5 * fallen**2), tilt)
 
     return pose
 
@@ -114,7 +115,7 @@ def _swing(rng: np.random.Generator) -> Motion:
     periods = rng.uniform(*SWING_PERIODS)
 
     def pose(t: float) -> Pose:
-        angle = reach * np.sin(2 * np.pi * periods * t + phase)
+        angle = reach * (1 - SWING_DAMPING * t) * np.sin(2 * np.pi * periods * t + phase)
         return Pose(pivot + arm * np.sin(angle), -1.0 + arm * np.cos(angle), -angle)
 
     return pose

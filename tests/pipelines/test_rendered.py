@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import av
@@ -135,12 +142,12 @@ def test_frame_counts_are_in_range_and_frames_differ_over_time(clips: list[Clip]
         count = len(clip.frames)
         assert low <= count <= high
         height, width = (side // 8 for side in clip.frames.shape[1:3])
-        three = clip.frames[[1, count // 2, count - 2], : 8 * height, : 8 * width]
-        # Means of 8x8 pixels: noise of the sensor (sigma 8 of 255) and of the codec falls below 2.
-        blocks = three.reshape(3, height, 8, width, 8, 3).mean((2, 4, 5))
-        for a, b in ((0, 1), (1, 2), (0, 2)):
-            changed = (np.abs(blocks[a] - blocks[b]) > 6).mean()
-            assert changed > 0.02, (clip.path.name, a, b, changed)
+        eight = clip.frames[np.linspace(1, count - 2, 8).astype(int), : 8 * height, : 8 * width]
+        # Means of 8x8 pixels: noise of the sensor (sigma 5 of 255) and of the codec falls below 2.
+        blocks = eight.reshape(8, height, 8, width, 8, 3).mean((2, 4, 5))
+        differ = [(np.abs(one - other) > 6).mean() > 0.02 for one, other in combinations(blocks, 2)]
+        # What swings or bounces comes back to where it was, so not all pairs have to.
+        assert np.mean(differ) > 0.75, (clip.path.name, np.mean(differ))
 
 
 def test_growth_and_fall_show_the_direction_of_time() -> None:
@@ -275,3 +282,36 @@ def test_an_ffmpeg_without_the_encoder_is_told_in_one_line(
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "UCF-101").glob("*/*"))
     assert not (tmp_path / "ucfTrainTestlist").exists()
+
+
+def test_a_killed_parent_leaves_no_worker_behind(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path; from pipelines._rendered import render_demo_set; "
+        f"render_demo_set(Path({str(tmp_path)!r}), workers=2)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        _wait_until(lambda: any((tmp_path / "UCF-101").glob("*/*")))
+        parent.kill()
+        parent.wait()
+        # The workers and their resource tracker are all that is left of the process group.
+        _wait_until(lambda: not _group_lives(parent.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert not (tmp_path / "ucfTrainTestlist").exists()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _wait_until(done: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"not within {seconds:g} s"
+        time.sleep(0.1)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: the tests that skip without one, then timings, the table last.
+#   benchmarks/gpu.sh            on a machine with a GPU
+#   benchmarks/gpu.sh cpu        the same logic, small, on the CPU: a check of this script
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+device=${1:-cuda}
+python=${PYTHON:-python3}
+out=${OUT:-$(mktemp -d)}
+failed=0
+
+"$python" -m pytest tests -q -k "gpu" 2>&1 | tail -n 15 || failed=1
+
+times="$out/step_time.txt"
+: > "$times"
+time_step() { "$python" benchmarks/step_time.py --device "$device" "$@" 2>&1 | tail -n 1 | tee -a "$times" || failed=1; }
+if [ "$device" = cuda ]; then
+    nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/machine.txt"
+    time_step --precision bf16
+    time_step --precision fp32 --batch-size 256
+    time_step --arch resnet18 --precision bf16
+else
+    time_step --arch resnet18 --crop-size 32 --batch-size 32 --queue-size 192 --steps 3
+fi
+
+# A short real run from shards to features on the device.
+"$python" - "$out/shards" <<'PY' || failed=1
+import sys
+from pathlib import Path
+from tests.made_shards import make_set
+make_set(Path(sys.argv[1]), videos=64, frames=6, per_shard=32)
+PY
+"$python" -m cli pretrain --shards "$out/shards/made.json" --out "$out/run" --arch resnet18 --epochs 3 \
+    --batch-size 16 --queue-size 64 --crop-size 64 --device "$device" > /dev/null || failed=1
+"$python" -m cli extract-features --shards "$out/shards/made.json" --checkpoint "$out/run/last.pt" \
+    --out "$out/features" --frames 4 --short-edge 72 --crop-size 64 --device "$device" > /dev/null || failed=1
+
+echo "== $device: step times =="
+cat "$times"
+[ "$failed" = 0 ] && echo "all passed" || { echo "something failed, see above"; exit 1; }
