@@ -7,12 +7,13 @@ interval (:data:`SHUTTER`), and over time because positions, angles or sizes dif
 frame. ``DropStar`` and ``GrowRings`` (and, less so, ``BounceRings``, which crosses the frame) also
 show time's direction.
 
-Nuisances have one distribution for all classes: the four colours, the camera's exposure, contrast
-and tint, light, flicker, noise, background pattern and drift, object size and place, and the frame
-size, frame rate and codec (``_rendered.py``). What the camera does to colour is of the kind that
-the views of SeCo undo (paper §5.2); it misleads features that have not learned to ignore it. The
-motion itself is not a nuisance: a star that falls leaves the frame for a while, a growing disc ends
-large, so brightness statistics are close to equal among classes, not exactly so.
+Nuisances have one distribution for all classes: the four colours, the light, exposure, flicker,
+noise, background pattern and drift, object size and place, and the frame size, frame rate and codec
+(``_rendered.py``). The light is a stage light: while a clip plays it turns through the hues and
+swings in contrast and saturation. Colour therefore tells neither the class nor the video, and what
+the frames of one video share, which is what SeCo looks for (paper §4.2), is pattern, shape and
+motion. The motion itself is not a nuisance: a star that falls leaves the frame for a while, a
+growing disc ends large, so brightness statistics are close to equal among classes, not exactly so.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ SHUTTER = 0.8  # share of the frame interval during which light is gathered
 BLUR_SAMPLES = 6  # drawings that are averaged to one exposure
 SCENE_PX = 216  # side of the drawn background; a frame and its drift must fit into it
 CAMERA_DRIFT_PX = (2.0, 14.0)  # way of the background over the clip
-EXPOSURE = (0.55, 1.30)
-CONTRAST = (0.50, 1.20)  # of the camera, about mid grey
-TINT_TURN = (-0.12, 0.12)  # turn of all hues, of the full circle
-TINT_STRENGTH = (0.3, 1.3)  # saturation, of what the scene has
+EXPOSURE = (0.75, 1.15)
+# The light on every scene changes its colour while it plays: a video is not known by its colours.
+LIGHT_CONTRAST = (0.50, 1.20)  # least and most, about mid grey
+LIGHT_TINT = (0.2, 1.4)  # least and most saturation, of what the scene has
+LIGHT_TURNS = (0.8, 1.6)  # turns of all hues over the clip
+LIGHT_BEATS = (1.0, 3.0)  # swings of contrast, and of tint, over the clip
 LIGHT_GRADIENT = (0.0, 0.6)  # how much darker one side of the frame is
 FLICKER = (0.0, 0.06)
 NOISE = (0.0, 0.02)  # standard deviation of sensor noise, of 1
@@ -193,7 +196,7 @@ def render_clip(
     ground = random_colour_pair(palette, BACKGROUND_LUMA, BACKGROUND_CONTRAST)
     backgrounds = _drifting_background(scene, take, ground, count, height, width)
     light = _lighting(take, height, width)
-    grade, offset = _colour_grade(take)
+    grades = _stage_light(take, count)
     flicker = 1 + take.uniform(*FLICKER) * take.standard_normal(count)
     noise_level = np.float32(take.uniform(*NOISE))
     frames = np.empty((count, height, width, 3), np.uint8)
@@ -202,6 +205,7 @@ def render_clip(
         poses = [motion(float(time)) for time in times]
         cover = _expose(sprite, poses, half_size_px, height, width)
         image = backgrounds[index] * (1 - cover[..., 3:]) + cover[..., :3]
+        grade, offset = grades[index]
         image = image @ grade + offset
         image *= light * np.float32(flicker[index])
         image += noise_level * take.standard_normal((height, width, 1), np.float32)
@@ -264,19 +268,25 @@ def _drifting_background(
     return frames
 
 
-def _colour_grade(take: np.random.Generator) -> tuple[FloatArray, FloatArray]:
-    """A camera's way with colour, so that ``rgb @ matrix + offset`` is what it records.
-
-    Returns:
-        A matrix ``(3, 3)`` and an offset ``(3,)``.
-    """
-    turn, strength = 2 * np.pi * take.uniform(*TINT_TURN), take.uniform(*TINT_STRENGTH)
-    contrast = take.uniform(*CONTRAST)
+def _stage_light(take: np.random.Generator, count: int) -> list[tuple[FloatArray, FloatArray]]:
+    """For each frame a matrix ``(3, 3)`` and an offset ``(3,)``: ``rgb @ matrix + offset`` is seen."""
+    time = np.arange(count) / count
+    turn = 2 * np.pi * (take.uniform() + take.choice((-1, 1)) * take.uniform(*LIGHT_TURNS) * time)
+    tint, contrast = (
+        low + (high - low) * (0.5 + 0.5 * np.sin(2 * np.pi * (take.uniform() + beats * time)))
+        for (low, high), beats in zip(
+            (LIGHT_TINT, LIGHT_CONTRAST), take.uniform(*LIGHT_BEATS, 2), strict=True
+        )
+    )
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    c, s = strength * np.cos(turn), strength * np.sin(turn)
-    turned = np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
-    matrix = contrast * np.linalg.inv(to_yiq) @ turned @ to_yiq
-    return np.asarray(matrix.T, np.float32), np.full(3, 0.5 - 0.5 * contrast, np.float32)
+    grades = []
+    for angle, strength, gain in zip(turn, tint, contrast, strict=True):
+        c, s = strength * np.cos(angle), strength * np.sin(angle)
+        turned = np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
+        matrix = gain * np.linalg.inv(to_yiq) @ turned @ to_yiq
+        offset = np.full(3, 0.5 - 0.5 * gain, np.float32)
+        grades.append((np.asarray(matrix.T, np.float32), offset))
+    return grades
 
 
 def _lighting(take: np.random.Generator, height: int, width: int) -> FloatArray:

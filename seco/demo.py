@@ -33,17 +33,19 @@ class Scale:
     clips_per_class: int
     crop_px: int = 32
     stored_short_edge_px: int = 72
-    feature_short_edge_px: int = 36
+    feature_short_edge_px: int = 54
+    feature_crop_px: int = 48
     frames: int = 16
     batch: int = 32
-    lr: float = 0.12
+    bn_group: int = 16
+    lr: float = 0.06
     temperature: float = 0.2
     ema: float = 0.99
     queue_share: float = 0.2  # of 3 keys a video: beyond it a query's own video is a negative
 
 
-FULL = Scale(steps=2000, clips_per_class=36)
-QUICK = Scale(steps=12, clips_per_class=4, batch=8, frames=4)
+FULL = Scale(steps=1500, clips_per_class=36)
+QUICK = Scale(steps=12, clips_per_class=4, batch=8, bn_group=4, frames=4)
 
 
 def demo(config: DemoConfig, command: Command) -> str:
@@ -111,6 +113,7 @@ class _Demo:
             *("--arch", "resnet18", "--tasks", self.config.tasks, "--epochs", str(epochs)),
             *("--batch-size", str(batch), "--queue-size", str(queue), "--lr", str(scale.lr)),
             *("--temperature", str(scale.temperature), "--ema", str(scale.ema)),
+            *("--bn-group", str(scale.bn_group if batch % scale.bn_group == 0 else batch)),
             *("--crop-size", str(scale.crop_px), "--seed", str(self.config.seed)),
             *("--workers", "1", "--checkpoint-every-steps", "500"),
         )
@@ -123,7 +126,7 @@ class _Demo:
             *("extract-features", "--shards", shards, "--checkpoint", source),
             *("--out", str(folder), "--arch", "resnet18", "--seed", str(self.config.seed)),
             *("--frames", str(scale.frames), "--short-edge", str(scale.feature_short_edge_px)),
-            *("--crop-size", str(scale.crop_px), "--workers", "1"),
+            *("--crop-size", str(scale.feature_crop_px), "--workers", "1"),
         )
         if not _has_train_and_test(folder):
             print(
