@@ -269,7 +269,7 @@ def _drifting_background(
 
 
 def _stage_light(take: np.random.Generator, count: int) -> list[tuple[FloatArray, FloatArray]]:
-    """For each frame a matrix ``(3, 3)`` and an offset ``(3,)``: ``rgb @ matrix + offset`` is seen."""
+    """For each frame a matrix ``(3, 3)`` and offset ``(3,)``: ``rgb @ matrix + offset`` is seen."""
     time = np.arange(count) / count
     turn = 2 * np.pi * (take.uniform() + take.choice((-1, 1)) * take.uniform(*LIGHT_TURNS) * time)
     tint, contrast = (

@@ -236,6 +236,7 @@ def _factor(matrix: Tensor) -> Tensor:
     """
     more = torch.finfo(matrix.dtype).eps * float(matrix.diagonal().abs().mean())
     while True:
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return factor
