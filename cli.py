@@ -17,9 +17,14 @@ from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.extract_config import ExtractConfig
-from shards.errors import InputError, Stopped, TooManyExcluded
-
-EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED = 1, 2, 3, 75
+from shards.errors import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_TOO_MANY_EXCLUDED,
+    InputError,
+    Stopped,
+    TooManyExcluded,
+)
 
 _TYPES = {"int": int, "float": float, "str": str}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -86,7 +91,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
             settings = tomllib.load(file)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", value) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"is not TOML ({error})", value) from error
     known = {p.name for p in context.command.params}
     unknown = sorted(set(settings) - known)
@@ -124,12 +129,20 @@ def prepare(**settings: Any) -> None:
 
 @seco.command()
 @settings_options(PretrainConfig, required=("shards",))
-def pretrain(**settings: Any) -> None:
+@click.pass_context
+def pretrain(context: click.Context, /, **settings: Any) -> None:
     """Pre-train an encoder on shards.
 
     \b
     Example: seco pretrain --shards "shards/k400-{000..999}.tar" --out runs/k400
     """
+    written = (context.default_map or {}).get("preset", settings["preset"])
+    if written != settings["preset"]:
+        raise InputError(
+            f"is {settings['preset']}, but the --config file has every switch of {written}",
+            "--preset",
+            "leave one of them out",
+        )
     from seco.trainer import pretrain as run
 
     print(run(PretrainConfig(**settings)))
@@ -299,16 +312,29 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(error, EXIT_FAILED)
     except Stopped as stopped:
-        return _fail(stopped, stopped.exit_code)
+        return _fail(stopped, EXIT_STOPPED)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted, nothing is half-written: run the same again", EXIT_STOPPED)
     except BrokenPipeError:
         # The reader of our output has gone (`seco … | head`): not a mistake of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except RuntimeError as error:
+        return _fail(_known_fault(error), EXIT_FAILED)
     except OSError as error:
         # A full disk, a vanished folder, a file one may not read: the machine's words suffice.
         return _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", EXIT_FAILED)
+
+
+def _known_fault(error: RuntimeError) -> str:
+    """One line for the two faults of torch that users can mend; anything else is raised again."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU's memory does not suffice — lower --batch-size or --crop-size"
+    if "DataLoader worker" in text:
+        first = " ".join(text.split())[:200]
+        return f"{first} — give --workers 0, or more shared memory (/dev/shm) to the container"
+    raise error
 
 
 def _fail(message: object, code: int) -> int:

@@ -74,10 +74,10 @@ def main() -> None:
     options = ["--src", given.src, "--dataset", given.dataset] if given.src else []
     threads = max(1, (os.cpu_count() or 1) // given.parallel)
     quick = ["--quick", *options] if given.src else ["--steps", "1"]
-    subprocess.run(
-        [sys.executable, "-m", "cli", "demo", "--out", str(given.work / "first"), *quick],
-        check=True,
-    )
+    first = given.work / "first"
+    if not (first / "shards").is_dir():
+        command = [sys.executable, "-m", "cli", "demo", "--out", str(first), *quick]
+        subprocess.run(command, check=True)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.parallel) as pool:
         futures = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
     rows.fieldnames = header
     of_file = split_of_file(path)
     found = []
-    for row in rows:
+    for row in _readable(rows, path):
         youtube_id = (row["youtube_id"] or "").strip()
         split = of_file or _normal((row.get("split") or "").strip())
         if split not in SPLITS or not youtube_id:
@@ -138,6 +139,13 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
         label = (row.get("label") or "").strip() or None
         found.append((split, Clip(youtube_id, start, end, label)))
     return found
+
+
+def _readable(rows: csv.DictReader[str], path: Path) -> Iterator[dict[str, str | None]]:
+    try:
+        yield from rows
+    except csv.Error as error:  # a stray quote that swallows the rest of the file, say
+        raise InputError(f"line {rows.line_num} is no CSV ({error})", path) from error
 
 
 def _seconds(text: str | None) -> int | None:

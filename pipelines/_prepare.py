@@ -15,7 +15,7 @@ from pathlib import Path
 from pipelines._adapter import Adapter, adapter
 from pipelines._build import ShardResult
 from pipelines._config import PrepareConfig, validate
-from pipelines._engine import Terminated, build_shards
+from pipelines._engine import build_shards
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
 from pipelines._frames import FrameChoice
 from pipelines._plan import SetPlan, ShardPlan, plan_set
@@ -57,6 +57,12 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     binary = ffmpeg_binary(config.ffmpeg)
     found = dataset.discover(config)
     choice = _choice(config, dataset)
+    for videos in found.sets:
+        if not videos.videos:
+            first = videos.excluded[0].source if videos.excluded else videos.name
+            raise InputError(
+                f"no video fits the annotations, for example {first}", config.src, "see the layout"
+            )
     plans = [
         plan_set(
             videos,
@@ -158,11 +164,10 @@ def _prepare_set(
         if todo:
             with progress(f"prepare {plan.name}", total, "videos", start=before) as bar:
                 build_shards(todo, _workers(config), on_shard, bar.advance)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         raise Stopped(
             f"stopped: {len(results)} of {len(plan.shards)} shards of {plan.name} are finished; "
             "run the same command again to go on",
-            exit_code=75 if isinstance(stop, Terminated) else 130,
         ) from None
     return _finish_set(plan, [results[shard.path] for shard in plan.shards], version)
 

@@ -94,6 +94,8 @@ def render_demo_set(
         InputError: fewer than two groups a class (then one list would be empty), ``out`` already
             holds other videos or cannot be written to, or the ffmpeg in use lacks an encoder.
     """
+    if seed < 0:
+        raise InputError(f"{seed} is negative", "--seed")
     if clips_per_class <= CLIPS_PER_GROUP:
         raise InputError(
             f"{clips_per_class} clips a class leave no group for the test list",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from shards.errors import InputError
 
 FORMAT = "seco-checkpoint"
 VERSION = 1
+_NEEDED = {"arch", "tasks"}  # settings that every reader relies on
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def load_torch_file(path: Path) -> Any:
             path,
             f"it was not opened further ({reason[-1][:160] if reason else 'unpickling refused'})",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a parser of damaged bytes fails in every way there is
         raise InputError("is not a checkpoint, or is damaged", path) from error
 
 
@@ -54,9 +54,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not one, or of another version.
     """
-    content = load_torch_file(path)
+    return checked_checkpoint(load_torch_file(path), path)
+
+
+def checked_checkpoint(content: Any, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of this toolkit, with the parts that every reader relies on.
+
+    Raises:
+        InputError: it is something else, of another version, or a part is missing.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError("is not a checkpoint of this toolkit", path, "give a last.pt of a run")
     if content.get("version") != VERSION:
         raise InputError(f"has checkpoint version {content.get('version')}, not {VERSION}", path)
+    config, model = content.get("config"), content.get("model")
+    if not isinstance(model, dict) or not isinstance(config, dict) or not set(config) >= _NEEDED:
+        raise InputError("is a checkpoint with parts missing", path)
     return content

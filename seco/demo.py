@@ -8,6 +8,7 @@ shows that the parts work together and that pre-training helps, not what SeCo re
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shlex
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from seco.demo_config import DemoConfig
 from shards.atomic import write_json
-from shards.errors import InputError, Stopped, TooManyExcluded
+from shards.errors import EXIT_STOPPED, InputError, Stopped, TooManyExcluded
 from shards.format import Manifest, read_manifest
 
 Command = Callable[[list[str]], int]
@@ -65,9 +66,11 @@ class _Demo:
     def __init__(self, config: DemoConfig, command: Command) -> None:
         self.config = config
         self.command = command
-        self.out = Path(config.out)
         self.scale = QUICK if config.quick else FULL
-        self.steps = min(config.steps, self.scale.steps) if config.quick else config.steps
+        self.steps = config.steps or self.scale.steps
+        # Each set has a folder of its own, so that one demo never shows another's figures.
+        self.out = Path(config.out) / _folder_name(config)
+        self.run_name = f"{config.tasks.replace(',', '-')}-seed{config.seed}"
         self.began = time.monotonic()
 
     def run(self) -> str:
@@ -107,7 +110,7 @@ class _Demo:
         batch = min(scale.batch, max(2, videos // 2))
         epochs = max(1, round(self.steps / max(1, videos // batch)))
         queue = max(batch, int(scale.queue_share * 3 * videos) // 32 * 32)
-        run = self.out / "runs" / f"{manifest.name}-{self.config.tasks.replace(',', '-')}"
+        run = self.out / "runs" / self.run_name
         self._step(
             *("pretrain", "--shards", shards, "--out", str(run), "--resume", "auto"),
             *("--arch", "resnet18", "--tasks", self.config.tasks, "--epochs", str(epochs)),
@@ -121,33 +124,34 @@ class _Demo:
 
     def _evaluate(self, name: str, source: str, shards: str) -> dict[str, Any]:
         scale = self.scale
-        folder = self.out / "features" / ("random" if source == "random" else "seco")
+        folder = self._features(source)
         self._step(
             *("extract-features", "--shards", shards, "--checkpoint", source),
             *("--out", str(folder), "--arch", "resnet18", "--seed", str(self.config.seed)),
             *("--frames", str(scale.frames), "--short-edge", str(scale.feature_short_edge_px)),
             *("--crop-size", str(scale.feature_crop_px), "--workers", "1"),
         )
-        if not _has_train_and_test(folder):
-            print(
-                f"{folder}: no labelled training and test videos, so nothing to probe",
-                file=sys.stderr,
-            )
-            return {"encoder": name}
-        self._step("probe", "--features", str(folder))
+        row: dict[str, Any] = {"encoder": name}
+        if _has_train_and_test(folder):
+            self._step("probe", "--features", str(folder))
+            row["probe_top1"] = _read_json(folder / "probe.json")["top1"]
+        else:
+            reason = "no labelled training and test videos, so nothing to probe"
+            print(f"{folder}: {reason}", file=sys.stderr)
         self._step("retrieve", "evaluate", "--features", str(folder))
-        probe = json.loads((folder / "probe.json").read_text("utf-8"))
-        retrieval = json.loads((folder / "retrieval.json").read_text("utf-8"))
-        return {
-            "encoder": name,
-            "probe_top1": probe["top1"],
-            "r_at_1": retrieval["label"]["1"],
-            "same_video_r_at_1": retrieval["same_video"]["1"],
-        }
+        retrieval = _read_json(folder / "retrieval.json")
+        for figure, found in (("r_at_1", "label"), ("same_video_r_at_1", "same_video")):
+            if "1" in retrieval[found]:
+                row[figure] = retrieval[found]["1"]
+        return row
+
+    def _features(self, source: str) -> Path:
+        kind = "random" if source == "random" else "seco"
+        return self.out / "features" / f"{kind}-{self.run_name}"
 
     def _nearest_page(self) -> Path:
         """The nearest videos of the first test video."""
-        folder = self.out / "features" / "seco"
+        folder = self._features("seco")
         rows = _table_of(folder)
         tests = [row for row in rows if "test" in _splits(row)]
         page = self.out / "nearest.html"
@@ -161,8 +165,8 @@ class _Demo:
         line = f"\n[{self._clock()}] $ seco {shlex.join(arguments)}"
         print(line, file=sys.stderr, flush=True)
         code = self.command(list(arguments))
-        if code == 75:
-            raise Stopped("the demo stopped; run it again and it goes on from there")
+        if code == EXIT_STOPPED:
+            raise Stopped("the demo stopped; run the same command again and it goes on from there")
         if code == 3:
             raise TooManyExcluded("too many videos could not be used", self.config.src)
         if code:
@@ -184,6 +188,20 @@ class _Demo:
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
         return f"{minutes}:{seconds:02d}"
+
+
+def _folder_name(config: DemoConfig) -> str:
+    """``rendered``, or data set and folder; folders of the same name are told apart by a digest."""
+    quick = "-quick" if config.quick else ""
+    if config.src is None:
+        return f"rendered{quick}"
+    digest = hashlib.sha1(str(Path(config.src).resolve()).encode()).hexdigest()[:6]
+    return f"{config.dataset}-{digest}{quick}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
 
 
 def _table_of(folder: Path) -> list[dict[str, str]]:

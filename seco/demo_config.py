@@ -16,5 +16,5 @@ class DemoConfig:
     dataset: str = setting("ucf101", "layout of --src: ucf101, hmdb51, kinetics or folder")
     seed: int = setting(0, "seed of weights and draws")
     tasks: str = setting("inter,intra,order", "proxy tasks", source="paper Eq. 5")
-    steps: int = setting(1500, "training steps")
+    steps: int | None = setting(None, "training steps [default: what the demo's scale needs]")
     quick: bool = setting(False, "a few steps on a few clips: shows that the chain runs, no more")

@@ -26,8 +26,13 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no GPU can be used here", "--device", "leave it out or give cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda")
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= gpus:
+            there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
+            raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, _usable_cores() - 1))
     return device

@@ -85,7 +85,7 @@ def read_train_test(
     train_name = choose_split(train, split)
     test_name = train_name
     if test is not train:
-        test_name = choose_split(test, split if split in test.splits else None)
+        test_name = choose_split(test, split if test.splits else None)
     elif train_name is None:
         raise InputError(
             "has no splits", train.folder, "give the test videos' folder with --test-features"

@@ -23,6 +23,8 @@ from shards.atomic import atomic_path, write_json, write_text
 from shards.errors import InputError
 
 FORMAT_VERSION = 1
+# What other modules write beside the features they measured.
+_RESULTS = ("probe.json", "probe-confusion.png", "retrieval.json", "duplicates.csv")
 FEATURES, HALVES, VIDEOS, META = "features.npy", "halves.npy", "videos.csv", "meta.json"
 UNLABELLED = -1
 
@@ -110,6 +112,8 @@ def write_features(
         _check_finite(array, keys, folder)
     # Without meta.json the folder is unfinished, so no mixture of old and new is ever read.
     discard(folder / META)
+    for name in _RESULTS:  # of the features that were here: they would be taken for these'
+        discard(folder / name)
     for name, array in ((FEATURES, features), (HALVES, halves)):
         with atomic_path(folder / name) as temporary, open(temporary, "wb") as file:
             np.save(file, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)

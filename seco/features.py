@@ -78,34 +78,35 @@ def extract_features(config: ExtractConfig) -> Path:
     shards = open_shards(config.shards)
     backbone = load_backbone(config.checkpoint, config.arch, config.seed)
     device = resolve_device(config.device)
-    out = Path(config.out or f"features/{Path(shards.shard_files[0]).stem.rpartition('-')[0]}")
+    out = Path(config.out or f"features/{shards.name}")
     require_writable(out)
-    kept: list[int] = []
+    rows: list[dict[str, Any]] = []
     features: list[NDArray[np.float32]] = []
     halves: list[NDArray[np.float32]] = []
     failed = 0
     with progress("Extracting", len(shards), "videos") as shown:
         for video, frames, reason in _video_features(shards, backbone, device, config):
             shown.advance()
+            try:
+                row = _row(shards, video, config.frames)
+            except UnreadableFrame as error:
+                reason = reason or str(error)
             if reason:
                 failed += 1
-                print(
-                    f"seco extract-features: left out: {shards.keys[video]}: {reason}",
-                    file=sys.stderr,
-                )
+                print(f"seco: left out: {shards.keys[video]}: {reason}", file=sys.stderr)
                 continue
-            kept.append(video)
+            rows.append(row)
             features.append(frames.mean(0))
             middle = max(1, len(frames) // 2)
             halves.append(np.stack([frames[:middle].mean(0), frames[-middle:].mean(0)]))
-    if not kept:
+    if not rows:
         raise InputError("not one video could be read", config.shards)
     write_features(
         out,
         np.stack(features),
         np.stack(halves),
-        [_row(shards, video, config.frames) for video in kept],
-        _meta(config, backbone, failed, shards.record(kept[0]).dataset),
+        [{name: row[name] for name in row if name != "dataset"} for row in rows],
+        _meta(config, backbone, failed, rows[0]["dataset"]),
     )
     return out
 
@@ -137,6 +138,7 @@ def _row(shards: ShardSet, video: int, frames: int) -> dict[str, Any]:
     record = shards.record(video)
     return {
         "key": shards.keys[video],
+        "dataset": record.dataset,
         "source": record.source,
         "label": record.label,
         "label_name": record.label_name,

@@ -238,6 +238,8 @@ def _labelled_rows(
 ) -> tuple[TrainTest | None, list[str]]:
     if (features.labels == UNLABELLED).all():
         return None, ["no video has a label: only the halves are measured"]
+    if config.test_features is None and not features.splits:
+        return None, ["the videos have no splits: only the halves are measured"]
     rows = read_train_test(
         config.features, config.test_features, config.split, config.train_split, config.test_split
     )

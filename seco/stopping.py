@@ -44,8 +44,11 @@ class StopRequest:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For loader processes: Ctrl-C reaches the whole group, but only the trainer acts on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """For loader processes: signals reach the whole group, but only the parent acts on them.
+
+    A loader that died of the scheduler's SIGTERM would take the trainer with it before it can save.
+    It ends when its parent tells it to, or is gone.
+    """
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

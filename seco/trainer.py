@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class Trainer:
 
     def __init__(self, config: PretrainConfig) -> None:
         shards = open_shards(config.shards)
-        self.out = Path(config.out or f"runs/{_set_name(shards.shard_files[0])}")
+        self.out = Path(config.out or f"runs/{shards.name}")
         self.config = config = dataclasses.replace(config, out=str(self.out))
         require_writable(self.out)
         checkpoint = self._checkpoint_to_resume()
@@ -101,6 +103,14 @@ class Trainer:
         dataset = TripletBatches(self.stream, self.config.crop_size, self.view_config)
         pin = self.device.type == "cuda"
         loader = iter(batches(dataset, self.step, self.total_steps, self.config.workers, pin))
+        try:
+            self._steps(loader, log, stop, shown)
+        finally:
+            del loader  # its processes ignore signals and end with it, not with the interpreter
+
+    def _steps(
+        self, loader: Iterator[Batch], log: RunLog, stop: StopRequest, shown: Progress
+    ) -> None:
         window_began, waited, logged_step = time.perf_counter(), 0.0, self.step
         saved_step = self.step if (self.out / LAST).is_file() else -1
         while self.step < self.total_steps:
@@ -172,11 +182,7 @@ class Trainer:
         figures = {name: float(value) for name, value in result.figures.items()}
         loss = float(result.loss.detach())
         if not math.isfinite(loss):
-            last = self.out / LAST
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "none was saved yet"
-            raise InputError(
-                f"the loss is {loss} at step {self.step}; {kept}", "--lr", "lower the learning rate"
-            )
+            raise self._not_finite(f"the loss ({loss})")
         epoch = (self.step - 1) // self.steps_per_epoch
         figures |= {"queue_fill": self.model.queue.fill, "unreadable": self.unreadable}
         return {"epoch": epoch, "loss": loss, "lr": lr, **figures}
@@ -202,17 +208,30 @@ class Trainer:
                 old.unlink()
 
     def _save(self, path: Path) -> None:
+        self._require_finite_weights()
         save_checkpoint(
             path,
             {
                 "config": as_settings(self.config),
                 "step": self.step,
                 "unreadable": self.unreadable,
-                "videos": len(self.stream.usable),
+                "videos": self._videos_digest(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "torch_rng": torch.get_rng_state(),
             },
+        )
+
+    def _require_finite_weights(self) -> None:
+        """A step can spoil the weights while its own loss was still a number."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.trained_parameters()):
+            raise self._not_finite("a weight")
+
+    def _not_finite(self, what: str) -> InputError:
+        last = self.out / LAST
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "none was saved yet"
+        return InputError(
+            f"{what} is not finite at step {self.step}; {kept}", "--lr", "lower the learning rate"
         )
 
     def _checkpoint_to_resume(self) -> Path | None:
@@ -226,6 +245,10 @@ class Trainer:
                 "holds a run already", self.out, "give --resume auto to go on, or another --out"
             )
         return None
+
+    def _videos_digest(self) -> str:
+        keys = (self.stream.shards.keys[video] for video in self.stream.usable)
+        return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
     def _restore(self, path: Path) -> None:
         content = load_checkpoint(path)
@@ -241,15 +264,14 @@ class Trainer:
                 path,
                 "resume with the run's own settings (its config.toml)",
             )
-        if content["videos"] != len(self.stream.usable):
-            raise InputError(
-                f"was made on {content['videos']} videos; --shards hold {len(self.stream.usable)}",
-                path,
-                "resume on the same shards",
-            )
-        self.model.load_state_dict(content["model"], strict=True)
-        self.optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["torch_rng"])
+        if content["videos"] != self._videos_digest():
+            raise InputError("was made on other videos", path, "resume on the same --shards")
+        try:
+            self.model.load_state_dict(content["model"], strict=True)
+            self.optimizer.load_state_dict(content["optimizer"])
+            torch.set_rng_state(content["torch_rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError("does not fit this run", path, "give the run's own last.pt") from error
         self.step = content["step"]
         self.unreadable = content["unreadable"]
         _say(f"going on from step {self.step} of {self.total_steps} ({path})")
@@ -273,11 +295,6 @@ def _initialise(model: SeCo, config: PretrainConfig) -> None:
 
 def _mixed_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step * 7_919 + 12_345) % (1 << 63)
-
-
-def _set_name(first_shard: str) -> str:
-    stem = Path(first_shard).stem
-    return stem.rpartition("-")[0] or stem
 
 
 def _status(metrics: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from seco.checkpoint import FORMAT, load_torch_file
+from seco.checkpoint import FORMAT, checked_checkpoint, load_torch_file
 from seco.encoder import build_backbone
 from shards.errors import InputError
 
@@ -49,6 +49,7 @@ def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbo
     path = Path(source)
     content = load_torch_file(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
+        content = checked_checkpoint(content, path)
         state = {
             name[len(_QUERY_BACKBONE) :]: tensor
             for name, tensor in content["model"].items()
@@ -63,7 +64,7 @@ def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbo
         raise InputError(f"holds a {found}, not a {arch}", path, "leave --arch out")
     network = build_backbone(found)
     _load_strictly(network, state, path)
-    return Backbone(network, found, path.name, tensors_sha256(network.state_dict()), tasks)
+    return Backbone(network, found, source, tensors_sha256(network.state_dict()), tasks)
 
 
 def random_backbone(arch: str, seed: int) -> nn.Module:

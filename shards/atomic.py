@@ -53,6 +53,10 @@ def require_writable(folder: Path) -> None:
     Raises:
         InputError: it cannot be made or written to.
     """
+    if (folder / "__init__.py").is_file():
+        raise InputError(
+            "is a folder of Python code", folder, "choose another, or start from your data folder"
+        )
     probe = folder / f".seco-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# DESIGN §12.
+EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED = 1, 2, 3, 75
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; shown as one line, never as a traceback.
@@ -26,13 +29,4 @@ class TooManyExcluded(InputError):
 
 
 class Stopped(Exception):
-    """A signal or Ctrl-C ended the run with everything saved.
-
-    Args:
-        message: what was kept and how to go on.
-        exit_code: 75 after SIGTERM/SIGUSR1 (the scheduler may start it again), 130 after Ctrl-C.
-    """
-
-    def __init__(self, message: str, exit_code: int = 75) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    """A signal or Ctrl-C ended the run with everything saved; says how to go on."""

@@ -65,7 +65,10 @@ class VideoRecord:
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"not a video record of format version {FORMAT_VERSION}")
         known = {f.name for f in dataclasses.fields(VideoRecord)}
-        return VideoRecord(**{k: v for k, v in fields.items() if k in known})
+        record = VideoRecord(**{k: v for k, v in fields.items() if k in known})
+        if not isinstance(record.label, int | None) or not isinstance(record.splits, dict):
+            raise ValueError("a label that is no number, or splits that are no table")
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)

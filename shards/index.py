@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,8 @@ def read_index(path: Path) -> ShardIndex:
             size = lengths.get(name, info.videos) * np.dtype(dtype).itemsize
             arrays[name] = data[position : position + size].view(dtype)
             position += size + (-size % 8)
-        if position != len(data) or len(header["keys"]) != info.videos:
+        columns = (header["keys"], header["splits"])
+        if position != len(data) or any(len(column) != info.videos for column in columns):
             raise ValueError("wrong length")
         _require_inside(arrays, info)
         return ShardIndex(
@@ -160,7 +161,7 @@ def read_index(path: Path) -> ShardIndex:
             splits=header["splits"],
             **arrays,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _broken(path) from error
 
 
@@ -194,6 +195,7 @@ def build_index(tar_path: Path) -> ShardIndex:
     record: VideoRecord | None = None
     record_at = (0, 0)
     frames: list[tuple[int, int]] = []
+    members_end = 0
 
     def close_group() -> None:
         if group is not None and frames:
@@ -203,6 +205,8 @@ def build_index(tar_path: Path) -> ShardIndex:
     try:
         with tarfile.open(tar_path, "r:") as tar, open(tar_path, "rb") as raw:
             for member in tar:
+                blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
+                members_end = member.offset_data + blocks * tarfile.BLOCKSIZE
                 if not member.isreg():
                     continue
                 if member.offset_data + member.size > size:
@@ -221,10 +225,8 @@ def build_index(tar_path: Path) -> ShardIndex:
                 elif extension.rsplit(".", 1)[-1].lower() in ("jpg", "jpeg"):
                     frames.append((member.offset_data, member.size))
             close_group()
-            # Python's reader takes a tar cut between two members for a whole one.
-            raw.seek(max(0, size - 1024))
-            if raw.read().strip(b"\0") or size < 1024:
-                raise tarfile.ReadError("the closing blocks are missing")
+            # Python's reader takes a cut tar, and one with a damaged header, for a whole one.
+            _require_closing_blocks(raw, members_end, size)
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
             f"is truncated or not a tar ({error})", tar_path, "prepare or copy it again"
@@ -238,10 +240,20 @@ def build_index(tar_path: Path) -> ShardIndex:
     )
 
 
+def _require_closing_blocks(raw: BinaryIO, members_end: int, size: int) -> None:
+    """After its last member a tar holds two blocks of zeros or more, and nothing else."""
+    if size - members_end < 2 * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("the closing blocks are missing")
+    raw.seek(members_end)
+    while piece := raw.read(1 << 20):
+        if piece.strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at or after byte {members_end}")
+
+
 def _record_or_none(data: bytes) -> VideoRecord | None:
     try:
         return VideoRecord.from_json(data)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

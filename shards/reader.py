@@ -99,6 +99,12 @@ class ShardSet:
         """The size of all tars together."""
         return sum(index.info.bytes for index in self._indexes)
 
+    @property
+    def name(self) -> str:
+        """The first set's name: that of its tars without their numbers."""
+        stem = self._tars[0].stem
+        return stem.rpartition("-")[0] or stem
+
     def shard_of(self, video: int) -> str:
         """The path of the tar that holds the video."""
         return str(self._tars[self._locate(video)[0]])

@@ -49,7 +49,10 @@ def _expand_one(part: str) -> list[Path]:
         return _existing([whole.parent / row.file for row in manifest.shards], part)
     if whole.is_file():
         return [whole]
-    patterns = list(braceexpand.braceexpand(_ANGLE.sub(r"{\1}", part))) if part else []
+    try:
+        patterns = list(braceexpand.braceexpand(_ANGLE.sub(r"{\1}", part))) if part else []
+    except ValueError as error:
+        raise InputError("has unbalanced braces", part, _ADVICE) from error
     found: list[Path] = []
     missing: list[Path] = []
     for pattern in (piece for text in patterns for piece in _commas(text)):

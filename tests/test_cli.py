@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -103,7 +104,8 @@ def test_the_pre_trained_features_are_the_checkpoints(
     import numpy as np
 
     encoder = json.loads((features / "meta.json").read_text())["encoder"]
-    assert (encoder["checkpoint"], encoder["tasks"]) == ("last.pt", "inter,intra,order")
+    assert Path(encoder["checkpoint"]).name == "last.pt"
+    assert encoder["tasks"] == "inter,intra,order"
     out = str(tmp_path / "random")
     random = ["--shards", shards, "--checkpoint", "random", "--arch", "resnet18", "--out", out]
     assert cli.run(["extract-features", *random, *SMALL_FEATURES, "--workers", "2"]) == 0
@@ -158,13 +160,27 @@ MISTAKES = {
     "unknown option": ("probe --features x --colour red", 2, "--colour"),
     "bad config": ("pretrain --config {file} --shards x", 1, "is not TOML"),
     "no config": ("pretrain --config {tmp}/none.toml --shards x", 1, "cannot be read"),
+    "binary config": ("pretrain --config {checkpoint} --shards x", 1, "is not TOML"),
+    "another preset": (
+        "pretrain --config {run}/config.toml --preset authors --shards {shards}",
+        1,
+        "every switch of paper",
+    ),
+    "out is code": ("pretrain --shards {shards} --out {code}", 1, "a folder of Python code"),
+    "no classes": ("prepare ucf101 --src {flat} --out {tmp}/out", 1, "flat"),
+    "results not writable": ("probe --features {features} --out {file}/x", 1, "file"),
     "unknown setting": ("pretrain --config {toml} --shards x", 1, "no option named 'colour'"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_get_one_line(
-    name: str, shards: str, tmp_path: Path, features: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    shards: str,
+    run_folder: Path,
+    tmp_path: Path,
+    features: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command, code, message = MISTAKES[name]
     (tmp_path / "empty").mkdir()
@@ -176,7 +192,15 @@ def test_mistakes_get_one_line(
     tar = tmp_path / "cut" / "made-000.tar"
     tar.write_bytes(tar.read_bytes()[:-20_000])
     places = {"tmp": tmp_path, "cut": tar, "shards": shards, "features": features}
-    places |= {"toml": tmp_path / "set.toml"}
+    places |= {"toml": tmp_path / "set.toml", "run": run_folder, "code": tmp_path / "code"}
+    places |= {"checkpoint": run_folder / "last.pt", "flat": tmp_path / "flat"}
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "__init__.py").write_text("")
+    (tmp_path / "flat" / "ucfTrainTestlist").mkdir(parents=True)
+    (tmp_path / "flat" / "ucfTrainTestlist" / "classInd.txt").write_text("1 Archery\n")
+    (tmp_path / "flat" / "ucfTrainTestlist" / "trainlist01.txt").write_text("Archery/a.avi 1\n")
+    (tmp_path / "flat" / "ucfTrainTestlist" / "testlist01.txt").write_text("Archery/b.avi\n")
+    (tmp_path / "flat" / "a.avi").write_bytes(b"")
     places |= {place: tmp_path / place for place in ("empty", "broken", "file")}
     arguments = [part.format(**places) for part in command.split()]
     assert message in complaint(arguments, capsys, code)
@@ -208,6 +232,37 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "no model", "legacy"])
+def test_damaged_checkpoints_are_named(
+    damage: str, shards: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "damaged.pt"
+    if damage == "truncated":
+        path.write_bytes((run_folder / "last.pt").read_bytes()[:100_000])
+    elif damage == "no model":
+        torch.save({"format": "seco-checkpoint", "version": 1}, path)
+    else:
+        torch.save({"weight": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[:400])
+    line = complaint(
+        ["extract-features", "--shards", shards, "--checkpoint", str(path), "--out", str(tmp_path)],
+        capsys,
+    )
+    assert "damaged.pt: is" in line
+
+
+def test_extracting_again_removes_the_results_of_the_features_before(
+    shards: str, features: Path, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "f")]
+    random = ["--shards", shards, "--checkpoint", "random", "--arch", "resnet18"]
+    assert cli.run(["extract-features", *random, *out, *SMALL_FEATURES]) == 0
+    assert cli.run(["retrieve", "evaluate", "--features", str(tmp_path / "f")]) == 0
+    assert (tmp_path / "f" / "retrieval.json").is_file()
+    assert cli.run(["extract-features", *random, *out, *SMALL_FEATURES, "--seed", "1"]) == 0
+    assert not (tmp_path / "f" / "retrieval.json").exists()
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     shards: str, tmp_path: Path
 ) -> None:
@@ -228,32 +283,48 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     assert not list(out.glob("*.pt*"))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "extract-features"])
-def test_ctrl_c_says_how_to_go_on(stage: str, shards: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_the_training(
+    number: signal.Signals, shards: str, tmp_path: Path
+) -> None:
+    """As a terminal sends Ctrl-C and a scheduler SIGTERM: to the loader processes as well."""
     out = tmp_path / "out"
-    arguments = {
-        "pretrain": [*TINY, "--epochs", "4000", "--workers", "1"],
-        "extract-features": ["--checkpoint", "random", "--arch", "resnet50", "--workers", "1"],
-    }[stage]
-    command = [sys.executable, "-m", "cli", stage, "--shards", shards, "--out", str(out)]
-    run = subprocess.Popen(
-        [*command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    if stage == "pretrain":
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    else:
-        time.sleep(6)  # wherever it is by then, the answer must be the same
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    command = [sys.executable, "-m", "cli", "pretrain", "--shards", shards, "--out", str(out)]
+    run = start_group([*command, *TINY, "--epochs", "4000", "--workers", "2"])
+    log = out / "metrics.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text() != "")
+    os.killpg(run.pid, number)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 75, error
     assert "Traceback" not in error
-    assert "same command" in error or "same again" in error
+    assert "--resume auto" in error
+    assert (out / "last.pt").is_file()
     assert not list(tmp_path.rglob("*.part"))
-    if stage == "pretrain":
-        assert (out / "last.pt").is_file()
+
+
+def test_ctrl_c_while_extracting(shards: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "extract-features", "--shards", shards]
+    options = ["--checkpoint", "random", "--arch", "resnet50", "--out", str(tmp_path / "out")]
+    run = start_group([*command, *options, "--workers", "1"])
+    time.sleep(6)  # wherever it is by then, the answer must be the same
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 75, error
+    assert "Traceback" not in error
+    assert "same again" in error
+    assert not (tmp_path / "out" / "meta.json").exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def start_group(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_every_command_has_help_with_an_example() -> None:

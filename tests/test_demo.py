@@ -14,8 +14,8 @@ from tests.pipelines.made_videos import draw_video
 def test_the_rendered_demo_ends_with_table_report_and_pages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "demo"
-    assert cli.run(["demo", "--quick", "--out", str(out)]) == 0
+    out = tmp_path / "demo" / "rendered-quick"
+    assert cli.run(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr()
     assert "SeCo" in shown.out
     assert "random initialisation" in shown.out
@@ -31,7 +31,10 @@ def test_the_rendered_demo_ends_with_table_report_and_pages(
     assert (out / "nearest.html").is_file()
     assert (out / "shards.html").is_file()
     # Once more: everything is there already, so it goes through without training again.
-    assert cli.run(["demo", "--quick", "--out", str(out)]) == 0
+    (checkpoint,) = out.rglob("last.pt")
+    written = checkpoint.stat().st_mtime_ns
+    assert cli.run(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
+    assert checkpoint.stat().st_mtime_ns == written
     assert json.loads((out / "demo.json").read_text())["rows"] == rows
 
 
@@ -46,7 +49,11 @@ def test_a_folder_without_labels_gets_pages_and_no_figures(
     shown = capsys.readouterr()
     assert "nothing to probe" in shown.err
     assert "–" in shown.out
-    assert (out / "report.html").is_file()
+    (report,) = out.rglob("report.html")
+    assert "random initialisation" in report.read_text()
+    (summary,) = out.rglob("demo.json")
+    rows = json.loads(summary.read_text())["rows"]
+    assert all(set(row) == {"encoder", "same_video_r_at_1"} for row in rows)
 
 
 def test_a_step_that_fails_ends_the_demo_in_its_own_words(

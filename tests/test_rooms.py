@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -54,6 +55,9 @@ def test_help_loads_nothing_heavy_and_prepare_never_torch() -> None:
     loaded = modules_after("import cli\nassert cli.run(['--help']) == 0")
     assert not loaded & HEAVY
     assert "click" in loaded
+    assert "torch" not in modules_after(
+        "import cli\nassert cli.run(['prepare', 'folder', '--src', 'docs', '--dry-run']) == 1"
+    )
     everything = "import pkgutil, importlib, pipelines, cli, pipelines._prepare\n"
     everything += "for m in pkgutil.iter_modules(pipelines.__path__, 'pipelines.'):\n"
     everything += "    importlib.import_module(m.name)"
@@ -65,8 +69,13 @@ def test_help_loads_nothing_heavy_and_prepare_never_torch() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a copy: setuptools would take stale files from the checkout's build/
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("cli.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(out), str(ROOT)], check=True)
+    subprocess.run([*pip, "--wheel-dir", str(out), str(source)], check=True)
     (file,) = out.glob("seco_video-*.whl")
     return zipfile.ZipFile(file)
 

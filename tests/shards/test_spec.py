@@ -48,6 +48,7 @@ def test_a_list_is_joined_without_repeats(folder: Path) -> None:
         ("{folder}/other.tar", "no such shard"),
         ("", "names no shards|no such shard|matches no shards"),
         ("s3://bucket/x.tar", "remote"),
+        ("{folder}/made-{{000..9.tar", "unbalanced braces"),
     ],
 )
 def test_what_is_not_there_is_said_in_one_line(folder: Path, pattern: str, message: str) -> None:
