@@ -112,7 +112,6 @@ class Trainer:
         self, loader: Iterator[Batch], log: RunLog, stop: StopRequest, shown: Progress
     ) -> None:
         window_began, waited, logged_step = time.perf_counter(), 0.0, self.step
-        saved_step = self.step if (self.out / LAST).is_file() else -1
         while self.step < self.total_steps:
             asked = time.perf_counter()
             try:
@@ -125,7 +124,8 @@ class Trainer:
             result = self._train_step(batch)
             self.step += 1
             last = self.step == self.total_steps
-            due = self.step % self.config.checkpoint_every_steps == 0 or last or bool(stop)
+            stopping = bool(stop)  # once: a signal during the rest of the step is the next step's
+            due = self.step % self.config.checkpoint_every_steps == 0 or last or stopping
             if self.step % self.config.log_every == 0 or last or due:
                 metrics = self._metrics(result, lr)
                 if self.step % self.config.log_every == 0 or last:
@@ -138,11 +138,10 @@ class Trainer:
             shown.advance()
             if due:
                 self._save(self.out / LAST)
-                saved_step = self.step
             self._keep_epoch_checkpoint()
-            if stop and not last:
+            if stopping and not last:
                 raise Stopped(
-                    f"{stop.signal_name}: saved step {saved_step} of {self.total_steps} in "
+                    f"{stop.signal_name}: saved step {self.step} of {self.total_steps} in "
                     f"{self.out / LAST}; go on with the same command and --resume auto"
                 )
 
