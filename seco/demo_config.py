@@ -15,6 +15,10 @@ class DemoConfig:
     src: str | None = setting(None, "folder of your own videos [default: a rendered set]")
     dataset: str = setting("ucf101", "layout of --src: ucf101, hmdb51, kinetics or folder")
     seed: int = setting(0, "seed of weights and draws")
-    tasks: str = setting("inter,intra,order", "proxy tasks", source="paper Eq. 5")
+    tasks: str = setting(
+        "inter",
+        "proxy tasks; all three are inter,intra,order, which take longer to learn than a demo has",
+        source="paper Table 1, SeCo-Inter; measured in benchmarks/results/demo.md",
+    )
     steps: int | None = setting(None, "training steps [default: what the demo's scale needs]")
     quick: bool = setting(False, "a few steps on a few clips: shows that the chain runs, no more")
