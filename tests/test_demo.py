@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 import cli
+from seco.demo import demo
+from seco.demo_config import DemoConfig
+from shards.errors import InputError, Stopped, TooManyExcluded
 from tests.pipelines.made_videos import draw_video
 
 
@@ -65,3 +68,12 @@ def test_a_step_that_fails_ends_the_demo_in_its_own_words(
     error = capsys.readouterr().err
     assert "empty" in error
     assert "the step 'seco prepare' failed" in error
+
+
+@pytest.mark.parametrize(("code", "error"), [(75, Stopped), (3, TooManyExcluded), (1, InputError)])
+def test_a_step_that_stops_stops_the_demo(
+    code: int, error: type[Exception], tmp_path: Path
+) -> None:
+    config = DemoConfig(out=str(tmp_path), src=str(tmp_path), dataset="folder")
+    with pytest.raises(error):
+        demo(config, command=lambda arguments: code)
