@@ -1,7 +1,7 @@
 """The demo over several seeds and task sets: is pre-training ahead beyond seed noise?
 
     python benchmarks/demo_seeds.py --work /tmp/seeds [--src DIR --dataset NAME] \\
-        [--seeds 0,1,2] [--tasks inter/inter,intra/inter,intra,order] [--parallel 2]
+        [--seeds 0,1,2] [--tasks inter/inter,intra/inter,intra,order] [--parallel 2] [--steps N]
 
 Every run is ``seco demo`` with its own seed of weights and draws; videos and shards are made once.
 Prints and writes (``--out``) a table of all figures as they are.
@@ -22,19 +22,23 @@ from shards.atomic import write_text
 FIGURES = ("probe_top1", "r_at_1", "same_video_r_at_1")
 
 
-def run_demo(work: Path, tasks: str, seed: int, options: list[str], threads: int) -> Path:
-    """One demo in a folder of its own that shares raw videos and shards; returns its summary."""
-    out = work / f"{tasks.replace(',', '-')}-seed{seed}"
-    out.mkdir(parents=True, exist_ok=True)
+def run_demo(first: Path, tasks: str, seed: int, options: list[str], threads: int) -> Path:
+    """One demo in a folder of its own that shares the first one's videos and shards.
+
+    Returns its summary; a finished run is kept, so an interrupted benchmark goes on.
+    """
+    out = first.parents[1] / f"{tasks.replace(',', '-')}-seed{seed}"
+    folder = out / first.name
+    folder.mkdir(parents=True, exist_ok=True)
     for shared in ("raw", "shards"):
-        if (work / "first" / shared).exists() and not (out / shared).exists():
-            (out / shared).symlink_to((work / "first" / shared).resolve())
-    summary = out / "demo.json"
+        if (first / shared).exists() and not (folder / shared).exists():
+            (folder / shared).symlink_to((first / shared).resolve())
+    summary = folder / "demo.json"
     if not summary.is_file():
         command = [sys.executable, "-m", "cli", "demo", "--out", str(out), "--tasks", tasks]
         command += ["--seed", str(seed), *options]
         with open(out / "log.txt", "w", encoding="utf-8") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
     return summary
 
@@ -68,22 +72,23 @@ def main() -> None:
     parser.add_argument("--src")
     parser.add_argument("--dataset", default="ucf101")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--tasks", default="inter,intra,order", help="sets separated by /")
+    parser.add_argument("--tasks", default="inter", help="sets separated by /")
+    parser.add_argument("--steps", type=int, help="instead of the demo's own number")
     parser.add_argument("--parallel", type=int, default=1, help="demos at a time, one thread each")
     given = parser.parse_args()
     options = ["--src", given.src, "--dataset", given.dataset] if given.src else []
-    threads = max(1, (os.cpu_count() or 1) // given.parallel)
-    quick = ["--quick", *options] if given.src else ["--steps", "1"]
-    first = given.work / "first"
-    if not (first / "shards").is_dir():
-        command = [sys.executable, "-m", "cli", "demo", "--out", str(first), *quick]
-        subprocess.run(command, check=True)
+    # Demos side by side must not each take the whole machine; one alone knows what to take.
+    threads = max(1, (os.cpu_count() or 1) // given.parallel) if given.parallel > 1 else 0
+    once = given.work / "first"
+    if not list(once.glob("*/demo.json")):
+        command = [sys.executable, "-m", "cli", "demo", "--out", str(once), "--steps", "1"]
+        subprocess.run([*command, *options], check=True)
+    (first,) = (summary.parent for summary in once.glob("*/demo.json"))
+    options += ["--steps", str(given.steps)] if given.steps else []
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.parallel) as pool:
         futures = {
-            tasks: [
-                pool.submit(run_demo, given.work, tasks, seed, options, threads) for seed in seeds
-            ]
+            tasks: [pool.submit(run_demo, first, tasks, seed, options, threads) for seed in seeds]
             for tasks in given.tasks.split("/")
         }
         summaries = {tasks: [f.result() for f in runs] for tasks, runs in futures.items()}
