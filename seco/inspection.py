@@ -21,7 +21,7 @@ def inspect_set(spec: Sequence[str], html: str | None = None, png: str | None = 
     summary = summarise(shards)
     strips = draw_strips(shards) if html or png else []
     if html:
-        write_set_page(summary, strips, Path(html), title=Path(shards.shard_files[0]).stem)
+        write_set_page(summary, strips, Path(html), title=shards.name)
     if png:
         write_contact_sheet(compose(strips), Path(png))
     return lines(summary)

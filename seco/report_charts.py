@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from seco.pages import INK, SERIES, figure_svg, new_chart
 
 MAX_POINTS = 1000
+# The trainer logs the spread in units of what unit vectors that point everywhere alike have.
+_EVEN = (("evenly spread", 1.0),)
 
 Curve = NDArray[np.float64]
 
@@ -127,7 +129,7 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
         ),
         _Plan("Learning rate", (("lr", "lr"),), limits=(0, None)),
         _Plan("Queue fill", (("queue_fill", "queue fill"),), limits=(0, 1.02)),
-        _Plan("Feature spread", (("feature_std", "feature std"),), _even(config), (0, None)),
+        _Plan("Feature spread", (("feature_std", "feature std"),), _EVEN, (0, None)),
         _Plan("Images per second", (("images_per_s", "images/s"),), limits=(0, None)),
         _Plan("Share of time waiting for data", (("data_wait", "waiting"),), limits=(0, None)),
     ]
@@ -135,14 +137,6 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
         order = _Plan("Order accuracy", (("acc_order", "order"),), (("chance", 0.5),), (0, 1))
         plans.insert(2 + len(tasks), order)
     return plans
-
-
-def _even(config: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    """The spread of unit vectors that point everywhere alike: 1/sqrt(d) in each dimension."""
-    width = config.get("embedding_dim")
-    if not isinstance(width, int) or width < 1:
-        return ()
-    return ((f"evenly spread, 1/√{width}", width**-0.5),)
 
 
 def _draw(plan: _Plan, steps: Curve, curves: Sequence[tuple[str, Curve]], salt: str) -> Chart:

@@ -292,6 +292,11 @@ def programs_naming(folder: Path) -> list[str]:
     return found
 
 
+def hear_ctrl_c() -> None:
+    """Whatever a shell starts in the background ignores SIGINT, children too: not this one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
     limit = time.monotonic() + seconds
     while not holds():
@@ -331,6 +336,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         text=True,
         cwd=ROOT,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     wait_until(lambda: any(out.glob("*.idx")) or started.poll() is not None)
     if number == signal.SIGINT:
