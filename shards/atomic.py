@@ -83,9 +83,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8, newlines as given) atomically."""
+    """Write ``text`` (UTF-8, newlines as given) atomically; a file that holds it is left alone.
+
+    So that a second run which finds everything done writes nothing.
+    """
+    content = text.encode("utf-8")
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            return
     with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
