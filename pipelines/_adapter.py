@@ -157,19 +157,27 @@ def keyed(videos: Sequence[Video]) -> list[Video]:
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
 
 
+def read_text(path: Path) -> str:
+    """An annotation file's text, without the byte-order mark that spreadsheets put before it.
+
+    Raises:
+        InputError: it cannot be read as text.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path) from error
+    except UnicodeDecodeError as error:
+        raise InputError("is not a text file", path) from error
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of an annotation file without line ends, blanks at the ends, or empty ones.
 
     Raises:
         InputError: it cannot be read as text.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
-    except UnicodeDecodeError as error:
-        raise InputError("is not a text file", path) from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def find_annotation_folder(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines._adapter import walk
+from pipelines._adapter import read_text, walk
 from pipelines._config import PrepareConfig
 from shards.errors import InputError
 
@@ -109,13 +109,7 @@ def _by_split(paths: list[Path]) -> dict[str, list[Clip]]:
 
 def _read(path: Path) -> list[tuple[str, Clip]]:
     """(split, clip) of every row; columns are found by the header, as files differ in them."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
-    except UnicodeDecodeError as error:
-        raise InputError("is not a text file", path) from error
-    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
     header = [name.strip() for name in rows.fieldnames or ()]
     if "youtube_id" not in header:
         raise InputError(
