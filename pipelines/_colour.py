@@ -2,7 +2,8 @@
 
 ffmpeg's own conversion would cost a pass over every frame, those thrown away too, and rounds the
 chroma down (mean error -0.5 levels, a visible tint in flat areas). This one runs on the frames
-kept and rounds to nearest.
+kept and rounds to nearest. It is in whole numbers where it can be: numpy does 8- and 16-bit
+arithmetic 32 and 16 values at a time, and a table look-up (bytes.translate) one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _MATRICES = {
 _BT601 = (0.299, 0.114)
 
 
-def jpeg_planes(planes: bytes, width: int, height: int, matrix: str, full_range: bool) -> Planes:
+def jpeg_planes(
+    planes: bytes | NDArray[np.uint8], width: int, height: int, matrix: str, full_range: bool
+) -> Planes:
     """Y ``(H, W)``, U and V ``(H/2, W/2)``, uint8, full-range BT.601.
 
     Args:
@@ -34,53 +37,96 @@ def jpeg_planes(planes: bytes, width: int, height: int, matrix: str, full_range:
         matrix: ffmpeg's name of the matrix they are in, for example ``bt709``.
         full_range: whether black is 0 rather than 16.
     """
-    pixels = width * height
+    samples = np.frombuffer(planes, np.uint8)
+    y, chroma = samples[: width * height], samples[width * height :]
     source = _MATRICES.get(matrix, _BT601)
-    y, chroma = planes[:pixels], planes[pixels:]
-    if source == _BT601:
-        if not full_range:
-            y, chroma = y.translate(_expand(16, 219, 0)), chroma.translate(_expand(128, 224, 128))
-        return _shaped(y, chroma, width, height)
-    luma_gain, chroma_gain = (1.0, 1.0) if full_range else (255 / 219, 255 / 224)
-    base = 0.0 if full_range else 16.0 * luma_gain
-    y_plane, *chroma_planes = _shaped(y, chroma, width, height)
-    blue, red = (
-        np.multiply(plane, np.float32(chroma_gain), dtype=np.float32)
-        - np.float32(128 * chroma_gain)
-        for plane in chroma_planes
-    )
-    (y_u, y_v), (u_u, u_v), (v_u, v_v) = _to_bt601(*source)
-    luma = np.multiply(y_plane, np.float32(luma_gain), dtype=np.float32)
-    # Each chroma sample covers 2x2 pixels.
-    shift = blue * y_u + red * y_v - np.float32(base)
-    luma.reshape(height // 2, 2, width // 2, 2)[...] += shift[:, None, :, None]
+    if source != _BT601:
+        u, v = chroma.reshape(2, height // 2, width // 2)
+        return _to_bt601(y.reshape(height, width), u, v, source, full_range)
+    if not full_range:
+        y, chroma = full_range_luma(y), full_range_chroma(chroma)
+    u, v = chroma.reshape(2, height // 2, width // 2)
+    return y.reshape(height, width), u, v
+
+
+def full_range_luma(y: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """16 … 235 become 0 … 255: with z = y - 16, round(z 255/219) = z + floor((z - z//73 + 2)/6)."""
+    z = np.clip(y, 16, 235)
+    z -= 16
+    more = z // 73
+    np.subtract(z, more, out=more)
+    more += 2
+    more //= 6
+    more += z
+    return more
+
+
+def full_range_chroma(chroma: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """16 … 240 become 0 … 255 around 128, rounded: with z = c - 16, z + floor((z - z//32 + 6)/7)."""
+    z = np.clip(chroma, 16, 240)
+    z -= 16
+    more = z // 32
+    np.subtract(z, more, out=more)
+    more += 6
+    more //= 7
+    more += z
+    return more
+
+
+def _to_bt601(
+    y: NDArray[np.uint8],
+    u: NDArray[np.uint8],
+    v: NDArray[np.uint8],
+    source: tuple[float, float],
+    full_range: bool,
+) -> Planes:
+    """Planes of another matrix; chroma in floats, luma in 64ths of a level."""
+    (y_u, y_v), (u_u, u_v), (v_u, v_v) = _chroma_shares(*source)
+    gain, black = (1.0, 0.0) if full_range else (255 / 224, 16 * 255 / 219)
+    blue = u.astype(np.float32)
+    blue -= 128
+    red = v.astype(np.float32)
+    red -= 128
+
+    def mixed(of_blue: float, of_red: float, constant: float) -> NDArray[np.float32]:
+        mixture = blue * np.float32(of_blue)
+        mixture += red * np.float32(of_red)
+        mixture += np.float32(constant)
+        return mixture
+
+    # Each chroma sample covers 2x2 pixels. Rounding, and the black level, are in the constant.
+    shift = mixed(64 * gain * y_u, 64 * gain * y_v, 32 - 64 * black).astype(np.int16)
+    height, width = y.shape
+    spread = np.empty((height // 2, 1, width // 2, 2), np.int16)
+    spread[..., 0] = spread[..., 1] = shift[:, None]
+    luma = _luma_in_64ths(y, full_range)
+    rows = luma.reshape(height // 2, 2, width)
+    rows += spread.reshape(height // 2, 1, width)
+    luma >>= 6
+    np.clip(luma, 0, 255, out=luma)
     return (
-        _rounded(luma),
-        _rounded(blue * u_u + red * u_v + np.float32(128)),
-        _rounded(blue * v_u + red * v_v + np.float32(128)),
+        luma.astype(np.uint8),
+        _rounded_down(mixed(gain * u_u, gain * u_v, 128.5)),
+        _rounded_down(mixed(gain * v_u, gain * v_v, 128.5)),
     )
 
 
-def _shaped(y: bytes, chroma: bytes, width: int, height: int) -> Planes:
-    u, v = np.frombuffer(chroma, np.uint8).reshape(2, height // 2, width // 2)
-    return np.frombuffer(y, np.uint8).reshape(height, width), u, v
+def _luma_in_64ths(y: NDArray[np.uint8], full_range: bool) -> NDArray[np.int16]:
+    if full_range:
+        return np.left_shift(y, 6, dtype=np.int16)
+    luma = np.multiply(y, 74, dtype=np.int16)  # 64 x 255/219 = 74 + 1/2 + 1/49 (to 0.0001)
+    luma += y >> 1
+    luma += y // 49
+    return luma
 
 
-def _rounded(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
-    np.rint(plane, out=plane)
+def _rounded_down(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
     np.clip(plane, 0, 255, out=plane)
     return plane.astype(np.uint8)
 
 
 @lru_cache
-def _expand(zero: int, span: int, becomes: int) -> bytes:
-    """A table from limited to full range: ``zero`` becomes ``becomes``, ``span`` steps 255."""
-    values = (np.arange(256) - zero) * 255 / span + becomes
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8).tobytes()
-
-
-@lru_cache
-def _to_bt601(kr: float, kb: float) -> tuple[tuple[np.float32, np.float32], ...]:
+def _chroma_shares(kr: float, kb: float) -> tuple[tuple[float, float], ...]:
     """How BT.601's Y, U, V follow from U and V of the matrix (Kr, Kb); Y adds to its own Y.
 
     With all in full range and zero-centred chroma: R - Y = 2(1 - Kr)V, B - Y = 2(1 - Kb)U.
@@ -93,4 +139,4 @@ def _to_bt601(kr: float, kb: float) -> tuple[tuple[np.float32, np.float32], ...]
     y = kr601 * r_y + kg601 * g_y + kb601 * b_y
     u = (b_y - y) / (2 * (1 - kb601))
     v = (r_y - y) / (2 * (1 - kr601))
-    return tuple((np.float32(row[0]), np.float32(row[1])) for row in (y, u, v))
+    return tuple((float(row[0]), float(row[1])) for row in (y, u, v))

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ffmpeg
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines._ffmpeg import FfmpegStream, local_url
 
@@ -25,6 +27,7 @@ CONTAINERS = (
     *("mxf", "nut", "ivf", "obu", "h264", "hevc", "m4v", "gif", "wtv"),
 )
 _MAX_PICTURE_BYTES = 256 << 20
+_MARKER = b"FRAME\n"  # before each picture of YUV4MPEG2
 
 
 class DecodeError(Exception):
@@ -43,7 +46,7 @@ class Frame(NamedTuple):
     """One decoded picture, in the source's own matrix and range."""
 
     time: float  # seconds from the video's start
-    planes: bytes  # Y (H, W), then U and V (H/2, W/2), uint8
+    planes: NDArray[np.uint8]  # Y (H, W), then U and V (H/2, W/2), flat
 
 
 def decode_argv(path: Path, short_edge: int, binary: str) -> list[str]:
@@ -120,13 +123,12 @@ class Decoding:
         if not header:
             return
         self.width, self.height = _picture_size(header)
-        size = self.width * self.height * 3 // 2
+        size = len(_MARKER) + self.width * self.height * 3 // 2
         latest = 0.0
-        while marker := pipe.readline(4096):
-            if not marker.startswith(b"FRAME"):
+        while received := pipe.readinto(data := np.empty(size, np.uint8)):
+            if data[: len(_MARKER)].tobytes() != _MARKER[:received]:
                 raise ValueError("ffmpeg's output cannot be read")
-            planes = pipe.read(size)
-            if len(planes) != size:
+            if received != size:
                 raise EOFError("ffmpeg's output ends in the middle of a frame")
             # A frame's line is written before the frame is, so it is there by now.
             if len(self._log.shown) <= self.frames:
@@ -146,7 +148,7 @@ class Decoding:
             # Damaged files go back in time; frames are stored in the order they are shown.
             latest = max(latest, shown.time if not math.isnan(shown.time) else self._guess(latest))
             self.frames += 1
-            yield Frame(latest, planes)
+            yield Frame(latest, data[len(_MARKER) :])
 
     def _guess(self, latest: float) -> float:
         return latest + 1.0 / (self.source_fps or 25.0) if self.frames else 0.0
