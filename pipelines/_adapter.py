@@ -71,6 +71,14 @@ class Adapter:
     default_frames: int | None
 
 
+def source_bytes(video: Video) -> int:
+    """The size of what the video is made from; -1 when it is not there."""
+    try:
+        return video.path.stat().st_size
+    except OSError:
+        return -1
+
+
 def dataset_names() -> list[str]:
     """The datasets: the files of ``pipelines/`` that do not start with ``_``."""
     found = (module.name for module in pkgutil.iter_modules(pipelines.__path__))
@@ -91,7 +99,7 @@ def adapter(name: str) -> Adapter:
 
 
 def source_folder(config: PrepareConfig) -> Path:
-    """``--src``.
+    """``--src``, as an absolute path.
 
     Raises:
         InputError: it is no folder.
@@ -100,7 +108,7 @@ def source_folder(config: PrepareConfig) -> Path:
     if not src.is_dir():
         what = "is not a folder" if src.exists() else "there is no such folder"
         raise InputError(what, src, "give the folder of the raw videos with --src")
-    return src
+    return src.absolute()
 
 
 def walk(root: Path) -> Iterator[tuple[str, Path]]:

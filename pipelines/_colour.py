@@ -62,7 +62,7 @@ def full_range_luma(y: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def full_range_chroma(chroma: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """16 … 240 become 0 … 255 around 128, rounded: with z = c - 16, z + floor((z - z//32 + 6)/7)."""
+    """16 … 240 become 0 … 255 around 128: with z = c - 16, z + floor((z - z//32 + 6)/7)."""
     z = np.clip(chroma, 16, 240)
     z -= 16
     more = z // 32
@@ -89,7 +89,7 @@ def _to_bt601(
     red -= 128
 
     def mixed(of_blue: float, of_red: float, constant: float) -> NDArray[np.float32]:
-        mixture = blue * np.float32(of_blue)
+        mixture: NDArray[np.float32] = blue * np.float32(of_blue)
         mixture += red * np.float32(of_red)
         mixture += np.float32(constant)
         return mixture

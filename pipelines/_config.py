@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from shards.errors import InputError
 from shards.settings import setting
 
+ENGINES = ("local", "ray")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -17,7 +19,9 @@ class PrepareConfig:
 
     dataset: str = setting(dataclasses.MISSING, "the dataset's name: a file of pipelines/")
     src: str = setting(dataclasses.MISSING, "folder of the raw videos")
-    out: str = setting("shards", "folder the shards go to")
+    out: str = setting(
+        "shards", "folder the shards go to, or an address such as s3://bucket/shards"
+    )
     annotations: str | None = setting(
         None, "annotation file or folder [default: looked for in --src]"
     )
@@ -38,9 +42,20 @@ class PrepareConfig:
     workers: int | None = setting(
         None, "videos decoded at once; never changes a result [default: the CPUs]"
     )
+    keep_damaged: bool = setting(
+        False, "store the frames that decode of videos with decoding errors (else: damaged)"
+    )
+    engine: str = setting("local", "processes of this machine, or a Ray cluster", choices=ENGINES)
+    ray_address: str | None = setting(
+        None,
+        "of the Ray cluster [default: RAY_ADDRESS, the one this machine is in, or a new one]",
+    )
     timeout: float = setting(300.0, "seconds a video may take before it is excluded")
     max_failures: float = setting(
         5.0, "exit with code 3 when more than this percentage of the videos failed"
+    )
+    retry_failed: bool = setting(
+        False, "try the excluded videos of finished shards again, and only those"
     )
     dry_run: bool = setting(False, "tell what would be done, and stop")
     name: str | None = setting(None, "name of the set [default: the dataset's or folder's]")
@@ -79,6 +94,10 @@ def validate(config: PrepareConfig) -> None:
         config.name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name) is not None,
         "name",
         "must be letters, digits, dots, _ and -",
+    )
+    _require(config.engine in ENGINES, "engine", f"is one of {', '.join(ENGINES)}")
+    _require(
+        config.ray_address is None or config.engine == "ray", "ray_address", "needs --engine ray"
     )
     _require(0 <= config.max_failures <= 100, "max_failures", "must be from 0 to 100")
 

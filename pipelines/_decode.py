@@ -91,6 +91,8 @@ class Decoding:
         matrix, full_range: of the frames given, in ffmpeg's names; known from the first frame on.
         source_fps, source_duration: as the container says; None when it does not.
         frames: how many have been decoded so far.
+        damage: ffmpeg's first complaint of a packet or frame that does not decode, if any; known
+            at the end.
     """
 
     def __init__(self, stream: FfmpegStream, path: Path) -> None:
@@ -100,6 +102,7 @@ class Decoding:
         self.source_fps: float | None = None
         self.source_duration: float | None = None
         self.frames = 0
+        self.damage: str | None = None
         self._stream = stream
         self._path = path
         self._log = _Log()
@@ -112,9 +115,12 @@ class Decoding:
         """
         try:
             yield from self._frames()
-        except (ValueError, EOFError) as error:
+        except EOFError as error:
             # Only ffmpeg's end makes the pipe end early; how it ended says more than the pipe.
             self._raise_failure(str(error))
+        except ValueError as error:
+            self._stream.kill()
+            self._raise_failure(str(error), killed=True)
         self._raise_failure(None)
 
     def _frames(self) -> Iterator[Frame]:
@@ -125,7 +131,7 @@ class Decoding:
         self.width, self.height = _picture_size(header)
         size = len(_MARKER) + self.width * self.height * 3 // 2
         latest = 0.0
-        while received := pipe.readinto(data := np.empty(size, np.uint8)):
+        while received := pipe.readinto((data := np.empty(size, np.uint8)).data):
             if data[: len(_MARKER)].tobytes() != _MARKER[:received]:
                 raise ValueError("ffmpeg's output cannot be read")
             if received != size:
@@ -153,14 +159,14 @@ class Decoding:
     def _guess(self, latest: float) -> float:
         return latest + 1.0 / (self.source_fps or 25.0) if self.frames else 0.0
 
-    def _raise_failure(self, reading: str | None) -> None:
-        # The pipe is at its end or useless; a stuck ffmpeg falls to the time limit.
-        if reading is not None:
-            self._stream.kill()
+    def _raise_failure(self, reading: str | None, killed: bool = False) -> None:
+        # A stuck ffmpeg falls to the time limit.
         code = self._stream.wait()
         self._log.update(self._stream.read_log())
         if self._stream.timed_out:
             raise DecodeError("timeout", "ffmpeg ran past the time limit and was killed")
+        if code < 0 and not killed:
+            raise DecodeError("crashed", f"ffmpeg was ended by signal {-code}")
         message = self._log.failure(self._path)
         if self._log.no_video_stream:
             raise DecodeError("no-video-stream", "it has no video stream")
@@ -170,6 +176,7 @@ class Decoding:
             raise DecodeError(kind, message or reading or f"ffmpeg ended with code {code}")
         if self.frames == 0:
             raise DecodeError("zero-frames", message or "no frame could be decoded")
+        self.damage = self._log.shown_damage(self._path)
 
 
 @contextmanager
@@ -218,6 +225,13 @@ _FAULT = re.compile(
 )
 
 
+# The decoder's verdicts, the same for all codecs: a packet it refused, a frame it had to patch up.
+_DAMAGE = re.compile(
+    rb"Error submitting packet to decoder|Error while decoding stream|Decoding error:|"
+    rb"corrupt decoded frame|Packet corrupt|partial file"
+)
+
+
 class _Log:
     """What ffmpeg's log tells, read in pieces while it grows."""
 
@@ -231,6 +245,7 @@ class _Log:
         self.no_video_stream = False
         self._time_base = 0.0
         self._fault: bytes | None = None
+        self._damage: bytes | None = None
         self._rest = b""
 
     def update(self, piece: bytes) -> None:
@@ -242,6 +257,8 @@ class _Log:
                 self._read_banner(line)
             if self._fault is None and _is_fault(line):
                 self._fault = line
+            if self._damage is None and _DAMAGE.search(line) and not line.startswith(b" "):
+                self._damage = line
 
     def _read_showinfo(self, line: bytes) -> None:
         if found := _SHOWN.match(line):
@@ -268,11 +285,19 @@ class _Log:
 
     def failure(self, path: Path) -> str:
         """ffmpeg's first complaint, without addresses and places of this machine."""
-        text = (self._fault or b"").decode("utf-8", "replace")
-        if "not on whitelist" in text:
-            return "it is not in a format of videos; playlists are never followed"
-        text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
-        return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
+        return _for_people(self._fault or b"", path)
+
+    def shown_damage(self, path: Path) -> str | None:
+        """The first sign that not all decodes."""
+        return _for_people(self._damage, path) if self._damage is not None else None
+
+
+def _for_people(line: bytes, path: Path) -> str:
+    text = line.decode("utf-8", "replace")
+    if "not on whitelist" in text:
+        return "it is not in a format of videos; playlists are never followed"
+    text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
+    return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
 
 
 def _is_fault(line: bytes) -> bool:

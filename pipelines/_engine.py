@@ -11,21 +11,24 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import astuple
 from multiprocessing import forkserver
 from types import FrameType
 from typing import Any
 
-from pipelines._build import ShardResult, build_shard
+from pipelines._build import ShardResult, Tally, build_shard
 from pipelines._ffmpeg import kill_running
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
 
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 5.0
+_MOST_LOSSES = 3  # of workers, with no shard finished in between
 
 
 class Terminated(KeyboardInterrupt):
@@ -36,28 +39,46 @@ def build_shards(
     plans: Sequence[ShardPlan],
     workers: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],
-    on_videos: Callable[[int], None],
+    on_progress: Callable[[Tally], None],
 ) -> None:
     """Build every plan; ``on_shard`` is called as each is finished, in any order.
 
     Args:
         workers: videos decoded at once, over all processes.
-        on_videos: told how many more videos are done.
+        on_progress: told what has become of how many more videos.
 
     Raises:
-        InputError: a shard cannot be written, or a worker was killed.
+        InputError: a shard cannot be written, or workers were killed again and again.
         KeyboardInterrupt: after Ctrl-C or (Terminated) SIGTERM, with all workers gone.
     """
-    if not plans:
-        return
-    processes = min(workers, len(plans))
-    threads = math.ceil(workers / processes)
-    with _sigterm_raises():
-        if processes == 1:
-            for plan in plans:
-                on_shard(plan, build_shard(plan, threads, lambda: on_videos(1)))
-        else:
-            _build_in_processes(plans, processes, threads, on_shard, on_videos)
+    left = {plan.name: plan for plan in plans}
+
+    def finished(plan: ShardPlan, result: ShardResult) -> None:
+        on_shard(plan, result)
+        del left[plan.name]
+
+    with sigterm_raises():
+        losses = 0
+        while left:
+            before = len(left)
+            processes = min(workers, len(left))
+            threads = math.ceil(workers / processes)
+            todo = list(left.values())
+            try:
+                if processes == 1:
+                    for plan in todo:
+                        finished(plan, build_shard(plan, threads, on_progress))
+                else:
+                    _build_in_processes(todo, processes, threads, finished, on_progress)
+            except BrokenProcessPool as error:
+                # For want of memory, mostly: the shards that were under way are built again.
+                losses = losses + 1 if len(left) == before else 1
+                if losses == _MOST_LOSSES:
+                    raise InputError(
+                        f"workers were killed {losses} times, perhaps for want of memory",
+                        fix="run the same command again to go on, with fewer --workers",
+                    ) from error
+                print("a worker was killed: its shard is built again", file=sys.stderr)
 
 
 def _build_in_processes(
@@ -65,26 +86,25 @@ def _build_in_processes(
     processes: int,
     threads: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],
-    on_videos: Callable[[int], None],
+    on_progress: Callable[[Tally], None],
 ) -> None:
     # Forking this process itself would copy its threads' locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines._build"])
     with _sigint_ignored():  # inherited by all workers: Ctrl-C is this process's to handle
         forkserver.ensure_running()
-    counter = context.Value("Q", 0)
+    counters: Any = context.Array("Q", len(astuple(Tally())))
     others = set(multiprocessing.active_children())
-    told = 0
+    told = list(counters)
 
     def tell() -> None:
-        nonlocal told
-        now = counter.value
-        if now > told:
-            on_videos(now - told)
-            told = now
+        now = list(counters)
+        if now != told:
+            on_progress(Tally(*(new - old for new, old in zip(now, told, strict=True))))
+            told[:] = now
 
     executor = ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(counter,)
+        processes, mp_context=context, initializer=_start_worker, initargs=(counters,)
     )
     try:
         # No more are handed out than there are processes, so that none waits where it cannot
@@ -102,11 +122,6 @@ def _build_in_processes(
             tell()
             for future in done:
                 on_shard(running.pop(future), future.result())
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker was killed, perhaps for want of memory",
-            fix="run the same command again to go on, with fewer --workers",
-        ) from error
     finally:
         # After an exception they are in the middle of a shard that nobody waits for.
         _end([child for child in multiprocessing.active_children() if child not in others])
@@ -122,13 +137,13 @@ def _end(children: list[Any]) -> None:
             child.kill()
 
 
-_counter: Any = None
+_counters: Any = None
 _busy = False
 
 
-def _start_worker(counter: Any) -> None:
-    global _counter
-    _counter = counter
+def _start_worker(counters: Any) -> None:
+    global _counters
+    _counters = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_sigterm)
     threading.Thread(target=_die_with_driver, daemon=True).start()
@@ -146,9 +161,10 @@ def _work(plan: ShardPlan, threads: int) -> ShardResult:
         _busy = False
 
 
-def _count() -> None:
-    with _counter.get_lock():
-        _counter.value += 1
+def _count(tally: Tally) -> None:
+    with _counters.get_lock():
+        for place, count in enumerate(astuple(tally)):
+            _counters[place] += count
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
@@ -167,7 +183,9 @@ def _die_with_driver() -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` in the block."""
+
     def handle(number: int, frame: FrameType | None) -> None:
         raise Terminated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -151,10 +152,11 @@ class FfmpegStream:
             self._timer.start()
 
     @property
-    def stdout(self) -> IO[bytes]:
+    def stdout(self) -> io.BufferedReader:
         """The reading end of its standard output."""
-        assert self._process.stdout is not None, "stdout goes to a file"
-        return self._process.stdout
+        pipe = self._process.stdout
+        assert isinstance(pipe, io.BufferedReader), "stdout goes to a file"
+        return pipe
 
     def feed(self, pieces: Iterable[bytes]) -> None:
         """Write ``pieces`` to its standard input and close it; stops early when ffmpeg has."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import os
+from dataclasses import dataclass
 from typing import Any
 
-from pipelines._adapter import Video, VideoSet
+from pipelines._adapter import Video, VideoSet, source_folder
 from pipelines._config import PrepareConfig
 from pipelines._frames import FrameChoice
 
@@ -17,7 +17,8 @@ from pipelines._frames import FrameChoice
 class ShardPlan:
     """All that one shard is made from."""
 
-    path: Path  # of the tar
+    folder: str  # a path, or an address fsspec knows
+    name: str  # of the shard: NAME-000
     digest: str  # of the whole set's plan
     dataset: str
     videos: tuple[Video, ...]
@@ -25,8 +26,22 @@ class ShardPlan:
     short_edge: int  # px
     quality: int
     min_frames: int
+    keep_damaged: bool
     timeout_seconds: float
+    src: str  # the folder of the raw videos
     binary: str  # ffmpeg
+    ffmpeg_version: str
+    retry: bool = False  # take what the finished shard holds from it, and try the rest again
+
+    @property
+    def tar(self) -> str:
+        """The tar's file name."""
+        return f"{self.name}.tar"
+
+    @property
+    def index(self) -> str:
+        """The index's file name."""
+        return f"{self.name}.idx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +75,12 @@ def plan_set(
     digest = _digest(ordered, settings, ffmpeg_version)
     starts = range(0, len(ordered), config.videos_per_shard)
     digits = max(3, len(str(len(starts) - 1)))
+    # Absolute, for nodes of a cluster start elsewhere.
+    folder = config.out if "://" in config.out else os.path.abspath(config.out)
     shards = [
         ShardPlan(
-            path=Path(config.out) / f"{videos.name}-{number:0{digits}d}.tar",
+            folder=folder,
+            name=f"{videos.name}-{number:0{digits}d}",
             digest=digest,
             dataset=config.dataset,
             videos=tuple(ordered[start : start + config.videos_per_shard]),
@@ -70,8 +88,11 @@ def plan_set(
             short_edge=config.short_edge,
             quality=config.quality,
             min_frames=config.min_frames,
+            keep_damaged=config.keep_damaged,
             timeout_seconds=config.timeout,
+            src=str(source_folder(config)),
             binary=binary,
+            ffmpeg_version=ffmpeg_version,
         )
         for number, start in enumerate(starts)
     ]
@@ -92,6 +113,7 @@ def byte_settings(config: PrepareConfig, choice: FrameChoice) -> dict[str, Any]:
         "fps": choice.fps,
         "all_frames": choice == FrameChoice(),
         "min_frames": config.min_frames,
+        "keep_damaged": config.keep_damaged,
         "short_edge": config.short_edge,
         "quality": config.quality,
         "videos_per_shard": config.videos_per_shard,
@@ -99,15 +121,13 @@ def byte_settings(config: PrepareConfig, choice: FrameChoice) -> dict[str, Any]:
 
 
 def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) -> str:
+    """What decides which bytes go where.
+
+    Where a video was found and how large it is are not part of it: a broken file may be replaced
+    by a whole one, for ``--retry-failed``. The index of a shard has them for what it holds.
+    """
     digest = hashlib.sha256(json.dumps([settings, ffmpeg_version]).encode())
     for video in videos:
-        row = asdict(video) | {"path": _size(video.path)}
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        row = [video.key, video.label, video.label_name, sorted(video.splits.items())]
+        digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

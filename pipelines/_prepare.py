@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from pipelines._adapter import Adapter, adapter
-from pipelines._build import ShardResult
+from pipelines._build import ShardResult, Tally
 from pipelines._config import PrepareConfig, validate
 from pipelines._engine import build_shards
+from pipelines._estimate import forecast
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
+from pipelines._finished import finished_indexes
 from pipelines._frames import FrameChoice
+from pipelines._outputs import ShardLog, summary, write_lists, write_manifest
 from pipelines._plan import SetPlan, ShardPlan, plan_set
-from shards.atomic import require_writable, write_json, write_text
 from shards.errors import InputError, Stopped, TooManyExcluded
-from shards.format import Exclusion, Manifest, ShardInfo
-from shards.index import read_index
-from shards.progress import progress
+from shards.format import Exclusion, ShardInfo
+from shards.progress import progress, size_text
+from shards.storage import Storage, open_storage
+
+Engine = Callable[
+    [
+        list[ShardPlan],
+        int,
+        Callable[[ShardPlan, ShardResult], None],
+        Callable[[Tally], None],
+    ],
+    None,
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedSet:
     """One finished set."""
 
-    manifest: Path
+    manifest: str  # its path or address
     shards: list[ShardInfo]
     excluded: list[Exclusion]
     failed: int  # of the excluded, those that were found but could not be stored
@@ -76,14 +84,19 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     _say(found.notes)
     if config.dry_run:
         for plan in plans:
-            _say([*plan.videos.coverage, _forecast(plan)])
+            _say([*plan.videos.coverage, *forecast(plan, workers(config))])
         return PrepareReport(sets=[])
-    require_writable(Path(config.out))
-    finished = [_finished_shards(plan) for plan in plans]  # refuses before anything is decoded
-    sets = [
-        _prepare_set(plan, done, config, ffmpeg_version(binary))
-        for plan, done in zip(plans, finished, strict=True)
-    ]
+    storage = open_storage(config.out)
+    storage.require_writable()
+    with ExitStack() as locks:
+        for plan in plans:
+            locks.enter_context(storage.writer_lock(plan.name))
+        # Refuses before anything is decoded.
+        finished = [_finished_shards(plan, storage) for plan in plans]
+        sets = [
+            _prepare_set(plan, done, config, storage, ffmpeg_version(binary))
+            for plan, done in zip(plans, finished, strict=True)
+        ]
     failed, videos = (sum(getattr(row, name) for row in sets) for name in ("failed", "videos"))
     if failed * 100 > config.max_failures * videos:
         raise TooManyExcluded(
@@ -103,112 +116,119 @@ def _choice(config: PrepareConfig, dataset: Adapter) -> FrameChoice:
     return FrameChoice() if config.all_frames else FrameChoice(count=dataset.default_frames)
 
 
-def _forecast(plan: SetPlan) -> str:
-    choice = plan.shards[0].choice
-    frames = f"{choice.count} frames a video" if choice.count else "all frames"
-    if choice.fps is not None:
-        frames = f"{choice.fps:g} frames a second"
-    first, last = plan.shards[0].path.name, plan.shards[-1].path.name
-    return (
-        f"{plan.name}: {len(plan.videos.videos)} videos, {len(plan.videos.label_names)} labels, "
-        f"{frames}, short edge {plan.shards[0].short_edge} px -> {first} to {last}"
-    )
-
-
-def _finished_shards(plan: SetPlan) -> dict[Path, ShardResult]:
-    """Shards of an earlier run of the same plan.
-
-    Raises:
-        InputError: the folder holds shards of this name from another plan.
-    """
-    done = {}
-    planned = {shard.path.with_suffix(".idx"): shard for shard in plan.shards}
-    folder = plan.shards[0].path.parent
-    pattern = re.compile(re.escape(plan.name) + r"-\d{3,}\.idx")
-    for path in sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name)):
-        shard = planned.get(path)
-        try:
-            index = read_index(path)
-        except InputError:
-            if shard is None:
-                continue
-            index = None  # half a file of a crashed disk: the shard is built again
-        if index is None:
-            continue
-        if shard is None or index.plan_digest != shard.digest:
-            raise InputError(
-                f"holds shards of {plan.name} prepared from other videos, with other settings or "
-                "by another ffmpeg",
-                folder,
-                "choose another --out or --name, or delete them",
-            )
-        tar = shard.path
-        if tar.is_file() and tar.stat().st_size == index.info.bytes:
-            done[tar] = ShardResult(info=index.info, exclusions=index.exclusions)
-    return done
+def _finished_shards(plan: SetPlan, storage: Storage) -> dict[str, ShardResult]:
+    return {
+        name: ShardResult(info=index.info, exclusions=index.exclusions)
+        for name, index in finished_indexes(plan, storage).items()
+    }
 
 
 def _prepare_set(
-    plan: SetPlan, results: dict[Path, ShardResult], config: PrepareConfig, version: str
+    plan: SetPlan,
+    results: dict[str, ShardResult],
+    config: PrepareConfig,
+    storage: Storage,
+    version: str,
 ) -> PreparedSet:
-    todo = [shard for shard in plan.shards if shard.path not in results]
+    todo = _todo(plan, results, config.retry_failed)
     total = len(plan.videos.videos)
-    before = total - sum(len(shard.videos) for shard in todo)
+    # Of a shard that is tried again only its failures are counted as work.
+    again = sum(len(results[shard.name].exclusions) for shard in todo if shard.retry)
+    before = total - again - sum(len(shard.videos) for shard in todo if not shard.retry)
     if results:
-        _say([f"{plan.name}: {len(results)} of {len(plan.shards)} shards are there already"])
+        retried = f", {again} failures of them are tried again" if again else ""
+        _say(
+            [f"{plan.name}: {len(results)} of {len(plan.shards)} shards are there already{retried}"]
+        )
+    done = Tally()
+    log = ShardLog(plan.name, storage)
 
     def on_shard(shard: ShardPlan, result: ShardResult) -> None:
-        results[shard.path] = result
+        results[shard.name] = result
+        log.add(result)
 
     try:
         if todo:
             with progress(f"prepare {plan.name}", total, "videos", start=before) as bar:
-                build_shards(todo, _workers(config), on_shard, bar.advance)
+
+                def on_progress(tally: Tally) -> None:
+                    nonlocal done
+                    done = done + tally
+                    bar.advance(tally.videos, _status(done, bar.seconds))
+
+                _engine(config)(todo, workers(config), on_shard, on_progress)
+                seconds = bar.seconds
+            _say([_rates(plan.name, done, seconds)])
     except KeyboardInterrupt:
+        finished = len(results)
         raise Stopped(
-            f"stopped: {len(results)} of {len(plan.shards)} shards of {plan.name} are finished; "
+            f"stopped: {finished} of {len(plan.shards)} shards of {plan.name} are finished; "
             "run the same command again to go on",
         ) from None
-    return _finish_set(plan, [results[shard.path] for shard in plan.shards], version)
+    finally:
+        log.close()
+    return _finish_set(plan, [results[shard.name] for shard in plan.shards], storage, version)
 
 
-def _workers(config: PrepareConfig) -> int:
+def _todo(plan: SetPlan, results: dict[str, ShardResult], retry_failed: bool) -> list[ShardPlan]:
+    todo = []
+    for shard in plan.shards:
+        if shard.name not in results:
+            todo.append(shard)
+        elif retry_failed and results[shard.name].exclusions:
+            todo.append(replace(shard, retry=True))
+    return todo
+
+
+def _engine(config: PrepareConfig) -> Engine:
+    if config.engine == "local":
+        return build_shards
+    from pipelines._ray import ray_engine
+
+    return ray_engine(config.ray_address, limited=config.workers is not None)
+
+
+def _status(done: Tally, seconds: float) -> str:
+    rate = done.frames / seconds if seconds > 0 else 0.0
+    return f"{rate:.0f} frames/s, {size_text(done.bytes)}, {done.failures} failed"
+
+
+def _rates(name: str, done: Tally, seconds: float) -> str:
+    seconds = max(seconds, 1e-9)
+    return (
+        f"{name}: {done.videos} videos and {done.frames} frames in {seconds:.0f} s, "
+        f"{done.videos / seconds:.1f} videos/s, {done.frames / seconds:.0f} frames/s"
+    )
+
+
+def workers(config: PrepareConfig) -> int:
+    """Videos decoded at once on this machine."""
     if config.workers is not None:
         return config.workers
     # The CPUs this process may use: fewer than the machine's under a scheduler or in a container.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _finish_set(plan: SetPlan, results: list[ShardResult], version: str) -> PreparedSet:
+def _finish_set(
+    plan: SetPlan, results: list[ShardResult], storage: Storage, version: str
+) -> PreparedSet:
     failures = [row for result in results for row in result.exclusions]
     excluded = failures + plan.videos.excluded
     infos = [result.info for result in results]
-    manifest = plan.shards[0].path.with_name(f"{plan.name}.json")
-    _write_errors(manifest.with_name(f"{plan.name}.errors.csv"), excluded)
-    _say([*plan.videos.coverage, *_summary(plan, infos, excluded)])
+    write_lists(plan, excluded, storage)
+    _say([*plan.videos.coverage, *summary(plan, infos, excluded)])
     if not any(info.videos for info in infos):
         # They hold nothing, and would only stand in the way of the next try.
         for shard in plan.shards:
-            shard.path.unlink(missing_ok=True)
-            shard.path.with_suffix(".idx").unlink(missing_ok=True)
+            storage.delete(shard.index)
+            storage.delete(shard.tar)
         first = failures[0]
         raise InputError(
             f"none of the {len(failures)} videos of {plan.name} could be read; the first, "
             f"{first.source}: {first.kind}, {first.message}",
             fix=f"see {plan.name}.errors.csv",
         )
-    write_json(
-        manifest,
-        Manifest(
-            name=plan.name,
-            dataset=plan.dataset,
-            settings=plan.settings,
-            ffmpeg_version=version,
-            label_names=plan.videos.label_names,
-            shards=infos,
-            excluded=len(excluded),
-        ).to_dict(),
-    )
+    manifest = write_manifest(plan, infos, len(excluded), version, storage)
     return PreparedSet(
         manifest=manifest,
         shards=infos,
@@ -216,30 +236,6 @@ def _finish_set(plan: SetPlan, results: list[ShardResult], version: str) -> Prep
         failed=len(failures),
         videos=len(plan.videos.videos),
     )
-
-
-def _write_errors(path: Path, excluded: list[Exclusion]) -> None:
-    if not excluded:
-        path.unlink(missing_ok=True)
-        return
-    text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("source", "kind", "message"))
-    rows.writerows((row.source, row.kind, row.message) for row in excluded)
-    write_text(path, text.getvalue())
-
-
-def _summary(plan: SetPlan, infos: list[ShardInfo], excluded: list[Exclusion]) -> Iterable[str]:
-    videos, frames, size = (
-        sum(getattr(info, name) for info in infos) for name in ("videos", "frames", "bytes")
-    )
-    yield (
-        f"{plan.name}: {videos} videos, {frames} frames, {size / 1e9:.2f} GB in {len(infos)} shards"
-    )
-    if excluded:
-        kinds = Counter(row.kind for row in excluded)
-        counts = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
-        yield f"{plan.name}: {len(excluded)} excluded ({counts}), see {plan.name}.errors.csv"
 
 
 def _say(lines: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,10 @@ _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield ``path`` + ``.part``; rename it to ``path`` when the block ends without an exception.
+    """Yield a temporary name; rename it to ``path`` when the block ends without an exception.
+
+    It is ``path`` with eight random digits and ``.part``: where two processes make the same file
+    (one of them taken for dead, on a cluster), each writes its own.
 
     The file is synced before the rename and its folder after it, so that a power cut leaves the
     old file or the new one. After any exception the temporary file is gone.
@@ -25,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,4 +101,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON atomically; the same value gives the same bytes."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """``value`` as indented JSON, as all files of this toolkit have it."""
+    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n"

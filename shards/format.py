@@ -41,6 +41,7 @@ class VideoRecord:
     source_fps: float | None = None
     source_frames: int | None = None  # frames really decoded
     source_duration: float | None = None  # seconds, as the container says
+    source_bytes: int | None = None  # size of the file it was made from
     boxes: list[list[float]] | None = None
     absence: list[int] | None = None
     cover: list[int] | None = None

@@ -43,6 +43,7 @@ class ShardIndex:
     exclusions: list[Exclusion]
     keys: list[str]
     splits: list[dict[str, str]]
+    sources: list[tuple[str, int]]  # (V,) path relative to the raw folder, and its bytes or -1
     first_frame: NDArray[np.uint32]  # (V + 1,)
     frame_offset: NDArray[np.uint64]  # (F,) bytes
     frame_size: NDArray[np.uint32]  # (F,) bytes
@@ -57,6 +58,7 @@ class IndexBuilder:
     def __init__(self) -> None:
         self._keys: list[str] = []
         self._splits: list[dict[str, str]] = []
+        self._sources: list[tuple[str, int]] = []
         self._labels: list[int] = []
         self._records: list[tuple[int, int]] = []
         self._first_frame: list[int] = [0]
@@ -72,6 +74,8 @@ class IndexBuilder:
         """One video: its record (None in foreign tars) and the (offset, size) of its members."""
         self._keys.append(key)
         self._splits.append(dict(record.splits) if record else {})
+        size = record.source_bytes if record else None
+        self._sources.append((record.source if record else "", -1 if size is None else size))
         label = record.label if record else None
         self._labels.append(_NO_LABEL if label is None else label)
         self._records.append(record_at)
@@ -97,6 +101,7 @@ class IndexBuilder:
             exclusions=list(exclusions),
             keys=self._keys,
             splits=self._splits,
+            sources=self._sources,
             first_frame=np.array(self._first_frame, dtype=np.uint32),
             frame_offset=np.ascontiguousarray(frames[:, 0]),
             frame_size=frames[:, 1].astype(np.uint32),
@@ -114,6 +119,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "exclusions": [asdict(row) for row in index.exclusions],
         "keys": index.keys,
         "splits": index.splits,
+        "sources": index.sources,
     }
     text = json.dumps(header, ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)  # arrays start on 8 bytes, so that they can be mapped
@@ -149,7 +155,7 @@ def read_index(path: Path) -> ShardIndex:
             size = lengths.get(name, info.videos) * np.dtype(dtype).itemsize
             arrays[name] = data[position : position + size].view(dtype)
             position += size + (-size % 8)
-        columns = (header["keys"], header["splits"])
+        columns = (header["keys"], header["splits"], header["sources"])
         if position != len(data) or any(len(column) != info.videos for column in columns):
             raise ValueError("wrong length")
         _require_inside(arrays, info)
@@ -159,6 +165,7 @@ def read_index(path: Path) -> ShardIndex:
             exclusions=[Exclusion(**row) for row in header["exclusions"]],
             keys=header["keys"],
             splits=header["splits"],
+            sources=[(str(source), int(size)) for source, size in header["sources"]],
             **arrays,
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:

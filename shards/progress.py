@@ -23,9 +23,14 @@ class Progress:
         self._last_line = self._began
         self._status = ""
 
+    @property
+    def seconds(self) -> float:
+        """Since the display was opened."""
+        return time.monotonic() - self._began
+
     def advance(self, count: int = 1, status: str = "") -> None:
         """``count`` more units are done; ``status`` replaces the text at the line's end."""
-        self.done += count
+        self.done = min(self.done + count, self.total)  # work done twice counts once
         self._status = status or self._status
         self._show()
 
@@ -39,7 +44,7 @@ class Progress:
         print(self._line(), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        elapsed = time.monotonic() - self._began
+        elapsed = self.seconds
         rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         eta = f", {_clock(left)} left" if self.done < self.total and left < float("inf") else ""
@@ -76,7 +81,7 @@ class _TerminalProgress(Progress):
         self._bars.start()
 
     def _show(self) -> None:
-        elapsed = time.monotonic() - self._began
+        elapsed = self.seconds
         rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
         self._bars.update(
             self._task, completed=self.done, rate=f"{rate:.1f}/s", status=self._status
@@ -95,6 +100,14 @@ def progress(title: str, total: int, unit: str, start: int = 0) -> Iterator[Prog
         yield shown
     finally:
         shown.finish()
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, for example ``"93.1 GB"``."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
 
 
 def _clock(seconds: float) -> str:

@@ -41,8 +41,6 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         temporary = self._stack.enter_context(atomic_path(self.path))
         try:
-            # An index left by an older set must never describe the new tar.
-            self.path.with_suffix(".idx").unlink(missing_ok=True)
             self._out = self._stack.enter_context(open(temporary, "wb"))
         except BaseException as error:
             self._stack.__exit__(type(error), error, error.__traceback__)
@@ -89,6 +87,8 @@ class ShardWriter:
         with self._stack:
             self._write(b"\0" * (2 * _BLOCK))
             self._write(b"\0" * (-self._position % _RECORD))
+            # An index left by an older tar must never describe the new one.
+            self.path.with_suffix(".idx").unlink(missing_ok=True)
         index = self._builder.finish(
             file=self.path.name,
             size=self._position,
