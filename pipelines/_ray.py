@@ -58,13 +58,16 @@ def _build_shards(
     import ray
 
     with sigterm_raises(), _connection(address):
-        task, most = _task(ray, len(plans), workers if limited else None)
+        threads, most = _division(ray, len(plans), workers if limited else None)
+        task = ray.remote(_build_on_node).options(
+            num_cpus=threads, max_retries=_MOST_RETRIES, retry_exceptions=False
+        )
         queue = iter(plans)
         running: dict[Any, ShardPlan] = {}
         try:
             while True:
                 for plan in queue:
-                    running[task.remote(plan)] = plan
+                    running[task.remote(plan, threads)] = plan
                     if len(running) >= most:
                         break
                 if not running:
@@ -103,21 +106,18 @@ def _connection(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _task(ray: Any, shards: int, workers: int | None) -> tuple[Any, int]:
-    """The remote function, and how many of it are handed out at once."""
+def _division(ray: Any, shards: int, workers: int | None) -> tuple[int, int]:
+    """Threads a shard, and shards handed out at once."""
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     wanted = workers or max(1, sum(cpus))
     # Fewer shards than workers: threads share a shard, as many as fit on any node.
     threads = max(1, min(math.ceil(wanted / shards), min(filter(None, cpus), default=1)))
-    task = ray.remote(functools.partial(_build_on_node, threads=threads)).options(
-        num_cpus=threads, max_retries=_MOST_RETRIES, retry_exceptions=False, name="seco prepare"
-    )
     at_once = max(1, wanted // threads)
     # Twice as many keep every CPU busy, and let a cluster grow; a user's limit is a limit.
-    return task, at_once if workers else 2 * at_once
+    return threads, at_once if workers else 2 * at_once
 
 
-def _build_on_node(plan: ShardPlan, *, threads: int) -> ShardResult:
+def _build_on_node(plan: ShardPlan, threads: int) -> ShardResult:
     binary = plan.binary if Path(plan.binary).is_file() else ffmpeg_binary()
     found = ffmpeg_version(binary)
     if found != plan.ffmpeg_version:

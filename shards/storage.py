@@ -150,7 +150,7 @@ class RemoteStorage:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        self.url = url
+        self.url = url.rstrip("/")
         self._protocol = url.partition("://")[0]
         try:
             self._system, self._root = fsspec.core.url_to_fs(url)
@@ -183,7 +183,7 @@ class RemoteStorage:
     def reading(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
             local = Path(scratch, name)
-            with _told_of(self._address(name)):
+            with _told_of(f"{self.url}/{name}"):
                 self._system.get_file(self._address(name), str(local))
             yield local
 
@@ -203,7 +203,7 @@ class RemoteStorage:
 
     def append(self, name: str, text: str) -> None:
         # Objects cannot grow; they are read and put again.
-        with _told_of(self._address(name)):
+        with _told_of(f"{self.url}/{name}"):
             try:
                 before = self._system.cat_file(self._address(name)).decode("utf-8")
             except FileNotFoundError:
@@ -211,7 +211,7 @@ class RemoteStorage:
         self.write_text(name, before + text)
 
     def delete(self, name: str) -> None:
-        with _told_of(self._address(name)), suppress(FileNotFoundError):
+        with _told_of(f"{self.url}/{name}"), suppress(FileNotFoundError):
             self._system.rm_file(self._address(name))
 
     @contextmanager
@@ -220,7 +220,7 @@ class RemoteStorage:
 
     def _put(self, local: Path, name: str) -> None:
         address = self._address(name)
-        with _told_of(address):
+        with _told_of(f"{self.url}/{name}"):
             if self._protocol in _OBJECT_STORES:
                 self._system.put_file(str(local), address)
             else:
