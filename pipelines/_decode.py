@@ -7,7 +7,6 @@ and matrices shift the chroma by up to half a level, so ``_colour.py`` does them
 from __future__ import annotations
 
 import math
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines._ffmpeg import FfmpegStream, local_url
+from pipelines._ffmpeg_log import FfmpegLog
 
 # Containers and raw streams of video. Nothing that only names other files or addresses: hls,
 # dash, concat, sdp and image2 dressed up as a video must not be followed.
@@ -91,7 +91,7 @@ class Decoding:
         matrix, full_range: of the frames given, in ffmpeg's names; known from the first frame on.
         source_fps, source_duration: as the container says; None when it does not.
         frames: how many have been decoded so far.
-        damage: ffmpeg's first complaint of a packet or frame that does not decode, if any; known
+        damage: ffmpeg's complaint of a packet or frame that does not decode, if any; known
             at the end.
     """
 
@@ -105,7 +105,7 @@ class Decoding:
         self.damage: str | None = None
         self._stream = stream
         self._path = path
-        self._log = _Log()
+        self._log = FfmpegLog()
 
     def __iter__(self) -> Iterator[Frame]:
         """Every frame that decodes, in time order.
@@ -128,6 +128,8 @@ class Decoding:
         header = pipe.readline(4096)
         if not header:
             return
+        if not header.endswith(b"\n") and len(header) < 4096:
+            raise EOFError("ffmpeg's output ends in its first line")
         self.width, self.height = _picture_size(header)
         size = len(_MARKER) + self.width * self.height * 3 // 2
         latest = 0.0
@@ -150,7 +152,7 @@ class Decoding:
                     f"to {shown.size[0]}x{shown.size[1]} in the middle",
                 )
             if self.frames == 0:
-                self.matrix, self.full_range = self._log.matrix, self._log.full_range
+                self.matrix, self.full_range = self._log.colour()
             # Damaged files go back in time; frames are stored in the order they are shown.
             latest = max(latest, shown.time if not math.isnan(shown.time) else self._guess(latest))
             self.frames += 1
@@ -176,7 +178,7 @@ class Decoding:
             raise DecodeError(kind, message or reading or f"ffmpeg ended with code {code}")
         if self.frames == 0:
             raise DecodeError("zero-frames", message or "no frame could be decoded")
-        self.damage = self._log.shown_damage(self._path)
+        self.damage = self._log.damage()
 
 
 @contextmanager
@@ -201,105 +203,10 @@ def decoding(
 
 def _picture_size(header: bytes) -> tuple[int, int]:
     words = header.split()
-    if words[:1] != [b"YUV4MPEG2"]:
-        raise ValueError("ffmpeg's output cannot be read")
     fields = {word[:1]: word[1:] for word in words[1:]}
+    if words[:1] != [b"YUV4MPEG2"] or not {b"W", b"H"} <= set(fields):
+        raise ValueError("ffmpeg's output cannot be read")
     width, height = int(fields[b"W"]), int(fields[b"H"])
     if width % 2 or height % 2 or not 0 < width * height * 3 // 2 <= _MAX_PICTURE_BYTES:
         raise ValueError(f"pictures of {width}x{height} cannot be stored")
     return width, height
-
-
-class _Shown(NamedTuple):
-    time: float  # seconds; nan when the stream has none
-    size: tuple[int, int]  # px
-
-
-_TIME_BASE = re.compile(rb"\[Parsed_showinfo_\d+ @ \S+\] config in time_base: (\d+)/(\d+)")
-_SHOWN = re.compile(rb"\[Parsed_showinfo_\d+ @ \S+\] n: *\d+ pts: *(-?\d+|NOPTS) .* s:(\d+)x(\d+) ")
-_COLOUR = re.compile(rb"\[Parsed_showinfo_\d+ @ \S+\] color_range:(\S+) color_space:(\S+)")
-_DURATION = re.compile(rb"  Duration: (\d+):(\d+):(\d+(?:\.\d+)?)")
-_FPS = re.compile(rb"  Stream #0:\d+.*: Video: .*?([\d.]+)(k?) fps")
-_FAULT = re.compile(
-    rb"error|invalid|not found|no such|could not|cannot|unsupported|denied|whitelist|truncat", re.I
-)
-
-
-# The decoder's verdicts, the same for all codecs: a packet it refused, a frame it had to patch up.
-_DAMAGE = re.compile(
-    rb"Error submitting packet to decoder|Error while decoding stream|Decoding error:|"
-    rb"corrupt decoded frame|Packet corrupt|partial file"
-)
-
-
-class _Log:
-    """What ffmpeg's log tells, read in pieces while it grows."""
-
-    def __init__(self) -> None:
-        self.shown: list[_Shown] = []
-        self.matrix = "unknown"
-        self.full_range = False
-        self.fps: float | None = None
-        self.duration: float | None = None
-        self.opened = False
-        self.no_video_stream = False
-        self._time_base = 0.0
-        self._fault: bytes | None = None
-        self._damage: bytes | None = None
-        self._rest = b""
-
-    def update(self, piece: bytes) -> None:
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"[Parsed_showinfo"):
-                self._read_showinfo(line)
-            elif not self.shown:
-                self._read_banner(line)
-            if self._fault is None and _is_fault(line):
-                self._fault = line
-            if self._damage is None and _DAMAGE.search(line) and not line.startswith(b" "):
-                self._damage = line
-
-    def _read_showinfo(self, line: bytes) -> None:
-        if found := _SHOWN.match(line):
-            ticks, width, height = found.groups()
-            time = math.nan if ticks == b"NOPTS" else round(int(ticks) * self._time_base, 6)
-            self.shown.append(_Shown(time, (int(width), int(height))))
-        elif found := _COLOUR.match(line):
-            if len(self.shown) == 1:
-                self.full_range = found[1] in (b"pc", b"jpeg")
-                self.matrix = found[2].decode("ascii", "replace")
-        elif found := _TIME_BASE.match(line):
-            self._time_base = int(found[1]) / max(1, int(found[2]))
-
-    def _read_banner(self, line: bytes) -> None:
-        if line.startswith(b"Input #0"):
-            self.opened = True
-        elif b"matches no streams" in line:
-            self.no_video_stream = True
-        elif found := _DURATION.match(line):
-            hours, minutes, seconds = (float(part) for part in found.groups())
-            self.duration = round(hours * 3600 + minutes * 60 + seconds, 3)
-        elif self.fps is None and (found := _FPS.match(line)):
-            self.fps = float(found[1]) * (1000 if found[2] else 1) or None
-
-    def failure(self, path: Path) -> str:
-        """ffmpeg's first complaint, without addresses and places of this machine."""
-        return _for_people(self._fault or b"", path)
-
-    def shown_damage(self, path: Path) -> str | None:
-        """The first sign that not all decodes."""
-        return _for_people(self._damage, path) if self._damage is not None else None
-
-
-def _for_people(line: bytes, path: Path) -> str:
-    text = line.decode("utf-8", "replace")
-    if "not on whitelist" in text:
-        return "it is not in a format of videos; playlists are never followed"
-    text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
-    return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
-
-
-def _is_fault(line: bytes) -> bool:
-    # Metadata is indented and may hold any words.
-    return not line.startswith((b" ", b"[Parsed_showinfo")) and _FAULT.search(line) is not None

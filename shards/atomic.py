@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path.parent, error) from error
+        raise unwritable(path.parent, error) from error
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         # Only faults of the place itself are the user's to mend; others keep their type.
         if error.errno in _DISK_FAULTS or str(error.filename) == str(temporary):
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         raise
     finally:
         # When the parent is unwritable or not a folder, nothing of ours can be lying there.
@@ -67,10 +67,11 @@ def require_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
+def unwritable(path: Path, error: OSError) -> InputError:
+    """What is told of a file or folder that cannot be written."""
     return InputError(
         f"cannot be written ({error.strerror or error})",
         path,

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards.atomic import require_writable, write_text
+from shards.atomic import require_writable, unwritable, write_text
 from shards.errors import InputError
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -93,11 +93,12 @@ class LocalStorage:
 
     def append(self, name: str, text: str) -> None:
         # One write to a file opened for appending: no reader sees half a line.
-        log = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        path = self._folder / name
         try:
-            os.write(log, text.encode("utf-8"))
-        finally:
-            os.close(log)
+            with open(path, "ab", buffering=0) as log:
+                log.write(text.encode("utf-8"))
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def delete(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,11 +21,15 @@ def _find(relative: str) -> Path:
     folder = Path(os.environ.get("SECO_TEST_DATA") or ROOT.parent / "shared")
     path = folder / relative
     if not path.exists():
-        message = f"{path} is not there; set SECO_TEST_DATA"
-        if os.environ.get("SECO_REQUIRE_DATA") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
+        lacking(f"{path} is not there; set SECO_TEST_DATA")
     return path
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip the test for want of something; fail it where everything must be there."""
+    if os.environ.get("SECO_REQUIRE_DATA") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
 
 
 def shared(relative: str) -> Path:

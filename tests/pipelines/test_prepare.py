@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,32 +15,21 @@ import simplejpeg
 import webdataset
 
 from pipelines import _prepare
-from pipelines._config import PrepareConfig
-from pipelines._prepare import PrepareReport, prepare
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import read_manifest
 from shards.index import build_index, read_index
 from tests.data import ROOT, shared
 from tests.pipelines.made_videos import draw_video, link_into
-
-
-def run(src: Path, out: Path, **settings: object) -> PrepareReport:
-    given = {"dataset": "folder", "workers": 1, "frames": 4} | settings
-    return prepare(PrepareConfig(src=str(src), out=str(out), **given))  # type: ignore[arg-type]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """All files but the log, which tells of times and machines."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if not path.name.endswith(".log.jsonl")
-    }
-
-
-def errors(path: Path) -> list[tuple[str, str]]:
-    rows = csv.DictReader(io.StringIO(path.read_text()))
-    return [(row["source"], row["kind"]) for row in rows]
+from tests.pipelines.running import (
+    driver,
+    errors,
+    hashes,
+    hear_ctrl_c,
+    processes_of,
+    programs_naming,
+    run,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -238,87 +223,6 @@ def test_an_output_that_is_a_file(raw: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk(tmp_path: Path, raw: Path, workers: int) -> None:
-    # A limit on the size of files stands for a full disk: writing ends in EFBIG, not ENOSPC.
-    script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
-    )
-    done = subprocess.run(
-        driver(raw, tmp_path / "out", workers, script), capture_output=True, text=True, cwd=ROOT
-    )
-    assert "InputError" in done.stdout, done.stderr
-    assert "cannot be written" in done.stdout
-    assert not list((tmp_path / "out").glob("*.part"))
-
-
-def driver(src: Path, out: Path, workers: int, before: str = "") -> list[str]:
-    """A Python that prepares ``src`` and prints how that ended."""
-    config = {"dataset": "folder", "src": str(src), "out": str(out), "workers": workers}
-    config |= {"videos_per_shard": 1, "frames": 8, "max_failures": 50}
-    script = (
-        f"{before}from pipelines._config import PrepareConfig\n"
-        "from pipelines._prepare import prepare\n"
-        "from shards.errors import InputError, Stopped\n"
-        f"try: prepare(PrepareConfig(**{config!r})); print('done')\n"
-        "except InputError as error: print('InputError', error)\n"
-        "except Stopped as stop: print('Stopped', stop)\n"
-    )
-    return [sys.executable, "-c", script]
-
-
-def processes_of(session: int) -> list[int]:
-    """All living processes of a session; ffmpeg has its own, found by the folder in its words."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] != "Z" and int(fields[3]) == session:
-                found.append(int(entry.name))
-    return found
-
-
-def programs_naming(folder: Path) -> list[str]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name != str(os.getpid()):
-            try:
-                words = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if str(folder).encode() in words:
-                found.append(entry.name)
-    return found
-
-
-def hear_ctrl_c() -> None:
-    """Whatever a shell starts in the background ignores SIGINT, children too: not this one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    limit = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """28 real clips, and the files an uninterrupted run makes of them."""
-    root = tmp_path_factory.mktemp("clips")
-    for folder in ("pick", "golf"):
-        found = sorted(shared(f"hmdb51/videos/{folder}").iterdir())[:14]
-        link_into(root / "raw" / folder, found)
-    settings: dict[str, object] = {"workers": 2, "videos_per_shard": 1, "frames": 8}
-    run(root / "raw", root / "whole", **settings)
-    return root / "raw", hashes(root / "whole")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("number", "told"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGKILL, False)]
 )
@@ -360,41 +264,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     again = subprocess.run(driver(raw, out, workers), capture_output=True, text=True, cwd=ROOT)
     assert again.stdout == "done\n", again.stderr
     assert f"{finished} of 28 shards are there already" in again.stderr
-    assert hashes(out) == whole
-
-
-def test_a_killed_worker_is_told_of(clips: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    raw, whole = clips
-    out = tmp_path / "out"
-    started = subprocess.Popen(
-        driver(raw, out, 2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    wait_until(lambda: len(list(out.glob("*.part"))) == 2 or started.poll() is not None)
-    # A worker is the parent of an ffmpeg.
-    parents: list[int] = []
-
-    def find_worker() -> bool:
-        for pid in programs_naming(raw):
-            try:
-                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(stat[1]) not in (started.pid, 1, os.getpid()):
-                parents.append(int(stat[1]))
-        return bool(parents)
-
-    wait_until(find_worker)
-    os.kill(parents[0], signal.SIGKILL)
-    said, complaints = started.communicate(timeout=30)
-    assert said.startswith("InputError a worker was killed"), said + complaints
-    wait_until(lambda: not processes_of(started.pid), 10)
-    again = subprocess.run(driver(raw, out, 2), capture_output=True, text=True, cwd=ROOT)
-    assert again.stdout == "done\n", again.stderr
     assert hashes(out) == whole
 
 
