@@ -10,6 +10,8 @@ import contextlib
 import functools
 import logging
 import math
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +96,7 @@ def _connection(address: str | None) -> Iterator[None]:
     if ray.is_initialized():  # by a program that calls this as a library
         yield
         return
+    _require_answer(address or os.environ.get("RAY_ADDRESS"))
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -104,6 +107,19 @@ def _connection(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str | None) -> None:
+    """Where nobody answers, Ray would end this process in its own words."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), _PATIENCE_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"no Ray cluster answers ({error.strerror or error})", address, "see --ray-address"
+        ) from error
 
 
 def _division(ray: Any, shards: int, workers: int | None) -> tuple[int, int]:

@@ -238,7 +238,7 @@ def _told_of(address: str) -> Iterator[None]:
     """Whatever goes wrong behind fsspec, in each library's own types, is one line."""
     try:
         yield
-    except (InputError, FileNotFoundError):
+    except InputError:
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -16,7 +16,7 @@ from pipelines._config import PrepareConfig
 from pipelines._prepare import PrepareReport, prepare
 
 
-def run(src: Path, out: Path, **settings: object) -> PrepareReport:
+def run(src: Path, out: Path | str, **settings: object) -> PrepareReport:
     given = {"dataset": "folder", "workers": 1, "frames": 4} | settings
     return prepare(PrepareConfig(src=str(src), out=str(out), **given))  # type: ignore[arg-type]
 

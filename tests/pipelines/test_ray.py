@@ -1,0 +1,103 @@
+"""The Ray engine: a cluster of two nodes on this machine, one of which is lost on the way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import _ray
+from pipelines._config import PrepareConfig
+from pipelines._prepare import prepare
+from shards.errors import InputError
+from tests.data import lacking
+from tests.pipelines.made_videos import draw_video
+from tests.pipelines.running import hashes, run, wait_until
+
+Clips = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    try:
+        from ray.cluster_utils import Cluster
+    except ImportError:
+        lacking("ray is not installed")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made.add_node(num_cpus=2)
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+
+
+def test_a_node_lost_midway_changes_nothing(clips: Clips, tmp_path: Path, cluster: Any) -> None:
+    raw, whole = clips
+    out = tmp_path / "out"
+    lost = threading.Event()
+
+    def lose() -> None:
+        wait_until(lambda: len(list(out.glob("*.idx"))) >= 2, 120)
+        (node,) = [node for node in cluster.worker_nodes if node is not cluster.head_node]
+        cluster.remove_node(node, allow_graceful=False)
+        if len(list(out.glob("*.idx"))) < 28:
+            lost.set()
+
+    loser = threading.Thread(target=lose)
+    loser.start()
+    made = run(
+        raw,
+        out,
+        engine="ray",
+        ray_address=cluster.address,
+        workers=None,
+        videos_per_shard=1,
+        frames=8,
+    )
+    loser.join()
+    assert lost.is_set(), "the node was lost too late to prove anything"
+    assert made.sets[0].videos == 28
+    for left in out.glob("*.part"):  # of the lost node; the next run clears it away
+        left.unlink()
+    assert hashes(out) == whole
+    log = (out / "raw.log.jsonl").read_text().splitlines()
+    assert len(log) == 28
+
+
+def test_what_a_node_cannot_do_is_one_line(
+    clips: Clips, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, _ = clips
+    real = _ray._build_on_node
+
+    def other_version(plan: Any, threads: int) -> Any:
+        from dataclasses import replace
+
+        return real(replace(plan, ffmpeg_version="another"), threads)
+
+    monkeypatch.setattr(_ray, "_build_on_node", other_version)
+    with pytest.raises(InputError, match=r"this node has ffmpeg .*, the driver another"):
+        run(raw, tmp_path / "out", engine="ray", ray_address=cluster.address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:1"])
+def test_no_cluster_at_the_address(tmp_path: Path, address: str) -> None:
+    draw_video(tmp_path / "raw" / "a.mp4")
+    with pytest.raises(InputError, match="no Ray cluster answers"):
+        run(tmp_path / "raw", tmp_path / "out", engine="ray", ray_address=address)
+
+
+def test_without_ray_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_video(tmp_path / "raw" / "a.mp4")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r'pip install "seco-video\[ray\]"'):
+        prepare(
+            PrepareConfig(
+                dataset="folder", src=str(tmp_path / "raw"), out=str(tmp_path / "o"), engine="ray"
+            )
+        )

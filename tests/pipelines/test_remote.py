@@ -1,0 +1,130 @@
+"""Output behind fsspec: an S3 server on this machine, and what happens when it is not there."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shards.errors import InputError
+from tests.data import ROOT, lacking
+from tests.pipelines.made_videos import draw_video
+from tests.pipelines.running import driver, hashes, run, wait_until
+
+Clips = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty bucket; this process and its children find its server."""
+    try:
+        import s3fs
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        lacking("s3fs and moto[server] are not installed")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"shards-{uuid.uuid4()}"  # the servers of one process share their buckets
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}/k400"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def fetched(address: str, into: Path) -> dict[str, str]:
+    import s3fs
+
+    system = s3fs.S3FileSystem(skip_instance_cache=True)
+    into.mkdir()
+    for name in system.ls(address.removeprefix("s3://"), refresh=True):
+        system.get_file(name, str(into / name.rpartition("/")[2]))
+    return hashes(into)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_as_in_a_folder(
+    clips: Clips, tmp_path: Path, bucket: str, workers: int
+) -> None:
+    raw, whole = clips
+    done = subprocess.run(driver(raw, bucket, workers), capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "done\n", done.stderr
+    assert fetched(bucket, tmp_path / "first") == whole
+    assert len((tmp_path / "first" / "raw.log.jsonl").read_text().splitlines()) == 28
+
+
+def test_a_killed_run_goes_on(clips: Clips, tmp_path: Path, bucket: str) -> None:
+    import s3fs
+
+    raw, whole = clips
+    process = subprocess.Popen(
+        driver(raw, bucket, 2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+    def some() -> bool:
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        try:
+            names = system.ls(bucket.removeprefix("s3://"), refresh=True)
+        except FileNotFoundError:
+            return process.poll() is not None
+        return any(name.endswith(".idx") for name in names) or process.poll() is not None
+
+    wait_until(some)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = subprocess.run(driver(raw, bucket, 2), capture_output=True, text=True, cwd=ROOT)
+    assert again.stdout == "done\n", again.stderr
+    assert "shards are there already" in again.stderr
+    assert fetched(bucket, tmp_path / "fetched") == whole
+
+
+def test_failures_are_tried_again(tmp_path: Path, bucket: str) -> None:
+    raw = tmp_path / "raw"
+    good = draw_video(raw / "good.mp4")
+    (raw / "bad.mp4").write_text("not yet")
+    run(raw, bucket, max_failures=100)
+    (raw / "bad.mp4").write_bytes(good.read_bytes())
+    made = run(raw, bucket, retry_failed=True)
+    assert (made.sets[0].failed, made.sets[0].shards[0].videos) == (0, 2)
+    run(raw, tmp_path / "fresh")
+    assert fetched(bucket, tmp_path / "fetched") == hashes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://no-such-bucket/x", "s3://no-such-bucket/x.*cannot be reached or written"),
+        ("nothing://x/y", "cannot be opened"),
+    ],
+)
+def test_places_that_are_not_there(tmp_path: Path, bucket: str, address: str, message: str) -> None:
+    draw_video(tmp_path / "raw" / "a.mp4")
+    with pytest.raises(InputError, match=message) as caught:
+        run(tmp_path / "raw", address)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_without_whole_puts(tmp_path: Path) -> None:
+    draw_video(tmp_path / "raw" / "a.mp4")
+    run(tmp_path / "raw", "memory://set/of")
+    import fsspec
+
+    names = [Path(name).name for name in fsspec.filesystem("memory").ls("/set/of", detail=False)]
+    assert sorted(names) == ["raw-000.idx", "raw-000.tar", "raw.json", "raw.log.jsonl"]
