@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pipelines
 from pipelines._config import PrepareConfig
+from pipelines._coverage import CoverageRow
 from shards.errors import InputError
 from shards.format import Exclusion, make_keys
 
@@ -24,12 +26,23 @@ VIDEO_SUFFIXES = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameFolder:
+    """How a video is stored that is a folder of JPEG frames with boxes (a tracking sequence)."""
+
+    ground_truth: str  # file in the folder: a box a line
+    images: str = ""  # sub-folder of the frames
+    range: tuple[int, int] | None = None  # first and last annotated frame, from 1; None: all
+    flags: bool = False  # whether absence.label, cover.label and so on belong to it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Video:
     """One video to store."""
 
     source: str  # relative to --src, with forward slashes
     path: Path
     key: str = ""  # given by keyed()
+    frames: FrameFolder | None = None  # None: ``path`` is a video file
     label: int | None = None
     label_name: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
@@ -40,14 +53,16 @@ class VideoSet:
     """The videos that become one set of shards.
 
     ``excluded`` are rows of ``NAME.errors.csv`` that are known without decoding: kinds
-    ``missing``, ``not-in-annotations``, ``duplicate``. ``coverage`` are lines for people.
+    ``missing``, ``not-in-annotations``, ``duplicate``. ``coverage`` counts what the official lists
+    have; ``notes`` are lines for people.
     """
 
     name: str
     videos: list[Video]
     label_names: list[str]
     excluded: list[Exclusion] = field(default_factory=list)
-    coverage: list[str] = field(default_factory=list)
+    coverage: list[CoverageRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +80,21 @@ class Adapter:
     Args:
         discover: finds its videos and annotations.
         default_frames: frames a video when the user names no number; None for all.
+        default_short_edge: px when the user names none; None leaves frames as they are.
     """
 
     discover: Callable[[PrepareConfig], Discovery]
     default_frames: int | None
+    default_short_edge: int | None = 256  # the authors' stored frames
 
 
 def source_bytes(video: Video) -> int:
     """The size of what the video is made from; -1 when it is not there."""
     try:
+        if video.frames is not None:
+            with os.scandir(video.path / video.frames.images) as entries:
+                frames = sum(entry.stat().st_size for entry in entries if entry.is_file())
+            return frames + (video.path / video.frames.ground_truth).stat().st_size
         return video.path.stat().st_size
     except OSError:
         return -1
@@ -115,7 +136,7 @@ def walk(root: Path) -> Iterator[tuple[str, Path]]:
     """Every regular file below ``root`` in a fixed order: its relative path and itself.
 
     Links to files and folders are followed (data sets get linked together), cycles are not.
-    Hidden files are left out: among them are ``._name.mp4``, which macOS leaves beside videos.
+    Hidden files are left out, and what macOS leaves in archives: ``._name.mp4``, ``__MACOSX``.
 
     Raises:
         InputError: a folder cannot be read.
@@ -131,13 +152,26 @@ def walk(root: Path) -> Iterator[tuple[str, Path]]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not _is_litter(name))
+        prefix = os.path.relpath(folder, root)
         for name in sorted(files):
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                # Names need not be UTF-8; what is written to JSON and CSV must.
-                source = path.relative_to(root).as_posix()
-                yield source.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), path
+            if not _is_litter(name) and path.is_file():
+                yield _shown(name if prefix == "." else f"{prefix}/{name}"), path
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _shown(source: str) -> str:
+    """Names need not be UTF-8; what is written to JSON and CSV must."""
+    return source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def relative_source(path: Path, root: Path) -> str:
+    """``path`` as a :attr:`Video.source`."""
+    return _shown(path.relative_to(root).as_posix()) if path != root else path.name
 
 
 def is_video(name: str) -> bool:
@@ -160,8 +194,8 @@ def find_videos(root: Path) -> list[tuple[str, Path]]:
 
 
 def keyed(videos: Sequence[Video]) -> list[Video]:
-    """The same videos with keys that differ within the set."""
-    keys = make_keys([video.source for video in videos])
+    """The same videos with keys that differ within the set, made from ``key`` or ``source``."""
+    keys = make_keys([video.key or video.source for video in videos])
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
 
 
@@ -203,13 +237,13 @@ def find_annotation_folder(
     src = source_folder(config)
     if config.annotations is not None:
         given = Path(config.annotations)
-        candidates = [given, *_subfolders(given)] if given.is_dir() else [given.parent]
+        candidates = [given, *subfolders(given)] if given.is_dir() else [given.parent]
         where: Path = given
     else:
-        candidates = [src, *_subfolders(src)]
-        candidates += [deeper for folder in _subfolders(src) for deeper in _subfolders(folder)]
+        candidates = [src, *subfolders(src)]
+        candidates += [deeper for folder in subfolders(src) for deeper in subfolders(folder)]
         beside = src.absolute().parent
-        candidates += [beside, *_subfolders(beside)]
+        candidates += [beside, *subfolders(beside)]
         where = src
     for folder in candidates:
         if holds(folder):
@@ -222,11 +256,55 @@ def find_annotation_folder(
     )
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in ``folder``, sorted; none when it cannot be read."""
     try:
-        return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        with os.scandir(folder) as entries:
+            found = (entry for entry in entries if not _is_litter(entry.name) and entry.is_dir())
+            return sorted(Path(entry.path) for entry in found)
     except OSError:
         return []
+
+
+def find_annotation_file(config: PrepareConfig, name: re.Pattern[str], expected: str) -> Path:
+    """An annotation file: ``--annotations`` (it, or its folder), or the nearest in or beside src.
+
+    Raises:
+        InputError: there is none.
+    """
+    if config.annotations is not None and Path(config.annotations).is_file():
+        return Path(config.annotations)
+
+    def files(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.glob("*.*") if name.fullmatch(path.name))
+
+    return files(find_annotation_folder(config, lambda folder: bool(files(folder)), expected))[0]
+
+
+SPLITS = ("train", "val", "test")
+_SPELLINGS = {"validate": "val", "validation": "val", "training": "train", "testing": "test"}
+
+
+def split_named(text: str) -> str:
+    """``train``, ``val`` or ``test`` for any of the ways to write them; others as they are."""
+    return _SPELLINGS.get(text.lower(), text.lower())
+
+
+def official_splits(config: PrepareConfig, found: set[str]) -> list[str]:
+    """The splits to prepare: those of ``--split``, or all found.
+
+    Raises:
+        InputError: one of ``--split`` is not there.
+    """
+    if config.split is None:
+        return [split for split in SPLITS if split in found]
+    wanted = [split_named(word.strip()) for word in config.split.split(",") if word.strip()]
+    unknown = [word for word in wanted if word not in found]
+    if unknown or not wanted:
+        have = ", ".join(split for split in SPLITS if split in found)
+        what = f"unknown split {unknown[0]!r}" if unknown else "names no split"
+        raise InputError(what, "--split", f"the annotations have {have}")
+    return [split for split in SPLITS if split in wanted]
 
 
 def missing_rows(sources: Iterable[str]) -> list[Exclusion]:

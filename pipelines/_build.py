@@ -20,6 +20,7 @@ from pipelines._ffmpeg import kill_running
 from pipelines._finished import FinishedShard, finished_shard
 from pipelines._jpeg import encode_jpeg
 from pipelines._plan import ShardPlan
+from pipelines._sequences import store_sequence
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
 from shards.storage import open_storage
@@ -166,6 +167,9 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
     Raises:
         DecodeError: it cannot be stored.
     """
+    if video.frames is not None:
+        return StoredVideo(*store_sequence(video, plan))
+    assert plan.short_edge is not None, "only sequences are stored as they are"
     chooser = plan.choice.chooser()
     times: list[float] = []
     frames: list[bytes] = []

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipelines._adapter import Video
+from pipelines._adapter import Video, source_bytes
 from pipelines._decode import CONTAINERS
 from pipelines._ffmpeg import FfmpegStream, local_url
 from pipelines._frames import FrameChoice
@@ -23,6 +23,7 @@ _DECODE_SECONDS = 0.3e-3  # a frame, and
 _DECODE_SECONDS_A_PIXEL = 2.5e-9  # of the source
 _ENCODE_SECONDS_A_PIXEL = 2.5e-9  # of the stored frame
 _BYTES_A_PIXEL = 0.2  # of a JPEG of quality 90
+_COPY_SECONDS = 0.1e-3  # a frame that passes through
 _PROBE_SECONDS = 10.0
 
 _SIZE = re.compile(rb"Video: .*?\b(\d{2,5})x(\d{2,5})\b")
@@ -47,17 +48,16 @@ def forecast(plan: SetPlan, workers: int) -> Iterable[str]:
         f"{plan.name}: {videos} videos, {len(plan.videos.label_names)} labels, "
         f"{_frames_text(shard.choice)} -> {len(plan.shards)} shards, {names}"
     )
-    headers = [header for video in _sample(plan) if (header := _probe(video, shard.binary))]
-    if not headers:
+    costs = [cost for video in _sample(plan) if (cost := _cost(video, shard))]
+    if not costs:
         yield f"{plan.name}: no header could be read, so neither bytes nor time are known"
         return
     stored, size, seconds = (
-        sum(column) / len(headers) * videos
-        for column in zip(*(_cost(header, shard) for header in headers), strict=True)
+        sum(column) / len(costs) * videos for column in zip(*costs, strict=True)
     )
     yield (
         f"{plan.name}: about {stored:.0f} frames, {size_text(size)} and "
-        f"{_time_text(seconds / workers)} with {workers} workers (from {len(headers)} headers)"
+        f"{_time_text(seconds / workers)} with {workers} workers (from {len(costs)} of them)"
     )
 
 
@@ -97,8 +97,14 @@ def _probe(video: Video, binary: str) -> _Header | None:
     return _Header(int(size[1]), int(size[2]), seconds * float(rate[1]), seconds)
 
 
-def _cost(header: _Header, shard: ShardPlan) -> tuple[float, float, float]:
-    """Stored frames, their bytes, and seconds of one core, for one video."""
+def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
+    """Stored frames, their bytes, and seconds of one core; None when the header says too little."""
+    if video.frames is not None:
+        frames = len(list((video.path / video.frames.images).glob("*.jp*g")))
+        return frames, max(0, source_bytes(video)), frames * _COPY_SECONDS
+    header = _probe(video, shard.binary)
+    if header is None or shard.short_edge is None:
+        return None
     pixels = header.width * header.height
     scale = min(1.0, shard.short_edge / max(1, min(header.width, header.height)))
     small = pixels * scale**2

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines._adapter import read_text, walk
+from pipelines._adapter import SPLITS, read_text, split_named, walk
 from pipelines._config import PrepareConfig
 from shards.errors import InputError
 
-SPLITS = ("train", "val", "test")
-_SPELLINGS = {"validate": "val", "validation": "val", "training": "train", "testing": "test"}
 _FILE = re.compile(r"(?:.*[_-])?(train|validate|validation|val|test)\.csv", re.I)
 _CLIP = re.compile(r"(.+)_(\d{6})_(\d{6})")
 
@@ -92,11 +90,7 @@ def find_annotations(config: PrepareConfig, files: list[tuple[str, Path]]) -> An
 def split_of_file(path: Path) -> str | None:
     """The split a file's name tells, or None."""
     found = _FILE.fullmatch(path.name)
-    return _normal(found[1]) if found else None
-
-
-def _normal(split: str) -> str:
-    return _SPELLINGS.get(split.lower(), split.lower())
+    return split_named(found[1]) if found else None
 
 
 def _by_split(paths: list[Path]) -> dict[str, list[Clip]]:
@@ -122,7 +116,7 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
     found = []
     for row in _readable(rows, path):
         youtube_id = (row["youtube_id"] or "").strip()
-        split = of_file or _normal((row.get("split") or "").strip())
+        split = of_file or split_named((row.get("split") or "").strip())
         if split not in SPLITS or not youtube_id:
             raise InputError(
                 f"line {rows.line_num} has no {'id' if not youtube_id else 'known split'}",

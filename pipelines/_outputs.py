@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 
 from pipelines._build import ShardResult
+from pipelines._coverage import coverage_csv
 from pipelines._plan import SetPlan
 from shards.atomic import json_text
 from shards.format import Exclusion, Manifest, ShardInfo
@@ -36,7 +37,12 @@ def write_manifest(
 
 
 def write_lists(plan: SetPlan, excluded: list[Exclusion], storage: Storage) -> None:
-    """``NAME.errors.csv``: the videos that are not in the set, where there are any."""
+    """``NAME.errors.csv``: the videos that are not in the set, where there are any.
+
+    And ``NAME.coverage.csv``, where official lists tell what should be there.
+    """
+    if plan.videos.coverage:
+        storage.write_text(f"{plan.name}.coverage.csv", coverage_csv(plan.videos.coverage))
     name = f"{plan.name}.errors.csv"
     if not excluded:
         storage.delete(name)

@@ -23,7 +23,7 @@ class ShardPlan:
     dataset: str
     videos: tuple[Video, ...]
     choice: FrameChoice
-    short_edge: int  # px
+    short_edge: int | None  # px
     quality: int
     min_frames: int
     keep_damaged: bool
@@ -60,6 +60,7 @@ def plan_set(
     config: PrepareConfig,
     *,
     choice: FrameChoice,
+    short_edge: int | None,
     binary: str,
     ffmpeg_version: str,
 ) -> SetPlan:
@@ -71,7 +72,7 @@ def plan_set(
     ordered = sorted(
         videos.videos, key=lambda video: (hashlib.sha1(video.key.encode()).digest(), video.source)
     )
-    settings = byte_settings(config, choice)
+    settings = byte_settings(config, choice, short_edge)
     digest = _digest(ordered, settings, ffmpeg_version)
     starts = range(0, len(ordered), config.videos_per_shard)
     digits = max(3, len(str(len(starts) - 1)))
@@ -85,7 +86,7 @@ def plan_set(
             dataset=config.dataset,
             videos=tuple(ordered[start : start + config.videos_per_shard]),
             choice=choice,
-            short_edge=config.short_edge,
+            short_edge=short_edge,
             quality=config.quality,
             min_frames=config.min_frames,
             keep_damaged=config.keep_damaged,
@@ -105,7 +106,9 @@ def plan_set(
     )
 
 
-def byte_settings(config: PrepareConfig, choice: FrameChoice) -> dict[str, Any]:
+def byte_settings(
+    config: PrepareConfig, choice: FrameChoice, short_edge: int | None
+) -> dict[str, Any]:
     """The settings that change what is stored: no folders, no workers, no time limit."""
     return {
         "dataset": config.dataset,
@@ -114,7 +117,7 @@ def byte_settings(config: PrepareConfig, choice: FrameChoice) -> dict[str, Any]:
         "all_frames": choice == FrameChoice(),
         "min_frames": config.min_frames,
         "keep_damaged": config.keep_damaged,
-        "short_edge": config.short_edge,
+        "short_edge": short_edge,
         "quality": config.quality,
         "videos_per_shard": config.videos_per_shard,
     }

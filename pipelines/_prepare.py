@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pipelines._adapter import Adapter, adapter
 from pipelines._build import ShardResult, Tally
 from pipelines._config import PrepareConfig, validate
+from pipelines._coverage import coverage_lines
 from pipelines._engine import build_shards
 from pipelines._estimate import forecast
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
@@ -76,6 +77,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             videos,
             config,
             choice=choice,
+            short_edge=config.short_edge or dataset.default_short_edge,
             binary=binary,
             ffmpeg_version=ffmpeg_version(binary),
         )
@@ -84,7 +86,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     _say(found.notes)
     if config.dry_run:
         for plan in plans:
-            _say([*plan.videos.coverage, *forecast(plan, workers(config))])
+            _say([*_found(plan), *forecast(plan, workers(config))])
         return PrepareReport(sets=[])
     storage = open_storage(config.out)
     storage.require_writable()
@@ -114,6 +116,10 @@ def _choice(config: PrepareConfig, dataset: Adapter) -> FrameChoice:
     if config.fps is not None:
         return FrameChoice(fps=config.fps)
     return FrameChoice() if config.all_frames else FrameChoice(count=dataset.default_frames)
+
+
+def _found(plan: SetPlan) -> list[str]:
+    return [*coverage_lines(plan.name, plan.videos.coverage), *plan.videos.notes]
 
 
 def _finished_shards(plan: SetPlan, storage: Storage) -> dict[str, ShardResult]:
@@ -216,7 +222,7 @@ def _finish_set(
     excluded = failures + plan.videos.excluded
     infos = [result.info for result in results]
     write_lists(plan, excluded, storage)
-    _say([*plan.videos.coverage, *summary(plan, infos, excluded)])
+    _say([*_found(plan), *summary(plan, infos, excluded)])
     if not any(info.videos for info in infos):
         # They hold nothing, and would only stand in the way of the next try.
         for shard in plan.shards:

@@ -19,6 +19,7 @@ from pipelines._adapter import (
     source_folder,
 )
 from pipelines._config import PrepareConfig
+from pipelines._coverage import coverage_rows
 from shards.errors import InputError
 from shards.format import Exclusion
 
@@ -71,7 +72,11 @@ def discover(config: PrepareConfig) -> Discovery:
                 videos=keyed(list(videos.values())),
                 label_names=label_names,
                 excluded=missing_rows(absent) + excluded,
-                coverage=[f"{name}: {len(videos)} of {len(listed)} listed videos found"],
+                coverage=coverage_rows(
+                    (f"split {number} {part}", member[0], member in videos)
+                    for member, splits in listed.items()
+                    for number, part in splits.items()
+                ),
             )
         ]
     )

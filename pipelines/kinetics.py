@@ -7,8 +7,7 @@ labels in many ways.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -20,11 +19,13 @@ from pipelines._adapter import (
     is_video,
     keyed,
     missing_rows,
+    official_splits,
     source_folder,
     walk,
 )
 from pipelines._config import PrepareConfig
-from pipelines._kinetics_csv import SPLITS, Clip, clip_of_file, find_annotations
+from pipelines._coverage import coverage_rows
+from pipelines._kinetics_csv import Clip, clip_of_file, find_annotations
 from shards.errors import InputError
 from shards.format import Exclusion
 
@@ -42,7 +43,7 @@ def discover(config: PrepareConfig) -> Discovery:
     src = source_folder(config)
     files = list(walk(src))
     annotations = find_annotations(config, files)
-    wanted = _wanted_splits(config, set(annotations.clips))
+    wanted = official_splits(config, set(annotations.clips))
     label_names = sorted(
         {clip.label for clips in annotations.clips.values() for clip in clips if clip.label}
     )
@@ -81,7 +82,7 @@ def discover(config: PrepareConfig) -> Discovery:
                 videos=keyed(videos),
                 label_names=label_names,
                 excluded=missing_rows(clip.file_stem for clip in absent) + matches.doubles[split],
-                coverage=_coverage(name, split, clips, absent),
+                coverage=coverage_rows((split, clip.label or "", clip in found) for clip in clips),
             )
         )
     if not sets:
@@ -153,32 +154,6 @@ def _is_replacement(video: Video) -> bool:
     return any(
         folder.startswith("replacement") for folder in PurePosixPath(video.source).parts[:-1]
     )
-
-
-def _wanted_splits(config: PrepareConfig, found: set[str]) -> list[str]:
-    if config.split is None:
-        return [split for split in SPLITS if split in found]
-    wanted = [word.strip() for word in config.split.split(",") if word.strip()]
-    unknown = [word for word in wanted if word not in found]
-    if unknown or not wanted:
-        have = ", ".join(split for split in SPLITS if split in found)
-        what = f"unknown split {unknown[0]!r}" if unknown else "names no split"
-        raise InputError(what, "--split", f"the annotations have {have}")
-    return [split for split in SPLITS if split in wanted]
-
-
-def _coverage(name: str, split: str, clips: list[Clip], absent: Iterable[Clip]) -> list[str]:
-    lacking = Counter(clip.label or "(no label)" for clip in absent)
-    count = sum(lacking.values())
-    lines = [f"{name}: {len(clips) - count} of {len(clips)} listed {split} videos found"]
-    if lacking:
-        worst = ", ".join(f"{label} {number}" for label, number in _most(lacking))
-        lines.append(f"{name}: most are missing of {worst}")
-    return lines
-
-
-def _most(counts: Counter[str]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
 
 
 # As the authors' stored frames: 30 a video, for pre-training and for features alike.

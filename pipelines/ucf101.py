@@ -19,6 +19,7 @@ from pipelines._adapter import (
     source_folder,
 )
 from pipelines._config import PrepareConfig
+from pipelines._coverage import coverage_rows
 from shards.errors import InputError
 from shards.format import Exclusion
 
@@ -69,9 +70,9 @@ def discover(config: PrepareConfig) -> Discovery:
         )
     absent = [shown for member, (shown, _) in listed.items() if member not in videos]
     name = config.name or "ucf101"
-    coverage = [f"{name}: {len(listed) - len(absent)} of {len(listed)} listed videos found"]
+    notes = []
     if unlisted := sum(not video.splits for video in videos.values()):
-        coverage.append(f"{name}: {unlisted} videos are in no list; stored without a split")
+        notes.append(f"{name}: {unlisted} videos are in no list; stored without a split")
     return Discovery(
         sets=[
             VideoSet(
@@ -79,7 +80,12 @@ def discover(config: PrepareConfig) -> Discovery:
                 videos=keyed(list(videos.values())),
                 label_names=label_names,
                 excluded=missing_rows(absent) + excluded,
-                coverage=coverage,
+                coverage=coverage_rows(
+                    (f"split {number} {part}", shown.split("/")[0], member in videos)
+                    for member, (shown, splits) in listed.items()
+                    for number, part in splits.items()
+                ),
+                notes=notes,
             )
         ]
     )

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines._adapter import Discovery, Video, adapter, dataset_names
 from pipelines._config import PrepareConfig
+from pipelines._coverage import coverage_csv, coverage_lines
 from pipelines.kinetics import ADAPTER as KINETICS
 from shards.errors import InputError
 from shards.format import Exclusion
@@ -35,14 +36,17 @@ def kinds(excluded: list[Exclusion]) -> list[tuple[str, str]]:
     return sorted((row.kind, row.source) for row in excluded)
 
 
+DATASETS = ["activitynet", "folder", "got10k", "hmdb51", "kinetics", "otb100", "ucf101"]
+
+
 def test_datasets_are_the_files_of_the_room() -> None:
-    assert {"folder", "hmdb51", "kinetics", "ucf101"} <= set(dataset_names())
+    assert dataset_names() == DATASETS
     assert not [name for name in dataset_names() if name.startswith("_")]
     with pytest.raises(InputError, match="unknown dataset 'ucf'"):
         adapter("ucf")
 
 
-@pytest.mark.parametrize("dataset", ["folder", "hmdb51", "kinetics", "ucf101"])
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_a_source_that_is_not_there(dataset: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such folder"):
         find(dataset, tmp_path / "none")
@@ -204,7 +208,41 @@ def test_kinetics_splits_labels_and_litter(tmp_path: Path) -> None:
         ("not-in-annotations", "train/unlisted_id_000001_000011.mp4"),
     ]
     assert any("test: none of the 1" in note for note in found.notes)
-    assert train.coverage[0] == "kinetics: 3 of 4 listed train videos found"
+    assert coverage_lines(train.name, train.coverage) == [
+        "kinetics: 3 of 4 listed train videos found",
+        "kinetics: of 2 classes 1 are complete, 0 absent; most are missing of abseiling 1",
+    ]
+    assert coverage_csv(train.coverage).splitlines()[1:] == [
+        "train,abseiling,3,2,1",
+        'train,"shaking hands, ""firmly""",1,1,0',
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "train/{stem}.mp4",
+        "train/shaking_hands_firmly/{stem}.avi",
+        "videos_train/shaking hands firmly/{stem}.webm",
+        "replacement/replacement_for_corrupted_k400/{stem}.mp4",
+        "train/{id}.mkv",
+        "compress/train_256/{stem}.MP4",
+    ],
+)
+def test_kinetics_layouts(tmp_path: Path, layout: str) -> None:
+    youtube_id = "-a_b_c_d-e_"
+    (tmp_path / "kinetics400").mkdir()
+    (tmp_path / "kinetics400" / "val.csv").write_text(
+        HEADER + f'"shaking hands, ""firmly""",{youtube_id},10,20,val,0\r\n'
+    )
+    stem = f"{youtube_id}_000010_000020"
+    touch(tmp_path, layout.format(stem=stem, id=youtube_id))
+    touch(tmp_path, "__MACOSX/train/._" + stem + ".mp4", "__MACOSX/train/" + stem + ".mp4")
+    (found,) = find("kinetics", tmp_path).sets
+    (video,) = found.videos
+    assert (video.label, video.label_name) == (0, 'shaking hands, "firmly"')
+    assert video.splits == {"official": "val"}
+    assert not found.excluded
 
 
 def test_kinetics_one_split(tmp_path: Path) -> None:

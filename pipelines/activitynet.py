@@ -1,0 +1,144 @@
+"""ActivityNet 1.3: one JSON of annotations, files named by their YouTube ids."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipelines._adapter import (
+    Adapter,
+    Discovery,
+    Video,
+    VideoSet,
+    find_annotation_file,
+    find_videos,
+    keyed,
+    missing_rows,
+    official_splits,
+    read_text,
+    source_folder,
+)
+from pipelines._config import PrepareConfig
+from pipelines._coverage import coverage_rows
+from shards.errors import InputError
+from shards.format import Exclusion
+
+_SUBSETS = {"training": "train", "validation": "val", "testing": "test"}
+_FILE = re.compile(r"(activity_?net.*|anet.*)\.json", re.I)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    split: str
+    label: str | None
+
+
+def discover(config: PrepareConfig) -> Discovery:
+    """One set a split: ``activitynet``, ``activitynet-val``, ``activitynet-test``.
+
+    A video's label is that of its annotations, the most seconds winning; labels count the sorted
+    names that occur. Test videos have none.
+
+    Raises:
+        InputError: no videos, no annotations, or an unknown split.
+    """
+    src = source_folder(config)
+    entries = _read(find_annotation_file(config, _FILE, "activity_net.v1-3.min.json"))
+    wanted = official_splits(config, {entry.split for entry in entries.values()})
+    label_names = sorted({entry.label for entry in entries.values() if entry.label is not None})
+    index = {name: number for number, name in enumerate(label_names)}
+    found: dict[str, Video] = {}
+    excluded: list[Exclusion] = []
+    doubles: defaultdict[str, list[Exclusion]] = defaultdict(list)
+    for source, path in find_videos(src):
+        youtube_id = _id_of(PurePosixPath(source).stem, entries)
+        if youtube_id is None:
+            message = "its id is not in the annotations"
+            excluded.append(Exclusion(source=source, kind="not-in-annotations", message=message))
+        elif youtube_id in found:
+            message = f"the same video as {found[youtube_id].source}"
+            row = Exclusion(source=source, kind="duplicate", message=message)
+            doubles[entries[youtube_id].split].append(row)
+        else:
+            found[youtube_id] = Video(source=source, path=path)
+    base = config.name or "activitynet"
+    sets: list[VideoSet] = []
+    notes: list[str] = []
+    for split in wanted:
+        listed = {key: entry for key, entry in entries.items() if entry.split == split}
+        videos = [
+            replace(
+                found[key],
+                label=None if entry.label is None else index[entry.label],
+                label_name=entry.label,
+                splits={"official": split},
+            )
+            for key, entry in listed.items()
+            if key in found
+        ]
+        if not videos:
+            notes.append(f"{split}: none of the {len(listed)} listed videos found; left out")
+            continue
+        absent = (f"v_{key}" for key in listed if key not in found)
+        sets.append(
+            VideoSet(
+                name=base if split == "train" else f"{base}-{split}",
+                videos=keyed(sorted(videos, key=lambda video: video.source)),
+                label_names=label_names,
+                excluded=missing_rows(absent) + doubles[split],
+                coverage=coverage_rows(
+                    (split, entry.label or "", key in found) for key, entry in listed.items()
+                ),
+            )
+        )
+    if not sets:
+        raise InputError(
+            "none of the videos is in the annotations", src, "files are named v_<youtube id>.mp4"
+        )
+    sets[0] = replace(sets[0], excluded=sets[0].excluded + excluded)
+    return Discovery(sets=sets, notes=notes)
+
+
+def _id_of(stem: str, entries: dict[str, _Entry]) -> str | None:
+    """``v_<id>`` or ``<id>``; an id may itself begin with ``v_``."""
+    return next((name for name in (stem, stem.removeprefix("v_")) if name in entries), None)
+
+
+def _read(path: Path) -> dict[str, _Entry]:
+    try:
+        database = json.loads(read_text(path))["database"]
+        return {key: _entry(key, row, path) for key, row in database.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"is not ActivityNet's annotation file ({type(error).__name__}: {error})",
+            path,
+            'expected {"database": {<id>: {"subset": …, "annotations": […]}}}',
+        ) from error
+
+
+def _entry(key: str, row: dict[str, Any], path: Path) -> _Entry:
+    split = _SUBSETS.get(row["subset"])
+    if split is None:
+        known = ", ".join(_SUBSETS)
+        raise InputError(f"{key}: unknown subset {row['subset']!r}", path, f"one of {known}")
+    return _Entry(split, _label(row.get("annotations") or ()))
+
+
+def _label(annotations: Iterable[dict[str, Any]]) -> str | None:
+    """The label with the most annotated seconds; of equal ones the first by name."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for row in annotations:
+        start, end = row["segment"]
+        seconds[row["label"]] += float(end) - float(start)
+    return min(seconds, key=lambda label: (-seconds[label], label)) if seconds else None
+
+
+# As the paper's features: 50 frames of an untrimmed video.
+ADAPTER = Adapter(discover=discover, default_frames=50)

@@ -1,0 +1,131 @@
+"""OTB-100: ``SEQ/img/0001.jpg`` and ``SEQ/groundtruth_rect.txt``, in the copies people have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines._adapter import (
+    Adapter,
+    Discovery,
+    FrameFolder,
+    Video,
+    VideoSet,
+    keyed,
+    refuse_split,
+    relative_source,
+    source_folder,
+    subfolders,
+)
+from pipelines._config import PrepareConfig
+from pipelines._coverage import coverage_rows
+from shards.errors import InputError
+from shards.format import Exclusion
+
+_GROUND_TRUTH = re.compile(r"groundtruth_rect(?:\.(\d+))?\.txt")
+_DEEPEST = 3
+# First and last frame of the sequences of which only a part is annotated, counted from 1.
+_RANGES = {
+    "david": (300, 770),
+    "blurcar1": (247, 988),
+    "blurcar3": (3, 359),
+    "blurcar4": (18, 397),
+    "football1": (1, 74),
+    "freeman3": (1, 460),
+    "freeman4": (1, 283),
+    "diving": (1, 215),
+}
+# fmt: off
+TARGETS = (
+    "Basketball", "Biker", "Bird1", "Bird2", "BlurBody", "BlurCar1", "BlurCar2", "BlurCar3",
+    "BlurCar4", "BlurFace", "BlurOwl", "Board", "Bolt", "Bolt2", "Box", "Boy", "Car1", "Car2",
+    "Car24", "Car4", "CarDark", "CarScale", "ClifBar", "Coke", "Couple", "Coupon", "Crossing",
+    "Crowds", "Dancer", "Dancer2", "David", "David2", "David3", "Deer", "Diving", "Dog", "Dog1",
+    "Doll", "DragonBaby", "Dudek", "FaceOcc1", "FaceOcc2", "Fish", "FleetFace", "Football",
+    "Football1", "Freeman1", "Freeman3", "Freeman4", "Girl", "Girl2", "Gym", "Human2", "Human3",
+    "Human4.2", "Human5", "Human6", "Human7", "Human8", "Human9", "Ironman", "Jogging.1",
+    "Jogging.2", "Jump", "Jumping", "KiteSurf", "Lemming", "Liquor", "Man", "Matrix", "Mhyang",
+    "MotorRolling", "MountainBike", "Panda", "RedTeam", "Rubik", "Shaking", "Singer1",
+    "Singer2", "Skater", "Skater2", "Skating1", "Skating2.1", "Skating2.2", "Skiing", "Soccer",
+    "Subway", "Surfer", "Suv", "Sylvester", "Tiger1", "Tiger2", "Toy", "Trans", "Trellis",
+    "Twinnings", "Vase", "Walking", "Walking2", "Woman",
+)
+# fmt: on
+
+
+def discover(config: PrepareConfig) -> Discovery:
+    """One set of all targets there are: ``Jogging`` has two, ``Jogging-1`` and ``Jogging-2``.
+
+    Raises:
+        InputError: no sequences.
+    """
+    refuse_split(config)
+    src = source_folder(config)
+    found: dict[str, Video] = {}
+    doubles: list[Exclusion] = []
+    for folder in _folders(src, _DEEPEST):
+        for target, ground_truth in _targets(folder):
+            source = relative_source(folder, src)
+            if target != folder.name:
+                source = f"{source}/{ground_truth}"
+            if target.lower() in found:
+                message = f"the same target as {found[target.lower()].source}"
+                doubles.append(Exclusion(source=source, kind="duplicate", message=message))
+                continue
+            found[target.lower()] = Video(
+                source=source,
+                path=folder,
+                key=target.replace(".", "-"),
+                splits={"official": "test"},
+                frames=FrameFolder(
+                    ground_truth=ground_truth,
+                    images="img" if (folder / "img").is_dir() else "",
+                    range=_RANGES.get(folder.name.lower()),
+                ),
+            )
+    if not found:
+        raise InputError(
+            "holds no sequences of OTB", src, "expected SEQUENCE/groundtruth_rect.txt and /img"
+        )
+    name = config.name or "otb100"
+    return Discovery(
+        sets=[
+            VideoSet(
+                name=name,
+                videos=keyed(list(found.values())),
+                label_names=[],
+                excluded=doubles,
+                # Whoever has some of the sequences knows it: the others are not failures.
+                coverage=coverage_rows(
+                    ("OTB-100", target, target.lower() in found) for target in TARGETS
+                ),
+            )
+        ]
+    )
+
+
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    if any(_GROUND_TRUTH.fullmatch(path.name) for path in folder.glob("groundtruth_rect*")):
+        yield folder
+    elif depth > 0:
+        for path in subfolders(folder):
+            yield from _folders(path, depth - 1)
+
+
+def _targets(folder: Path) -> list[tuple[str, str]]:
+    """(target, ground truth file) of a sequence; the numbered files are of several targets."""
+    files = sorted(
+        path.name
+        for path in folder.glob("groundtruth_rect*.txt")
+        if _GROUND_TRUTH.fullmatch(path.name)
+    )
+    if "groundtruth_rect.txt" in files:
+        return [(folder.name, "groundtruth_rect.txt")]
+    # Human4's first file is empty.
+    filled = [file for file in files if (folder / file).read_bytes().strip()]
+    return [(f"{folder.name}.{file.split('.')[1]}", file) for file in filled or files[:1]]
+
+
+# Tracking needs every frame, and its bytes as they were annotated.
+ADAPTER = Adapter(discover=discover, default_frames=None, default_short_edge=None)
