@@ -117,7 +117,9 @@ def seco() -> None:
 @click.argument("dataset")
 @settings_options(PrepareConfig, required=("src",), arguments=("dataset",))
 def prepare(**settings: Any) -> None:
-    """Decode the videos of DATASET (ucf101, hmdb51, kinetics, folder) into shards.
+    """Decode the videos of DATASET into shards.
+
+    DATASET is kinetics, activitynet, ucf101, hmdb51, got10k, otb100, or folder: any tree of videos.
 
     \b
     Example: seco prepare kinetics --src raw/ --out shards/
@@ -125,6 +127,37 @@ def prepare(**settings: Any) -> None:
     from pipelines._prepare import prepare as run
 
     run(PrepareConfig(**settings))
+
+
+@seco.command()
+@click.argument("shards", metavar="SET", nargs=-1, required=True)
+@click.option("--workers", type=int, default=None, help="Shards read at once [default: the CPUs].")
+def verify(shards: tuple[str, ...], workers: int | None) -> None:
+    """Check every sha256, frame, count and index of SET: a manifest, folder or pattern.
+
+    \b
+    Example: seco verify shards/k400.json
+    """
+    from shards.verify import verify as run
+
+    found = run(shards, workers)
+    print(found.table())
+    if found.faults:
+        raise InputError(f"{len(found.faults)} faults were found", " ".join(shards))
+
+
+@seco.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--force", is_flag=True, help="Replace indexes that are there already, too.")
+def index(shards: tuple[str, ...], force: bool) -> None:
+    """Write the indexes of SHARDS that have none, foreign WebDataset tars included.
+
+    \b
+    Example: seco index "foreign/*.tar"
+    """
+    from shards.reindex import reindex
+
+    print(reindex(shards, force))
 
 
 @seco.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from pipelines._finished import finished_indexes
 from pipelines._frames import FrameChoice
 from pipelines._outputs import ShardLog, summary, write_lists, write_manifest
 from pipelines._plan import SetPlan, ShardPlan, plan_set
+from shards.cpus import usable_cpus
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import Exclusion, ShardInfo
 from shards.progress import progress, size_text
@@ -209,10 +209,7 @@ def _rates(name: str, done: Tally, seconds: float) -> str:
 
 def workers(config: PrepareConfig) -> int:
     """Videos decoded at once on this machine."""
-    if config.workers is not None:
-        return config.workers
-    # The CPUs this process may use: fewer than the machine's under a scheduler or in a container.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.workers if config.workers is not None else usable_cpus()
 
 
 def _finish_set(

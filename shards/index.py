@@ -7,12 +7,12 @@ index is a cache: :func:`build_index` makes it again from the tar, foreign WebDa
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
+from shards.tar_members import tar_members
 
 _MAGIC = b"SECOIDX1"
 _ARRAYS = {
@@ -32,6 +33,7 @@ _ARRAYS = {
 }
 _NO_LABEL = -1
 MAX_RECORD_BYTES = 64 << 20
+_MAX_LABEL_BYTES = 9  # as text: a label is an i32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +72,18 @@ class IndexBuilder:
         record: VideoRecord | None,
         record_at: tuple[int, int],
         frames_at: Sequence[tuple[int, int]],
+        label: int | None = None,
     ) -> None:
-        """One video: its record (None in foreign tars) and the (offset, size) of its members."""
+        """One video: its record (None in foreign tars) and the (offset, size) of its members.
+
+        Args:
+            label: of a video without a record.
+        """
         self._keys.append(key)
         self._splits.append(dict(record.splits) if record else {})
         size = record.source_bytes if record else None
         self._sources.append((record.source if record else "", -1 if size is None else size))
-        label = record.label if record else None
+        label = record.label if record else label
         self._labels.append(_NO_LABEL if label is None else label)
         self._records.append(record_at)
         self._frames.extend(frames_at)
@@ -191,70 +198,41 @@ def build_index(tar_path: Path) -> ShardIndex:
     """Make the index from the tar itself, ours or a foreign WebDataset tar of JPEG members.
 
     Members are grouped by the part of their base name before its first dot, as WebDataset does;
-    of each group, ``*.json`` is the record when it is one of ours, and ``*.jpg``/``*.jpeg`` are
-    the frames in the order of the tar.
+    of each group, ``*.json`` is the record when it is one of ours, ``*.jpg``/``*.jpeg`` are the
+    frames in the order of the tar, and a whole number in ``*.cls`` is the label.
 
     Raises:
         InputError: not a tar, or one that ends in the middle of a member.
     """
     builder = IndexBuilder()
-    group: str | None = None
-    record: VideoRecord | None = None
-    record_at = (0, 0)
-    frames: list[tuple[int, int]] = []
-    members_end = 0
-
-    def close_group() -> None:
-        if group is not None and frames:
-            builder.add(group, record, record_at, frames)
-
-    size = _size(tar_path)
-    try:
-        with tarfile.open(tar_path, "r:") as tar, open(tar_path, "rb") as raw:
-            for member in tar:
-                blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
-                members_end = member.offset_data + blocks * tarfile.BLOCKSIZE
-                if not member.isreg():
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("a member ends beyond the file")
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if key != group:
-                    close_group()
-                    group, record, record_at, frames = key, None, (0, 0), []
-                if extension == "json" and member.size <= MAX_RECORD_BYTES:
-                    raw.seek(member.offset_data)
-                    record = _record_or_none(raw.read(member.size))
-                    if record is not None:
-                        record_at = (member.offset_data, member.size)
-                elif extension.rsplit(".", 1)[-1].lower() in ("jpg", "jpeg"):
-                    frames.append((member.offset_data, member.size))
-            close_group()
-            # Python's reader takes a cut tar, and one with a damaged header, for a whole one.
-            _require_closing_blocks(raw, members_end, size)
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(
-            f"is truncated or not a tar ({error})", tar_path, "prepare or copy it again"
-        ) from error
+    with open(tar_path, "rb") as raw:
+        for key, members in itertools.groupby(tar_members(tar_path), key=lambda row: row.key):
+            record: VideoRecord | None = None
+            record_at = (0, 0)
+            label: int | None = None
+            frames: list[tuple[int, int]] = []
+            for member in members:
+                if member.extension == "json" and member.size <= MAX_RECORD_BYTES:
+                    record = _record_or_none(member.read(raw))
+                    record_at = (member.offset, member.size) if record else (0, 0)
+                elif member.extension == "cls" and member.size <= _MAX_LABEL_BYTES:
+                    label = _label_or_none(member.read(raw))
+                elif member.is_jpeg:
+                    frames.append((member.offset, member.size))
+            if frames:
+                builder.add(key, record, record_at, frames, label)
     return builder.finish(
         file=tar_path.name,
-        size=size,
+        size=tar_path.stat().st_size,
         sha256=sha256_of(tar_path),
         plan_digest="",
         exclusions=[],
     )
 
 
-def _require_closing_blocks(raw: BinaryIO, members_end: int, size: int) -> None:
-    """After its last member a tar holds two blocks of zeros or more, and nothing else."""
-    if size - members_end < 2 * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("the closing blocks are missing")
-    raw.seek(members_end)
-    while piece := raw.read(1 << 20):
-        if piece.strip(b"\0"):
-            raise tarfile.ReadError(f"a damaged header at or after byte {members_end}")
+def _label_or_none(data: bytes) -> int | None:
+    text = data.strip()
+    return int(text) if text.isdigit() else None
 
 
 def _record_or_none(data: bytes) -> VideoRecord | None:
@@ -262,13 +240,6 @@ def _record_or_none(data: bytes) -> VideoRecord | None:
         return VideoRecord.from_json(data)
     except (ValueError, TypeError, RecursionError):
         return None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -376,3 +376,18 @@ def test_options_are_the_settings(command: str, config: type) -> None:
             option = options.pop(field.name)
             assert option.required or option.default == field.default, field.name
     assert set(options) <= {"config", "video", "html"}
+
+
+def test_verify_and_index(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = make_set(tmp_path / "s")
+    assert cli.run(["verify", manifest]) == 0
+    assert "3 shards, 24 videos, 144 frames: no faults" in capfd.readouterr().out
+    (tmp_path / "s" / "made-001.idx").unlink()
+    assert cli.run(["verify", manifest]) == 1
+    shown = capfd.readouterr()
+    assert "made-001.tar: has no index" in shown.out
+    assert f"seco: {manifest}: 1 faults were found" in shown.err
+    assert cli.run(["index", str(tmp_path / "s")]) == 0
+    assert cli.run(["verify", manifest]) == 0
+    assert cli.run(["verify", str(tmp_path / "none")]) == 1
+    assert "Traceback" not in capfd.readouterr().err

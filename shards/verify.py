@@ -1,0 +1,283 @@
+"""``seco verify``: is every byte of a set what it should be?
+
+The tar is the truth: the index and the manifest are compared with what is really in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import simplejpeg
+
+from shards.cpus import usable_cpus
+from shards.errors import InputError
+from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
+from shards.index import ShardIndex, build_index, read_index
+from shards.progress import progress
+from shards.spec import expand_spec
+from shards.tar_members import TarMember, tar_members
+
+_MOST_NAMED = 10  # faults of one shard that are told one by one
+_MAX_FRAME_BYTES = 256 << 20
+_MAX_PIXELS = 1 << 28  # a header may claim any size
+_SHARD = re.compile(r"(.+)-\d{3,}")
+_TAR_SAFE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """What was found in one tar."""
+
+    file: Path
+    faults: list[str]
+    keys: list[str] = field(default_factory=list)
+    labels: frozenset[int] = frozenset()
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome; ``faults`` are lines for people, each with the file it is about."""
+
+    faults: list[str]
+    shards: int
+    videos: int
+    frames: int
+    notes: list[str]
+
+    def table(self) -> str:
+        """All faults and notes, and a summary."""
+        count = f"{len(self.faults)} faults" if self.faults else "no faults"
+        counts = f"{self.shards} shards, {self.videos} videos, {self.frames} frames: {count}"
+        return "\n".join([*self.faults, *self.notes, counts])
+
+
+@dataclass(frozen=True)
+class _Task:
+    tar: Path
+    expected: ShardInfo | None  # of the manifest
+
+
+def verify(spec: str | Iterable[str], workers: int | None = None) -> Verification:
+    """Check manifests, indexes and tars; every JPEG is decoded.
+
+    Args:
+        spec: as :func:`shards.spec.expand_spec`; a manifest stands for the set it describes.
+        workers: shards read at once; never changes the outcome.
+
+    Raises:
+        InputError: the specification names nothing, or a manifest cannot be read.
+    """
+    tasks, faults, manifests = _tasks([spec] if isinstance(spec, str) else list(spec))
+    notes = [
+        f"{task.tar}: no manifest lists it, so there is no sha256 to compare with"
+        for task in tasks
+        if task.expected is None
+    ]
+    checks = list(_checked(tasks, workers or usable_cpus()))
+    for check in checks:
+        faults += [f"{check.file}: {fault}" for fault in check.faults[:_MOST_NAMED]]
+        if more := len(check.faults) - _MOST_NAMED:
+            faults += [f"{check.file}: {more} more faults"] if more > 0 else []
+    faults += _across(checks, manifests)
+    return Verification(
+        faults=faults,
+        shards=len(checks),
+        videos=sum(len(check.keys) for check in checks),
+        frames=sum(check.frames for check in checks),
+        notes=notes,
+    )
+
+
+def _tasks(specs: list[str]) -> tuple[list[_Task], list[str], dict[Path, Manifest]]:
+    """The tars to check, and what manifests tell before any is opened."""
+    tars: dict[Path, None] = {}
+    named: dict[Path, None] = {}
+    for part in specs:
+        if Path(part).suffix == ".json":
+            named.setdefault(Path(part))
+        else:
+            tars.update(dict.fromkeys(expand_spec(part)))
+    for tar in tars:
+        if (found := _SHARD.fullmatch(tar.stem)) and tar.with_name(f"{found[1]}.json").is_file():
+            named.setdefault(tar.with_name(f"{found[1]}.json"))
+    manifests = {path: read_manifest(path) for path in named}
+    given_manifests = [Path(part) for part in specs if Path(part).suffix == ".json"]
+    faults: list[str] = []
+    expected: dict[Path, ShardInfo] = {}
+    for path, manifest in manifests.items():
+        listed = {path.with_name(row.file): row for row in manifest.shards}
+        expected |= listed
+        absent = [tar for tar in listed if not tar.is_file()]
+        faults += [f"{tar}: is missing, listed in {path.name}" for tar in absent]
+        if path in given_manifests:
+            tars.update(dict.fromkeys(tar for tar in listed if tar not in absent))
+        faults += [f"{tar}: is not listed in {path.name}" for tar in _strangers(path, listed)]
+        faults += _error_rows(path, manifest)
+    if not tars and not faults:
+        raise InputError("names no shards", " ".join(specs))
+    return [_Task(tar, expected.get(tar)) for tar in tars], faults, manifests
+
+
+def _strangers(manifest: Path, listed: Iterable[Path]) -> list[Path]:
+    known = set(listed)
+    return [
+        tar
+        for tar in sorted(manifest.parent.glob(f"{manifest.stem}-*.tar"))
+        if tar not in known and (found := _SHARD.fullmatch(tar.stem)) and found[1] == manifest.stem
+    ]
+
+
+def _error_rows(path: Path, manifest: Manifest) -> list[str]:
+    """The list of excluded videos has as many rows as the manifest says."""
+    errors = path.with_name(f"{manifest.name}.errors.csv")
+    rows = 0
+    if errors.is_file():
+        with open(errors, newline="", encoding="utf-8") as file:
+            rows = max(0, sum(1 for _ in csv.reader(file)) - 1)
+    if rows == manifest.excluded:
+        return []
+    return [f"{errors}: {rows} rows, but {path.name} tells of {manifest.excluded} excluded videos"]
+
+
+def _checked(tasks: Sequence[_Task], workers: int) -> Iterator[ShardCheck]:
+    # Threads: hashing and decoding leave Python alone.
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with progress("verify", len(tasks), "shards") as bar:
+            for check in pool.map(_check, tasks):
+                bar.advance()
+                yield check
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check(task: _Task) -> ShardCheck:
+    try:
+        truth = build_index(task.tar)
+    except InputError as error:
+        return ShardCheck(task.tar, [error.what])
+    except OSError as error:
+        return ShardCheck(task.tar, [f"cannot be read ({error.strerror})"])
+    faults = [*_against_manifest(truth.info, task.expected), *_against_index(task.tar, truth)]
+    ours = bool((truth.record_size > 0).any())
+    with open(task.tar, "rb") as tar:
+        group: list[TarMember] = []
+        for member in tar_members(task.tar):
+            if group and member.key != group[0].key:
+                faults += _group_faults(group, tar, ours)
+                group = []
+            group.append(member)
+        faults += _group_faults(group, tar, ours) if group else []
+    labels = frozenset(int(label) for label in truth.label if label >= 0)
+    return ShardCheck(task.tar, faults, truth.keys, labels, truth.info.frames)
+
+
+def _against_manifest(info: ShardInfo, expected: ShardInfo | None) -> Iterator[str]:
+    if expected is None:
+        return
+    if info.bytes != expected.bytes:
+        yield f"has {info.bytes} bytes, the manifest says {expected.bytes}"
+    elif info.sha256 != expected.sha256:
+        yield "its sha256 is not the manifest's: it has been altered"
+    for name in ("videos", "frames"):
+        held, said = getattr(info, name), getattr(expected, name)
+        if held != said:
+            yield f"holds {held} {name}, the manifest says {said}"
+
+
+def _against_index(tar: Path, truth: ShardIndex) -> Iterator[str]:
+    path = tar.with_suffix(".idx")
+    if not path.is_file():
+        yield "has no index; `seco index` makes it"
+        return
+    try:
+        index = read_index(path)
+    except InputError as error:
+        yield f"its index {error.what}; `seco index --force` makes it anew"
+        return
+    for part in fields(ShardIndex):
+        if part.name in ("plan_digest", "exclusions"):
+            continue  # not in the tar
+        held, said = getattr(truth, part.name), getattr(index, part.name)
+        same = np.array_equal(held, said) if isinstance(held, np.ndarray) else held == said
+        if not same:
+            yield f"its index has another {part.name} than the tar; `seco index --force` mends it"
+
+
+def _group_faults(group: list[TarMember], tar: BinaryIO, ours: bool) -> Iterator[str]:
+    """Faults of the members of one video."""
+    frames = [member for member in group if member.is_jpeg]
+    record: VideoRecord | None = None
+    if ours:
+        key = group[0].key
+        expected = [f"{key}.json", *(f"{key}.{n:04d}.jpg" for n in range(len(group) - 1))]
+        if [member.name for member in group] != expected or not _TAR_SAFE.fullmatch(key):
+            yield f"{key}: its members are not KEY.json, KEY.0000.jpg, KEY.0001.jpg and so on"
+        try:
+            record = VideoRecord.from_json(group[0].read(tar))
+        except (ValueError, TypeError, RecursionError) as error:
+            yield f"{group[0].name}: is no record ({error})"
+        else:
+            if record.key != key:
+                yield f"{group[0].name}: is the record of {record.key!r}"
+            if len(record.frame_times) != len(frames):
+                times = len(record.frame_times)
+                yield f"{group[0].name}: {times} frame times for {len(frames)} frames"
+    for member in frames:
+        if fault := _frame_fault(member, tar, record):
+            yield f"{member.name}: {fault}"
+
+
+def _frame_fault(member: TarMember, tar: BinaryIO, record: VideoRecord | None) -> str | None:
+    if member.size > _MAX_FRAME_BYTES:
+        return f"{member.size} bytes are too many for a frame"
+    data = member.read(tar)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        if height * width > _MAX_PIXELS:
+            return f"{width}x{height} pixels are too many"
+        # An eighth of the size and no colour: all of the data is read, at a third of the cost.
+        simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
+    except ValueError as error:
+        return f"does not decode ({error})"
+    if record is not None and (width, height) != (record.width, record.height):
+        return f"is {width}x{height}, its record says {record.width}x{record.height}"
+    return None
+
+
+def _set_of(tar: Path) -> str:
+    found = _SHARD.fullmatch(tar.stem)
+    return os.path.abspath(tar.with_name(found[1] if found else tar.stem))
+
+
+def _across(checks: Sequence[ShardCheck], manifests: dict[Path, Manifest]) -> list[str]:
+    """What no shard shows by itself."""
+    counts = Counter((_set_of(check.file), key) for check in checks for key in check.keys)
+    faults = [
+        f"{check.file}: the key {key} occurs {counts[_set_of(check.file), key]} times in the set"
+        for check in checks
+        for key in dict.fromkeys(check.keys)
+        if counts[_set_of(check.file), key] > 1
+    ]
+    for path, manifest in manifests.items():
+        files = {os.path.abspath(path.with_name(row.file)) for row in manifest.shards}
+        labels = [
+            label
+            for check in checks
+            if os.path.abspath(check.file) in files
+            for label in check.labels
+        ]
+        if labels and max(labels) >= len(manifest.label_names):
+            names = len(manifest.label_names)
+            faults.append(f"{path}: names {names} labels, but label {max(labels)} occurs")
+    return faults
