@@ -310,6 +310,30 @@ def demo(**settings: Any) -> None:
     print(run_demo(DemoConfig(**settings), command=run))
 
 
+@seco.group()
+def bench() -> None:
+    """Measure a stage against its physical limit and the plain way to do it."""
+
+
+@bench.command("prepare")
+@click.option("--src", multiple=True, required=True, help="Videos to measure on: files or folders.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--only-clips", is_flag=True, help="Leave out scaling and planning.")
+def bench_prepare(src: tuple[str, ...], repeats: int, as_json: bool, only_clips: bool) -> None:
+    """CPU time of preparing: ours, the limit, ffmpeg writing JPEG files, and a second encode.
+
+    \b
+    Example: seco bench prepare --src clips/
+    """
+    from pipelines._bench import bench_prepare as run
+    from pipelines._bench_table import table
+
+    whole = not only_clips
+    found = run(list(src), repeats, scaling=whole, planning=whole)
+    print(found.to_json() if as_json else table(found))
+
+
 @seco.command("render-demo")
 @click.argument("out")
 @click.option("--clips-per-class", default=36, show_default=True, help="Clips of each class.")

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ffmpeg
 import numpy as np
@@ -49,8 +49,8 @@ class Frame(NamedTuple):
     planes: NDArray[np.uint8]  # Y (H, W), then U and V (H/2, W/2), flat
 
 
-def decode_argv(path: Path, short_edge: int, binary: str) -> list[str]:
-    """The command that writes the frames of ``path`` as YUV4MPEG2 and their times to its log."""
+def scaled_pictures(path: Path, short_edge: int) -> Any:
+    """The ffmpeg-python stream of ``path``'s pictures: upright, square pixels, 4:2:0, scaled."""
     source = ffmpeg.input(
         local_url(path),
         protocol_whitelist="file",
@@ -59,28 +59,49 @@ def decode_argv(path: Path, short_edge: int, binary: str) -> list[str]:
         # way every time.
         threads=1,
     )
-    # Autorotation has happened when the filters begin. `sar` makes pixels square. A video is never
-    # enlarged: views are cropped and resized later, and each interpolation blurs. Sides are even
-    # because 4:2:0 needs it; halves round down so that an odd side loses a line, not gains one.
-    scale = f"min(1,{short_edge}/min(iw*sar,ih))"
-    picture = (
+    width, height = scaled_size(short_edge)
+    return (
         source["V:0"]  # V: no cover art
         .filter(
             "scale",
-            w=f"max(2,2*ceil(iw*sar*{scale}/2-0.5))",
-            h=f"max(2,2*ceil(ih*{scale}/2-0.5))",
+            w=width,
+            h=height,
             flags="bicubic+accurate_rnd+bitexact",  # the same on every processor
         )
         .filter("setsar", "1")
         .filter("format", "yuv420p")
+    )
+
+
+def scaled_size(short_edge: int) -> tuple[str, str]:
+    """Width and height as expressions of the scale filter.
+
+    Autorotation has happened when the filters begin. `sar` makes pixels square. A video is never
+    enlarged: views are cropped and resized later, and each interpolation blurs. Sides are even
+    because 4:2:0 needs it; halves round down so that an odd side loses a line, not gains one.
+    """
+    scale = f"min(1,{short_edge}/min(iw*sar,ih))"
+    return f"max(2,2*ceil(iw*sar*{scale}/2-0.5))", f"max(2,2*ceil(ih*{scale}/2-0.5))"
+
+
+def output_argv(stream: Any, binary: str) -> list[str]:
+    """The whole command of an ffmpeg-python output stream, with the options of all our runs."""
+    quiet = ("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1")
+    return [str(word) for word in stream.global_args(*quiet).compile(cmd=binary)]
+
+
+def decode_argv(path: Path, short_edge: int, binary: str) -> list[str]:
+    """The command that writes the frames of ``path`` as YUV4MPEG2 and their times to its log."""
+    output = (
+        scaled_pictures(path, short_edge)
         # Side data may hold anything, of any length, and showinfo would print it.
         .filter("sidedata", mode="delete")
         .filter("showinfo", checksum=0)
+        .output(
+            "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
+        )
     )
-    output = picture.output(
-        "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
-    ).global_args("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1")
-    return [str(word) for word in output.compile(cmd=binary)]
+    return output_argv(output, binary)
 
 
 class Decoding:
@@ -124,8 +145,7 @@ class Decoding:
         self._raise_failure(None)
 
     def _frames(self) -> Iterator[Frame]:
-        pipe = self._stream.stdout
-        header = pipe.readline(4096)
+        header = self._stream.read_line(4096)
         if not header:
             return
         if not header.endswith(b"\n") and len(header) < 4096:
@@ -133,7 +153,7 @@ class Decoding:
         self.width, self.height = _picture_size(header)
         size = len(_MARKER) + self.width * self.height * 3 // 2
         latest = 0.0
-        while received := pipe.readinto((data := np.empty(size, np.uint8)).data):
+        while received := self._stream.read_into((data := np.empty(size, np.uint8)).data):
             if data[: len(_MARKER)].tobytes() != _MARKER[:received]:
                 raise ValueError("ffmpeg's output cannot be read")
             if received != size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,6 +19,8 @@ from shards.errors import InputError
 # -nostdin: ffmpeg must never take keystrokes from the terminal it was started in.
 _ALWAYS = ("-nostdin", "-hide_banner", "-nostats")
 _ADVICE = "pip install imageio-ffmpeg, or name a binary with --ffmpeg or SECO_FFMPEG"
+
+_PIPE_BYTES = 128 << 10
 
 _running: set[int] = set()
 _running_lock = threading.Lock()
@@ -114,7 +116,7 @@ class FfmpegStream:
     Args:
         argv: the whole command.
         timeout_seconds: it is killed after this time; ``timed_out`` tells.
-        stdout: a file for its standard output instead of the pipe :attr:`stdout`.
+        stdout: a file for its standard output; else it is read with :meth:`read_into`.
         feed: open a pipe to its standard input, for :meth:`feed`.
     """
 
@@ -138,25 +140,42 @@ class FfmpegStream:
                 stdout=stdout if stdout is not None else subprocess.PIPE,
                 stderr=self._log,
                 start_new_session=True,
-                bufsize=1 << 20,
+                bufsize=0,
             )
         except BaseException:
             self._log.close()
             raise
         with _running_lock:
             _running.add(self._process.pid)
+        if self._process.stdout is not None:
+            # Room for a frame or two: fewer turns between writer and reader.
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.fcntl(self._process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._timer: threading.Timer | None = None
         if timeout_seconds is not None:
             self._timer = threading.Timer(timeout_seconds, self._on_timeout)
             self._timer.daemon = True
             self._timer.start()
 
-    @property
-    def stdout(self) -> io.BufferedReader:
-        """The reading end of its standard output."""
-        pipe = self._process.stdout
-        assert isinstance(pipe, io.BufferedReader), "stdout goes to a file"
-        return pipe
+    def read_line(self, most: int) -> bytes:
+        """A line of its standard output with its end; shorter at the end or after ``most`` bytes."""
+        return self._pipe().readline(most)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill ``buffer`` from its standard output; fewer bytes only at the end."""
+        # Without a buffer of Python's in between, which would mean copying everything twice.
+        descriptor = self._pipe().fileno()
+        received = 0
+        while received < len(buffer):
+            count = os.readv(descriptor, [buffer[received:]])
+            if count == 0:
+                break
+            received += count
+        return received
+
+    def _pipe(self) -> IO[bytes]:
+        assert self._process.stdout is not None, "stdout goes to a file"
+        return self._process.stdout
 
     def feed(self, pieces: Iterable[bytes]) -> None:
         """Write ``pieces`` to its standard input and close it; stops early when ffmpeg has."""

@@ -1,0 +1,364 @@
+"""``seco bench prepare``: what preparing costs, beside its limit and the plain ways.
+
+CPU time of this process and all it has waited for, to the microsecond; everything in one run, in
+turns, because these machines are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import _bench_reference as reference
+from pipelines._adapter import Video, is_video
+from pipelines._build import build_shard
+from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
+from pipelines._frames import FrameChoice
+from pipelines._plan import ShardPlan
+from shards.errors import InputError
+from shards.progress import progress
+
+ALL, THIRTY = FrameChoice(), FrameChoice(count=30)
+_SHORT_EDGE, _QUALITY = 256, 90
+_SHORT_SECONDS = 2.0
+_MOST_SHORT = 40
+_SCALING_VIDEOS = 24
+_PLANNED = 100_000
+
+
+@dataclass(frozen=True)
+class ClipCost:
+    """Median CPU milliseconds of one clip."""
+
+    clip: str
+    frames: int
+    ours: float
+    limit: float
+    jpeg_files: float  # (a)
+    encoded_again: float  # (b)
+    ours_thirty: float
+    limit_thirty: float
+    bytes_a_frame: float  # ours
+    bytes_a_frame_jpeg_files: float
+
+
+@dataclass
+class Bench:
+    """All figures of a run."""
+
+    machine: dict[str, Any]
+    repeats: int
+    clips: list[ClipCost] = field(default_factory=list)
+    short: dict[str, float] = field(default_factory=dict)
+    scaling: dict[str, float] = field(default_factory=dict)
+    planning: dict[str, float] = field(default_factory=dict)
+
+    def ratios(self) -> dict[str, float]:
+        """Medians over the clips; above 1 is cheaper than what is compared with."""
+
+        def median(of: Callable[[ClipCost], float]) -> float:
+            return round(statistics.median(map(of, self.clips)), 3)
+
+        return {
+            "all frames, of the limit": median(lambda c: c.limit / c.ours),
+            "all frames, times (a)": median(lambda c: c.jpeg_files / c.ours),
+            "all frames, times (b)": median(lambda c: c.encoded_again / c.ours),
+            "30 frames, of the limit": median(lambda c: c.limit_thirty / c.ours_thirty),
+        }
+
+    def to_json(self) -> str:
+        """One object."""
+        content = asdict(self) | {"ratios": self.ratios() if self.clips else {}}
+        return json.dumps(content, indent=1)
+
+
+def bench_prepare(
+    sources: list[str], repeats: int, *, scaling: bool = True, planning: bool = True
+) -> Bench:
+    """Measure on the videos of ``sources`` (files and folders).
+
+    Those of two seconds and less are measured as short clips, the others against the limit.
+
+    Raises:
+        InputError: they hold no video that decodes.
+    """
+    binary = ffmpeg_binary()
+    bench = Bench(machine=_machine(binary), repeats=repeats)
+    with tempfile.TemporaryDirectory(prefix="seco-bench-") as scratch:
+        folder = Path(scratch)
+        long, short = _by_length(_videos(sources), binary)
+        steps = len(long) * repeats + bool(short) + scaling + planning
+        with progress("bench prepare", steps, "steps") as bar:
+            for path in long:
+                bench.clips.append(_clip_cost(path, binary, folder, repeats, bar.advance))
+            if short:
+                bench.short = _short_cost(short[:_MOST_SHORT], binary, folder, repeats)
+                bar.advance()
+            if scaling:
+                bench.scaling = _scaling(long or short, folder)
+                bar.advance()
+            if planning:
+                bench.planning = _planning(folder)
+                bar.advance()
+    return bench
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of all children it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _cost(work: Callable[[], object]) -> float:
+    began = cpu_seconds()
+    work()
+    return (cpu_seconds() - began) * 1e3
+
+
+def _videos(sources: list[str]) -> list[Path]:
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise InputError("there is no such file or folder", source, "see --src")
+        inside = sorted(path for path in source.rglob("*") if is_video(path.name))
+        found += inside if source.is_dir() else [source]
+    if not found:
+        raise InputError("holds no videos", " ".join(sources), "see --src")
+    return found
+
+
+def _by_length(paths: list[Path], binary: str) -> tuple[list[Path], list[Path]]:
+    long: list[Path] = []
+    short: list[Path] = []
+    for path in paths:
+        if len(short) == _MOST_SHORT and len(paths) > 2 * _MOST_SHORT:
+            break
+        with tempfile.TemporaryDirectory(prefix="seco-bench-") as folder:
+            result = build_shard(_plan([path], Path(folder), FrameChoice(count=2), binary))
+            if not result.info.videos:
+                continue
+            from shards.reader import open_shards
+
+            times = open_shards(str(Path(folder, "bench-000.tar"))).record(0).frame_times
+        (short if times[-1] - times[0] <= _SHORT_SECONDS else long).append(path)
+    if not long and not short:
+        raise InputError("none of the videos decodes", paths[0], "see --src")
+    return long, short
+
+
+def _plan(paths: list[Path], folder: Path, choice: FrameChoice, binary: str) -> ShardPlan:
+    videos = [
+        Video(source=path.name, path=path.absolute(), key=f"v{number:06d}")
+        for number, path in enumerate(paths)
+    ]
+    return ShardPlan(
+        folder=str(folder),
+        name="bench-000",
+        digest="",
+        dataset="folder",
+        videos=tuple(videos),
+        choice=choice,
+        short_edge=_SHORT_EDGE,
+        quality=_QUALITY,
+        min_frames=1,
+        keep_damaged=True,
+        timeout_seconds=600,
+        src=str(folder),
+        binary=binary,
+        ffmpeg_version=ffmpeg_version(binary),
+    )
+
+
+def _clip_cost(
+    path: Path, binary: str, folder: Path, repeats: int, advance: Callable[[], None]
+) -> ClipCost:
+    planes = reference.stored_planes(path, _SHORT_EDGE, ALL, binary)
+    thirty = reference.stored_planes(path, _SHORT_EDGE, THIRTY, binary)
+    sizes: dict[str, int] = {}
+
+    def ours(choice: FrameChoice) -> None:
+        sizes["ours"] = build_shard(_plan([path], folder, choice, binary)).info.bytes
+
+    def plain(way: Callable[[Path, int, str, Path], Path]) -> None:
+        sizes[way.__name__] = way(path, _SHORT_EDGE, binary, folder).stat().st_size
+
+    ways: dict[str, Callable[[], object]] = {
+        "ours_thirty": lambda: ours(THIRTY),
+        "ours": lambda: ours(ALL),
+        "null": lambda: reference.decode_to_null(path, _SHORT_EDGE, binary),
+        "encode": lambda: reference.encode_all(planes, _QUALITY),
+        "encode_thirty": lambda: reference.encode_all(thirty, _QUALITY),
+        "jpeg_files": lambda: plain(reference.jpeg_files_in_tar),
+        "encoded_again": lambda: plain(reference.encode_again_first),
+    }
+    costs: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for repeat in range(repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            costs[name].append(_cost(ways[name]))
+        advance()
+    ours(ALL)
+    median = {name: statistics.median(values) for name, values in costs.items()}
+    return ClipCost(
+        clip=path.name,
+        frames=len(planes),
+        ours=round(median["ours"], 2),
+        limit=round(median["null"] + median["encode"], 2),
+        jpeg_files=round(median["jpeg_files"], 2),
+        encoded_again=round(median["encoded_again"], 2),
+        ours_thirty=round(median["ours_thirty"], 2),
+        limit_thirty=round(median["null"] + median["encode_thirty"], 2),
+        bytes_a_frame=round(sizes["ours"] / len(planes)),
+        bytes_a_frame_jpeg_files=round(sizes["jpeg_files_in_tar"] / len(planes)),
+    )
+
+
+def _short_cost(paths: list[Path], binary: str, folder: Path, repeats: int) -> dict[str, float]:
+    ours: list[float] = []
+    null: list[float] = []
+    encode: list[float] = []
+    start: list[float] = []
+    for path in paths:
+        planes = reference.stored_planes(path, _SHORT_EDGE, ALL, binary)
+        plan = _plan([path], folder, ALL, binary)
+        rounds = [
+            (
+                _cost(lambda plan=plan: build_shard(plan)),  # type: ignore[misc]
+                _cost(lambda p=path: reference.decode_to_null(p, _SHORT_EDGE, binary)),  # type: ignore[misc]
+                _cost(lambda p=planes: reference.encode_all(p, _QUALITY)),  # type: ignore[misc]
+                _cost(lambda: reference.start_ffmpeg(binary)),
+            )
+            for _ in range(repeats)
+        ]
+        for values, column in zip(
+            (ours, null, encode, start), zip(*rounds, strict=True), strict=True
+        ):
+            values.append(statistics.median(column))
+    whole, nothing, pictures, begin = map(statistics.median, (ours, null, encode, start))
+    # What is left of our cost when the work on the pictures, which ffmpeg does in the null run
+    # beyond its start, and the encoding are taken away.
+    return {
+        "clips": len(paths),
+        "cpu_ms_a_video": round(whole, 2),
+        "of_the_limit": round((nothing + pictures) / whole, 3),
+        "fixed_cpu_ms_a_video": round(whole - (nothing - begin) - pictures, 2),
+        "ffmpeg_start_cpu_ms": round(begin, 2),
+    }
+
+
+def _scaling(paths: list[Path], folder: Path) -> dict[str, float]:
+    """Videos a second of whole ``seco prepare`` runs, all frames, 1 and 2 workers."""
+    raw = folder / "raw"
+    raw.mkdir()
+    for number in range(_SCALING_VIDEOS):
+        path = paths[number % len(paths)]
+        (raw / f"{number:03d}{path.suffix}").symlink_to(path.absolute())
+    cpus = sorted(os.sched_getaffinity(0))
+    runs = {
+        "1_worker": (1, 1, cpus),
+        "1_worker_on_1_cpu": (1, 1, cpus[:1]),
+        "2_workers": (2, 1, cpus[:2]),
+        "2_workers_1_shard": (2, _SCALING_VIDEOS, cpus[:2]),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(3):
+        for name, (workers, videos_a_shard, allowed) in runs.items():
+            out = folder / f"{name}-{repeat}"
+            rates[name].append(_prepare_rate(raw, out, workers, videos_a_shard, allowed))
+    found = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+    return {
+        **{f"{name}_videos_s": rate for name, rate in found.items()},
+        "2_workers_on_2_cpus_times_1_on_1": found["2_workers"] / found["1_worker_on_1_cpu"],
+        "2_workers_1_shard_times_1_on_1": found["2_workers_1_shard"] / found["1_worker_on_1_cpu"],
+        "2_workers_times_1_unpinned": found["2_workers"] / found["1_worker"],
+    }
+
+
+def _prepare_rate(raw: Path, out: Path, workers: int, a_shard: int, cpus: list[int]) -> float:
+    began = time.monotonic()
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "cli", "prepare", "folder", "--src", str(raw)),
+            *("--out", str(out), "--all-frames", "--workers", str(workers)),
+            *("--videos-per-shard", str(a_shard), "--keep-damaged"),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+    )
+    return _SCALING_VIDEOS / (time.monotonic() - began)
+
+
+_PLANNING = """
+import resource, sys, time
+from pipelines import _engine
+from pipelines._build import ShardResult
+from pipelines._config import PrepareConfig
+from pipelines._prepare import prepare
+from shards.format import ShardInfo
+began = time.monotonic()
+first = []
+def stub(plan, threads, on_progress):
+    first.append(time.monotonic())
+    info = ShardInfo(file=plan.tar, bytes=0, sha256="", videos=len(plan.videos), frames=0)
+    return ShardResult(info=info, exclusions=[])
+_engine.build_shard = stub
+prepare(PrepareConfig(dataset="kinetics", src=sys.argv[1], out=sys.argv[2], workers=1))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(first[0] - began, time.monotonic() - began, peak, len(first))
+"""
+
+
+def _planning(folder: Path) -> dict[str, float]:
+    """A whole run over empty files of Kinetics' names, in which no shard is really built."""
+    raw = folder / "kinetics"
+    (raw / "train").mkdir(parents=True)
+    rows = ["label,youtube_id,time_start,time_end,split"]
+    for number in range(_PLANNED):
+        youtube_id = f"-id_{number:07d}"
+        rows.append(f"label {number % 400:03d},{youtube_id},0,10,train")
+        (raw / "train" / f"{youtube_id}_000000_000010.mp4").touch()
+    (raw / "train.csv").write_text("\n".join(rows) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", _PLANNING, str(raw), str(folder / "planned")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    planning, whole, peak, shards = map(float, done.stdout.split())
+    return {
+        "videos": _PLANNED,
+        "shards": shards,
+        "seconds_to_the_first_shard": round(planning, 2),
+        "seconds": round(whole, 2),
+        "peak_megabytes": round(peak, 1),
+    }
+
+
+def _machine(binary: str) -> dict[str, Any]:
+    model = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": model,
+        "cpus": len(os.sched_getaffinity(0)),
+        "ffmpeg": ffmpeg_version(binary),
+        **{name: version(name) for name in ("numpy", "simplejpeg")},
+        "python": platform.python_version(),
+    }
