@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 from pipelines._colour import Planes, jpeg_planes
-from pipelines._decode import decoding, output_argv, scaled_pictures, scaled_size
+from pipelines._decode import decoding, output_argv, pictures, scaled, scaled_size
 from pipelines._ffmpeg import local_url
 from pipelines._frames import FrameChoice
 from pipelines._jpeg import encode_jpeg
@@ -18,7 +18,7 @@ from pipelines._jpeg import encode_jpeg
 
 def decode_to_null(path: Path, short_edge: int, binary: str) -> None:
     """The limit's first half: the same ffmpeg with the same filters, whose frames go nowhere."""
-    stream = scaled_pictures(path, short_edge).output(
+    stream = scaled(pictures(path), short_edge).output(
         "-", format="null", fps_mode="passthrough", filter_threads=1
     )
     _run(output_argv(stream, binary))

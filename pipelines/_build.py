@@ -15,10 +15,12 @@ from pathlib import Path
 
 from pipelines._adapter import Video, source_bytes
 from pipelines._colour import jpeg_planes
-from pipelines._decode import DecodeError, Frame, decoding
+from pipelines._decode import DecodeError, Frame, WrongForecast, decoding
 from pipelines._ffmpeg import kill_running
 from pipelines._finished import FinishedShard, finished_shard
+from pipelines._frames import FrameChoice, nearest_distinct
 from pipelines._jpeg import encode_jpeg
+from pipelines._mp4 import forecast_times
 from pipelines._plan import ShardPlan
 from pipelines._sequences import store_sequence
 from shards.errors import InputError
@@ -169,8 +171,33 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
     """
     if video.frames is not None:
         return StoredVideo(*store_sequence(video, plan))
+    count = plan.choice.count
+    times = forecast_times(video.path) if count is not None else None
+    if count is not None and times is not None:
+        try:
+            only = nearest_distinct(times.tolist(), count)
+            stored, all_times = _decoded(video, plan, only)
+            if nearest_distinct(all_times, count) == only:
+                return stored
+        except WrongForecast:
+            pass
+        except DecodeError as error:
+            # With every frame decoded, the same failure has the same name in all containers.
+            if error.kind in ("timeout", "crashed", "damaged"):
+                raise
+    return _decoded(video, plan, None)[0]
+
+
+def _decoded(
+    video: Video, plan: ShardPlan, only: Sequence[int] | None
+) -> tuple[StoredVideo, list[float]]:
+    """The video, and the times of all its frames.
+
+    Args:
+        only: the frames to store; None leaves it to the plan's choice.
+    """
     assert plan.short_edge is not None, "only sequences are stored as they are"
-    chooser = plan.choice.chooser()
+    chooser = plan.choice.chooser() if only is None else FrameChoice().chooser()
     times: list[float] = []
     frames: list[bytes] = []
     with decoding(
@@ -178,6 +205,7 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
         short_edge=plan.short_edge,
         timeout_seconds=plan.timeout_seconds,
         binary=plan.binary,
+        only=only,
     ) as decoded:
 
         def encode(chosen: Sequence[Frame]) -> None:
@@ -194,6 +222,8 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
         encode(chooser.finish())
     if decoded.damage is not None and not plan.keep_damaged:
         raise DecodeError("damaged", decoded.damage)
+    if only is not None and len(frames) != len(only):
+        raise WrongForecast
     if len(frames) < plan.min_frames:
         raise DecodeError("too-short", f"{len(frames)} frames, fewer than {plan.min_frames}")
     record = VideoRecord(
@@ -207,11 +237,11 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
         height=decoded.height,
         frame_times=times,
         source_fps=decoded.source_fps,
-        source_frames=decoded.frames,
+        source_frames=len(decoded.times),
         source_duration=decoded.source_duration,
         source_bytes=source_bytes(video),
     )
-    return StoredVideo(record, frames)
+    return StoredVideo(record, frames), decoded.times
 
 
 def _outcome(video: Video, plan: ShardPlan, stopping: threading.Event) -> Outcome:

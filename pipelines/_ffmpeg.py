@@ -158,7 +158,7 @@ class FfmpegStream:
             self._timer.start()
 
     def read_line(self, most: int) -> bytes:
-        """A line of its standard output with its end; shorter at the end or after ``most`` bytes."""
+        """A line of its standard output with its end, or as much of it as there is, or ``most``."""
         return self._pipe().readline(most)
 
     def read_into(self, buffer: memoryview) -> int:

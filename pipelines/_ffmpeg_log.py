@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pipelines._ffmpeg import local_url
 
 _TIME_BASE = re.compile(rb"config in time_base: (\d+)/(\d+)")
-_SHOWN = re.compile(rb"\bn: *\d+ pts: *(-?\d+|NOPTS) .* s:(\d+)x(\d+) i:")
+_SHOWN = re.compile(rb"\bn: *\d+ pts: *(-?\d+|NOPTS) .* fmt:(\S+) .*sar:(\d+/\d+) s:(\d+)x(\d+) i:")
 _RANGE = re.compile(rb"color_range:(pc|jpeg)?")
 # Names that matter: all others are taken for BT.601.
 _MATRIX = re.compile(rb"color_space:(bt709|fcc|smpte240m|bt2020nc|bt2020c)?")
@@ -32,11 +32,30 @@ _DAMAGE = re.compile(
 )
 
 
+# One of these is in everything that _FAULT or _DAMAGE finds (in lower case or as written).
+_COMPLAINTS = (
+    b"rror",
+    b"nvalid",
+    b"ot found",
+    b"o such",
+    b"ould not",
+    b"annot",
+    b"nsupported",
+    b"enied",
+    b"hitelist",
+    b"orrupt",
+    b"artial file",
+    b"runcat",
+    b"config in",
+)
+
+
 class Shown(NamedTuple):
     """A frame that has passed the filters."""
 
     time: float  # seconds; nan when the stream has none
     size: tuple[int, int]  # px
+    picture: tuple[bytes, ...]  # pixel format, sample aspect ratio, width, height
 
 
 class FfmpegLog:
@@ -65,7 +84,14 @@ class FfmpegLog:
     def update(self, piece: bytes) -> None:
         """Take in what has been written since the last call."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
+        # A search of the whole piece for parts of words costs little; of every line, much.
+        complaints = any(part in piece or part in lines[0] for part in _COMPLAINTS) if lines else 0
         for line in lines:
+            if self._matrix is not None and not complaints:
+                # As good as all lines: a frame's, or its colour that is known by now.
+                if b"pts_time" in line:
+                    self._read_showinfo(line)
+                continue
             if _METADATA.match(line):
                 continue
             if not self.shown:
@@ -80,9 +106,10 @@ class FfmpegLog:
         if found := _TIME_BASE.search(line):
             self._time_base = int(found[1]) / max(1, int(found[2]))
         if found := _SHOWN.search(line):
-            ticks, width, height = found.groups()
+            ticks, *picture = found.groups()
+            size = (int(picture[2]), int(picture[3]))
             time = math.nan if ticks == b"NOPTS" else round(int(ticks) * self._time_base, 6)
-            self.shown.append(Shown(time, (int(width), int(height))))
+            self.shown.append(Shown(time, size, tuple(picture)))
         if self._matrix is None and self.shown:
             if found := _RANGE.search(line):
                 self._full_range = found[1] is not None

@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines._adapter import FrameFolder, Video, read_text, source_bytes
+from pipelines._adapter import Video, read_text, source_bytes
 from pipelines._decode import DecodeError, Frame
 from pipelines._frames import FrameChoice, nearest_distinct
 from pipelines._plan import ShardPlan
@@ -22,6 +22,7 @@ from shards.format import VideoRecord
 
 _FRAME = re.compile(r"(\d+)\.jpe?g", re.I)
 _ASSUMED_FPS = 30.0  # OTB's files do not tell
+_END_OF_IMAGE = b"\xff\xd9"
 _BETWEEN = re.compile(r"[,;\s]+")
 
 Box = list[float]  # x, y (of the first pixel: 1), w, h; px
@@ -35,7 +36,7 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
     """
     assert video.frames is not None
     boxes = _boxes(video.path / video.frames.ground_truth)
-    paths = _in_range(_frame_paths(video.path / video.frames.images), video.frames, boxes)
+    paths = _in_range(_frame_paths(video.path / video.frames.images), video, boxes)
     absence = _flags(video, "absence.label", len(paths))
     cover = _flags(video, "cover.label", len(paths))
     fps = _fps(video.path / "meta_info.ini")
@@ -49,7 +50,10 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
     if plan.short_edge is not None:
         stored = _smaller_size(width, height, plan.short_edge)
         if stored != (width, height):
-            frames = [_resized(frame, stored, plan.quality) for frame in frames]
+            frames = [
+                _resized(frame, stored, plan.quality, paths[number].name)
+                for frame, number in zip(frames, chosen, strict=True)
+            ]
             kept = [_scaled(box, stored[0] / width, stored[1] / height) for box in kept]
             width, height = stored
     record = VideoRecord(
@@ -85,13 +89,16 @@ def _frame_paths(folder: Path) -> list[tuple[int, Path]]:
     return found
 
 
-def _in_range(frames: list[tuple[int, Path]], layout: FrameFolder, boxes: list[Box]) -> list[Path]:
+def _in_range(frames: list[tuple[int, Path]], video: Video, boxes: list[Box]) -> list[Path]:
     """The annotated frames; copies that are already cut to them are not cut again."""
+    layout = video.frames
+    assert layout is not None
     if layout.range is not None and len(boxes) != len(frames):
         first, last = layout.range
         frames = [(number, path) for number, path in frames if first <= number <= last]
     # Of GOT-10k's test sequences only the first box is published.
-    if len(boxes) != len(frames) and not (layout.flags and len(boxes) == 1):
+    first_only = layout.flags and len(boxes) == 1 and video.splits.get("official") == "test"
+    if len(boxes) != len(frames) and not first_only:
         raise DecodeError(
             "bad-annotation", f"{layout.ground_truth}: {len(boxes)} boxes for {len(frames)} frames"
         )
@@ -100,7 +107,7 @@ def _in_range(frames: list[tuple[int, Path]], layout: FrameFolder, boxes: list[B
 
 def _boxes(path: Path) -> list[Box]:
     boxes = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _lines(path):
         words = _BETWEEN.split(line)
         try:
             box = [float(word) for word in words]
@@ -123,17 +130,19 @@ def _flags(video: Video, file: str, frames: int) -> list[int] | None:
     if not video.frames.flags or not path.is_file():
         return None
     lines = _lines(path)
-    for number, line in enumerate(lines, start=1):
-        if not line.isdigit():
+    for number, line in lines:
+        if not line.isdecimal():
             raise DecodeError("bad-annotation", f"{file} line {number}: {line[:60]!r} is no number")
     if len(lines) != frames:
         raise DecodeError("bad-annotation", f"{file}: {len(lines)} lines for {frames} frames")
-    return [int(line) for line in lines]
+    return [int(line) for _, line in lines]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """(number from 1, text) of the lines that are not empty."""
     try:
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        lines = enumerate(read_text(path).splitlines(), start=1)
+        return [(number, line.strip()) for number, line in lines if line.strip()]
     except InputError as error:
         kind = "bad-annotation" if path.exists() else "missing"
         raise DecodeError(kind, f"{path.name}: {error.what}") from error
@@ -144,9 +153,10 @@ def _fps(path: Path) -> float | None:
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         parser.read_string(read_text(path))
-        return float(parser["METAINFO"]["anno_fps"].lower().removesuffix("hz")) or None
+        fps = float(parser["METAINFO"]["anno_fps"].lower().removesuffix("hz"))
     except (InputError, configparser.Error, KeyError, ValueError):
         return None
+    return fps if 0 < fps < math.inf else None
 
 
 def _chosen(choice: FrameChoice, times: list[float]) -> list[int]:
@@ -174,6 +184,10 @@ def _size(frames: list[bytes], paths: list[Path]) -> tuple[int, int]:
             height, width, *_ = simplejpeg.decode_jpeg_header(frame)
         except ValueError as error:
             raise DecodeError("unreadable", f"{path.name} is not a JPEG ({error})") from error
+        # The mark of the end; some programs write something behind it, and thumbnails have one
+        # of their own in front.
+        if _END_OF_IMAGE not in frame[len(frame) // 2 :]:
+            raise DecodeError("unreadable", f"{path.name} is cut short")
         sizes.append((width, height))
         if sizes[-1] != sizes[0]:
             raise DecodeError("unreadable", f"{path.name} is {width}x{height}, the first is not")
@@ -188,11 +202,14 @@ def _smaller_size(width: int, height: int, short_edge: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _resized(frame: bytes, size: tuple[int, int], quality: int) -> bytes:
-    with Image.open(io.BytesIO(frame)) as picture:
-        colour = "GRAY" if picture.mode == "L" else "RGB"
-        whole = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
-        pixels = np.asarray(whole.resize(size, Image.Resampling.BICUBIC))
+def _resized(frame: bytes, size: tuple[int, int], quality: int, name: str) -> bytes:
+    try:
+        with Image.open(io.BytesIO(frame)) as picture:
+            colour = "GRAY" if picture.mode == "L" else "RGB"
+            whole = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+            pixels = np.asarray(whole.resize(size, Image.Resampling.BICUBIC))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DecodeError("unreadable", f"{name} cannot be decoded ({error})") from error
     shaped = pixels[:, :, None] if pixels.ndim == 2 else pixels
     return bytes(
         simplejpeg.encode_jpeg(

@@ -15,7 +15,7 @@ from pipelines._adapter import (
     Discovery,
     Video,
     VideoSet,
-    find_annotation_file,
+    find_annotation_folder,
     find_videos,
     keyed,
     missing_rows,
@@ -30,6 +30,8 @@ from shards.format import Exclusion
 
 _SUBSETS = {"training": "train", "validation": "val", "testing": "test"}
 _FILE = re.compile(r"(activity_?net.*|anet.*)\.json", re.I)
+_VERSION = re.compile(r"1[-_.]?3")
+_MOST_FILES = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def discover(config: PrepareConfig) -> Discovery:
         InputError: no videos, no annotations, or an unknown split.
     """
     src = source_folder(config)
-    entries = _read(find_annotation_file(config, _FILE, "activity_net.v1-3.min.json"))
+    annotations = _annotation_file(config)
+    entries = _read(annotations)
     wanted = official_splits(config, {entry.split for entry in entries.values()})
     label_names = sorted({entry.label for entry in entries.values() if entry.label is not None})
     index = {name: number for number, name in enumerate(label_names)}
@@ -68,7 +71,7 @@ def discover(config: PrepareConfig) -> Discovery:
             found[youtube_id] = Video(source=source, path=path)
     base = config.name or "activitynet"
     sets: list[VideoSet] = []
-    notes: list[str] = []
+    notes = [f"annotations: {annotations.name}, {len(entries)} videos, {len(label_names)} labels"]
     for split in wanted:
         listed = {key: entry for key, entry in entries.items() if entry.split == split}
         videos = [
@@ -107,6 +110,37 @@ def discover(config: PrepareConfig) -> Discovery:
 def _id_of(stem: str, entries: dict[str, _Entry]) -> str | None:
     """``v_<id>`` or ``<id>``; an id may itself begin with ``v_``."""
     return next((name for name in (stem, stem.removeprefix("v_")) if name in entries), None)
+
+
+def _annotation_file(config: PrepareConfig) -> Path:
+    """``--annotations``, or the file of the nearest folder: its content tells it, or its name."""
+    if config.annotations is not None and Path(config.annotations).is_file():
+        return Path(config.annotations)
+    folder = find_annotation_folder(
+        config, lambda folder: bool(_candidates(folder)), "activity_net.v1-3.min.json"
+    )
+    # Version 1.2 has half of the classes, and captions come under names much alike.
+    return min(
+        _candidates(folder),
+        key=lambda path: (not _holds_database(path), not _VERSION.search(path.name), path.name),
+    )
+
+
+def _candidates(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.[jJ][sS][oO][nN]"))
+    if named := [path for path in files if _FILE.fullmatch(path.name)]:
+        return named
+    # A folder of many JSON files holds something else of its videos.
+    few = files if len(files) <= _MOST_FILES else []
+    return [path for path in few if _holds_database(path)]
+
+
+def _holds_database(path: Path) -> bool:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return b'"database"' in data and b'"subset"' in data
 
 
 def _read(path: Path) -> dict[str, _Entry]:

@@ -63,23 +63,30 @@ def discover(config: PrepareConfig) -> Discovery:
         )
     base = config.name or "got10k"
     sets = []
+    notes = []
     for split in official_splits(config, set(found) | set(listed)):
         here = found.get(split, {})
         names = list(dict.fromkeys(listed.get(split, sorted(here))))
         if not here:
+            notes.append(f"{split}: none of the {len(names)} listed sequences found; left out")
             continue
+        name = base if split == "train" else f"{base}-{split}"
+        unlisted = len(set(here) - set(names))
         sets.append(
             VideoSet(
-                name=base if split == "train" else f"{base}-{split}",
+                name=name,
                 videos=keyed(sorted(here.values(), key=lambda video: video.source)),
                 label_names=[],
                 excluded=missing_rows(set(names) - set(here)) + doubles.get(split, []),
-                coverage=coverage_rows((split, "", name in here) for name in names),
+                coverage=coverage_rows((split, "", entry in here) for entry in names),
+                notes=[f"{name}: {unlisted} sequences are not in list.txt; stored all the same"]
+                if unlisted
+                else [],
             )
         )
     if not sets:
         raise InputError("holds no sequence of this split", src, "see --split")
-    return Discovery(sets=sets)
+    return Discovery(sets=sets, notes=notes)
 
 
 def _split_folders(folder: Path, depth: int) -> Iterator[Path]:

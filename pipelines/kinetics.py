@@ -7,9 +7,9 @@ labels in many ways.
 
 from __future__ import annotations
 
+import posixpath
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 from pipelines._adapter import (
     Adapter,
@@ -126,12 +126,8 @@ class _Matches:
         if present is None:
             self.videos[split][clip] = video
             return
-        # CVDF's replacements stand for corrupted files of the same name.
-        kept, other = (
-            (video, present)
-            if _is_replacement(video) and not _is_replacement(present)
-            else (present, video)
-        )
+        better = _rank(video, clip) > _rank(present, clip)
+        kept, other = (video, present) if better else (present, video)
         self.videos[split][clip] = kept
         message = f"the same clip as {kept.source}"
         self.doubles[split].append(
@@ -139,7 +135,7 @@ class _Matches:
         )
 
     def _find(self, source: str) -> tuple[str, Clip] | None:
-        youtube_id, start, end = clip_of_file(PurePosixPath(source).stem)
+        youtube_id, start, end = clip_of_file(posixpath.splitext(posixpath.basename(source))[0])
         rows = self._by_id.get(youtube_id, [])
         exact = [row for row in rows if (row[1].start, row[1].end) == (start, end)]
         # A video trimmed by other hands may have other seconds, or none in its name.
@@ -150,10 +146,15 @@ class _Matches:
         return rows[0] if rows else None
 
 
-def _is_replacement(video: Video) -> bool:
-    return any(
-        folder.startswith("replacement") for folder in PurePosixPath(video.source).parts[:-1]
-    )
+def _rank(video: Video, clip: Clip) -> tuple[bool, bool]:
+    """Of files of one clip the highest is stored.
+
+    CVDF's replacements stand for corrupted files of the same name; a file with the clip's own
+    seconds comes before one of the same video with others.
+    """
+    *folders, name = video.source.split("/")
+    replacement = any(folder.startswith("replacement") for folder in folders)
+    return replacement, posixpath.splitext(name)[0] == clip.file_stem
 
 
 # As the authors' stored frames: 30 a video, for pre-training and for features alike.

@@ -24,7 +24,9 @@ from shards.errors import InputError
 from shards.format import Exclusion
 
 _GROUND_TRUTH = re.compile(r"groundtruth_rect(?:\.(\d+))?\.txt")
+_PLAIN = "groundtruth_rect.txt"
 _DEEPEST = 3
+_MOST_NAMED = 10
 # First and last frame of the sequences of which only a part is annotated, counted from 1.
 _RANGES = {
     "david": (300, 770),
@@ -52,6 +54,9 @@ TARGETS = (
     "Twinnings", "Vase", "Walking", "Walking2", "Woman",
 )
 # fmt: on
+_OFFICIAL = {target.lower(): target for target in TARGETS}
+_OFFICIAL["human4"] = "Human4.2"  # in copies that left the empty file out
+_PART = re.compile(r"(.+)[-_.](\d)")
 
 
 def discover(config: PrepareConfig) -> Discovery:
@@ -67,7 +72,7 @@ def discover(config: PrepareConfig) -> Discovery:
     for folder in _folders(src, _DEEPEST):
         for target, ground_truth in _targets(folder):
             source = relative_source(folder, src)
-            if target != folder.name:
+            if ground_truth != _PLAIN:
                 source = f"{source}/{ground_truth}"
             if target.lower() in found:
                 message = f"the same target as {found[target.lower()].source}"
@@ -77,7 +82,7 @@ def discover(config: PrepareConfig) -> Discovery:
                 source=source,
                 path=folder,
                 key=target.replace(".", "-"),
-                splits={"official": "test"},
+                splits={"official": "test"} if target.lower() in _OFFICIAL else {},
                 frames=FrameFolder(
                     ground_truth=ground_truth,
                     images="img" if (folder / "img").is_dir() else "",
@@ -89,6 +94,8 @@ def discover(config: PrepareConfig) -> Discovery:
             "holds no sequences of OTB", src, "expected SEQUENCE/groundtruth_rect.txt and /img"
         )
     name = config.name or "otb100"
+    others = [video.source for video in found.values() if not video.splits]
+    notes = [f"{name}: not of OTB-100, stored without a split: {other}" for other in others]
     return Discovery(
         sets=[
             VideoSet(
@@ -100,6 +107,7 @@ def discover(config: PrepareConfig) -> Discovery:
                 coverage=coverage_rows(
                     ("OTB-100", target, target.lower() in found) for target in TARGETS
                 ),
+                notes=notes[:_MOST_NAMED],
             )
         ]
     )
@@ -120,11 +128,28 @@ def _targets(folder: Path) -> list[tuple[str, str]]:
         for path in folder.glob("groundtruth_rect*.txt")
         if _GROUND_TRUTH.fullmatch(path.name)
     )
-    if "groundtruth_rect.txt" in files:
-        return [(folder.name, "groundtruth_rect.txt")]
+    if _PLAIN in files:
+        return [(_target(folder.name, None), _PLAIN)]
     # Human4's first file is empty.
-    filled = [file for file in files if (folder / file).read_bytes().strip()]
-    return [(f"{folder.name}.{file.split('.')[1]}", file) for file in filled or files[:1]]
+    filled = [file for file in files if not _is_blank(folder / file)]
+    return [(_target(folder.name, file.split(".")[1]), file) for file in filled or files[:1]]
+
+
+def _is_blank(path: Path) -> bool:
+    try:
+        return not path.read_bytes().strip()
+    except OSError:
+        return False  # told of when it is stored
+
+
+def _target(folder: str, part: str | None) -> str:
+    """The official name, however the folder spells it; some copies have one a target: Jogging-1."""
+    if (found := _PART.fullmatch(folder)) and (
+        name := _OFFICIAL.get(f"{found[1]}.{part or found[2]}".lower())
+    ):
+        return name
+    name = folder if part is None else f"{folder}.{part}"
+    return _OFFICIAL.get(name.lower(), name)
 
 
 # Tracking needs every frame, and its bytes as they were annotated.

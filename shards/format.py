@@ -26,7 +26,8 @@ class VideoRecord:
     """``KEY.json``: everything known of one stored video but its pictures.
 
     ``frame_times`` are the presentation times in seconds of the stored frames; ``boxes`` are
-    ``[x, y, w, h]`` in px of the stored frames, one a frame (tracking sets only).
+    ``[x, y, w, h]`` in px of the stored frames, one a frame (tracking sets only). They are as the
+    data sets have them: the first pixel is 1, not 0. GOT-10k's test sequences have the first alone.
     """
 
     key: str

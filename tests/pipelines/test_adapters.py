@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -282,6 +284,57 @@ def test_kinetics_with_another_csv(tmp_path: Path) -> None:
     assert KINETICS.default_frames == 30
 
 
+def test_kinetics_the_files_own_seconds_come_first(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(HEADER + "zumba,ddddddddddd,10,20,train,0\n")
+    other, exact = (f"train/ddddddddddd_0000{s}.mp4" for s in ("05_000015", "10_000020"))
+    touch(tmp_path, other, exact)
+    (found,) = find("kinetics", tmp_path).sets
+    assert [video.source for video in found.videos] == [exact]
+    assert kinds(found.excluded) == [("duplicate", other)]
+
+
+# ActivityNet
+
+
+def activitynet_json(path: Path, label: str) -> None:
+    row = {"subset": "training", "annotations": [{"label": label, "segment": [0, 1]}]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"taxonomy": [], "database": {"aaaaaaaaaaa": row}}))
+
+
+@pytest.mark.parametrize(
+    "file", ["raw/activity_net.v1-3.min.json", "raw/anno/anet_1.3.json", "raw/gt.json", "gt.json"]
+)
+def test_activitynet_annotations_by_name_or_content(tmp_path: Path, file: str) -> None:
+    touch(tmp_path / "raw", "videos/deep/v_aaaaaaaaaaa.mp4")
+    activitynet_json(tmp_path / file, "Yoga")
+    folder = (tmp_path / file).parent
+    (folder / "activitynet_captions.txt").write_text("")
+    (folder / "another.json").write_text('{"v_aaaaaaaaaaa": {"sentences": []}}')
+    (found,) = find("activitynet", tmp_path / "raw").sets
+    assert found.label_names == ["Yoga"]
+
+
+def test_activitynet_the_right_one_of_several(tmp_path: Path) -> None:
+    touch(tmp_path, "v_aaaaaaaaaaa.mp4")
+    activitynet_json(tmp_path / "activity_net.v1-2.min.json", "Old")
+    activitynet_json(tmp_path / "activity_net.v1-3.min.json", "Yoga")
+    (tmp_path / "activity_net.v1-3.captions.json").write_text('{"v_aaaaaaaaaaa": {}}')
+    found = find("activitynet", tmp_path)
+    assert found.sets[0].label_names == ["Yoga"]
+    assert found.notes == ["annotations: activity_net.v1-3.min.json, 1 videos, 1 labels"]
+    given = str(tmp_path / "activity_net.v1-2.min.json")
+    assert find("activitynet", tmp_path, annotations=given).sets[0].label_names == ["Old"]
+
+
+@pytest.mark.parametrize("dataset", ["activitynet", "hmdb51", "kinetics", "ucf101"])
+def test_annotations_that_are_not_there(dataset: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.mp4")
+    activitynet_json(tmp_path / "activity_net.v1-3.min.json", "Yoga")
+    with pytest.raises(InputError, match=r"typo\.json: there is no such file or folder"):
+        find(dataset, tmp_path, annotations=str(tmp_path / "typo.json"))
+
+
 # Folder
 
 
@@ -321,3 +374,14 @@ def test_the_same_name_in_two_folders_gives_two_keys(tmp_path: Path) -> None:
     touch(tmp_path, "a/clip.mp4", "b/clip.mp4", "b/CLIP.mp4")
     (found,) = find("folder", tmp_path).sets
     assert len({video.key.lower() for video in found.videos}) == 3
+
+
+def test_litter_pipes_and_broken_links_are_no_videos(tmp_path: Path) -> None:
+    touch(tmp_path, "b/z.mp4", "a.mp4", "b.mp4", "._a.mp4", "__MACOSX/a.mp4", ".git/x.mp4")
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (tmp_path / "self.mp4").symlink_to(tmp_path / "self.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    touch(tmp_path, "folder.mp4/inner.mp4")
+    (found,) = find("folder", tmp_path).sets
+    sources = [video.source for video in found.videos]
+    assert sources == ["a.mp4", "b.mp4", "b/z.mp4", "folder.mp4/inner.mp4"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.index import build_index, read_index, sha256_of
 from shards.reader import UnreadableFrame, open_shards
-from shards.writer import ShardWriter
+from shards.writer import ShardWriter, member_header
 from tests.made_shards import drawn_frame, make_set
 
 
@@ -151,3 +152,20 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"), ShardWriter(tmp_path / "file/x.tar"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("a.json", 0),
+        ("k" * 91 + ".0001.jpg", 123_456),
+        ("x-1.0000.jpg", 8**11 - 1),
+        ("n" * 101, 1),
+        ("ü.jpg", 4),
+        ("large.jpg", 9 << 30),
+    ],
+)
+def test_headers_are_those_of_the_standard_library(name: str, size: int) -> None:
+    expected = tarfile.TarInfo(name)
+    expected.size, expected.mode = size, 0o644
+    assert member_header(name, size) == expected.tobuf(tarfile.PAX_FORMAT)
