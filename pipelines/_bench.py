@@ -29,6 +29,7 @@ from pipelines._frames import FrameChoice
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
 from shards.progress import progress
+from shards.reader import open_shards
 
 ALL, THIRTY = FrameChoice(), FrameChoice(count=30)
 _SHORT_EDGE, _QUALITY = 256, 90
@@ -149,8 +150,6 @@ def _by_length(paths: list[Path], binary: str) -> tuple[list[Path], list[Path]]:
             result = build_shard(_plan([path], Path(folder), FrameChoice(count=2), binary))
             if not result.info.videos:
                 continue
-            from shards.reader import open_shards
-
             times = open_shards(str(Path(folder, "bench-000.tar"))).record(0).frame_times
         (short if times[-1] - times[0] <= _SHORT_SECONDS else long).append(path)
     if not long and not short:

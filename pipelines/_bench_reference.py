@@ -14,6 +14,7 @@ from pipelines._decode import decoding, output_argv, pictures, scaled, scaled_si
 from pipelines._ffmpeg import local_url
 from pipelines._frames import FrameChoice
 from pipelines._jpeg import encode_jpeg
+from shards.errors import InputError
 
 
 def decode_to_null(path: Path, short_edge: int, binary: str) -> None:
@@ -93,10 +94,13 @@ def start_ffmpeg(binary: str) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=True,
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+    if done.returncode != 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise InputError(
+            f"this ffmpeg cannot do what is compared with ({lines[-1] if lines else 'no message'})",
+            argv[0],
+            "leave out SECO_FFMPEG to use the static one",
+        )

@@ -169,6 +169,8 @@ def _count(tally: Tally) -> None:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if _busy:
+        # A second one would interrupt the clearing up after the first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
     os._exit(128 + signal.SIGTERM)
 

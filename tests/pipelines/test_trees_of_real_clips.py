@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import simplejpeg
+import webdataset
 
 from pipelines._prepare import PreparedSet
 from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.reader import ShardSet, open_shards
+from shards.verify import verify
 from tests.data import shared
 from tests.pipelines.running import errors, run
 
@@ -229,6 +231,15 @@ def test_all_real_data_prepares_but_the_corrupt_file(
     assert made.videos == videos
     assert [(row.source, row.kind) for row in made.excluded] == excluded
     assert sum(shard.videos for shard in made.shards) == videos - len(excluded)
+    tars = [str(tmp_path / shard.file) for shard in made.shards]
+    stock = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
+    assert len(stock) == videos - len(excluded)
+    for sample in stock:
+        pictures = [value for name, value in sample.items() if name.endswith(".jpg")]
+        assert len(pictures) == len(sample["json"]["frame_times"]) > 0
+        sizes = {picture.size for picture in pictures}
+        assert sizes == {(sample["json"]["width"], sample["json"]["height"])}
+    assert not verify(made.manifest).faults
 
 
 def test_damaged_videos_can_be_kept(tmp_path: Path) -> None:
