@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines._adapter import Video, source_bytes
+from pipelines._adapter import Video
 from pipelines._colour import jpeg_planes
 from pipelines._decode import DecodeError, Frame, WrongForecast, decoding
 from pipelines._ffmpeg import kill_running
@@ -21,7 +21,7 @@ from pipelines._finished import FinishedShard, finished_shard
 from pipelines._frames import FrameChoice, nearest_distinct
 from pipelines._jpeg import encode_jpeg
 from pipelines._mp4 import forecast_times
-from pipelines._plan import ShardPlan
+from pipelines._plan import ShardPlan, described
 from pipelines._sequences import store_sequence
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
@@ -227,19 +227,13 @@ def _decoded(
     if len(frames) < plan.min_frames:
         raise DecodeError("too-short", f"{len(frames)} frames, fewer than {plan.min_frames}")
     record = VideoRecord(
-        key=video.key,
-        dataset=plan.dataset,
-        source=video.source,
-        label=video.label,
-        label_name=video.label_name,
-        splits=video.splits,
+        **described(video, plan.dataset),
         width=decoded.width,
         height=decoded.height,
         frame_times=times,
         source_fps=decoded.source_fps,
         source_frames=len(decoded.times),
         source_duration=decoded.source_duration,
-        source_bytes=source_bytes(video),
     )
     return StoredVideo(record, frames), decoded.times
 

@@ -50,25 +50,28 @@ def jpeg_planes(
 
 
 def full_range_luma(y: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """16 … 235 become 0 … 255: with z = y - 16, round(z 255/219) = z + floor((z - z//73 + 2)/6)."""
-    z = np.clip(y, 16, 235)
-    z -= 16
-    more = z // 73
-    np.subtract(z, more, out=more)
-    more += 2
-    more //= 6
-    more += z
-    return more
+    """16 … 235 become 0 … 255, rounded to nearest."""
+    return _widened(y, 16, 235, 73, 2, 6)
 
 
 def full_range_chroma(chroma: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """16 … 240 become 0 … 255 around 128: with z = c - 16, z + floor((z - z//32 + 6)/7)."""
-    z = np.clip(chroma, 16, 240)
-    z -= 16
-    more = z // 32
+    """16 … 240 become 0 … 255 around 128, rounded to nearest."""
+    return _widened(chroma, 16, 240, 32, 6, 7)
+
+
+def _widened(
+    samples: NDArray[np.uint8], low: int, high: int, every: int, offset: int, divisor: int
+) -> NDArray[np.uint8]:
+    """With z = sample - low: z + floor((z - floor(z / every) + offset) / divisor).
+
+    Which is round(z 255/219) for luma's numbers, and what it is for chroma's, for every sample.
+    """
+    z = np.clip(samples, low, high)
+    z -= low
+    more = z // every
     np.subtract(z, more, out=more)
-    more += 6
-    more //= 7
+    more += offset
+    more //= divisor
     more += z
     return more
 
@@ -94,8 +97,11 @@ def _to_bt601(
         mixture += np.float32(constant)
         return mixture
 
-    # Each chroma sample covers 2x2 pixels. Rounding, and the black level, are in the constant.
-    shift = mixed(64 * gain * y_u, 64 * gain * y_v, 32 - 64 * black).astype(np.int16)
+    # Each chroma sample covers 2x2 pixels. The constant holds the black level, and half a level
+    # for the rounding that the shift by 6 does; of that half a 64th is rint's, but where luma has
+    # lost about as much by its own rounding.
+    constant = 31.5 if full_range else 32 - 64 * black
+    shift = np.rint(mixed(64 * gain * y_u, 64 * gain * y_v, constant)).astype(np.int16)
     height, width = y.shape
     spread = np.empty((height // 2, 1, width // 2, 2), np.int16)
     spread[..., 0] = spread[..., 1] = shift[:, None]

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines._adapter import Video, VideoSet, source_folder
+from pipelines._adapter import Video, VideoSet, source_bytes, source_folder
 from pipelines._config import PrepareConfig
 from pipelines._frames import FrameChoice
 
@@ -134,3 +134,16 @@ def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) 
         row = [video.key, video.label, video.label_name, sorted(video.splits.items())]
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def described(video: Video, dataset: str) -> dict[str, Any]:
+    """The fields of a :class:`shards.format.VideoRecord` that are known without decoding."""
+    return {
+        "key": video.key,
+        "dataset": dataset,
+        "source": video.source,
+        "label": video.label,
+        "label_name": video.label_name,
+        "splits": video.splits,
+        "source_bytes": source_bytes(video),
+    }

@@ -13,10 +13,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines._adapter import Video, read_text, source_bytes
+from pipelines._adapter import Video, read_text
 from pipelines._decode import DecodeError, Frame
 from pipelines._frames import FrameChoice, nearest_distinct
-from pipelines._plan import ShardPlan
+from pipelines._plan import ShardPlan, described
 from shards.errors import InputError
 from shards.format import VideoRecord
 
@@ -57,19 +57,13 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
             kept = [_scaled(box, stored[0] / width, stored[1] / height) for box in kept]
             width, height = stored
     record = VideoRecord(
-        key=video.key,
-        dataset=plan.dataset,
-        source=video.source,
-        label=video.label,
-        label_name=video.label_name,
-        splits=video.splits,
+        **described(video, plan.dataset),
         width=width,
         height=height,
         frame_times=[times[number] for number in chosen],
         source_fps=fps,
         source_frames=len(paths),
         source_duration=None,
-        source_bytes=source_bytes(video),
         boxes=kept,
         absence=[absence[number] for number in chosen] if absence else None,
         cover=[cover[number] for number in chosen] if cover else None,

@@ -19,7 +19,7 @@ import simplejpeg
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
-from pipelines._colour import jpeg_planes
+from pipelines._colour import full_range_chroma, full_range_luma, jpeg_planes
 from pipelines._config import PrepareConfig
 from pipelines._prepare import prepare
 from shards.reader import open_shards
@@ -180,3 +180,34 @@ def test_planes_of_known_colours(matrix: str, kr: float, kb: float, full_range: 
         got = [float(plane.mean()) for plane in jpeg_planes(flat, 2, 2, matrix, full_range)]
         # Half a level for each rounding, the first one stretched by the change of range.
         np.testing.assert_allclose(got, planes_of(rgb, 0.299, 0.114, True), atol=1.4)
+
+
+def test_ranges_are_widened_to_the_nearest_level() -> None:
+    samples = np.arange(256, dtype=np.uint8)
+    luma = np.clip(np.rint((samples.astype(float) - 16) * 255 / 219), 0, 255)
+    chroma = np.clip(np.rint((samples.astype(float) - 128) * 255 / 224 + 128), 0, 255)
+    np.testing.assert_array_equal(full_range_luma(samples), luma)
+    np.testing.assert_array_equal(full_range_chroma(samples), chroma)
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize(("matrix", "kr", "kb"), [("bt709", 0.2126, 0.0722), ("fcc", 0.3, 0.11)])
+def test_matrices_against_floats(matrix: str, kr: float, kb: float, full_range: bool) -> None:
+    """Fixed point is off by a level where the exact value is all but half-way, and has no bias."""
+    height, width = 128, 96
+    planes = np.random.default_rng(0).integers(16, 236, height * width * 3 // 2, dtype=np.uint8)
+    luma = planes[: height * width].reshape(height, width).astype(float)
+    u, v = planes[height * width :].reshape(2, height // 2, width // 2).astype(float) - 128
+    if not full_range:
+        luma, u, v = (luma - 16) * 255 / 219, u * 255 / 224, v * 255 / 224
+    u, v = (np.kron(plane, np.ones((2, 2))) for plane in (u, v))
+    red, blue = luma + 2 * (1 - kr) * v, luma + 2 * (1 - kb) * u
+    green = (luma - kr * red - kb * blue) / (1 - kr - kb)
+    y601 = 0.299 * red + 0.587 * green + 0.114 * blue
+    expected = (y601, (blue - y601) / 1.772 + 128, (red - y601) / 1.402 + 128)
+    for index, got in enumerate(jpeg_planes(planes, width, height, matrix, full_range)):
+        exact = expected[index] if index == 0 else expected[index][::2, ::2]
+        difference = got - np.clip(np.rint(exact), 0, 255)
+        assert np.abs(difference).max() <= 1
+        assert (difference != 0).mean() < 0.02
+        assert abs(difference.mean()) < 0.005
