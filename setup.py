@@ -51,8 +51,8 @@ setup(
         "s3": ["s3fs"],
         "dev": [
             "av",
-            "moto[server]",
             "hypothesis",
+            "moto[server]",
             "mypy",
             "pytest",
             "pytest-cov",

@@ -29,7 +29,9 @@ class PrepareConfig:
         None, "only these official splits, separated by commas [default: all found]"
     )
     frames: int | None = setting(
-        None, "frames a video, evenly spaced [default: 30, activitynet 50, others all]"
+        None,
+        "frames a video, evenly spaced "
+        "[default: 30; activitynet 50; all for ucf101, hmdb51, got10k, otb100]",
     )
     fps: float | None = setting(None, "frames a second of video, instead of --frames")
     all_frames: bool = setting(False, "every frame, instead of --frames")
