@@ -7,6 +7,7 @@ under their final names and no running ffmpeg.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -112,10 +113,8 @@ def _build_in_processes(
         queue = iter(plans)
         running: dict[Future[ShardResult], ShardPlan] = {}
         while True:
-            for plan in queue:
+            for plan in itertools.islice(queue, processes - len(running)):
                 running[executor.submit(_work, plan, threads)] = plan
-                if len(running) >= processes:
-                    break
             if not running:
                 break
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import Exclusion, ShardInfo
 from shards.progress import progress, size_text
 from shards.storage import Storage, open_storage
+
+_WAITS_SECONDS = (1.0, 5.0, 30.0)  # network disks show other machines' files with a delay
 
 Engine = Callable[
     [
@@ -218,6 +221,7 @@ def _finish_set(
     failures = [row for result in results for row in result.exclusions]
     excluded = failures + plan.videos.excluded
     infos = [result.info for result in results]
+    _require_there(plan, results, storage)
     write_lists(plan, excluded, storage)
     _say([*_found(plan), *summary(plan, infos, excluded)])
     if not any(info.videos for info in infos):
@@ -238,6 +242,27 @@ def _finish_set(
         excluded=excluded,
         failed=len(failures),
         videos=len(plan.videos.videos),
+    )
+
+
+def _require_there(plan: SetPlan, results: list[ShardResult], storage: Storage) -> None:
+    """What other machines have built must be seen from here before it is listed as finished."""
+    for wait_seconds in (*_WAITS_SECONDS, None):
+        sizes = storage.sizes()
+        absent = [
+            result
+            for shard, result in zip(plan.shards, results, strict=True)
+            if sizes.get(shard.tar) != result.info.bytes or shard.index not in sizes
+        ]
+        if not absent:
+            return
+        if wait_seconds is not None:
+            time.sleep(wait_seconds)
+    raise InputError(
+        f"{len(absent)} finished shards are not there, for example {absent[0].info.file}, which "
+        f"was built on {absent[0].host or 'this machine'}",
+        storage.url,
+        "with --engine ray, give a folder that all nodes share, or an address such as s3://…",
     )
 
 

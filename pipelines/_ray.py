@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -68,10 +69,8 @@ def _build_shards(
         running: dict[Any, ShardPlan] = {}
         try:
             while True:
-                for plan in queue:
+                for plan in itertools.islice(queue, most - len(running)):
                     running[task.remote(plan, threads)] = plan
-                    if len(running) >= most:
-                        break
                 if not running:
                     break
                 done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)

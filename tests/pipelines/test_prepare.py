@@ -8,13 +8,16 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import simplejpeg
 import webdataset
 
-from pipelines import _prepare
+from pipelines import _engine, _prepare
+from pipelines._build import ShardResult
+from pipelines._plan import ShardPlan
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import read_manifest
 from shards.index import build_index, read_index
@@ -274,3 +277,20 @@ def test_ctrl_c_in_one_process(raw: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_prepare, "build_shards", interrupt)
     with pytest.raises(Stopped, match="0 of 1 shards"):
         run(raw, tmp_path)
+
+
+def test_shards_on_a_disk_of_another_machine_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_video(tmp_path / "raw" / "a.mp4")
+    real = _engine.build_shard
+
+    def elsewhere(plan: ShardPlan, *arguments: object) -> ShardResult:
+        (tmp_path / "elsewhere").mkdir()
+        return real(replace(plan, folder=str(tmp_path / "elsewhere")), *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_engine, "build_shard", elsewhere)
+    monkeypatch.setattr(_prepare, "_WAITS_SECONDS", (0.01,))
+    with pytest.raises(InputError, match=r"1 finished shards are not there, .*raw-000\.tar.*share"):
+        run(tmp_path / "raw", tmp_path / "out")
+    assert not (tmp_path / "out" / "raw.json").exists()

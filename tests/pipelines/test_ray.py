@@ -101,3 +101,26 @@ def test_without_ray_it_says_what_to_install(
                 dataset="folder", src=str(tmp_path / "raw"), out=str(tmp_path / "o"), engine="ray"
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("shards", "workers", "cpus", "expected"),
+    [
+        (100, None, [16, 16], (1, 64)),  # twice as many as CPUs wait their turn
+        (100, 8, [16, 16], (1, 8)),  # a user's limit is one
+        (2, None, [16, 16], (16, 4)),  # fewer shards than CPUs: threads share a shard
+        (1, None, [16, 4], (4, 10)),  # as many as fit on any node
+        (3, 2, [4], (1, 2)),
+        (5, None, [0, 2], (1, 4)),  # a head node that does no work
+    ],
+)
+def test_division_of_work(
+    shards: int, workers: int | None, cpus: list[int], expected: tuple[int, int]
+) -> None:
+    class FakeRay:
+        @staticmethod
+        def nodes() -> list[dict[str, Any]]:
+            dead = {"Resources": {"CPU": 99}, "Alive": False}
+            return [dead, *({"Resources": {"CPU": n}, "Alive": True} for n in cpus)]
+
+    assert _ray._division(FakeRay, shards, workers) == expected
