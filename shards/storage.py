@@ -76,8 +76,14 @@ class LocalStorage:
         require_writable(self._folder)
 
     def sizes(self) -> dict[str, int]:
+        found: dict[str, int] = {}
         with os.scandir(self._folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            for entry in entries:
+                # Another set's temporary file may get its final name meanwhile.
+                with suppress(FileNotFoundError):
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
