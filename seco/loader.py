@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from seco.augment import ViewConfig, ViewParameters, draw_views
-from seco.crops import BrokenJpeg, crop_resize, decode_jpeg, draw_crop
+from seco.crop_resize import crop_resize
+from seco.crops import BrokenJpeg, FrameDecoder, draw_crop
 from seco.stopping import leave_signals_to_parent
 from shards.reader import UnreadableFrame
 from shards.stream import TripletFrames, TripletStream
 from shards.triplets import sample_generator
 
 VIEWS = 4  # query, k1 (of the anchor), k2, k3
-_FRAME_OF_VIEW = (0, 0, 1, 2)
+_VIEWS_OF_FRAME = ((0, 1), (2,), (3,))  # the anchor is decoded once for two views
 _MAX_SUBSTITUTES = 20
 
 
@@ -30,7 +31,7 @@ _MAX_SUBSTITUTES = 20
 class Batch:
     """One step's input."""
 
-    crops: Tensor  # (4, N, 3, S, S) uint8
+    crops: Tensor  # (4, N, 3, S, S) uint8, interleaved in memory as decoded
     views: ViewParameters  # of the 4·N images, view by view
     order: Tensor  # (N,) 0 anchor before, 1 after
     videos: Tensor  # (N,) numbers in the set
@@ -49,6 +50,7 @@ class TripletBatches(Dataset[Batch]):
         self._stream = stream
         self._size = crop_size
         self._views = views
+        self._decoder = FrameDecoder()
 
     def __getitem__(self, step: int) -> Batch:
         epoch, step_of_epoch = divmod(step, self._stream.steps_per_epoch)
@@ -63,7 +65,7 @@ class TripletBatches(Dataset[Batch]):
             orders[row], used[row] = sample.triplet.order, sample.video
             drawn.append(rng)
         return Batch(
-            crops=torch.from_numpy(crops).permute(0, 1, 4, 2, 3).contiguous(),
+            crops=torch.from_numpy(crops).permute(0, 1, 4, 2, 3),
             views=draw_views(drawn * VIEWS, self._views),
             order=torch.from_numpy(orders),
             videos=torch.from_numpy(used),
@@ -89,12 +91,12 @@ class TripletBatches(Dataset[Batch]):
         )
 
     def _crop(self, out: np.ndarray, sample: TripletFrames, rng: np.random.Generator) -> None:
-        images = [decode_jpeg(data) for data in sample.jpegs]
-        for view, frame in enumerate(_FRAME_OF_VIEW):
-            image = images[frame]
+        for frame, data in enumerate(sample.jpegs):
+            image = self._decoder.decode(data)
             height, width = image.shape[:2]
-            box = draw_crop(rng, width, height, scale=self._views.crop_scale)
-            out[view] = crop_resize(image, box, self._size)
+            for view in _VIEWS_OF_FRAME[frame]:
+                box = draw_crop(rng, width, height, self._views.crop_scale, self._views.crop_ratio)
+                crop_resize(image, box, self._size, out=out[view])
 
 
 def batches(

@@ -152,7 +152,7 @@ class Trainer:
         shuffle = torch.Generator().manual_seed(_mixed_seed(config.seed, self.step))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             result: StepResult = self.model(
-                views.view(crops.shape),
+                views.view(len(crops), -1, *views.shape[1:]),
                 batch.order.to(self.device),
                 batch.videos.to(self.device),
                 shuffle,
