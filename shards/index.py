@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,38 +22,99 @@ from numpy.typing import NDArray
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
-from shards.tar_members import tar_members
+from shards.tar_members import TarMember, tar_members
 
-_MAGIC = b"SECOIDX1"
+_MAGIC = b"SECOIDX2"
 _ARRAYS = {
     "first_frame": "<u4",  # (V + 1,) frames of video v are first_frame[v] : first_frame[v + 1]
     "frame_offset": "<u8",  # (F,) bytes from the start of the tar to the JPEG
     "frame_size": "<u4",  # (F,) bytes
+    "frame_crc": "<u4",  # (F,) CRC-32 of the JPEG
     "record_offset": "<u8",  # (V,) where KEY.json lies; 0 when the tar has none
     "record_size": "<u4",  # (V,)
     "label": "<i4",  # (V,) -1 for none
+    "key_end": "<u4",  # (V,) bytes of key_text up to the end of each key
 }
+_TEXTS = ("key_text", "details")
+CONTENTS = ("info", "keys", "splits", "sources", *list(_ARRAYS)[:-1])  # what the tar tells as well
 _NO_LABEL = -1
 MAX_RECORD_BYTES = 64 << 20
+_PIECE = 1 << 20  # bytes read at a time
 _MAX_LABEL_BYTES = 9  # as text: a label is an i32
 
 
-@dataclass(frozen=True, kw_only=True)
+class FrameAt(NamedTuple):
+    """Where a frame lies in its tar."""
+
+    offset: int  # bytes
+    size: int  # bytes
+    crc: int  # CRC-32 of its bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """What one shard holds; V videos, F frames."""
+    """What one shard holds; V videos, F frames.
+
+    Training needs numbers alone, so texts stay bytes until they are asked for: a thousand indexes
+    are open in a second and take the size of their files.
+    """
 
     info: ShardInfo
     plan_digest: str
     exclusions: list[Exclusion]
-    keys: list[str]
-    splits: list[dict[str, str]]
-    sources: list[tuple[str, int]]  # (V,) path relative to the raw folder, and its bytes or -1
     first_frame: NDArray[np.uint32]  # (V + 1,)
     frame_offset: NDArray[np.uint64]  # (F,) bytes
     frame_size: NDArray[np.uint32]  # (F,) bytes
+    frame_crc: NDArray[np.uint32]  # (F,)
     record_offset: NDArray[np.uint64]  # (V,) bytes
     record_size: NDArray[np.uint32]  # (V,) bytes
     label: NDArray[np.int32]  # (V,) -1 for none
+    key_end: NDArray[np.uint32]  # (V,) bytes
+    key_text: NDArray[np.uint8]  # UTF-8, the keys one after another
+    details: NDArray[np.uint8]  # JSON of splits and sources
+
+    def key(self, row: int) -> str:
+        """The key of one video."""
+        start = int(self.key_end[row - 1]) if row else 0
+        return self.key_text[start : int(self.key_end[row])].tobytes().decode("utf-8", "surrogateescape")
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """(V,)"""
+        return [self.key(row) for row in range(self.info.videos)]
+
+    @cached_property
+    def _details(self) -> dict[str, Any]:
+        details: dict[str, Any] = json.loads(self.details.tobytes())
+        if any(len(details[name]) != self.info.videos for name in ("splits", "sources")):
+            raise InputError("is not a whole index", self.info.file, "run `seco index --force`")
+        return details
+
+    @property
+    def splits(self) -> list[dict[str, str]]:
+        """(V,)"""
+        rows: list[dict[str, str]] = self._details["splits"]
+        return rows
+
+    @cached_property
+    def sources(self) -> list[tuple[str, int]]:
+        """(V,) path relative to the raw folder, and its bytes or -1."""
+        return [(str(source), int(size)) for source, size in self._details["sources"]]
+
+    def frame_at(self, row: int, frame: int) -> FrameAt:
+        """Where a video's frame lies, counted from 0 in time order.
+
+        Raises:
+            IndexError: the video has no such frame.
+        """
+        position = int(self.first_frame[row]) + frame
+        if not frame >= 0 or position >= int(self.first_frame[row + 1]):
+            raise IndexError(f"video {self.key(row)} has no frame {frame}")
+        return FrameAt(
+            int(self.frame_offset[position]),
+            int(self.frame_size[position]),
+            int(self.frame_crc[position]),
+        )
 
 
 class IndexBuilder:
@@ -64,19 +127,23 @@ class IndexBuilder:
         self._labels: list[int] = []
         self._records: list[tuple[int, int]] = []
         self._first_frame: list[int] = [0]
-        self._frames: list[tuple[int, int]] = []
+        self._frames: list[FrameAt] = []
 
     def add(
         self,
         key: str,
         record: VideoRecord | None,
         record_at: tuple[int, int],
-        frames_at: Sequence[tuple[int, int]],
+        frames_at: Sequence[FrameAt],
         label: int | None = None,
     ) -> None:
-        """One video: its record (None in foreign tars) and the (offset, size) of its members.
+        """One video: its record (None in foreign tars) and where its members lie.
 
         Args:
+            key: groups the members.
+            record: its ``KEY.json``.
+            record_at: (offset, size) of that in bytes, (0, 0) for none.
+            frames_at: of its frames.
             label: of a video without a record.
         """
         self._keys.append(key)
@@ -101,20 +168,23 @@ class IndexBuilder:
             frames=len(self._frames),
         )
         records = np.array(self._records, dtype=np.uint64).reshape(-1, 2)
-        frames = np.array(self._frames, dtype=np.uint64).reshape(-1, 2)
+        frames = np.array(self._frames, dtype=np.uint64).reshape(-1, 3)
+        keys = [key.encode("utf-8", "surrogateescape") for key in self._keys]
+        details = {"splits": self._splits, "sources": self._sources}
         return ShardIndex(
             info=info,
             plan_digest=plan_digest,
             exclusions=list(exclusions),
-            keys=self._keys,
-            splits=self._splits,
-            sources=self._sources,
             first_frame=np.array(self._first_frame, dtype=np.uint32),
             frame_offset=np.ascontiguousarray(frames[:, 0]),
             frame_size=frames[:, 1].astype(np.uint32),
+            frame_crc=frames[:, 2].astype(np.uint32),
             record_offset=np.ascontiguousarray(records[:, 0]),
             record_size=records[:, 1].astype(np.uint32),
             label=np.array(self._labels, dtype=np.int32),
+            key_end=np.cumsum([len(key) for key in keys], dtype=np.uint32),
+            key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
+            details=np.frombuffer(json.dumps(details).encode(), dtype=np.uint8),
         )
 
 
@@ -124,59 +194,69 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "info": asdict(index.info),
         "plan_digest": index.plan_digest,
         "exclusions": [asdict(row) for row in index.exclusions],
-        "keys": index.keys,
-        "splits": index.splits,
-        "sources": index.sources,
+        "text_bytes": {name: len(getattr(index, name)) for name in _TEXTS},
     }
-    text = json.dumps(header, ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # arrays start on 8 bytes, so that they can be mapped
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # arrays start on 8 bytes, so that they can be used in place
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         out.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-        for name, dtype in _ARRAYS.items():
+        for name, dtype in {**_ARRAYS, **dict.fromkeys(_TEXTS, "u1")}.items():
             data = np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes()
             out.write(data + b"\0" * (-len(data) % 8))
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Read ``NAME-000.idx``; the arrays are views of one memory map.
+    """Read ``NAME-000.idx``.
 
     Raises:
-        InputError: the file is not an index, or is shorter than its header says.
+        InputError: as :func:`parse_index`, or it cannot be read.
     """
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        # Not mapped: a map keeps its file open, and a process may open no more than 1,024.
+        return parse_index(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path) from error
-    except ValueError as error:  # an empty file cannot be mapped
-        raise _broken(path) from error
+
+
+def parse_index(content: bytes, where: object) -> ShardIndex:
+    """The index in an index file's content; its arrays are views of ``content``.
+
+    Raises:
+        InputError: ``where`` is not an index, or is shorter than its header says.
+    """
     try:
-        if data[:8].tobytes() != _MAGIC:
+        if content[:7] == _MAGIC[:7] and content[:8] != _MAGIC:
+            raise InputError(
+                "is an index of another version", where, "make it anew with `seco index --force`"
+            )
+        if content[:8] != _MAGIC:
             raise ValueError("wrong magic")
-        position = 16 + int.from_bytes(data[8:16].tobytes(), "little")
-        header = json.loads(data[16:position].tobytes())
+        position = 16 + int.from_bytes(content[8:16], "little")
+        header = json.loads(content[16:position])
         info = ShardInfo(**header["info"])
-        lengths = {"first_frame": info.videos + 1, "frame_offset": info.frames}
-        lengths |= {"frame_size": info.frames}
-        arrays = {}
-        for name, dtype in _ARRAYS.items():
-            size = lengths.get(name, info.videos) * np.dtype(dtype).itemsize
-            arrays[name] = data[position : position + size].view(dtype)
-            position += size + (-size % 8)
-        columns = (header["keys"], header["splits"], header["sources"])
-        if position != len(data) or any(len(column) != info.videos for column in columns):
+        frames = ("frame_offset", "frame_size", "frame_crc")
+        lengths = {"first_frame": info.videos + 1, **dict.fromkeys(frames, info.frames)}
+        lengths |= {name: header["text_bytes"][name] for name in _TEXTS}
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, dtype in {**_ARRAYS, **dict.fromkeys(_TEXTS, "u1")}.items():
+            length = lengths.get(name, info.videos)
+            arrays[name] = np.frombuffer(content, dtype, length, position)
+            position += arrays[name].nbytes + (-arrays[name].nbytes % 8)
+        if position != len(content):
             raise ValueError("wrong length")
         _require_inside(arrays, info)
         return ShardIndex(
             info=info,
             plan_digest=header["plan_digest"],
             exclusions=[Exclusion(**row) for row in header["exclusions"]],
-            keys=header["keys"],
-            splits=header["splits"],
-            sources=[(str(source), int(size)) for source, size in header["sources"]],
             **arrays,
         )
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _broken(path) from error
+        raise InputError(
+            "is not a whole index", where, "delete it: it is rebuilt from the tar"
+        ) from error
 
 
 def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
@@ -188,10 +268,9 @@ def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
         ends = arrays[f"{kind}_offset"].astype(np.float64) + arrays[f"{kind}_size"]
         if len(ends) and ends.max() > info.bytes:
             raise ValueError("offsets beyond the end")
-
-
-def _broken(path: Path) -> InputError:
-    return InputError("is not a whole index", path, "delete it: it is rebuilt from the tar")
+    key_end = arrays["key_end"].astype(np.int64)
+    if (np.diff(key_end, prepend=0) < 0).any() or key_end[-1:].sum() != len(arrays["key_text"]):
+        raise ValueError("keys")
 
 
 def build_index(tar_path: Path) -> ShardIndex:
@@ -210,7 +289,7 @@ def build_index(tar_path: Path) -> ShardIndex:
             record: VideoRecord | None = None
             record_at = (0, 0)
             label: int | None = None
-            frames: list[tuple[int, int]] = []
+            frames: list[FrameAt] = []
             for member in members:
                 if member.extension == "json" and member.size <= MAX_RECORD_BYTES:
                     record = _record_or_none(member.read(raw))
@@ -218,7 +297,7 @@ def build_index(tar_path: Path) -> ShardIndex:
                 elif member.extension == "cls" and member.size <= _MAX_LABEL_BYTES:
                     label = _label_or_none(member.read(raw))
                 elif member.is_jpeg:
-                    frames.append((member.offset, member.size))
+                    frames.append(_frame_at(member, raw))
             if frames:
                 builder.add(key, record, record_at, frames, label)
     return builder.finish(
@@ -228,6 +307,14 @@ def build_index(tar_path: Path) -> ShardIndex:
         plan_digest="",
         exclusions=[],
     )
+
+
+def _frame_at(member: TarMember, raw: BinaryIO) -> FrameAt:
+    crc, left = 0, member.size
+    raw.seek(member.offset)
+    while left and (piece := raw.read(min(left, _PIECE))):
+        crc, left = zlib.crc32(piece, crc), left - len(piece)
+    return FrameAt(member.offset, member.size, crc)
 
 
 def _label_or_none(data: bytes) -> int | None:
@@ -246,6 +333,6 @@ def sha256_of(path: Path) -> str:
     """The file's SHA-256 as hexadecimal digits, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as data:
-        while piece := data.read(1 << 20):
+        while piece := data.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()

@@ -1,58 +1,104 @@
-"""The order of an epoch: a keyed pseudo-random permutation computed point by point.
+"""The order of an epoch: which video stands at each position, computed and never listed.
 
-Position p of epoch e maps to a video without any list being built, whatever the number of ranks
-and workers. The permutation is a balanced Feistel network over the next even number of bits, with
-cycle walking into 0 … N-1 (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
-2002): each step outside the range is fed back, which on average takes fewer than four rounds.
+Both orders are functions of (seed, epoch) alone, so any rank, worker or resumed run finds the same
+video at the same position in O(1).
 """
 
 from __future__ import annotations
 
-import hashlib
+from typing import Protocol
 
-_ROUNDS = 6
-_MASK64 = (1 << 64) - 1
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shards.permutation import Permutation
+
+
+class Order(Protocol):
+    """An order of N videos."""
+
+    count: int  # N
+
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """(n,) positions in 0 … N-1 to the (n,) videos there; raises IndexError outside."""
+
+    def shards_from(self, position: int) -> NDArray[np.int64]:
+        """The shards needed from this position on, in the order in which they are needed."""
 
 
 class EpochOrder:
-    """The order in which an epoch visits N videos.
+    """Any video may follow any other: for sets whose shards are all at hand.
 
     Args:
-        count: N, the number of videos.
+        counts: (S,) videos of each shard; N is their sum.
         seed: the run's seed.
         epoch: its number; every epoch has an order of its own.
     """
 
-    def __init__(self, count: int, seed: int, epoch: int) -> None:
-        if count < 1:
-            raise ValueError(f"an order of {count} videos")
-        self.count = count
-        self._half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
-        self._half_mask = (1 << self._half_bits) - 1
-        digest = hashlib.sha256(f"seco-epoch-order/{seed}/{epoch}".encode()).digest()
-        digest += hashlib.sha256(digest).digest()
-        self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
+    def __init__(self, counts: NDArray[np.int64], seed: int, epoch: int) -> None:
+        self.count = int(counts.sum())
+        self._shards = len(counts)
+        self._permutation = Permutation(self.count, f"seco-epoch-order/{seed}/{epoch}")
 
-    def __getitem__(self, position: int) -> int:
-        """The video at a position, both in 0 … N-1."""
-        if not 0 <= position < self.count:
-            raise IndexError(f"position {position} of {self.count}")
-        value = position
-        while True:
-            value = self._permute(value)
-            if value < self.count:
-                return value
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        return self._permutation.at(positions)
 
-    def _permute(self, value: int) -> int:
-        left, right = value >> self._half_bits, value & self._half_mask
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
-        return (left << self._half_bits) | right
+    def shards_from(self, position: int) -> NDArray[np.int64]:
+        return np.arange(self._shards)
 
 
-def _mix(value: int) -> int:
-    """The finaliser of SplitMix64: every output bit depends on every input bit."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
+class WindowOrder:
+    """Shards in random order, ``window`` at a time; within a window any video may follow any other.
+
+    For sets whose shards are fetched: only a window's shards need to be at hand. Costs O(S) once
+    an epoch, for S shards.
+
+    Args:
+        counts: (S,) videos of each shard; N is their sum.
+        window: W, shards in a window.
+        seed: the run's seed.
+        epoch: its number.
+    """
+
+    def __init__(self, counts: NDArray[np.int64], window: int, seed: int, epoch: int) -> None:
+        if window < 1:
+            raise ValueError(f"a window of {window} shards")
+        self.count = int(counts.sum())
+        self._window = window
+        self._name = f"seco-window-order/{seed}/{epoch}"
+        shards = Permutation(len(counts), self._name).at(np.arange(len(counts)))
+        self._shards = shards[counts[shards] > 0]
+        first_of_shard = np.cumsum(counts) - counts
+        self._first_video = first_of_shard[self._shards]
+        # Position of the first video of each shard in the shards' new order, and the end of all.
+        self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])
+
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        given = np.asarray(positions, dtype=np.int64)
+        outside = (given < 0) | (given >= self.count)
+        if outside.any():
+            raise IndexError(f"position {given[outside][0]} of {self.count}")
+        windows = self._window_of(given)
+        within = np.empty_like(given)
+        for window in np.unique(windows):
+            chosen = windows == window
+            start, end = self._bounds(int(window))
+            permutation = Permutation(end - start, f"{self._name}/{window}")
+            within[chosen] = start + permutation.at(given[chosen] - start)
+        rank = np.searchsorted(self._starts, within, side="right") - 1
+        videos: NDArray[np.int64] = self._first_video[rank] + within - self._starts[rank]
+        return videos
+
+    def shards_from(self, position: int) -> NDArray[np.int64]:
+        window = int(self._window_of(np.array([position]))[0])
+        return self._shards[window * self._window :]
+
+    def _window_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        rank = np.searchsorted(self._starts, positions, side="right") - 1
+        return np.asarray(rank // self._window, dtype=np.int64)
+
+    def _bounds(self, window: int) -> tuple[int, int]:
+        """The positions of a window: its first, and the one after its last."""
+        first = window * self._window
+        last = min(first + self._window, len(self._shards))
+        return int(self._starts[first]), int(self._starts[last])

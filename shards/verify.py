@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,7 @@ import simplejpeg
 from shards.cpus import usable_cpus
 from shards.errors import InputError
 from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
-from shards.index import ShardIndex, build_index, read_index
+from shards.index import CONTENTS, ShardIndex, build_index, read_index
 from shards.progress import progress
 from shards.spec import expand_spec
 from shards.tar_members import TarMember, tar_members
@@ -205,13 +205,11 @@ def _against_index(tar: Path, truth: ShardIndex) -> Iterator[str]:
     except InputError as error:
         yield f"its index {error.what}; `seco index --force` makes it anew"
         return
-    for part in fields(ShardIndex):
-        if part.name in ("plan_digest", "exclusions"):
-            continue  # not in the tar
-        held, said = getattr(truth, part.name), getattr(index, part.name)
+    for part in CONTENTS:
+        held, said = getattr(truth, part), getattr(index, part)
         same = np.array_equal(held, said) if isinstance(held, np.ndarray) else held == said
         if not same:
-            yield f"its index has another {part.name} than the tar; `seco index --force` mends it"
+            yield f"its index has another {part} than the tar; `seco index --force` mends it"
 
 
 def _group_faults(group: list[TarMember], tar: BinaryIO, ours: bool) -> Iterator[str]:

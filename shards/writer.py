@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import TracebackType
 
 from shards.atomic import atomic_path
 from shards.format import Exclusion, ShardInfo, VideoRecord
-from shards.index import IndexBuilder, write_index
+from shards.index import FrameAt, IndexBuilder, write_index
 
 _BLOCK = tarfile.BLOCKSIZE
 _RECORD = tarfile.RECORDSIZE
@@ -72,7 +73,7 @@ class ShardWriter:
         """One video: ``KEY.json``, then ``KEY.0000.jpg``, ``KEY.0001.jpg``, … in time order."""
         record_at = self._member(f"{record.key}.json", record.to_json())
         frames_at = [
-            self._member(f"{record.key}.{number:04d}.jpg", frame)
+            FrameAt(*self._member(f"{record.key}.{number:04d}.jpg", frame), zlib.crc32(frame))
             for number, frame in enumerate(frames)
         ]
         self._builder.add(record.key, record, record_at, frames_at)
