@@ -35,6 +35,7 @@ setup(
         "numpy>=1.26",
         "rich>=13",
         "simplejpeg>=1.7",
+        "tenacity>=8.2",
         "tensorboard",
         "tomli; python_version < '3.11'",
         "tomli-w>=1.0",

@@ -27,8 +27,8 @@ from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
 from pipelines._frames import FrameChoice
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
+from shards.opening import open_shards
 from shards.progress import progress
-from shards.reader import open_shards
 
 ALL, THIRTY = FrameChoice(), FrameChoice(count=30)
 _SHORT_EDGE, _QUALITY = 256, 90

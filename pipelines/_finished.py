@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pipelines._adapter import Video, source_bytes
 from pipelines._plan import SetPlan, ShardPlan
+from shards.access import UnreadableFrame
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
 from shards.index import ShardIndex, read_index
-from shards.reader import ShardSet, UnreadableFrame
+from shards.reader import ShardSet
 from shards.storage import Storage
 
 _MOST_NAMED = 3
@@ -77,7 +78,7 @@ class FinishedShard:
     def __init__(self, tar: Path, index: ShardIndex) -> None:
         self.info: ShardInfo = index.info
         self.exclusions: Sequence[Exclusion] = index.exclusions
-        self._set = ShardSet([tar], [index], [])
+        self._set = ShardSet([str(tar)], [index], [])
         self._keys = frozenset(index.keys)
 
     def __contains__(self, key: str) -> bool:

@@ -81,6 +81,20 @@ class PretrainConfig:
     )
     device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
     workers: int = setting(2, "loader processes; never changes a result")
+    decode: str = setting(
+        "cpu", "who decodes the frames: loader processes, or the GPU", choices=("cpu", "nvjpeg")
+    )
+    views_on: str = setting(
+        "device",
+        "where crops become views: on the training device, or in the loader processes",
+        choices=("device", "workers"),
+    )
+    window_shards: int | None = setting(
+        None, "shuffle within so many shards, 0: all [default: 64 with --cache-dir, else all]"
+    )
+    cache_dir: str | None = setting(None, "keep remote shards in this folder of this machine")
+    cache_gb: float = setting(100.0, "gigabytes they may take there")
+    steps_per_epoch: int | None = setting(None, "length of an epoch of shards without index")
     seed: int = setting(0, "seed of every random draw")
     max_unreadable: float = setting(1.0, "stop when this percentage of the samples is unreadable")
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
@@ -95,6 +109,7 @@ RESUMABLE_DIFFERENCES = frozenset(
     {
         *("out", "shards", "preset", "init", "device", "workers", "max_unreadable", "resume"),
         *("log_every", "checkpoint_every_steps", "keep_every_epochs", "keep"),
+        *("cache_dir", "cache_gb"),
     }
 )
 
@@ -145,6 +160,15 @@ def _require_ranges(config: PretrainConfig) -> None:
         _require(0 < getattr(config, name) < float("inf"), name, "must be above 0")
     for name in ("momentum", "ema"):
         _require(0 <= getattr(config, name) < 1, name, "must be 0 or more and below 1")
+    for name in ("window_shards", "steps_per_epoch"):
+        _require((getattr(config, name) or 0) >= 0, name, "must not be negative")
+    _require(config.steps_per_epoch != 0, "steps_per_epoch", "must be 1 or more")
+    _require(config.cache_gb > 0, "cache_gb", "must be above 0")
+    _require(
+        config.decode == "cpu" or config.views_on == "device",
+        "views_on",
+        "must be device when the GPU decodes",
+    )
     _require(config.weight_decay >= 0, "weight_decay", "must not be negative")
     _require(config.workers >= 0, "workers", "must not be negative")
     _require(0 < config.min_crop_area <= 1, "min_crop_area", "must be above 0 and at most 1")

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from seco.pages import printable
 from seco.set_summary import Videos, label_of
+from shards.access import UnreadableFrame
 from shards.atomic import atomic_path
-from shards.reader import UnreadableFrame
 
 TILE_PX = (144, 108)  # width, height
 _GAP_PX = 4

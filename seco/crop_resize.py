@@ -7,15 +7,17 @@ saves one allocation and one copy a view.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from seco.crops import CropParameters, Pixels
+from seco.crops import Pixels
 
 _resize_into = torch.ops.aten._upsample_bilinear2d_aa.out  # F.interpolate has no out=
 
 
-def crop_resize(image: Pixels, box: CropParameters, size: int, out: Pixels | None = None) -> Pixels:
+def crop_resize(image: Pixels, box: Sequence[int], size: int, out: Pixels | None = None) -> Pixels:
     """Cut ``box`` out of an (H, W, 3) image and resize it to (size, size, 3).
 
     Bilinear with antialiasing. Within 1 of torchvision's ``resized_crop`` on PIL images, on
@@ -23,7 +25,7 @@ def crop_resize(image: Pixels, box: CropParameters, size: int, out: Pixels | Non
 
     Args:
         image: (H, W, 3) uint8.
-        box: px, inside the image.
+        box: left, top, width, height, px, inside the image.
         size: S, side of the result in px.
         out: (S, S, 3) contiguous uint8 array to write to; made when None.
     """

@@ -10,12 +10,14 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.draws import below
+
 Pixels = NDArray[np.uint8]
 
 CROP_SCALE = (0.2, 1.0)  # authors' code; MoCo v2
 CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's default
 _CROP_ATTEMPTS = 10  # torchvision's, before it takes the centre
-_REDUCTIONS = (8, 4, 2)  # libjpeg-turbo's others, 8/3 for example, are slower and no better
+CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # uniform numbers a crop takes
 
 
 class BrokenJpeg(ValueError):
@@ -31,32 +33,39 @@ class CropParameters(NamedTuple):
     height: int
 
 
-def draw_crop(
-    rng: np.random.Generator,
-    width: int,
-    height: int,
+def draw_crops(
+    uniform: NDArray[np.float64],
+    widths: NDArray[np.int64],
+    heights: NDArray[np.int64],
     scale: tuple[float, float] = CROP_SCALE,
     ratio: tuple[float, float] = CROP_RATIO,
-) -> CropParameters:
-    """The box of a random resized crop: torchvision's ``RandomResizedCrop.get_params``.
+) -> NDArray[np.int64]:
+    """The boxes of n random resized crops: torchvision's ``RandomResizedCrop.get_params``.
 
     Args:
-        rng: consumed by four numbers an attempt.
-        width: of the image, px.
-        height: of the image, px.
+        uniform: (n, 22) numbers in [0, 1).
+        widths: (n,) of the images, px.
+        heights: (n,) of the images, px.
         scale: range of the box's area, of the image's, uniform.
         ratio: range of width / height, uniform in its logarithm.
+
+    Returns:
+        (n, 4) left, top, width, height, px.
     """
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(_CROP_ATTEMPTS):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(rng.integers(height - box_height + 1))
-            left = int(rng.integers(width - box_width + 1))
-            return CropParameters(left, top, box_width, box_height)
-    return _widest_center(width, height, ratio)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    sizes = np.stack([widths, heights], axis=1)[:, None]  # (n, 1, 2)
+    area_draw, ratio_draw = uniform[:, :_CROP_ATTEMPTS], uniform[:, _CROP_ATTEMPTS:-2]
+    area = sizes.prod(axis=2) * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    aspect = np.exp(low + (high - low) * ratio_draw)
+    tried = np.sqrt(np.stack([area * aspect, area / aspect], axis=2)).round().astype(np.int64)
+    fits = ((tried > 0) & (tried <= sizes)).all(axis=2)  # (n, attempts)
+    rows = np.arange(len(uniform))
+    boxes = tried[rows, fits.argmax(axis=1)]  # the first that fits
+    corners = below(uniform[:, -2:], sizes[:, 0] - boxes + 1)
+    crops = np.concatenate([corners, boxes], axis=1)
+    for row in np.flatnonzero(~fits.any(axis=1)):
+        crops[row] = _widest_center(int(widths[row]), int(heights[row]), ratio)
+    return crops
 
 
 def _widest_center(width: int, height: int, ratio: tuple[float, float]) -> CropParameters:
@@ -70,21 +79,27 @@ def _widest_center(width: int, height: int, ratio: tuple[float, float]) -> CropP
     return CropParameters(left, top, box_width, box_height)
 
 
-def decode_jpeg(data: bytes, min_short_edge: int | None = None) -> Pixels:
-    """Decode to (H, W, 3) RGB, accurately (slow integer DCT, smooth chroma).
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in px, from the header alone.
 
-    Args:
-        data: the JPEG file.
-        min_short_edge: allow the decoder to drop resolution, which is quicker: the image comes out
-            8, 4 or 2 times smaller if its short edge is then still this many px (see
-            :func:`edge_for_crops`), and whole if not. Without it always whole.
+    Raises:
+        BrokenJpeg: the data is no JPEG.
+    """
+    try:
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    except ValueError as error:
+        raise _broken(data, error) from error
+    return width, height
+
+
+def decode_jpeg(data: bytes) -> Pixels:
+    """Decode to (H, W, 3) RGB, accurately (slow integer DCT, smooth chroma).
 
     Raises:
         BrokenJpeg: the data is no JPEG or is damaged.
     """
     try:
-        wanted = _reduced_size(data, min_short_edge) if min_short_edge else {}
-        decoded: Pixels = simplejpeg.decode_jpeg(data, **wanted)
+        decoded: Pixels = simplejpeg.decode_jpeg(data)
     except ValueError as error:
         raise _broken(data, error) from error
     return decoded
@@ -117,33 +132,6 @@ class FrameDecoder:
 
 def _broken(data: bytes, error: ValueError) -> BrokenJpeg:
     return BrokenJpeg(f"broken JPEG of {len(data)} bytes ({error})")
-
-
-def _reduced_size(data: bytes, min_short_edge: int) -> dict[str, int]:
-    """simplejpeg's arguments for the strongest reduction that keeps the short edge."""
-    height, width = simplejpeg.decode_jpeg_header(data)[:2]
-    for factor in _REDUCTIONS:
-        reduced_height, reduced_width = -(-height // factor), -(-width // factor)
-        if min(reduced_height, reduced_width) >= min_short_edge:
-            return {
-                "min_height": reduced_height,
-                "min_width": reduced_width,
-                "min_factor": factor,
-            }
-    return {}
-
-
-def edge_for_crops(
-    size: int,
-    scale: tuple[float, float] = CROP_SCALE,
-    ratio: tuple[float, float] = CROP_RATIO,
-) -> int:
-    """The ``min_short_edge`` at which the smallest crop still has ``size`` px on each side.
-
-    Then decoding at reduced resolution only does, earlier, a part of what the resize would do.
-    """
-    narrowest = min(ratio[0], 1 / ratio[1])
-    return math.ceil(size / math.sqrt(scale[0] * narrowest))
 
 
 def center_crop(image: Pixels, short_edge: int = 256, size: int = 224) -> Pixels:

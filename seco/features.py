@@ -21,10 +21,12 @@ from seco.extract_config import ExtractConfig
 from seco.feature_store import write_features
 from seco.stopping import leave_signals_to_parent
 from seco.weights import Backbone, load_backbone
+from shards.access import UnreadableFrame, readable
 from shards.atomic import require_writable
 from shards.errors import InputError
+from shards.opening import open_shards
 from shards.progress import progress
-from shards.reader import ShardSet, UnreadableFrame, open_shards
+from shards.reader import ShardSet
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
@@ -51,12 +53,8 @@ class VideoFrames(Dataset[tuple[int, Tensor, str]]):
         numbers = evenly_spaced(self._shards.frame_count(video), config.frames)
         try:
             crops = [
-                center_crop(
-                    decode_jpeg(self._shards.read_frame(video, number)),
-                    config.short_edge,
-                    config.crop_size,
-                )
-                for number in numbers
+                center_crop(decode_jpeg(readable(jpeg)), config.short_edge, config.crop_size)
+                for jpeg in self._shards.read_frames([(video, number) for number in numbers])
             ]
         except (UnreadableFrame, BrokenJpeg) as error:
             return video, torch.empty(0), str(error)

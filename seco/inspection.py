@@ -8,7 +8,7 @@ from pathlib import Path
 from seco.contact_sheet import compose, draw_strips, write_contact_sheet
 from seco.set_page import write_set_page
 from seco.set_summary import lines, summarise
-from shards.reader import open_shards
+from shards.opening import open_shards
 
 
 def inspect_set(spec: Sequence[str], html: str | None = None, png: str | None = None) -> str:

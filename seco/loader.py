@@ -1,114 +1,205 @@
-"""From the triplet stream to batches of cropped views, in loader processes.
+"""Batches of triplets for a trainer, made ahead by loader processes.
 
-The CPU part of the views (decode, random resized crop to uint8) happens here; the rest on the
-training device (``augment.py``). Item number s of the data set is the whole batch of step s, so
-batches are the same for any number of workers.
+A batch is made in chunks of rows, so that all processes work on the batch that is needed next, and
+the first batch after a start or resume is there after one chunk's time. Draws depend on the
+sample alone: batches are the same for any number of processes.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from seco.augment import ViewConfig, ViewParameters, draw_views
-from seco.crop_resize import crop_resize
-from seco.crops import BrokenJpeg, FrameDecoder, draw_crop
+from seco.batch_ring import BatchRing
+from seco.chunks import VIEWS, Chunk, ChunkMaker
 from seco.stopping import leave_signals_to_parent
-from shards.reader import UnreadableFrame
-from shards.stream import TripletFrames, TripletStream
-from shards.triplets import sample_generator
+from seco.view_parameters import VIEW_DRAWS, ViewConfig, ViewParameters, draw_views
+from shards.errors import InputError
+from shards.stream import Stream
 
-VIEWS = 4  # query, k1 (of the anchor), k2, k3
-_VIEWS_OF_FRAME = ((0, 1), (2,), (3,))  # the anchor is decoded once for two views
-_MAX_SUBSTITUTES = 20
+DECODES = ("cpu", "nvjpeg")
+VIEWS_ON = ("device", "workers")
+_CHUNK_ROWS = 32  # at 224 px 19 MB of crops and some 50 ms of work
+_BATCHES_AHEAD = 2
 
 
 @dataclass
 class Batch:
-    """One step's input."""
+    """One step's input on this rank: N samples.
 
-    crops: Tensor  # (4, N, 3, S, S) uint8, interleaved in memory as decoded
+    ``images`` is memory of the loader: valid until the next batch but one is asked for.
+    """
+
+    images: Tensor | None  # (4, N, 3, S, S) uint8 crops, or finished float32 views
     views: ViewParameters  # of the 4·N images, view by view
     order: Tensor  # (N,) 0 anchor before, 1 after
     videos: Tensor  # (N,) numbers in the set
     unreadable: list[str]  # why each sample that had to be replaced could not be read
+    jpegs: list[tuple[bytes, bytes, bytes]]  # (N,) anchor, second, third; when images is None
+    boxes: Tensor  # (4, N, 4) left, top, width, height of the crops in their frames, px
 
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader for faster copies to a GPU."""
-        self.crops = self.crops.pin_memory()
+
+class _Task(NamedTuple):
+    step: int  # counted over epochs
+    first: int  # row
+    last: int  # the row after
+    slot: int
+
+
+class _Chunks(Dataset[Chunk]):
+    """Item (step, rows, slot): writes these rows of the batch to the ring."""
+
+    def __init__(self, stream: Stream, maker: ChunkMaker, ring: BatchRing | None) -> None:
+        self._stream = stream
+        self._maker = maker
+        self._ring = ring
+        self._entered = False
+
+    def __getitem__(self, task: _Task) -> Chunk:
+        worker = get_worker_info()
+        if worker is not None and not self._entered:
+            self._stream.enter(worker.id, worker.num_workers)
+            self._entered = True
+        epoch, step = divmod(task.step, self._stream.steps_per_epoch)
+        rows = range(task.first, task.last)
+        out = self._ring[task.slot][:, task.first : task.last] if self._ring is not None else None
+        return self._maker.make(out, epoch, step, rows)
+
+
+class TripletLoader:
+    """Iterates over the batches of steps ``first_step`` … ``last_step`` - 1, in order.
+
+    Args:
+        stream: gives the samples of this rank.
+        crop_size: S, side of a view, px.
+        views: how they are drawn.
+        workers: loader processes; 0: the batches are made when they are asked for.
+        first_step: counted over epochs.
+        last_step: the one after the last.
+        decode: ``cpu``, or ``nvjpeg``: the batch holds JPEG bytes and boxes instead of crops.
+        views_on: ``device``: the images are crops; ``workers``: they are finished views.
+        pin: let a GPU read the batches' memory by itself.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        crop_size: int,
+        views: ViewConfig,
+        *,
+        workers: int,
+        first_step: int,
+        last_step: int,
+        decode: str = "cpu",
+        views_on: str = "device",
+        pin: bool = False,
+    ) -> None:
+        self._stream = stream
+        self._views = views
+        self._workers = workers
+        self._steps = range(first_step, last_step)
+        self._decode = decode == "cpu"
+        self._finish = views_on == "workers"
+        self._chunks = math.ceil(stream.rows / _CHUNK_ROWS)
+        self._pin = pin
+        ahead = math.ceil(_BATCHES_AHEAD * self._chunks / workers) if workers else 0
+        self._prefetch = max(2, ahead) if workers else None
+        in_flight = math.ceil((self._prefetch or 0) * workers / self._chunks)
+        self._ring: BatchRing | None = None
+        if self._decode:
+            size = (crop_size, crop_size)
+            pixels = (3, *size) if self._finish else (*size, 3)
+            shape = (VIEWS, stream.rows, *pixels)
+            # One batch being read, one that may still be on its way to a device.
+            self._ring = BatchRing(in_flight + 2, shape, np.float32 if self._finish else np.uint8)
+        maker = ChunkMaker(stream, crop_size, views, decode=self._decode, finish=self._finish)
+        self._dataset = _Chunks(stream, maker, self._ring)
+        self._read = first_step - 1  # the last step whose batch was handed out
+
+    def __enter__(self) -> TripletLoader:
         return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        if self._ring is not None:
+            self._ring.close()
 
-class TripletBatches(Dataset[Batch]):
-    """Item s is the batch of global step s, counted over epochs."""
+    def __len__(self) -> int:
+        return len(self._steps)
 
-    def __init__(self, stream: TripletStream, crop_size: int, views: ViewConfig) -> None:
-        self._stream = stream
-        self._size = crop_size
-        self._views = views
-        self._decoder = FrameDecoder()
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Raises InputError when samples cannot be read nor replaced."""
+        chunks = iter(self._chunk_loader())  # forks: before any thread is started
+        if self._pin and self._ring is not None:
+            self._ring.pin()
+        try:
+            for step in self._steps:
+                self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
+                parts = [next(chunks) for _ in range(self._chunks)]
+                self._read = step
+                yield self._batch(step, parts)
+        finally:
+            del chunks  # its processes ignore signals and end with it, not with the interpreter
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch, step_of_epoch = divmod(step, self._stream.steps_per_epoch)
-        videos = self._stream.batch_videos(epoch, step_of_epoch)
-        crops = np.empty((VIEWS, len(videos), self._size, self._size, 3), dtype=np.uint8)
-        orders = np.empty(len(videos), dtype=np.int64)
-        used = np.empty(len(videos), dtype=np.int64)
-        drawn: list[np.random.Generator] = []
-        unreadable: list[str] = []
-        for row, video in enumerate(videos):
-            sample, rng = self._fill(crops[:, row], epoch, video, unreadable)
-            orders[row], used[row] = sample.triplet.order, sample.video
-            drawn.append(rng)
+    def _chunk_loader(self) -> DataLoader[Chunk]:
+        return DataLoader(
+            self._dataset,
+            sampler=_Tasks(self),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch,
+            multiprocessing_context="fork" if self._workers else None,
+            worker_init_fn=leave_signals_to_parent if self._workers else None,
+        )
+
+    def tasks(self) -> Iterator[_Task]:
+        """All chunks in order, each with the slot its batch is written to."""
+        rows = self._stream.rows
+        for step in self._steps:
+            slot = step % self._ring.slots if self._ring is not None else 0
+            if self._ring is not None and step - self._read > self._ring.slots:
+                raise RuntimeError("a batch would be overwritten while it is read")
+            for first in range(0, rows, _CHUNK_ROWS):
+                yield _Task(step, first, min(first + _CHUNK_ROWS, rows), slot)
+
+    def _batch(self, step: int, parts: list[Chunk]) -> Batch:
+        for part in parts:
+            if part.fatal:
+                raise InputError(part.fatal, "--shards", "run `seco verify` on them")
+        uniform = np.concatenate([part.uniform for part in parts], axis=1)
+        images = None
+        if self._ring is not None:
+            images = torch.from_numpy(self._ring[step % self._ring.slots])
+            images = images if self._finish else images.permute(0, 1, 4, 2, 3)
         return Batch(
-            crops=torch.from_numpy(crops).permute(0, 1, 4, 2, 3),
-            views=draw_views(drawn * VIEWS, self._views),
-            order=torch.from_numpy(orders),
-            videos=torch.from_numpy(used),
-            unreadable=unreadable,
+            images=images,
+            views=draw_views(uniform.reshape(-1, VIEW_DRAWS), self._views),
+            order=torch.from_numpy(np.concatenate([part.order for part in parts])),
+            videos=torch.from_numpy(np.concatenate([part.videos for part in parts])),
+            unreadable=[reason for part in parts for reason in part.unreadable],
+            jpegs=[row for part in parts for row in part.jpegs],
+            boxes=torch.from_numpy(np.concatenate([part.boxes for part in parts], axis=1)),
         )
 
-    def _fill(
-        self, out: np.ndarray, epoch: int, video: int, unreadable: list[str]
-    ) -> tuple[TripletFrames, np.random.Generator]:
-        """Crop the four views of a video into ``out`` (4, S, S, 3), or those of its substitute."""
-        candidate = video
-        for attempt in range(_MAX_SUBSTITUTES + 1):
-            try:
-                sample = self._stream.sample(epoch, candidate)
-                rng = sample_generator(self._stream.seed, epoch, sample.key, "views")
-                self._crop(out, sample, rng)
-                return sample, rng
-            except (UnreadableFrame, BrokenJpeg) as error:
-                unreadable.append(f"{self._stream.shards.keys[candidate]}: {error}")
-                candidate = self._stream.substitute(epoch, video, attempt)
-        raise UnreadableFrame(
-            f"{_MAX_SUBSTITUTES + 1} videos in a row cannot be read, the last: {unreadable[-1]}"
-        )
 
-    def _crop(self, out: np.ndarray, sample: TripletFrames, rng: np.random.Generator) -> None:
-        for frame, data in enumerate(sample.jpegs):
-            image = self._decoder.decode(data)
-            height, width = image.shape[:2]
-            for view in _VIEWS_OF_FRAME[frame]:
-                box = draw_crop(rng, width, height, self._views.crop_scale, self._views.crop_ratio)
-                crop_resize(image, box, self._size, out=out[view])
+class _Tasks:
+    """The sampler of the chunks; torch asks for its tasks as it hands them out."""
 
+    def __init__(self, loader: TripletLoader) -> None:
+        self._loader = loader
 
-def batches(
-    dataset: TripletBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    """A loader of the batches of steps ``first_step`` … ``last_step`` - 1, in order."""
-    return DataLoader(
-        dataset,
-        sampler=range(first_step, last_step),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_parent if workers else None,
-    )
+    def __iter__(self) -> Iterator[_Task]:
+        return self._loader.tasks()

@@ -9,8 +9,10 @@ from seco.eval_config import RetrieveConfig
 from seco.feature_store import Features, encoder_name, read_features
 from seco.pages import data_uri, printable, render_page
 from seco.retrieval import INDEX, Neighbour, open_index, query
+from shards.access import UnreadableFrame
 from shards.atomic import write_text
-from shards.reader import ShardSet, UnreadableFrame, open_shards
+from shards.opening import open_shards
+from shards.reader import ShardSet
 
 FRAMES_OF_QUERY = 5
 FRAMES_OF_NEIGHBOUR = 3

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from seco.pages import printable
+from shards.access import UnreadableFrame
 from shards.format import VideoRecord
 from shards.progress import progress
-from shards.reader import UnreadableFrame
 
 _Name = TypeVar("_Name", str, tuple[int, int])
 
@@ -42,7 +42,7 @@ class Videos(Protocol):
     @property
     def frame_counts(self) -> NDArray[np.int64]: ...
     @property
-    def shard_files(self) -> list[str]: ...
+    def addresses(self) -> list[str]: ...
     @property
     def total_bytes(self) -> int: ...
     def __len__(self) -> int: ...
@@ -120,7 +120,7 @@ def summarise(shard_set: Videos) -> SetSummary:
         datasets=[name for name, _ in _largest_first(datasets)],
         videos=videos,
         frames=int(shard_set.frame_counts.sum()),
-        shards=len(shard_set.shard_files),
+        shards=len(shard_set.addresses),
         bytes=shard_set.total_bytes,
         labels=_largest_first(labels),
         unlabelled=videos - labels.total(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -13,23 +13,24 @@ from typing import Any
 
 import tomli_w
 import torch
+from torch import Tensor
 
-from seco.augment import ViewConfig, apply_views
 from seco.checkpoint import load_checkpoint, save_checkpoint
 from seco.config import RESUMABLE_DIFFERENCES, TASKS, PretrainConfig, resolve
 from seco.device import resolve_device
-from seco.loader import Batch, TripletBatches, batches
+from seco.device_views import DeviceViews
+from seco.loader import Batch, TripletLoader
 from seco.method import SeCo, StepResult
 from seco.metrics import RunLog
 from seco.schedule import learning_rate
 from seco.stopping import StopRequest
+from seco.view_parameters import ViewConfig
 from seco.weights import load_backbone
 from shards.atomic import require_writable, write_text
 from shards.errors import InputError, Stopped
+from shards.opening import CacheSettings, open_stream
 from shards.progress import Progress, progress
-from shards.reader import UnreadableFrame, open_shards
 from shards.settings import as_settings
-from shards.stream import TripletStream
 
 LAST = "last.pt"
 CONFIG = "config.toml"
@@ -51,17 +52,22 @@ class Trainer:
     """Everything of one run: data, model, optimizer, log, position."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        shards = open_shards(config.shards)
-        self.out = Path(config.out or f"runs/{shards.name}")
+        self.stream = open_stream(
+            config.shards,
+            config.batch_size,
+            config.sampling or "uniform",
+            config.seed,
+            cache=CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None,
+            window_shards=config.window_shards,
+            steps_per_epoch=config.steps_per_epoch,
+        )
+        self.out = Path(config.out or f"runs/{self.stream.name}")
         self.config = config = dataclasses.replace(config, out=str(self.out))
         require_writable(self.out)
         checkpoint = self._checkpoint_to_resume()
         self.device = resolve_device(config.device)
-        self.stream = TripletStream(
-            shards, config.batch_size, config.sampling or "uniform", config.seed
-        )
-        if self.stream.too_short:
-            _say(f"{self.stream.too_short} videos have fewer than 3 frames and are left out")
+        if self.stream.left_out:
+            _say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
         self.steps_per_epoch = self.stream.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
@@ -82,6 +88,7 @@ class Trainer:
             config.precision == "auto" and self.device.type == "cuda"
         )
         self.view_config = view_config(config)
+        self.device_views = DeviceViews(self.device, config.crop_size, self.view_config)
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -100,13 +107,19 @@ class Trainer:
         return self.out / LAST
 
     def _loop(self, log: RunLog, stop: StopRequest, shown: Progress) -> None:
-        dataset = TripletBatches(self.stream, self.config.crop_size, self.view_config)
-        pin = self.device.type == "cuda"
-        loader = iter(batches(dataset, self.step, self.total_steps, self.config.workers, pin))
-        try:
-            self._steps(loader, log, stop, shown)
-        finally:
-            del loader  # its processes ignore signals and end with it, not with the interpreter
+        loader = TripletLoader(
+            self.stream,
+            self.config.crop_size,
+            self.view_config,
+            workers=self.config.workers,
+            first_step=self.step,
+            last_step=self.total_steps,
+            decode=self.config.decode,
+            views_on=self.config.views_on,
+            pin=self.device.type == "cuda",
+        )
+        with loader, contextlib.closing(iter(loader)) as batches:
+            self._steps(batches, log, stop, shown)
 
     def _steps(
         self, loader: Iterator[Batch], log: RunLog, stop: StopRequest, shown: Progress
@@ -114,14 +127,12 @@ class Trainer:
         window_began, waited, logged_step = time.perf_counter(), 0.0, self.step
         while self.step < self.total_steps:
             asked = time.perf_counter()
-            try:
-                batch = next(loader)
-            except UnreadableFrame as error:
-                raise InputError(str(error), "--shards", "run 'seco inspect' on them") from error
+            batch = next(loader)
             waited += time.perf_counter() - asked
+            views = self.device_views.of(batch)
             self._note_unreadable(batch)
             lr = self._set_learning_rate()
-            result = self._train_step(batch)
+            result = self._train_step(batch, views)
             self.step += 1
             last = self.step == self.total_steps
             stopping = bool(stop)  # once: a signal during the rest of the step is the next step's
@@ -145,14 +156,12 @@ class Trainer:
                     f"{self.out / LAST}; go on with the same command and --resume auto"
                 )
 
-    def _train_step(self, batch: Batch) -> StepResult:
+    def _train_step(self, batch: Batch, views: Tensor) -> StepResult:
         config = self.config
-        crops = batch.crops.to(self.device, non_blocking=True)
-        views = apply_views(crops.flatten(0, 1), batch.views, self.view_config)
         shuffle = torch.Generator().manual_seed(_mixed_seed(config.seed, self.step))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             result: StepResult = self.model(
-                views.view(len(crops), -1, *views.shape[1:]),
+                views,
                 batch.order.to(self.device),
                 batch.videos.to(self.device),
                 shuffle,
@@ -214,7 +223,7 @@ class Trainer:
                 "config": as_settings(self.config),
                 "step": self.step,
                 "unreadable": self.unreadable,
-                "videos": self._videos_digest(),
+                "videos": self.stream.digest(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "torch_rng": torch.get_rng_state(),
@@ -245,10 +254,6 @@ class Trainer:
             )
         return None
 
-    def _videos_digest(self) -> str:
-        keys = (self.stream.shards.keys[video] for video in self.stream.usable)
-        return hashlib.sha256("\n".join(keys).encode()).hexdigest()
-
     def _restore(self, path: Path) -> None:
         content = load_checkpoint(path)
         differing = {
@@ -263,7 +268,7 @@ class Trainer:
                 path,
                 "resume with the run's own settings (its config.toml)",
             )
-        if content["videos"] != self._videos_digest():
+        if content["videos"] != self.stream.digest():
             raise InputError("was made on other videos", path, "resume on the same --shards")
         try:
             self.model.load_state_dict(content["model"], strict=True)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from shards.errors import InputError
@@ -116,20 +116,32 @@ def read_manifest(path: Path) -> Manifest:
     """Read ``NAME.json``.
 
     Raises:
-        InputError: the file cannot be read or is no manifest of this version.
+        InputError: as :func:`parse_manifest`, or it cannot be read.
     """
     try:
-        fields = json.loads(path.read_bytes())
-        rows = [ShardInfo(**row) for row in fields.pop("shards")]
-        manifest = Manifest(shards=rows, **fields)
+        return parse_manifest(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError("is not a shard manifest", path, "pass NAME.json of a set") from error
+
+
+def parse_manifest(content: bytes, where: object) -> Manifest:
+    """The manifest in a file's content.
+
+    Raises:
+        InputError: ``where`` is no manifest of this version.
+    """
+    try:
+        fields = json.loads(content)
+        rows = [ShardInfo(**row) for row in fields.pop("shards")]
+        manifest = Manifest(shards=rows, **fields)
+        if any(row.file != PurePath(row.file).name for row in rows):
+            raise ValueError("a shard outside the manifest's folder")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError("is not a shard manifest", where, "pass NAME.json of a set") from error
     if manifest.format_version != FORMAT_VERSION:
         raise InputError(
             f"has format version {manifest.format_version}; this toolkit reads {FORMAT_VERSION}",
-            path,
+            where,
         )
     return manifest
 

@@ -76,12 +76,23 @@ class ShardIndex:
     def key(self, row: int) -> str:
         """The key of one video."""
         start = int(self.key_end[row - 1]) if row else 0
-        return self.key_text[start : int(self.key_end[row])].tobytes().decode("utf-8", "surrogateescape")
+        text = self.key_text[start : int(self.key_end[row])].tobytes()
+        return text.decode("utf-8", "surrogateescape")
 
-    @cached_property
+    @property
     def keys(self) -> list[str]:
-        """(V,)"""
-        return [self.key(row) for row in range(self.info.videos)]
+        """(V,), made anew each time: a set of a million videos need not hold its texts."""
+        text, ends = self.key_text.tobytes(), self.key_end.tolist()
+        return [
+            text[start:end].decode("utf-8", "surrogateescape")
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
+    @property
+    def frame_counts(self) -> NDArray[np.int64]:
+        """(V,) stored frames a video."""
+        first = self.first_frame.astype(np.int64)
+        return first[1:] - first[:-1]
 
     @cached_property
     def _details(self) -> dict[str, Any]:

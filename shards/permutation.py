@@ -12,12 +12,10 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shards.draws import mix
+
 _ROUNDS = 6
-# SplitMix64's finaliser: every output bit depends on every input bit.
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
-_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 class Permutation:
@@ -61,16 +59,6 @@ class Permutation:
     def _permute(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = values >> self._shift, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+            left, right = right, left ^ (mix((right ^ key) + _STEP) & self._mask)
         permuted: NDArray[np.uint64] = (left << self._shift) | right
         return permuted
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = value + _STEP  # modulo 2**64, as all that follows
-    value ^= value >> _SHIFTS[0]
-    value *= _FIRST
-    value ^= value >> _SHIFTS[1]
-    value *= _SECOND
-    value ^= value >> _SHIFTS[2]
-    return value

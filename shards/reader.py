@@ -3,58 +3,60 @@
 from __future__ import annotations
 
 import bisect
-import itertools
-import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.access import Access, ByteRange, LocalAccess, UnreadableFrame, readable
 from shards.errors import InputError
-from shards.format import VideoRecord, read_manifest
-from shards.index import ShardIndex, build_index, read_index
-from shards.spec import expand_spec
-
-
-class UnreadableFrame(Exception):
-    """A frame's bytes could not be read: the shard was cut short or deleted since it was opened."""
+from shards.format import VideoRecord
+from shards.index import FrameAt, ShardIndex
 
 
 class ShardSet:
     """The videos of several shards, numbered 0 … V-1 in the order of the shards.
 
-    Frames are fetched with ``pread``, so one set may be shared by threads, and pickled to worker
-    processes (each opens its own file handles).
+    May be pickled to other processes and used after a fork.
+
+    Args:
+        addresses: (S,) of the tars.
+        indexes: (S,) theirs.
+        label_names: in index order, or empty.
+        access: the way to the tars' bytes.
     """
 
-    def __init__(self, tars: list[Path], indexes: list[ShardIndex], label_names: list[str]) -> None:
-        self._tars = tars
-        self._indexes = indexes
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        indexes: Sequence[ShardIndex],
+        label_names: list[str],
+        access: Access | None = None,
+    ) -> None:
+        self.addresses = list(addresses)
+        self.indexes = list(indexes)
         self.label_names = label_names
-        counts = [index.info.videos for index in indexes]
-        self._ends = list(itertools.accumulate(counts))
-        self._descriptors: dict[int, int] = {}
+        self.access: Access = access or LocalAccess()
+        self.counts: NDArray[np.int64] = np.array(
+            [index.info.videos for index in indexes], dtype=np.int64
+        )
+        self._ends: list[int] = np.cumsum(self.counts).tolist()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k != "_descriptors"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._descriptors = {}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
-
     @cached_property
     def keys(self) -> list[str]:
-        """(V,) the videos' keys."""
-        return [key for index in self._indexes for key in index.keys]
+        """(V,) the videos' keys; :meth:`key` gives one without making them all."""
+        return [key for index in self.indexes for key in index.keys]
+
+    def key(self, video: int) -> str:
+        """The key of one video."""
+        shard, row = self._locate(video)
+        return self.indexes[shard].key(row)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -74,46 +76,61 @@ class ShardSet:
     @cached_property
     def labels(self) -> NDArray[np.int32]:
         """(V,) class indices, -1 for none."""
-        return np.concatenate([index.label for index in self._indexes]).astype(np.int32)
+        return np.concatenate([index.label for index in self.indexes]).astype(np.int32)
 
     @cached_property
     def frame_counts(self) -> NDArray[np.int64]:
         """(V,) stored frames a video."""
-        counts = [np.diff(index.first_frame.astype(np.int64)) for index in self._indexes]
-        return np.concatenate(counts)
+        return np.concatenate([index.frame_counts for index in self.indexes])
 
     @cached_property
     def splits(self) -> dict[str, list[str | None]]:
         """For each split name, (V,) its values ("train", "test", …), None where there is none."""
-        rows = [row for index in self._indexes for row in index.splits]
+        rows = [row for index in self.indexes for row in index.splits]
         names = sorted({name for row in rows for name in row})
         return {name: [row.get(name) for row in rows] for name in names}
 
     @property
-    def shard_files(self) -> list[str]:
-        """The tars' paths, in order."""
-        return [str(path) for path in self._tars]
-
-    @property
     def total_bytes(self) -> int:
         """The size of all tars together."""
-        return sum(index.info.bytes for index in self._indexes)
+        return sum(index.info.bytes for index in self.indexes)
 
     @property
     def name(self) -> str:
         """The first set's name: that of its tars without their numbers."""
-        stem = self._tars[0].stem
-        return stem.rpartition("-")[0] or stem
+        return set_name(self.addresses[0])
 
     def shard_of(self, video: int) -> str:
-        """The path of the tar that holds the video."""
-        return str(self._tars[self._locate(video)[0]])
+        """The address of the tar that holds the video."""
+        return self.addresses[self._locate(video)[0]]
 
     def frame_count(self, video: int) -> int:
         """How many frames are stored of this video."""
         shard, row = self._locate(video)
-        first = self._indexes[shard].first_frame
+        first = self.indexes[shard].first_frame
         return int(first[row + 1]) - int(first[row])
+
+    def read_frames(self, wanted: Sequence[tuple[int, int]]) -> list[bytes | UnreadableFrame]:
+        """The JPEG bytes of (video, frame) pairs; in their place why they cannot be had.
+
+        Raises:
+            IndexError: a video has no such frame.
+        """
+        ranges: list[ByteRange] = []
+        places: list[FrameAt] = []
+        for video, frame in wanted:
+            shard, row = self._locate(video)
+            at = self.indexes[shard].frame_at(row, frame)
+            places.append(at)
+            ranges.append(ByteRange(self.addresses[shard], at.offset, at.size))
+        found = self.access.read(ranges)
+        for number, (data, at) in enumerate(zip(found, places, strict=True)):
+            # libjpeg decodes most single flipped bits without a word.
+            if isinstance(data, bytes) and zlib.crc32(data) != at.crc:
+                found[number] = UnreadableFrame(
+                    f"{ranges[number].address}: the bytes at {at.offset} have changed"
+                )
+        return found
 
     def read_frame(self, video: int, frame: int) -> bytes:
         """The JPEG bytes of one stored frame, counted from 0 in time order.
@@ -122,14 +139,8 @@ class ShardSet:
             UnreadableFrame: the shard no longer holds them.
             IndexError: the video has no such frame.
         """
-        shard, row = self._locate(video)
-        index = self._indexes[shard]
-        position = int(index.first_frame[row]) + frame
-        if not frame >= 0 or position >= int(index.first_frame[row + 1]):
-            raise IndexError(f"video {video} has no frame {frame}")
-        return self._pread(
-            shard, int(index.frame_offset[position]), int(index.frame_size[position])
-        )
+        (data,) = self.read_frames([(video, frame)])
+        return readable(data)
 
     def record(self, video: int) -> VideoRecord:
         """``KEY.json`` of the video; in a foreign tar, a record with the key alone.
@@ -138,17 +149,16 @@ class ShardSet:
             UnreadableFrame: the shard no longer holds it, or it is damaged.
         """
         shard, row = self._locate(video)
-        index = self._indexes[shard]
-        size = int(index.record_size[row])
+        index = self.indexes[shard]
+        key, size = index.key(row), int(index.record_size[row])
         if size == 0:
-            return VideoRecord(key=index.keys[row], dataset="", source=index.keys[row])
-        data = self._pread(shard, int(index.record_offset[row]), size)
+            return VideoRecord(key=key, dataset="", source=key)
+        at = ByteRange(self.addresses[shard], int(index.record_offset[row]), size)
+        (data,) = self.access.read([at])
         try:
-            return VideoRecord.from_json(data)
+            return VideoRecord.from_json(readable(data))
         except (ValueError, TypeError) as error:
-            raise UnreadableFrame(
-                f"{self._tars[shard]}: {index.keys[row]}.json: {error}"
-            ) from error
+            raise UnreadableFrame(f"{at.address}: {key}.json: {error}") from error
 
     def _locate(self, video: int) -> tuple[int, int]:
         if not 0 <= video < len(self):
@@ -156,56 +166,22 @@ class ShardSet:
         shard = bisect.bisect_right(self._ends, video)
         return shard, video - (self._ends[shard - 1] if shard else 0)
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        try:
-            descriptor = self._descriptors.get(shard)
-            if descriptor is None:
-                descriptor = os.open(self._tars[shard], os.O_RDONLY | os.O_CLOEXEC)
-                self._descriptors[shard] = descriptor
-            data = os.pread(descriptor, size, offset)
-        except OSError as error:
-            raise UnreadableFrame(f"{self._tars[shard]}: {error.strerror}") from error
-        if len(data) != size:
-            raise UnreadableFrame(f"{self._tars[shard]}: ends before byte {offset + size}")
-        return data
+
+def set_name(address: str) -> str:
+    """The name of the set a tar belongs to: its own without its number."""
+    stem = PurePosixPath(address).stem
+    return stem.rpartition("-")[0] or stem
 
 
-def open_shards(spec: str | Iterable[str]) -> ShardSet:
-    """Open the shards a specification names (:func:`shards.spec.expand_spec`).
-
-    A shard without an index, or with an outdated one, is indexed in memory.
+def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
+    """Keys stand for videos, so each may occur once.
 
     Raises:
-        InputError: no shards match, a tar is truncated, or the set holds no videos.
+        InputError: some videos occur twice.
     """
-    tars = expand_spec(spec)
-    shard_set = ShardSet(tars, [_index_of(tar) for tar in tars], _label_names(tars))
-    if not len(shard_set):
-        raise InputError("hold no videos", tars[0] if len(tars) == 1 else spec)
-    repeated = len(shard_set) - len(set(shard_set.keys))
+    seen: set[str] = set()
+    for index in shards.indexes:
+        seen.update(index.keys)
+    repeated = len(shards) - len(seen)
     if repeated:
         raise InputError(f"{repeated} videos occur twice", spec, "name each set once")
-    return shard_set
-
-
-def _index_of(tar: Path) -> ShardIndex:
-    path = tar.with_suffix(".idx")
-    if not path.is_file():
-        return build_index(tar)
-    index = read_index(path)
-    size = tar.stat().st_size
-    if size < index.info.bytes:
-        raise InputError(
-            f"is truncated: {size} of {index.info.bytes} bytes", tar, "prepare or copy it again"
-        )
-    return index if size == index.info.bytes else build_index(tar)
-
-
-def _label_names(tars: list[Path]) -> list[str]:
-    """The label names of the sets' manifests; empty when there is none or they disagree."""
-    found: list[list[str]] = []
-    for folder, stem in dict.fromkeys((tar.parent, tar.stem.rpartition("-")[0]) for tar in tars):
-        manifest = folder / f"{stem}.json"
-        if stem and manifest.is_file():
-            found.append(read_manifest(manifest).label_names)
-    return found[0] if found and all(names == found[0] for names in found) else []

@@ -9,7 +9,7 @@ from pathlib import Path
 from shards.errors import InputError
 from shards.index import ShardIndex, build_index, read_index, write_index
 from shards.progress import progress
-from shards.spec import expand_spec
+from shards.spec import local_tars
 
 
 def reindex(spec: str | Iterable[str], force: bool = False) -> str:
@@ -24,7 +24,7 @@ def reindex(spec: str | Iterable[str], force: bool = False) -> str:
     Raises:
         InputError: some of them could not be indexed; all others have been.
     """
-    tars = expand_spec(spec)
+    tars = local_tars(spec)
     made, kept = 0, 0
     failures: list[InputError] = []
     with progress("index", len(tars), "shards") as bar:

@@ -1,4 +1,4 @@
-"""Naming shards on the command line: brace patterns, globs, manifests, lists."""
+"""Naming shards on the command line: brace patterns, globs, manifests, lists, local or remote."""
 
 from __future__ import annotations
 
@@ -6,41 +6,69 @@ import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
 from shards.errors import InputError
-from shards.format import read_manifest
+from shards.format import Manifest, parse_manifest, read_manifest
+from shards.remote import in_words, is_remote, open_filesystem, try_again
 
 _ANGLE = re.compile(r"<(\d+\.\.\d+(?:\.\.\d+)?)>")
+_COMMA_BEFORE_URL = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+_ADVICE = 'give a pattern such as "shards/k400-{000..999}.tar", a glob, a folder or a manifest'
+PIPE = "pipe:"  # WebDataset's: what follows is a command whose output is a tar
 
 
-def expand_spec(spec: str | Iterable[str]) -> list[Path]:
-    """The tar files a specification names, in its order, without repeats.
+def expand_spec(spec: str | Iterable[str]) -> list[str]:
+    """The addresses of the tars a specification names, in its order, without repeats.
 
     Accepts ``k400-{000..999}.tar``, the same with ``<000..999>`` (which shells leave alone),
     globs, a manifest (``NAME.json``: all its shards), a folder (every tar in it), or a list of
-    these, also separated by commas.
+    these, also separated by commas. All of them may be addresses fsspec knows (``s3://…``; a folder
+    then ends with a slash); ``pipe:COMMAND`` stands for itself, braces expanded.
+
+    Local addresses are paths; that the remote ones exist is not checked here.
 
     Raises:
-        InputError: nothing matches, or a named file does not exist.
+        InputError: nothing matches, or a named local file does not exist.
     """
     parts = [spec] if isinstance(spec, str) else list(spec)
-    files: dict[Path, None] = {}
+    addresses: dict[str, None] = {}
     for part in parts:
-        for path in _expand_one(part):
-            files.setdefault(path)
-    if not files:
+        if part.startswith(PIPE):
+            found = _braces(part)
+        elif is_remote(part):
+            found = [address for url in _COMMA_BEFORE_URL.split(part) for address in _remote(url)]
+        else:
+            found = [str(path) for path in _local(part.removeprefix("file://"))]
+        addresses.update(dict.fromkeys(found))
+    if not addresses:
         raise InputError("names no shards", " ".join(parts) or "--shards", _ADVICE)
-    return list(files)
+    return list(addresses)
 
 
-_ADVICE = 'give a pattern such as "shards/k400-{000..999}.tar", a glob, a folder or a manifest'
+def local_tars(spec: str | Iterable[str]) -> list[Path]:
+    """As :func:`expand_spec`, for what works on files of this machine alone.
+
+    Raises:
+        InputError: also for remote shards.
+    """
+    addresses = expand_spec(spec)
+    for address in addresses:
+        if address.startswith(PIPE) or is_remote(address):
+            raise InputError("is not on this machine", address, "copy it to a local folder")
+    return [Path(address) for address in addresses]
 
 
-def _expand_one(part: str) -> list[Path]:
-    if "://" in part or part.startswith("pipe:"):
-        raise InputError("remote shards cannot be read yet", part, "copy them to a local folder")
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(_ANGLE.sub(r"{\1}", pattern))) if pattern else []
+    except ValueError as error:
+        raise InputError("has unbalanced braces", pattern, _ADVICE) from error
+
+
+def _local(part: str) -> list[Path]:
     whole = Path(part)
     if whole.is_dir():
         return _some(sorted(whole.glob("*.tar")), part)
@@ -49,13 +77,9 @@ def _expand_one(part: str) -> list[Path]:
         return _existing([whole.parent / row.file for row in manifest.shards], part)
     if whole.is_file():
         return [whole]
-    try:
-        patterns = list(braceexpand.braceexpand(_ANGLE.sub(r"{\1}", part))) if part else []
-    except ValueError as error:
-        raise InputError("has unbalanced braces", part, _ADVICE) from error
     found: list[Path] = []
     missing: list[Path] = []
-    for pattern in (piece for text in patterns for piece in _commas(text)):
+    for pattern in (piece for text in _braces(part) for piece in _commas(text)):
         if glob.has_magic(pattern) and not Path(pattern).exists():
             found += map(Path, sorted(glob.glob(pattern)))
         else:
@@ -73,7 +97,7 @@ def _commas(text: str) -> list[str]:
     return [piece for piece in text.split(",") if piece] if not Path(text).exists() else [text]
 
 
-def _some(paths: list[Path], part: str) -> list[Path]:
+def _some(paths: list[Any], part: str) -> list[Any]:
     if not paths:
         raise InputError("matches no shards", part, _ADVICE)
     return paths
@@ -88,3 +112,43 @@ def _existing(paths: list[Path], part: str) -> list[Path]:
             "copy them beside the manifest or prepare them again",
         )
     return _some(paths, part)
+
+
+def _remote(url: str) -> list[str]:
+    if url.endswith(".json"):
+        folder = url.rpartition("/")[0]
+        manifest = read_remote_manifest(url)
+        return _some([f"{folder}/{row.file}" for row in manifest.shards], url)
+    if url.endswith("/"):
+        url += "*.tar"
+    found: list[str] = []
+    for pattern in _braces(url):
+        found += _remote_glob(pattern) if glob.has_magic(pattern) else [pattern]
+    return _some(found, url)
+
+
+def _remote_glob(pattern: str) -> list[str]:
+    system, path = open_filesystem(pattern)
+    try:
+        names = try_again(lambda: system.glob(path))
+    except Exception as error:
+        raise InputError(
+            f"cannot be listed ({in_words(error)})", pattern, "check address and credentials"
+        ) from error
+    return sorted(system.unstrip_protocol(name) for name in names if name.endswith(".tar"))
+
+
+def read_remote_manifest(url: str) -> Manifest:
+    """``NAME.json`` behind fsspec.
+
+    Raises:
+        InputError: it cannot be read, or is no manifest of this version.
+    """
+    system, path = open_filesystem(url)
+    try:
+        content = try_again(lambda: system.cat_file(path))
+    except Exception as error:
+        raise InputError(
+            f"cannot be read ({in_words(error)})", url, "check address and credentials"
+        ) from error
+    return parse_manifest(content, url)

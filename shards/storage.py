@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from shards.atomic import require_writable, unwritable, write_text
 from shards.errors import InputError
+from shards.remote import in_words, open_filesystem
 
-_EXTRAS = {"s3": "s3", "s3a": "s3"}
 # A put there appears whole or not at all; elsewhere it takes a temporary name and a move.
 _OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"))
 
@@ -155,18 +155,9 @@ class RemoteStorage:
     append_every_seconds = 60.0
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         self.url = url.rstrip("/")
         self._protocol = url.partition("://")[0]
-        try:
-            self._system, self._root = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            extra = _EXTRAS.get(self._protocol)
-            advice = f'pip install "seco-video[{extra}]"' if extra else "install what it names"
-            raise InputError(f"cannot be opened ({error})", url, advice) from error
-        except ValueError as error:
-            raise InputError(f"cannot be opened ({error})", url, "see --out") from error
+        self._system, self._root = open_filesystem(url)
 
     def require_writable(self) -> None:
         probe = f".seco-{os.getpid()}"
@@ -247,7 +238,8 @@ def _told_of(address: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise InputError(
-            f"cannot be reached or written ({words})", address, "check address and credentials"
+            f"cannot be reached or written ({in_words(error)})",
+            address,
+            "check address and credentials",
         ) from error

@@ -7,39 +7,87 @@ a run resumes at any step without replaying the epoch.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.access import UnreadableFrame
+from shards.draws import sample_starts, uniforms
 from shards.errors import InputError
-from shards.order import EpochOrder
-from shards.reader import ShardSet, UnreadableFrame
-from shards.triplets import MIN_FRAMES, Triplet, sample_generator, sample_triplet
+from shards.order import EpochOrder, Order, WindowOrder
+from shards.reader import ShardSet
+from shards.triplets import DRAWS, MIN_FRAMES, draw_triplets
+from shards.usable import UsableVideos
 
 
 @dataclass(frozen=True)
 class TripletFrames:
     """One sample: the video, the draw, and the JPEG bytes of anchor, second and third frame."""
 
-    video: int
     key: str
-    triplet: Triplet
+    video: int  # its number in the set
+    order: int  # 0 when the anchor is before the others, 1 when after
     jpegs: tuple[bytes, bytes, bytes]
 
 
+@dataclass(frozen=True)
+class UnreadableTriplet:
+    """What stands in the place of a sample whose frames could not be read."""
+
+    key: str
+    reason: str
+
+
+Sample = TripletFrames | UnreadableTriplet
+
+
+class Stream(Protocol):
+    """Where a trainer's samples come from; may be pickled and used after a fork."""
+
+    name: str  # of the set
+    seed: int
+    batch_size: int  # B, the global batch
+    rows: int  # of it on this rank
+    steps_per_epoch: int
+    left_out: int  # videos that are too short
+
+    def enter(self, worker: int, workers: int) -> None:
+        """Told once to each of several loader processes, before it reads."""
+
+    def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
+        """Samples at these rows (0 … ``rows`` - 1) of this rank's slice of a batch."""
+
+    def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
+        """The sample that takes the place of an unreadable one, at the 1st, 2nd, … attempt."""
+
+    def announce(self, epoch: int, step: int) -> None:
+        """Hint: the batches from this one on will be read next."""
+
+    def digest(self) -> str:
+        """Of what is trained on: equal for runs that may go on from each other's checkpoints."""
+
+    def close(self) -> None:
+        """Stop what goes on in the background."""
+
+
 class TripletStream:
-    """Batches of triplets of a set, by epoch and step.
+    """Batches of triplets of an indexed set, by epoch and step.
 
     Args:
         shards: the set; videos with fewer than 3 stored frames are left out and counted.
         batch_size: B, the global batch.
-        sampling: ``uniform`` or ``halves`` (:func:`shards.triplets.sample_triplet`).
+        sampling: ``uniform`` or ``halves`` (:func:`shards.triplets.draw_triplets`).
         seed: the run's seed.
         rank: this process's number of ``world_size`` processes; each takes B / world_size.
+        window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
 
     Raises:
-        InputError: fewer usable videos than one batch needs.
+        InputError: fewer usable videos than one batch needs, or B does not divide.
     """
 
     def __init__(
@@ -50,58 +98,112 @@ class TripletStream:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        window_shards: int = 0,
     ) -> None:
-        if batch_size % world_size:
-            raise InputError(
-                f"{batch_size} does not divide over {world_size} processes", "--batch-size"
-            )
         self.shards = shards
+        self.name = shards.name
         self.batch_size = batch_size
-        self.sampling = sampling
+        self.rows = rows_of_rank(batch_size, world_size)
         self.seed = seed
-        self.usable: NDArray[np.int64] = np.flatnonzero(shards.frame_counts >= MIN_FRAMES)
-        self.too_short = len(shards) - len(self.usable)
-        self._first = rank * (batch_size // world_size)
-        self._count = batch_size // world_size
-        if len(self.usable) < batch_size:
+        self._sampling = sampling
+        self._first_row = rank * self.rows
+        self._window = window_shards
+        self._videos = UsableVideos(shards, MIN_FRAMES)
+        self.left_out = self._videos.left_out
+        # Whole global batches; the rest of an epoch is left out and differs every epoch.
+        self.steps_per_epoch = len(self._videos) // batch_size
+        self._wanted: tuple[str, ...] = ()
+        if not self.steps_per_epoch:
             raise InputError(
-                f"{len(self.usable)} videos of {MIN_FRAMES} frames or more do not fill a batch "
+                f"{len(self._videos)} videos of {MIN_FRAMES} frames or more do not fill a batch "
                 f"of {batch_size}",
                 "--shards",
                 "lower --batch-size or add videos",
             )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; the rest is left out and differs every epoch."""
-        return len(self.usable) // self.batch_size
+    def order(self, epoch: int) -> Order:
+        """In which the epoch visits the usable videos."""
+        return _order(self._videos, self._window, self.seed, epoch)
 
-    def batch_videos(self, epoch: int, step: int) -> list[int]:
-        """The videos of this rank's slice of a global batch, in order."""
-        order = EpochOrder(len(self.usable), self.seed, epoch)
-        start = step * self.batch_size + self._first
-        return [int(self.usable[order[start + i]]) for i in range(self._count)]
+    def videos(self, epoch: int, positions: Sequence[int]) -> NDArray[np.int64]:
+        """(n,) numbers, in the set, of the videos at these positions of an epoch."""
+        return self._videos.numbers(self.order(epoch).at(positions))
 
-    def sample(self, epoch: int, video: int) -> TripletFrames:
-        """The triplet of a video in an epoch: a function of (seed, epoch, video) alone.
+    def enter(self, worker: int, workers: int) -> None:
+        pass  # who reads makes no difference
 
-        Raises:
-            UnreadableFrame: its bytes cannot be read.
-        """
-        key = self.shards.keys[video]
-        rng = sample_generator(self.seed, epoch, key, "triplet")
-        triplet = sample_triplet(rng, self.shards.frame_count(video), self.sampling)
-        first, second, third = (self.shards.read_frame(video, f) for f in triplet.frames)
-        return TripletFrames(video, key, triplet, (first, second, third))
+    def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
+        start = step * self.batch_size + self._first_row
+        return self._read(epoch, [start + row for row in rows])
 
-    def substitute(self, epoch: int, video: int, attempt: int) -> int:
-        """The video that takes the place of an unreadable one: the ``attempt``-th next in order.
+    def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
+        """The video at the same place of the ``attempt``-th next batch, so never of this one."""
+        position = (step + attempt) * self.batch_size + self._first_row + row
+        (sample,) = self._read(epoch, [position % len(self._videos)])
+        return sample
 
-        Which one it is depends on the epoch's order and the video alone, so ranks stay in step.
-        """
-        position = int(np.searchsorted(self.usable, video))
-        order = EpochOrder(len(self.usable), self.seed ^ 0x5EC0, epoch)
-        return int(self.usable[order[(position + attempt) % len(self.usable)]])
+    def announce(self, epoch: int, step: int) -> None:
+        if self._window:
+            shards = self.order(epoch).shards_from(step * self.batch_size)[: 2 * self._window]
+            if len(shards) < 2 * self._window:
+                following = self.order(epoch + 1).shards_from(0)
+                shards = np.concatenate([shards, following])[: 2 * self._window]
+            wanted = tuple(self.shards.addresses[shard] for shard in shards)
+            if wanted != self._wanted:
+                self._wanted = wanted
+                self.shards.access.want(wanted)
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for index in self.shards.indexes:
+            digest.update(index.key_text.tobytes() + index.key_end.tobytes())
+            digest.update(index.first_frame.tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        self.shards.access.close()
+
+    def _read(self, epoch: int, positions: Sequence[int]) -> list[Sample]:
+        """A sample is a function of (seed, epoch, video) alone."""
+        videos = self.videos(epoch, positions).tolist()
+        keys = [self.shards.key(video) for video in videos]
+        counts = np.array([self.shards.frame_count(video) for video in videos])
+        starts = sample_starts(self.seed, epoch, keys, "triplet")
+        drawn = draw_triplets(uniforms(starts, DRAWS), counts, self._sampling)
+        frames = drawn.frames.tolist()
+        found = self.shards.read_frames(
+            [(video, frame) for video, row in zip(videos, frames, strict=True) for frame in row]
+        )
+        samples: list[Sample] = []
+        for i, (key, video, order) in enumerate(zip(keys, videos, drawn.order, strict=True)):
+            jpegs = tuple(found[3 * i : 3 * i + 3])
+            samples.append(sample_of(key, video, int(order), jpegs))
+        return samples
 
 
-__all__ = ["TripletFrames", "TripletStream", "UnreadableFrame"]
+def sample_of(key: str, video: int, order: int, jpegs: Sequence[bytes | UnreadableFrame]) -> Sample:
+    """The sample of three frames that were read, or what says that one was not."""
+    first, second, third = jpegs
+    if isinstance(first, bytes) and isinstance(second, bytes) and isinstance(third, bytes):
+        return TripletFrames(key, video, order, (first, second, third))
+    return UnreadableTriplet(key, str(next(j for j in jpegs if isinstance(j, UnreadableFrame))))
+
+
+def rows_of_rank(batch_size: int, world_size: int) -> int:
+    """A rank's share of the global batch.
+
+    Raises:
+        InputError: it does not divide.
+    """
+    if batch_size % world_size:
+        raise InputError(
+            f"{batch_size} does not divide over {world_size} processes", "--batch-size"
+        )
+    return batch_size // world_size
+
+
+@lru_cache(maxsize=4)
+def _order(videos: UsableVideos, window: int, seed: int, epoch: int) -> Order:
+    if window:
+        return WindowOrder(videos.counts, window, seed, epoch)
+    return EpochOrder(videos.counts, seed, epoch)

@@ -2,70 +2,74 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+from shards.draws import below
 
 ANCHOR_FIRST = 0
 ANCHOR_LAST = 1
 SAMPLINGS = ("uniform", "halves")
 MIN_FRAMES = 3
+DRAWS = 4  # uniform numbers a triplet takes
+
+Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Triplet:
-    """Frame numbers within a video and the order label y of Eq. 4.
+class Triplets(NamedTuple):
+    """Frame numbers within n videos and the order labels y of Eq. 4.
 
-    ``anchor`` gives the query and k1; ``second`` < ``third`` in time give k2 and k3 (they may
-    coincide under ``halves``). ``order`` is 0 when the anchor is before them, 1 when after.
+    ``frames[:, 0]`` is the anchor and gives the query and k1; the other two, in time order, give k2
+    and k3 (they may coincide under ``halves``). ``order`` is 0 when the anchor is before them, 1
+    when after.
     """
 
-    anchor: int
-    second: int
-    third: int
-    order: int
-
-    @property
-    def frames(self) -> tuple[int, int, int]:
-        """(anchor, second, third)."""
-        return self.anchor, self.second, self.third
+    frames: Integers  # (n, 3)
+    order: Integers  # (n,)
 
 
-def sample_generator(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:
-    """Random draws that depend on the run, the epoch and the video, never on who loads it.
-
-    The video enters by its key rather than its number, so that adding shards to a set does not
-    change the draws of the others.
-    """
-    digest = hashlib.sha256(f"seco/{purpose}/{seed}/{epoch}/{key}".encode()).digest()
-    words = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8)]
-    return np.random.Generator(np.random.PCG64(words))
-
-
-def sample_triplet(rng: np.random.Generator, frames: int, sampling: str) -> Triplet:
-    """Draw a triplet from a video of ``frames`` stored frames.
+def draw_triplets(uniform: NDArray[np.float64], frame_counts: Integers, sampling: str) -> Triplets:
+    """Draw a triplet from each of n videos.
 
     ``uniform`` (paper §4.1): three distinct frames at random, the first or the last in time is the
     anchor. ``halves`` (authors' code): the anchor from one half of the video, the other two from
     the other half, where they may coincide.
 
+    Args:
+        uniform: (n, 4) numbers in [0, 1).
+        frame_counts: (n,) stored frames of each video.
+        sampling: ``uniform`` or ``halves``.
+
     Raises:
         ValueError: fewer than 3 frames, or an unknown sampling.
     """
-    if frames < MIN_FRAMES:
-        raise ValueError(f"a triplet needs {MIN_FRAMES} frames, the video has {frames}")
-    order = int(rng.integers(2))
+    if len(frame_counts) and frame_counts.min() < MIN_FRAMES:
+        raise ValueError(f"a triplet needs {MIN_FRAMES} frames, one has {frame_counts.min()}")
+    order = (uniform[:, 0] >= 0.5).astype(np.int64)
     if sampling == "uniform":
-        first, middle, last = sorted(int(f) for f in rng.choice(frames, size=3, replace=False))
-        if order == ANCHOR_FIRST:
-            return Triplet(first, middle, last, order)
-        return Triplet(last, first, middle, order)
+        frames = _three_distinct(uniform[:, 1:], frame_counts)
+        anchor_last = frames[:, [2, 0, 1]]
+        return Triplets(np.where((order == ANCHOR_LAST)[:, None], anchor_last, frames), order)
     if sampling == "halves":
-        half = frames // 2
-        early, late = (0, half), (half, frames)
-        anchor_range, others_range = (early, late) if order == ANCHOR_FIRST else (late, early)
-        anchor = int(rng.integers(*anchor_range))
-        second, third = sorted(int(f) for f in rng.integers(*others_range, size=2))
-        return Triplet(anchor, second, third, order)
+        half = frame_counts // 2
+        rest = frame_counts - half
+        first = order == ANCHOR_FIRST
+        anchor = below(uniform[:, 1], np.where(first, half, rest)) + np.where(first, 0, half)
+        size, start = np.where(first, rest, half), np.where(first, half, 0)
+        others = np.sort(below(uniform[:, 2:], size[:, None]) + start[:, None], axis=1)
+        return Triplets(np.column_stack([anchor, others]), order)
     raise ValueError(f"unknown sampling {sampling!r}")
+
+
+def _three_distinct(uniform: NDArray[np.float64], frame_counts: Integers) -> Integers:
+    """(n, 3) frames in time order, every set of three equally likely."""
+    one = below(uniform[:, 0], frame_counts)
+    two = below(uniform[:, 1], frame_counts - 1)
+    two += two >= one  # counted without the first …
+    low, high = np.minimum(one, two), np.maximum(one, two)
+    three = below(uniform[:, 2], frame_counts - 2)
+    three += three >= low  # … and without both
+    three += three >= high
+    return np.sort(np.column_stack([low, high, three]), axis=1)

@@ -23,7 +23,7 @@ from shards.errors import InputError
 from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
 from shards.index import CONTENTS, ShardIndex, build_index, read_index
 from shards.progress import progress
-from shards.spec import expand_spec
+from shards.spec import local_tars
 from shards.tar_members import TarMember, tar_members
 
 _MOST_NAMED = 10  # faults of one shard that are told one by one
@@ -71,7 +71,7 @@ def verify(spec: str | Iterable[str], workers: int | None = None) -> Verificatio
     """Check manifests, indexes and tars; every JPEG is decoded.
 
     Args:
-        spec: as :func:`shards.spec.expand_spec`; a manifest stands for the set it describes.
+        spec: as :func:`shards.spec.local_tars`; a manifest stands for the set it describes.
         workers: shards read at once; never changes the outcome.
 
     Raises:
@@ -106,7 +106,7 @@ def _tasks(specs: list[str]) -> tuple[list[_Task], list[str], dict[Path, Manifes
         if Path(part).suffix == ".json":
             named.setdefault(Path(part))
         else:
-            tars.update(dict.fromkeys(expand_spec(part)))
+            tars.update(dict.fromkeys(local_tars(part)))
     for tar in tars:
         if (found := _SHARD.fullmatch(tar.stem)) and tar.with_name(f"{found[1]}.json").is_file():
             named.setdefault(tar.with_name(f"{found[1]}.json"))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipelines._colour import full_range_chroma, full_range_luma, jpeg_planes
 from pipelines._config import PrepareConfig
 from pipelines._prepare import prepare
-from shards.reader import open_shards
+from shards.opening import open_shards
 from tests.data import shared
 from tests.pipelines.made_videos import draw_video, link_into, stored_pictures
 

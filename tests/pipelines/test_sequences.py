@@ -11,7 +11,7 @@ from pipelines._adapter import VideoSet, adapter
 from pipelines._config import PrepareConfig
 from pipelines._coverage import coverage_lines
 from shards.errors import InputError
-from shards.reader import open_shards
+from shards.opening import open_shards
 from tests.data import shared
 from tests.pipelines.running import errors, run
 

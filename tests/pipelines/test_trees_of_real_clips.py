@@ -15,7 +15,8 @@ import webdataset
 from pipelines._prepare import PreparedSet
 from shards.errors import InputError
 from shards.format import VideoRecord
-from shards.reader import ShardSet, open_shards
+from shards.opening import open_shards
+from shards.reader import ShardSet
 from shards.verify import verify
 from tests.data import shared
 from tests.pipelines.running import errors, run

@@ -15,13 +15,15 @@ from torchvision import transforms
 
 from seco.crop_resize import crop_resize
 from seco.crops import (
+    CROP_DRAWS,
+    CROP_SCALE,
     BrokenJpeg,
     CropParameters,
     FrameDecoder,
     center_crop,
     decode_jpeg,
-    draw_crop,
-    edge_for_crops,
+    draw_crops,
+    jpeg_size,
 )
 
 
@@ -40,6 +42,14 @@ def texture(seed: int, width: int, height: int) -> np.ndarray:
 
 def jpeg(image: np.ndarray) -> bytes:
     return simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
+
+
+def boxes(
+    seed: int, width: int, height: int, count: int, scale: tuple[float, float] = CROP_SCALE
+) -> np.ndarray:
+    """(count, 4) left, top, width, height."""
+    uniform = np.random.default_rng(seed).random((count, CROP_DRAWS))
+    return draw_crops(uniform, np.full(count, width), np.full(count, height), scale)
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -66,8 +76,7 @@ def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_crops_are_distributed_as_torchvisions(
     width: int, height: int, scale: tuple[float, float]
 ) -> None:
-    rng = np.random.default_rng(1)
-    ours = np.array([draw_crop(rng, width, height, scale) for _ in range(4000)])
+    ours = boxes(1, width, height, 4000, scale)
     torch.manual_seed(1)
     blank = torch.empty(3, height, width)
     theirs = np.array(
@@ -86,21 +95,22 @@ def test_crops_are_distributed_as_torchvisions(
     assert (ours[:, 1] + ours[:, 3] <= height).all()
 
 
-def test_crop_depends_on_the_generator_only() -> None:
-    def draws(seed: int) -> list[CropParameters]:
-        rng = np.random.default_rng(seed)
-        return [draw_crop(rng, 340, 256) for _ in range(5)]
-
-    assert draws(3) == draws(3)
-    assert draws(3) != draws(4)
+def test_a_crop_does_not_depend_on_its_neighbours() -> None:
+    uniform = np.random.default_rng(3).random((6, CROP_DRAWS))
+    widths, heights = np.array([340, 256, 900, 3, 1, 340]), np.array([256, 455, 100, 2, 1, 256])
+    together = draw_crops(uniform, widths, heights)
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone = draw_crops(uniform[one], widths[one], heights[one])
+        np.testing.assert_array_equal(alone, together[one])
+    assert (together[:, 2:] >= 1).all()
 
 
 @pytest.mark.parametrize("size", [32, 64, 112, 224])
 def test_crop_resize_agrees_with_torchvision_on_pil(size: int) -> None:
-    rng = np.random.default_rng(size)
-    for seed in range(5):
+    for seed, drawn in enumerate(boxes(size, 340, 256, 5)):
         image = texture(seed, 340, 256)
-        box = draw_crop(rng, 340, 256)
+        box = CropParameters(*drawn.tolist())
         pil = transforms.functional.resized_crop(
             Image.fromarray(image), box.top, box.left, box.height, box.width, [size, size]
         )
@@ -122,6 +132,7 @@ def test_frame_decoder_gives_what_decode_jpeg_gives() -> None:
     for width, height in ((64, 48), (340, 256), (120, 80)):  # grows, then uses a part
         data = jpeg(texture(width, width, height))
         np.testing.assert_array_equal(decoder.decode(data), decode_jpeg(data))
+        assert jpeg_size(data) == (width, height)
     with pytest.raises(BrokenJpeg, match="of 300 bytes"):
         decoder.decode(jpeg(texture(3, 128, 96))[:300])
 
@@ -157,48 +168,6 @@ def test_broken_jpegs_are_told_apart() -> None:
     for broken in (b"", b"no picture", data[:10], data[:300], data[: len(data) // 2], data[:-2]):
         with pytest.raises(BrokenJpeg, match=f"of {len(broken)} bytes"):
             decode_jpeg(broken)
-
-
-@pytest.mark.parametrize(
-    ("min_short_edge", "shape"),
-    [
-        (None, (256, 340, 3)),
-        (32, (32, 43, 3)),
-        (33, (64, 85, 3)),
-        (83, (128, 170, 3)),
-        (128, (128, 170, 3)),
-        (129, (256, 340, 3)),  # a factor below 2 is not worth it
-        (300, (256, 340, 3)),
-    ],
-)
-def test_reduced_decoding_keeps_the_short_edge(
-    min_short_edge: int | None, shape: tuple[int, int, int]
-) -> None:
-    assert decode_jpeg(jpeg(texture(4, 340, 256)), min_short_edge).shape == shape
-
-
-def test_edge_for_crops_keeps_every_crop_at_the_target_size() -> None:
-    edge = edge_for_crops(32)
-    assert edge == 83
-    rng = np.random.default_rng(0)
-    boxes = [draw_crop(rng, edge, edge) for _ in range(3000)]
-    assert min(min(box.width, box.height) for box in boxes) in (32, 33)
-
-
-def test_views_from_reduced_decoding_are_close_to_views_from_whole_frames() -> None:
-    rng = np.random.default_rng(5)
-    differences = []
-    for seed in range(20):
-        data = jpeg(texture(seed, 340, 256))
-        whole, reduced = decode_jpeg(data), decode_jpeg(data, edge_for_crops(32))
-        assert reduced.shape[:2] == (128, 170)
-        box = draw_crop(rng, 170, 128)
-        same = CropParameters(*(2 * px for px in box))
-        differences.append(
-            mean_difference(crop_resize(whole, same, 32), crop_resize(reduced, box, 32))
-        )
-    assert np.mean(differences) < 0.6  # JPEG itself, at quality 90, costs 0.5 here
-    assert max(differences) < 1.5
 
 
 def test_crops_do_not_load_torch() -> None:

@@ -21,7 +21,7 @@ from seco.report_records import parse_retrieval
 from seco.retrieval import build, evaluate, open_index, query
 from seco.retrieval_page import frames_of, render_query_page, write_query_page
 from shards.errors import InputError
-from shards.reader import open_shards
+from shards.opening import open_shards
 from tests.made_shards import make_set
 from tests.seco.made_features import META, clusters, made_rows, write_clusters
 

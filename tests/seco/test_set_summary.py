@@ -15,7 +15,8 @@ from seco.contact_sheet import TILE_PX, compose, contact_sheet, draw_strips, wri
 from seco.set_page import render_set_page, write_set_page
 from seco.set_summary import human_bytes, lines, summarise
 from shards.format import VideoRecord
-from shards.reader import ShardSet, open_shards
+from shards.opening import open_shards
+from shards.reader import ShardSet
 from shards.writer import ShardWriter
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m[bold]"
@@ -63,7 +64,7 @@ def test_summary_counts_everything(small: ShardSet) -> None:
     summary = summarise(small)
     assert summary.datasets == ["made-up"]
     assert (summary.videos, summary.frames, summary.shards) == (5, 27, 2)
-    assert summary.bytes == sum(Path(file).stat().st_size for file in small.shard_files)
+    assert summary.bytes == sum(Path(file).stat().st_size for file in small.addresses)
     assert summary.labels == [("jump", 2), ("run", 2)]
     assert summary.unlabelled == 1
     assert summary.splits == {"1": [("train", 3), ("test", 2)]}
@@ -101,7 +102,7 @@ def test_set_without_records_has_no_sizes_or_durations(tmp_path: Path) -> None:
 
 
 def test_unreadable_records_are_counted(small: ShardSet) -> None:
-    with Path(small.shard_files[1]).open("r+b") as tar:
+    with Path(small.addresses[1]).open("r+b") as tar:
         tar.truncate(600)
     summary = summarise(small)
     assert summary.unreadable_records == 3
@@ -142,7 +143,7 @@ def test_broken_frames_are_crossed_and_counted(tmp_path: Path) -> None:
 
 
 def test_shard_deleted_since_it_was_opened_gives_crossed_tiles(small: ShardSet) -> None:
-    Path(small.shard_files[0]).unlink()
+    Path(small.addresses[0]).unlink()
     strips = draw_strips(small)
     assert [strip.broken for strip in strips][:2] == [3, 4]
     assert sum(strip.broken for strip in strips[2:]) == 0

@@ -112,10 +112,10 @@ def test_sigterm_saves_and_says_how_to_go_on(
 ) -> None:
     step_of_trainer = seco.trainer.Trainer._train_step
 
-    def signalled(self: Any, batch: Any) -> Any:
+    def signalled(self: Any, *given: Any) -> Any:
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step_of_trainer(self, batch)
+        return step_of_trainer(self, *given)
 
     monkeypatch.setattr(seco.trainer.Trainer, "_train_step", signalled)
     config = PretrainConfig(shards=(shards,), out=str(tmp_path), **SMALL)

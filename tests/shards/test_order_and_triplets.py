@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import InputError
+from shards.opening import open_shards
 from shards.order import EpochOrder
-from shards.reader import open_shards
 from shards.stream import TripletStream
 from shards.triplets import ANCHOR_FIRST, sample_generator, sample_triplet
 from tests.made_shards import make_set

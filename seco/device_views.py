@@ -1,0 +1,81 @@
+"""From a loader's batch to views on the training device."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seco.augment import apply_views
+from seco.chunks import FRAME_OF_VIEW, VIEWS
+from seco.loader import Batch
+from seco.view_parameters import ViewConfig
+
+_COPIES_UNDER_WAY = 1  # the loader keeps one batch more than the one being read
+
+
+class DeviceViews:
+    """Copies, decodes and augments batches on a device.
+
+    Args:
+        device: where the views are wanted.
+        crop_size: S, side of a view, px.
+        config: mean and standard deviation.
+    """
+
+    def __init__(self, device: torch.device, crop_size: int, config: ViewConfig) -> None:
+        self._device = device
+        self._size = crop_size
+        self._config = config
+        self._copies: deque[torch.cuda.Event] = deque()
+
+    def of(self, batch: Batch) -> Tensor:
+        """(4, N, 3, S, S) float32: query, k1 (both of the anchor), k2, k3.
+
+        Frames that the device cannot decode are replaced by those of the next sample; the batch's
+        ``unreadable`` names them.
+        """
+        images = self._decoded(batch) if batch.images is None else self._copied(batch.images)
+        n = len(batch.order)
+        if images.dtype == torch.float32:
+            return images
+        views = apply_views(images.flatten(0, 1), batch.views, self._config)
+        return views.view(VIEWS, n, *views.shape[1:])
+
+    def _copied(self, images: Tensor) -> Tensor:
+        copied = images.to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            # The loader writes this memory anew two batches later: until then it must be read.
+            done = torch.cuda.Event()
+            done.record()
+            self._copies.append(done)
+            if len(self._copies) > _COPIES_UNDER_WAY:
+                self._copies.popleft().synchronize()
+        return copied
+
+    def _decoded(self, batch: Batch) -> Tensor:
+        """(4, N, 3, S, S) uint8."""
+        from seco.device_decode import crop_resize_batch, decode_frames  # loads torchvision
+
+        n = len(batch.order)
+        of_sample = np.arange(n)
+        frames, reasons = decode_frames(
+            [torch.frombuffer(jpeg, dtype=torch.uint8) for row in batch.jpegs for jpeg in row],
+            self._device,
+        )
+        broken = {index // 3: reason for index, reason in reasons.items()}
+        for row in sorted(broken):
+            batch.unreadable.append(f"video {int(batch.videos[row])}: {broken[row]}")
+            whole = [r for r in (*range(row + 1, n), *range(row)) if r not in broken]
+            if not whole:
+                raise ValueError(f"not one frame of a batch can be decoded: {broken[row]}")
+            of_sample[row] = whole[0]
+            batch.order[row], batch.videos[row] = batch.order[whole[0]], batch.videos[whole[0]]
+        frame_of_view = 3 * of_sample[None, :] + np.array(FRAME_OF_VIEW)[:, None]
+        boxes = batch.boxes.numpy()[:, of_sample]
+        crops = crop_resize_batch(
+            frames, frame_of_view.reshape(-1), boxes.reshape(-1, 4), self._size
+        )
+        return crops.view(VIEWS, n, *crops.shape[1:])
