@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +31,22 @@ def drawn_frame(video: int, frame: int, size: tuple[int, int] = (48, 64)) -> byt
 def make_set(
     folder: Path,
     videos: int = 24,
-    frames: int = 6,
+    frames: int | Callable[[int], int] = 6,
     per_shard: int = 10,
     name: str = "made",
     size: tuple[int, int] = (48, 64),
+    first: int = 0,
 ) -> str:
-    """Write ``NAME-000.tar`` …, indexes and manifest; returns the manifest's path."""
+    """Write ``NAME-000.tar`` …, indexes and manifest; returns the manifest's path.
+
+    ``frames`` may depend on the video's number; these count from ``first``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     infos = []
-    for number, first in enumerate(range(0, videos, per_shard)):
+    for number, begin in enumerate(range(first, first + videos, per_shard)):
         with ShardWriter(folder / f"{name}-{number:03d}.tar", "digest") as writer:
-            for video in range(first, min(first + per_shard, videos)):
+            for video in range(begin, min(begin + per_shard, first + videos)):
+                count = frames if isinstance(frames, int) else frames(video)
                 label = video % len(CLASSES)
                 record = VideoRecord(
                     key=f"video_{video:04d}",
@@ -51,12 +57,12 @@ def make_set(
                     splits={"1": "test" if video // 3 % 3 == 0 else "train"},
                     width=size[1],
                     height=size[0],
-                    frame_times=[f / 25 for f in range(frames)],
+                    frame_times=[f / 25 for f in range(count)],
                     source_fps=25.0,
-                    source_frames=frames,
-                    source_duration=frames / 25,
+                    source_frames=count,
+                    source_duration=count / 25,
                 )
-                writer.add(record, [drawn_frame(video, f, size) for f in range(frames)])
+                writer.add(record, [drawn_frame(video, f, size) for f in range(count)])
         assert writer.info is not None
         infos.append(writer.info)
     manifest = Manifest(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import InputError
-from shards.spec import expand_spec
+from shards.spec import expand_spec, local_tars
 from tests.made_shards import make_set
 
 
@@ -31,13 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_each_form_names_all_three(folder: Path, pattern: str) -> None:
-    names = [path.name for path in expand_spec(pattern.format(folder=folder))]
+    names = [Path(tar).name for tar in expand_spec(pattern.format(folder=folder))]
     assert names == ["made-000.tar", "made-001.tar", "made-002.tar"]
 
 
 def test_a_list_is_joined_without_repeats(folder: Path) -> None:
     spec = [f"{folder}/made-001.tar", f"{folder}/made-*.tar"]
-    assert [p.name for p in expand_spec(spec)] == ["made-001.tar", "made-000.tar", "made-002.tar"]
+    assert [p.name for p in local_tars(spec)] == ["made-001.tar", "made-000.tar", "made-002.tar"]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,6 @@ def test_a_list_is_joined_without_repeats(folder: Path) -> None:
         ("{folder}/made-{{000..009}}.tar", "7 of 10 shards do not exist"),
         ("{folder}/other.tar", "no such shard"),
         ("", "names no shards|no such shard|matches no shards"),
-        ("s3://bucket/x.tar", "remote"),
         ("{folder}/made-{{000..9.tar", "unbalanced braces"),
     ],
 )
@@ -70,3 +69,45 @@ def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match="is not a shard manifest"):
         expand_spec(str(path))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "addresses"),
+    [
+        ("s3://b/k-{8..10}.tar", ["s3://b/k-8.tar", "s3://b/k-9.tar", "s3://b/k-10.tar"]),
+        ("https://h/k-<008..009>.tar", ["https://h/k-008.tar", "https://h/k-009.tar"]),
+        ("s3://b/a.tar,gs://c/b,c.tar", ["s3://b/a.tar", "gs://c/b,c.tar"]),
+        ("pipe:cat k-{0..1}.tar", ["pipe:cat k-0.tar", "pipe:cat k-1.tar"]),
+    ],
+)
+def test_remote_addresses(pattern: str, addresses: list[str]) -> None:
+    assert expand_spec(pattern) == addresses
+    with pytest.raises(InputError, match=r"is not on this machine.*copy it to a local folder"):
+        local_tars(pattern)
+
+
+def test_a_remote_folder_glob_and_manifest(folder: Path) -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.put(f"{folder}/", "/sets/made/", recursive=True)
+    expected = [f"memory:///sets/made/made-00{n}.tar" for n in range(3)]
+    for form in ("", "made-*.tar", "made-00[0-2].tar"):
+        assert expand_spec(f"memory://sets/made/{form}") == expected
+    stated = [f"memory://sets/made/made-00{n}.tar" for n in range(3)]
+    assert expand_spec("memory://sets/made/made.json") == stated
+    with pytest.raises(InputError, match="matches no shards"):
+        expand_spec("memory://sets/none/")
+    with pytest.raises(InputError, match=r"none\.json: cannot be read \(FileNotFoundError"):
+        expand_spec("memory://sets/none.json")
+    with pytest.raises(InputError, match="cannot be opened"):
+        expand_spec("nothing://sets/")
+
+
+def test_a_manifest_may_not_name_shards_elsewhere(tmp_path: Path) -> None:
+    path = Path(make_set(tmp_path / "set", videos=2, frames=3))
+    for name in ("../made-000.tar", "/etc/made-000.tar", "pipe:x/y"):
+        path.write_text(path.read_text().replace("made-000.tar", name))
+        with pytest.raises(InputError, match="is not a shard manifest"):
+            expand_spec(str(path))
+        path.write_text(path.read_text().replace(name, "made-000.tar"))

@@ -16,6 +16,7 @@ from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.index import build_index, read_index, sha256_of
 from shards.opening import open_shards
+from shards.reindex import reindex
 from shards.writer import ShardWriter, member_header
 from tests.made_shards import drawn_frame, make_set
 
@@ -121,13 +122,22 @@ def test_a_tar_cut_while_open_is_an_unreadable_frame(tmp_path: Path) -> None:
         shards.read_frame(3, 5)
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", b"SECOIDX1" + b"\xff" * 40])
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"SECOIDX2" + b"\xff" * 40])
 def test_a_damaged_index_is_named(tmp_path: Path, damage: bytes) -> None:
     make_set(tmp_path, videos=2)
     index = tmp_path / "made-000.idx"
     index.write_bytes(damage)
     with pytest.raises(InputError, match=r"made-000\.idx: is not a whole index"):
         read_index(index)
+
+
+def test_an_index_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    make_set(tmp_path, videos=2)
+    (tmp_path / "made-000.idx").write_bytes(b"SECOIDX1" + bytes(40))
+    with pytest.raises(InputError, match=r"made-000\.idx: is an index of another version.*--force"):
+        open_shards(str(tmp_path))
+    reindex(str(tmp_path / "made-000.tar"), force=True)
+    assert len(open_shards(str(tmp_path))) == 2
 
 
 def test_an_index_may_not_point_outside_its_tar(tmp_path: Path) -> None:

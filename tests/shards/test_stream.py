@@ -1,0 +1,219 @@
+"""The triplet stream: batches that no division of the work changes, and the golden order."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.access import LocalAccess
+from shards.errors import InputError
+from shards.opening import open_shards, open_stream
+from shards.stream import Sample, TripletFrames, TripletStream
+from tests.made_shards import drawn_frame, make_set
+
+# The first 64 triplets of this set with seed 7, 32 of each of two epochs: two digits of the video,
+# anchor, second, third frame, order. To change them is to change what every seed means, and nobody
+# can resume or repeat a run any more: say so in CHANGELOG.md.
+GOLDEN = """
+017011 173021 067251 474021 043011 137451 483470 291450 281450 412370 511360 253470
+350130 460560 392670 022570 075241 050670 186131 536031 217011 267361 540130 451350
+495011 330670 120140 341250 316141 226051 243470 376241 554560 221350 211370 447561
+240230 467031 296051 180130 583450 571670 311560 472340 010670 260160 061370 383021
+083570 425341 177011 151460 404570 166251 137451 107141 306131 360370 237011 203011
+287461 112360 036451 344031
+"""
+GOLDEN_WINDOWS = (
+    "19 8 2 6 1 39 25 38 24 36 22 20 7 41 26 42 0 23 37 3 40 44 43 4 18 21 5 48 47 17 13 49"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> str:
+    return make_set(folder, videos=60, frames=8, per_shard=9, size=(16, 16))
+
+
+def frames_of(sample: Sample) -> tuple[bytes, ...]:
+    assert isinstance(sample, TripletFrames)
+    return sample.jpegs
+
+
+def described(stream: TripletStream, epoch: int, steps: range) -> list[tuple[str, int, bytes]]:
+    rows = range(stream.rows)
+    samples = [s for step in steps for s in stream.read(epoch, step, rows)]
+    return [(s.key, s.order, b"".join(frames_of(s))) for s in samples]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_batches_do_not_depend_on_the_number_of_ranks(
+    spec: str, world_size: int, window: int
+) -> None:
+    shards = open_shards(spec)
+    whole = TripletStream(shards, 28, "uniform", 5, window_shards=window)
+    assert whole.steps_per_epoch == 2
+    ranks = [
+        TripletStream(shards, 28, "uniform", 5, rank, world_size, window)
+        for rank in range(world_size)
+    ]
+    for epoch in range(3):
+        for step in range(2):
+            steps = range(step, step + 1)
+            joined = [row for rank in ranks for row in described(rank, epoch, steps)]
+            assert joined == described(whole, epoch, steps)
+        seen = [key for key, _, _ in described(whole, epoch, range(2))]
+        assert len(set(seen)) == 56
+    assert described(whole, 0, range(2)) != described(whole, 1, range(2))
+
+
+def test_a_sample_is_the_frames_that_were_drawn(spec: str) -> None:
+    shards = open_shards(spec)
+    stream = TripletStream(shards, 20, "uniform", seed=3)
+    picture = {(v, f): drawn_frame(v, f, (16, 16)) for v in range(60) for f in range(8)}
+    of_bytes = {jpeg: place for place, jpeg in picture.items()}
+    assert len(of_bytes) == len(picture)
+    orders = []
+    for step in range(3):
+        for sample in stream.read(2, step, range(20)):
+            assert isinstance(sample, TripletFrames)
+            places = [of_bytes[jpeg] for jpeg in sample.jpegs]
+            assert {video for video, _ in places} == {sample.video}
+            assert sample.key == f"video_{sample.video:04d}" == shards.key(sample.video)
+            anchor, second, third = (frame for _, frame in places)
+            assert second < third
+            assert (anchor < second) if sample.order == 0 else (anchor > third)
+            orders.append(sample.order)
+    assert 15 < sum(orders) < 45
+
+
+def test_draws_do_not_change_when_shards_are_added(folder: Path, spec: str) -> None:
+    part = open_shards(f"{folder}/made-{{001..003}}.tar")
+    few = TripletStream(part, 27, "uniform", seed=3)
+    all_of_them = TripletStream(open_shards(spec), 60, "uniform", seed=3)
+    whole = {key: rest for key, *rest in described(all_of_them, 4, range(1))}
+    assert all(whole[key] == rest for key, *rest in described(few, 4, range(1)))
+
+
+def test_golden_order(spec: str) -> None:
+    stream = TripletStream(open_shards(spec), 32, "uniform", seed=7)
+    of_bytes = {drawn_frame(v, f, (16, 16)): f for v in range(60) for f in range(8)}
+    rows = []
+    for epoch in (0, 1):
+        for sample in stream.read(epoch, 0, range(32)):
+            one, two, three = (of_bytes[jpeg] for jpeg in frames_of(sample))
+            assert isinstance(sample, TripletFrames)
+            rows.append(f"{sample.video:02d}{one}{two}{three}{sample.order}")
+    assert rows == GOLDEN.split()
+    windows = TripletStream(open_shards(spec), 32, "uniform", seed=7, window_shards=3)
+    assert " ".join(map(str, windows.videos(0, range(32)))) == GOLDEN_WINDOWS
+
+
+def test_videos_of_fewer_than_three_frames_are_left_out_and_counted(tmp_path: Path) -> None:
+    make_set(tmp_path, videos=6, frames=3, per_shard=4, name="long")
+    make_set(tmp_path, videos=5, frames=2, per_shard=2, name="short", first=6)
+    stream = open_stream(str(tmp_path), 6, "uniform", 0)
+    assert (stream.left_out, stream.steps_per_epoch) == (5, 1)
+    keys = {s.key for s in stream.read(0, 0, range(6))}
+    assert keys == {f"video_{v:04d}" for v in range(6)}
+    with pytest.raises(InputError, match="0 videos of 3 frames or more do not fill a batch of 2"):
+        open_stream(f"{tmp_path}/short.json", 2, "uniform", 0)
+    with pytest.raises(InputError, match="--batch-size: 4 does not divide over 3 processes"):
+        open_stream(f"{tmp_path}/long.json", 4, "uniform", 0, world_size=3)
+
+
+def test_short_videos_among_others_leave_no_gap(tmp_path: Path) -> None:
+    make_set(tmp_path, videos=24, frames=lambda video: 2 if video % 5 == 0 else 4, per_shard=7)
+    stream = open_stream(str(tmp_path), 19, "uniform", 0, window_shards=2)
+    assert stream.left_out == 5
+    for epoch in range(3):
+        keys = {s.key for s in stream.read(epoch, 0, range(19))}
+        assert keys == {f"video_{v:04d}" for v in range(24) if v % 5}
+
+
+def test_only_the_frames_of_the_triplets_are_read(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_stream(spec, 30, "halves", 0)
+    read: list[int] = []
+    pread = os.pread
+
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        read.append(size)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", counting)
+    samples = stream.read(0, 0, range(30))
+    assert sum(read) == sum(len(jpeg) for s in samples for jpeg in frames_of(s))
+    assert len(read) == 90
+
+
+def test_a_stream_may_be_sent_to_another_process(spec: str) -> None:
+    stream = open_stream(spec, 12, "uniform", 0)
+    before = stream.read(0, 1, range(12))
+    again = pickle.loads(pickle.dumps(stream))
+    assert again.read(0, 1, range(12)) == before
+    assert again.digest() == stream.digest()
+
+
+def test_digest_tells_other_videos(folder: Path, spec: str, tmp_path: Path) -> None:
+    make_set(tmp_path, videos=60, frames=8, per_shard=30, size=(16, 16))
+    digests = [
+        open_stream(s, 4, "uniform", 0).digest()
+        for s in (spec, f"{folder}/made-00[0-6].tar", f"{folder}/made-000.tar", str(tmp_path))
+    ]
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
+def test_more_shards_than_files_may_be_open(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.access._MOST_OPEN", 2)
+    shards = open_shards(spec)
+    frames = shards.read_frames([(video, 0) for video in range(60)])
+    assert frames == [drawn_frame(v, 0, (16, 16)) for v in range(60)]
+    assert isinstance(shards.access, LocalAccess)
+    assert len(shards.access._descriptors) == 2
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "deleted"])
+def test_damage_is_named_and_takes_its_own_sample_only(tmp_path: Path, fault: str) -> None:
+    spec = make_set(tmp_path, videos=20, frames=3, per_shard=5, size=(16, 16))
+    stream = open_stream(spec, 20, "uniform", 0)
+    tar = tmp_path / "made-001.tar"
+    data = bytearray(tar.read_bytes())
+    at = stream.shards.indexes[1].frame_at(2, 1)  # type: ignore[attr-defined]
+    if fault == "flipped":
+        data[at.offset + at.size // 2] ^= 0x10
+        tar.write_bytes(data)
+        lost, reason = {"video_0007"}, "have changed"
+    elif fault == "cut":
+        tar.write_bytes(data[: at.offset + 5])
+        lost, reason = {f"video_000{v}" for v in (7, 8, 9)}, "ends before byte"
+    else:
+        tar.unlink()
+        lost, reason = {f"video_000{v}" for v in range(5, 10)}, "No such file"
+    samples: list[Any] = stream.read(0, 0, range(20))
+    broken = {s.key: s.reason for s in samples if not isinstance(s, TripletFrames)}
+    assert set(broken) == lost
+    assert all(reason in why and "made-001.tar" in why for why in broken.values())
+
+
+def test_a_file_that_comes_back_is_opened_anew(tmp_path: Path) -> None:
+    spec = make_set(tmp_path, videos=4, frames=3)
+    shards = open_shards(spec)
+    tar = tmp_path / "made-000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:600])
+    assert not isinstance(shards.read_frames([(3, 2)])[0], bytes)
+    tar.unlink()
+    tar.write_bytes(whole)
+    assert shards.read_frames([(3, 2)]) == [drawn_frame(3, 2)]
+    tar.unlink()  # open files outlive their names
+    assert shards.read_frames([(3, 1)]) == [drawn_frame(3, 1)]
