@@ -24,7 +24,7 @@ from seco.view_parameters import (
     ViewParameters,
 )
 
-_GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G and B
+GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G and B
 _BOX_PASSES = 3  # PIL's GaussianBlur is a box blur applied three times
 _CPU_BLOCK_PX = 2**19  # larger batches fall out of the cache: measured at 32, 64 and 224 px
 
@@ -45,7 +45,13 @@ def _standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     return x
 
 
-def apply_views(images: Tensor, views: ViewParameters, config: ViewConfig | None = None) -> Tensor:
+def apply_views(
+    images: Tensor,
+    views: ViewParameters,
+    config: ViewConfig | None = None,
+    *,
+    fused: bool | None = None,
+) -> Tensor:
     """Crops to normalised views, on the crops' device.
 
     Jitter, grayscale, blur and flip in the authors' order. The operations are torchvision's on
@@ -56,6 +62,7 @@ def apply_views(images: Tensor, views: ViewParameters, config: ViewConfig | None
         images: (N, 3, S, S) uint8.
         views: of the N images.
         config: gives the mean and standard deviation.
+        fused: through the compiled graph of ``fused_views.py``; None: on a GPU, if it compiles.
 
     Returns:
         (N, 3, S, S) float32.
@@ -68,6 +75,14 @@ def apply_views(images: Tensor, views: ViewParameters, config: ViewConfig | None
     if len(images) != len(views):
         raise ValueError(f"{len(images)} images but parameters of {len(views)}")
     config = config or ViewConfig()
+    if fused or (fused is None and images.device.type == "cuda"):
+        from seco.fused_views import fused_if_compiled, fused_views  # which import this module
+
+        if fused:
+            return fused_views(images, views, config)
+        done = fused_if_compiled(images, views, config)
+        if done is not None:
+            return done
     block = _CPU_BLOCK_PX // images[0, 0].numel() + 1 if len(images) else 1
     if images.device.type != "cpu" or len(images) <= block:
         return _apply(images, views, config)
@@ -91,7 +106,7 @@ def _apply(images: Tensor, views: ViewParameters, config: ViewConfig) -> Tensor:
                 JITTER[op](chosen, _column(strengths[op][numbers], images.device))
     for chosen, _ in batch.regroup([views.grayscale]):
         chosen.copy_(_gray(chosen).expand_as(chosen))
-    reach = _box_reach(views.sigma)
+    reach = box_reach(views.sigma)
     radii = np.unique(reach[views.blur])
     for chosen, numbers in batch.regroup([views.blur & (reach == r) for r in radii]):
         chosen.copy_(_blur(chosen, box_kernels(views.sigma[numbers])))
@@ -155,8 +170,8 @@ def _column(values: Floats, device: torch.device) -> Tensor:
 def _gray(x: Tensor) -> Tensor:
     """(n, 3, H, W) -> (n, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
-    gray: Tensor = red * _GRAY[0]
-    return gray.add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
+    gray: Tensor = red * GRAY[0]
+    return gray.add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
 
 
 def _brightness(x: Tensor, factor: Tensor) -> None:
@@ -198,7 +213,7 @@ def _hue(x: Tensor, turns: Tensor) -> None:
 JITTER: tuple[Callable[[Tensor, Tensor], None], ...] = (_brightness, _contrast, _saturation, _hue)
 
 
-def _box_reach(sigma: Floats) -> NDArray[np.int64]:
+def box_reach(sigma: Floats) -> NDArray[np.int64]:
     """How many whole px PIL's box reaches to either side, for each sigma."""
     width = np.sqrt(12 * sigma**2 / _BOX_PASSES + 1)
     return np.floor((width - 1) / 2).astype(np.int64)
@@ -213,7 +228,7 @@ def box_kernels(sigma: Floats) -> Floats:
     Returns:
         (n, 2L + 3) symmetric rows of sum 1 and variance sigma² / 3.
     """
-    reach = int(_box_reach(sigma)[0])
+    reach = int(box_reach(sigma)[0])
     variance = sigma**2 / _BOX_PASSES
     end = (2 * reach + 1) * (reach * (reach + 1) - 3 * variance)
     end /= 6 * (variance - (reach + 1) ** 2)

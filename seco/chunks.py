@@ -7,7 +7,7 @@ decoded is replaced by another, counted and named.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from seco.crop_resize import crop_resize
 from seco.crops import CROP_DRAWS, BrokenJpeg, FrameDecoder, draw_crops, jpeg_size
 from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
 from shards.draws import sample_starts, uniforms
-from shards.stream import Sample, Stream, TripletFrames, UnreadableTriplet
+from shards.stream import NothingToRead, Sample, Stream, TripletFrames, UnreadableTriplet
 
 VIEWS = 4  # query and k1, both of the anchor frame, k2, k3
 FRAME_OF_VIEW = (0, 0, 1, 2)
@@ -82,6 +82,21 @@ class ChunkMaker:
             boxes=np.empty((VIEWS, n, 4), dtype=np.int64),
             jpegs=[] if self._decode else [(b"", b"", b"")] * n,
         )
+        try:
+            self._fill_all(chunk, crops, epoch, step, rows)
+        except NothingToRead as error:
+            return replace(chunk, fatal=str(error))
+        if self._finish and out is not None and crops is not None:
+            images = torch.from_numpy(crops).flatten(0, 1).permute(0, 3, 1, 2)
+            drawn = draw_views(chunk.uniform.reshape(-1, VIEW_DRAWS), self._views)
+            views = apply_views(images, drawn, self._views)
+            torch.from_numpy(out).copy_(views.view(VIEWS, n, *views.shape[1:]))
+        return chunk
+
+    def _fill_all(
+        self, chunk: Chunk, crops: NDArray[np.uint8] | None, epoch: int, step: int, rows: range
+    ) -> None:
+        """Raises NothingToRead when one video after another cannot be read."""
         reasons = self._fill(chunk, crops, epoch, 0, self._stream.read(epoch, step, rows))
         for at, reason in enumerate(reasons):
             attempt = 0
@@ -89,16 +104,11 @@ class ChunkMaker:
                 chunk.unreadable.append(reason)
                 attempt += 1
                 if attempt > _MAX_SUBSTITUTES:
-                    fatal = f"{attempt} videos in a row cannot be read, the last: {reason}"
-                    return Chunk(**{**chunk.__dict__, "fatal": fatal})
+                    raise NothingToRead(
+                        f"{attempt} videos in a row cannot be read, the last: {reason}"
+                    )
                 sample = self._stream.substitute(epoch, step, rows[at], attempt)
                 (reason,) = self._fill(chunk, crops, epoch, at, [sample])
-        if self._finish and out is not None and crops is not None:
-            images = torch.from_numpy(crops).flatten(0, 1).permute(0, 3, 1, 2)
-            drawn = draw_views(chunk.uniform.reshape(-1, VIEW_DRAWS), self._views)
-            views = apply_views(images, drawn, self._views)
-            torch.from_numpy(out).copy_(views.view(VIEWS, n, *views.shape[1:]))
-        return chunk
 
     def _crops_of(self, out: NDArray[np.generic] | None, n: int) -> NDArray[np.uint8] | None:
         """(4, n, S, S, 3) where the crops are written."""

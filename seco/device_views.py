@@ -12,6 +12,7 @@ from seco.augment import apply_views
 from seco.chunks import FRAME_OF_VIEW, VIEWS
 from seco.loader import Batch
 from seco.view_parameters import ViewConfig
+from shards.errors import InputError
 
 _COPIES_UNDER_WAY = 1  # the loader keeps one batch more than the one being read
 
@@ -70,7 +71,9 @@ class DeviceViews:
             batch.unreadable.append(f"video {int(batch.videos[row])}: {broken[row]}")
             whole = [r for r in (*range(row + 1, n), *range(row)) if r not in broken]
             if not whole:
-                raise ValueError(f"not one frame of a batch can be decoded: {broken[row]}")
+                raise InputError(
+                    f"not one frame of a batch can be decoded: {broken[row]}", "--decode"
+                )
             of_sample[row] = whole[0]
             batch.order[row], batch.videos[row] = batch.order[whole[0]], batch.videos[whole[0]]
         frame_of_view = 3 * of_sample[None, :] + np.array(FRAME_OF_VIEW)[:, None]

@@ -144,6 +144,7 @@ class CachedAccess(LocalAccess):
         return {**state, "_ahead": {}, "_fetchers": None}
 
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes | UnreadableFrame]:
+        self._close_deleted()
         reasons: dict[str, str] = {}
         for address in dict.fromkeys(wanted.address for wanted in ranges):
             if address not in self._descriptors:
@@ -184,7 +185,6 @@ class CachedAccess(LocalAccess):
         when, reason = self._lost.get(address, (0.0, ""))
         if reason and time.monotonic() - when < _LOST_FOR_SECONDS:
             return reason
-        self._close_deleted()
         for attempt in range(_MAKES_WAY):
             try:
                 self.cache.fetch(address)

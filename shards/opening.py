@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from shards.format import read_manifest
 from shards.index import ShardIndex, build_index, parse_index, read_index
 from shards.progress import size_text
 from shards.reader import ShardSet, require_distinct
-from shards.remote import fetch_parts, in_words, is_remote, open_filesystem
+from shards.remote import fetch_parts, is_remote, told_of
 from shards.sequential import SequentialStream
 from shards.spec import PIPE, expand_spec, read_remote_manifest
 from shards.stream import Stream, TripletStream
@@ -162,11 +163,7 @@ def _remote_indexes(addresses: Sequence[str]) -> list[ShardIndex]:
                 f"{name.removesuffix('.idx')}.tar",
                 "is the address right? Make indexes of foreign tars with `seco index` on a copy",
             )
-        if isinstance(content, Exception):
-            raise InputError(
-                f"cannot be read ({in_words(content)})", name, "check address and credentials"
-            )
-        indexes.append(parse_index(content, name))
+        indexes.append(parse_index(told_of(content, name), name))
     return indexes
 
 
@@ -175,8 +172,7 @@ def _label_names(addresses: Sequence[str]) -> list[str]:
     found: list[list[str]] = []
     for stem in dict.fromkeys(a.removesuffix(".tar").rpartition("-")[0] for a in addresses):
         if is_remote(stem):
-            system, path = open_filesystem(f"{stem}.json")
-            if system.exists(path):
+            with suppress(FileNotFoundError):
                 found.append(read_remote_manifest(f"{stem}.json").label_names)
         elif Path(f"{stem}.json").is_file():
             found.append(read_manifest(Path(f"{stem}.json")).label_names)

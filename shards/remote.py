@@ -55,7 +55,9 @@ def try_again(fetch: Callable[[], _Result]) -> _Result:
     """
     patient = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
-        wait=tenacity.wait_exponential_jitter(_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS),
+        wait=tenacity.wait_exponential_jitter(
+            _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS, jitter=_FIRST_WAIT_SECONDS
+        ),
         retry=tenacity.retry_if_exception(is_transient),
         reraise=True,
     )
@@ -93,6 +95,19 @@ def fetch_parts(
             for i in left:
                 found[i] = found[i] or error
     return found
+
+
+def told_of(content: bytes | Exception, address: str) -> bytes:
+    """What :func:`fetch_parts` fetched.
+
+    Raises:
+        InputError: it could not be.
+    """
+    if isinstance(content, Exception):
+        raise InputError(
+            f"cannot be read ({in_words(content)})", address, "check address and credentials"
+        ) from content
+    return content
 
 
 def in_words(error: BaseException) -> str:

@@ -21,14 +21,10 @@ from shards.permutation import Permutation
 from shards.reader import set_name
 from shards.remote import in_words, is_remote, open_filesystem, try_again
 from shards.spec import PIPE
-from shards.stream import Sample, TripletFrames, UnreadableTriplet, rows_of_rank
+from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet, rows_of_rank
 from shards.triplets import DRAWS, MIN_FRAMES, draw_triplets
 
 _BUFFERED = 1000  # samples of three frames, in each loader process
-
-
-class NothingToRead(Exception):
-    """A whole pass over the shards gave not one usable video."""
 
 
 class SequentialStream:
@@ -127,7 +123,7 @@ class SequentialStream:
                     last = last if isinstance(sample, TripletFrames) else sample.reason
                     yield sample
             if not usable:
-                raise NothingToRead(f"{mine[0]}: not one video can be read: {last}")
+                raise NothingToRead(f"not one video can be read: {last}")
             number += 1
 
     def _shard(self, address: str, name: str) -> Iterator[Sample]:
@@ -150,7 +146,9 @@ class SequentialStream:
         except Exception as fault:
             faults.append(fault)
         for first in faults[:1]:
-            yield UnreadableTriplet(address, f"{address}: {in_words(first)}")
+            # WebDataset appends the stream and its address to a fault's arguments.
+            words = in_words(type(first)(*first.args[:1])) if first.args else in_words(first)
+            yield UnreadableTriplet(address, f"{address}: {words}")
 
     def _sample(self, group: dict[str, Any], name: str) -> Sample:
         """The triplet is drawn as soon as a video is here: the buffer need not hold its rest."""

@@ -12,7 +12,7 @@ import braceexpand
 
 from shards.errors import InputError
 from shards.format import Manifest, parse_manifest, read_manifest
-from shards.remote import in_words, is_remote, open_filesystem, try_again
+from shards.remote import fetch_parts, in_words, is_remote, open_filesystem, told_of, try_again
 
 _ANGLE = re.compile(r"<(\d+\.\.\d+(?:\.\.\d+)?)>")
 _COMMA_BEFORE_URL = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
@@ -117,7 +117,10 @@ def _existing(paths: list[Path], part: str) -> list[Path]:
 def _remote(url: str) -> list[str]:
     if url.endswith(".json"):
         folder = url.rpartition("/")[0]
-        manifest = read_remote_manifest(url)
+        try:
+            manifest = read_remote_manifest(url)
+        except FileNotFoundError as error:
+            raise InputError("is not there", url, "is the address right?") from error
         return _some([f"{folder}/{row.file}" for row in manifest.shards], url)
     if url.endswith("/"):
         url += "*.tar"
@@ -142,13 +145,10 @@ def read_remote_manifest(url: str) -> Manifest:
     """``NAME.json`` behind fsspec.
 
     Raises:
+        FileNotFoundError: there is none.
         InputError: it cannot be read, or is no manifest of this version.
     """
-    system, path = open_filesystem(url)
-    try:
-        content = try_again(lambda: system.cat_file(path))
-    except Exception as error:
-        raise InputError(
-            f"cannot be read ({in_words(error)})", url, "check address and credentials"
-        ) from error
-    return parse_manifest(content, url)
+    (content,) = fetch_parts([(url, None, None)])
+    if isinstance(content, FileNotFoundError):
+        raise content
+    return parse_manifest(told_of(content, url), url)

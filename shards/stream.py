@@ -43,6 +43,10 @@ class UnreadableTriplet:
     reason: str
 
 
+class NothingToRead(Exception):
+    """So many videos in a row cannot be read that there is no point in going on."""
+
+
 Sample = TripletFrames | UnreadableTriplet
 
 
@@ -137,9 +141,13 @@ class TripletStream:
         return self._read(epoch, [start + row for row in rows])
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
-        """The video at the same place of the ``attempt``-th next batch, so never of this one."""
+        """The video at the same place of the ``attempt``-th next batch, so not of this one.
+
+        After the epoch's end it goes on at its beginning, a place further.
+        """
         position = (step + attempt) * self.batch_size + self._first_row + row
-        (sample,) = self._read(epoch, [position % len(self._videos)])
+        rounds, position = divmod(position, len(self._videos))
+        (sample,) = self._read(epoch, [(position + rounds) % len(self._videos)])
         return sample
 
     def announce(self, epoch: int, step: int) -> None:

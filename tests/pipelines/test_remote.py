@@ -4,44 +4,24 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shards.errors import InputError
-from tests.data import ROOT, lacking
+from tests.data import ROOT
 from tests.pipelines.made_videos import draw_video
 from tests.pipelines.running import driver, hashes, run, wait_until
+from tests.s3_server import s3_bucket
 
 Clips = tuple[Path, dict[str, str]]
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of an empty bucket; this process and its children find its server."""
-    try:
-        import s3fs
-        from moto.server import ThreadedMotoServer
-    except ImportError:
-        lacking("s3fs and moto[server] are not installed")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    name = f"shards-{uuid.uuid4()}"  # the servers of one process share their buckets
-    s3fs.S3FileSystem().mkdir(name)
-    yield f"s3://{name}/k400"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_bucket(monkeypatch) as address:
+        yield address
 
 
 def fetched(address: str, into: Path) -> dict[str, str]:
