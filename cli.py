@@ -334,6 +334,69 @@ def bench_prepare(src: tuple[str, ...], repeats: int, as_json: bool, only_clips:
     print(found.to_json() if as_json else table(found))
 
 
+@bench.command("loader")
+@click.option("--shards", multiple=True, required=True, help="Local shards to measure on.")
+@click.option("--triplets", default=128, show_default=True, help="Triplets of one measurement.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
+@click.option("--workers", default="1,2", show_default=True, help="Loader processes to compare.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--only-costs", is_flag=True, help="Leave out opening a thousand shards.")
+def bench_loader(
+    shards: tuple[str, ...],
+    triplets: int,
+    repeats: int,
+    workers: str,
+    as_json: bool,
+    only_costs: bool,
+) -> None:
+    """CPU time of a triplet: ours, the limit, the plain chain, stock WebDataset.
+
+    \b
+    Example: seco bench loader --shards shards/k400.json
+    """
+    counts = _whole_numbers(workers, "--workers")
+    from seco.bench_loader import bench_loader as run
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import loader_table
+
+    found = run(shards, triplets, repeats, workers=counts, start=not only_costs)
+    print(to_json(found) if as_json else loader_table(found))
+
+
+@bench.command("views")
+@click.option("--shards", multiple=True, required=True, help="Local shards to measure on.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
+@click.option("--device", default="auto", show_default=True, help="Of the device part.")
+@click.option("--batch", type=int, help="Its images [default: 2048 on a GPU, else 64].")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_views(
+    shards: tuple[str, ...], repeats: int, device: str, batch: int | None, as_json: bool
+) -> None:
+    """The kernels a view is made of, and the device part of the views in batches.
+
+    \b
+    Example: seco bench views --shards shards/k400.json
+    """
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import views_table
+    from seco.bench_views import bench_views as run
+
+    found = run(shards, repeats, device=device, batch=batch)
+    print(to_json(found) if as_json else views_table(found))
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            f"{text!r} is no list of whole numbers", option, "for example 1,2"
+        ) from error
+    if not numbers or min(numbers) < 1:
+        raise InputError("must be 1 or more", option)
+    return numbers
+
+
 @seco.command("render-demo")
 @click.argument("out")
 @click.option("--clips-per-class", default=36, show_default=True, help="Clips of each class.")

@@ -1,21 +1,12 @@
-"""``seco bench prepare``: what preparing costs, beside its limit and the plain ways.
-
-CPU time of this process and all it has waited for, to the microsecond; everything in one run, in
-turns, because these machines are shared.
-"""
+"""``seco bench prepare``: what preparing costs, beside its limit and the plain ways."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +18,7 @@ from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
 from pipelines._frames import FrameChoice
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
+from shards.measuring import cpu_milliseconds, in_turns, machine
 from shards.opening import open_shards
 from shards.progress import progress
 
@@ -93,7 +85,8 @@ def bench_prepare(
         InputError: they hold no video that decodes.
     """
     binary = ffmpeg_binary()
-    bench = Bench(machine=_machine(binary), repeats=repeats)
+    found = {"ffmpeg": ffmpeg_version(binary), **machine("numpy", "simplejpeg")}
+    bench = Bench(machine=found, repeats=repeats)
     with tempfile.TemporaryDirectory(prefix="seco-bench-") as scratch:
         folder = Path(scratch)
         long, short = _by_length(_videos(sources), binary)
@@ -111,18 +104,6 @@ def bench_prepare(
                 bench.planning = planning_cost(folder)
                 bar.advance()
     return bench
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process and of all children it has waited for."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def _cost(work: Callable[[], object]) -> float:
-    began = cpu_seconds()
-    work()
-    return (cpu_seconds() - began) * 1e3
 
 
 def _videos(sources: list[str]) -> list[Path]:
@@ -199,14 +180,8 @@ def _clip_cost(
         "jpeg_files": lambda: plain(reference.jpeg_files_in_tar),
         "encoded_again": lambda: plain(reference.encode_again_first),
     }
-    costs: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for repeat in range(repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            costs[name].append(_cost(ways[name]))
-        advance()
+    median = in_turns(ways, repeats, after_each=advance)
     ours(ALL)
-    median = {name: statistics.median(values) for name, values in costs.items()}
     return ClipCost(
         clip=path.name,
         frames=len(planes),
@@ -231,10 +206,10 @@ def _short_cost(paths: list[Path], binary: str, folder: Path, repeats: int) -> d
         plan = _plan([path], folder, ALL, binary)
         rounds = [
             (
-                _cost(lambda plan=plan: build_shard(plan)),  # type: ignore[misc]
-                _cost(lambda p=path: reference.decode_to_null(p, _SHORT_EDGE, binary)),  # type: ignore[misc]
-                _cost(lambda p=planes: reference.encode_all(p, _QUALITY)),  # type: ignore[misc]
-                _cost(lambda: reference.start_ffmpeg(binary)),
+                cpu_milliseconds(lambda plan=plan: build_shard(plan)),  # type: ignore[misc]
+                cpu_milliseconds(lambda p=path: reference.decode_to_null(p, _SHORT_EDGE, binary)),  # type: ignore[misc]
+                cpu_milliseconds(lambda p=planes: reference.encode_all(p, _QUALITY)),  # type: ignore[misc]
+                cpu_milliseconds(lambda: reference.start_ffmpeg(binary)),
             )
             for _ in range(repeats)
         ]
@@ -251,20 +226,4 @@ def _short_cost(paths: list[Path], binary: str, folder: Path, repeats: int) -> d
         "of_the_limit": round((nothing + pictures) / whole, 3),
         "fixed_cpu_ms_a_video": round(whole - (nothing - begin) - pictures, 2),
         "ffmpeg_start_cpu_ms": round(begin, 2),
-    }
-
-
-def _machine(binary: str) -> dict[str, Any]:
-    model = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "cpu": model,
-        "cpus": len(os.sched_getaffinity(0)),
-        "ffmpeg": ffmpeg_version(binary),
-        **{name: version(name) for name in ("numpy", "simplejpeg")},
-        "python": platform.python_version(),
     }

@@ -32,6 +32,12 @@ class DecodedFrames(NamedTuple):
     reasons: dict[int, str]  # why, for the numbers of the broken ones
 
 
+def as_tensors(jpegs: Sequence[bytes]) -> list[Tensor]:
+    """Each file's bytes as 1-D uint8, views of one copy: torch wants memory it could write to."""
+    memory = torch.frombuffer(bytearray(b"".join(jpegs)), dtype=torch.uint8)
+    return list(memory.split([len(jpeg) for jpeg in jpegs]))
+
+
 def decode_frames(jpegs: Sequence[Tensor], device: torch.device | str) -> DecodedFrames:
     """Decode JPEG files in one call; by nvJPEG where the device is a GPU.
 

@@ -58,13 +58,13 @@ class DeviceViews:
 
     def _decoded(self, batch: Batch) -> Tensor:
         """(4, N, 3, S, S) uint8."""
-        from seco.device_decode import crop_resize_batch, decode_frames  # loads torchvision
+        # Loads torchvision, which nobody else needs here.
+        from seco.device_decode import as_tensors, crop_resize_batch, decode_frames
 
         n = len(batch.order)
         of_sample = np.arange(n)
         frames, reasons = decode_frames(
-            [torch.frombuffer(jpeg, dtype=torch.uint8) for row in batch.jpegs for jpeg in row],
-            self._device,
+            as_tensors([jpeg for row in batch.jpegs for jpeg in row]), self._device
         )
         broken = {index // 3: reason for index, reason in reasons.items()}
         for row in sorted(broken):

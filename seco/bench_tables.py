@@ -1,0 +1,80 @@
+"""The figures of ``seco bench loader`` and ``views`` for people: Markdown, to be kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from seco.bench_loader import LoaderBench
+from seco.bench_views import ViewsBench
+
+_MOST_DIGITS = 4
+
+
+def as_json(bench: LoaderBench | ViewsBench) -> str:
+    """One object."""
+    return json.dumps(dataclasses.asdict(bench), indent=1)
+
+
+def loader_table(bench: LoaderBench) -> str:
+    """Costs and ratios."""
+    return "\n".join(_loader_lines(bench))
+
+
+def _loader_lines(bench: LoaderBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield f"Medians of {bench.repeats} repeats taken in turns, CPU ms of all processes a triplet"
+    yield ""
+    yield from _table("way", "ms", bench.costs)
+    yield ""
+    yield from _table("ours", "ratio", bench.ratios)
+    yield ""
+    yield f"Limit: decode by {bench.kernels['decode']}; resize by {bench.kernels['resize']}"
+    yield from _pairs("Frames", bench.frames)
+    yield from _pairs("Loader processes", bench.scaling)
+    yield from _pairs("Opening shards", bench.start)
+    yield from _pairs("Order", bench.order)
+
+
+def views_table(bench: ViewsBench) -> str:
+    """Kernels and device part."""
+    return "\n".join(_views_lines(bench))
+
+
+def _views_lines(bench: ViewsBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield f"Medians of {bench.repeats} repeats taken in turns"
+    for title, values in (
+        ("decode a frame", bench.decode),
+        ("crop and resize a view", bench.resize),
+        ("a view of a decoded frame", bench.plain),
+    ):
+        yield ""
+        yield from _table(title, "CPU us", values)
+    yield ""
+    yield from _pairs("Device part", bench.device)
+
+
+def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:
+    yield f"| {name} | {unit} |"
+    yield "|---|---|"
+    for key, value in values.items():
+        yield f"| {key} | {value:.{_MOST_DIGITS - 1}g} |"
+
+
+def _pairs(title: str, values: Mapping[str, float]) -> Iterator[str]:
+    if values:
+        shown = "; ".join(
+            f"{name.replace('_', ' ')} {_number(value)}" for name, value in values.items()
+        )
+        yield f"{title}: {shown}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{_MOST_DIGITS}g}"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())

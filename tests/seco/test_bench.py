@@ -1,0 +1,133 @@
+"""``seco bench loader`` and ``views``: that what they compare is what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cli
+from seco import bench_reference as reference
+from seco.view_parameters import ViewConfig
+from shards import measuring
+from tests.made_shards import drawn_frame, make_set
+from tests.pipelines.test_bench import figures
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_set(tmp_path_factory.mktemp("bench"), videos=16, frames=5, per_shard=8)
+
+
+def printed(command: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    assert cli.run(["bench", *command]) == 0
+    return capfd.readouterr().out
+
+
+def test_loader(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["loader", "--shards", spec, "--triplets", "8", "--repeats", "1", "--workers", "1"]
+    found = json.loads(printed([*command, "--only-costs", "--json"], capfd))
+    assert set(found["costs"]) > {"ours", "limit", "plain chain"}
+    assert len(found["ratios"]) == 6
+    assert found["frames"]["bytes_read_beyond_its_frames"] < 4096
+    assert found["order"]["videos"] == 10**9
+    numbers = figures([found[part] for part in ("costs", "ratios", "scaling", "order")])
+    assert len(numbers) > 15
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    text = printed([*command, "--only-costs"], capfd)
+    assert "| of the limit |" in text and "Limit: decode by libjpeg-turbo" in text
+
+
+def test_views(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["views", "--shards", spec, "--repeats", "1", "--device", "cpu", "--batch", "4"]
+    found = json.loads(printed([*command, "--json"], capfd))
+    assert set(found["decode"]) == set(reference.decoders())
+    assert set(found["resize"]) == set(reference.resizers())
+    assert found["device"]["images"] == 4
+    numbers = figures([found[part] for part in ("decode", "resize", "plain", "device")])
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    assert "| torch, uint8 |" in printed(command, capfd)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["loader", "--shards", "none.json"], "none.json: cannot be read"),
+        (["loader", "--shards", "{spec}", "--triplets", "99"], "do not fill a batch of 99"),
+        (["loader", "--shards", "{spec}", "--workers", "two"], "--workers: 'two' is no list"),
+        (["loader", "--shards", "{spec}", "--workers", "0"], "--workers: must be 1 or more"),
+        (["views", "--shards", "{spec}", "--device", "tpu"], "unknown device"),
+    ],
+)
+def test_mistakes_are_one_line(
+    spec: str, capfd: pytest.CaptureFixture[str], command: list[str], message: str
+) -> None:
+    assert cli.run(["bench", *(part.format(spec=spec) for part in command)]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("seco: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_all_decoders_and_resizers_give_the_same_picture() -> None:
+    data = drawn_frame(3, 0, (96, 128))
+    pictures = {name: decode(data).copy() for name, decode in reference.decoders().items()}
+    whole = pictures.pop("libjpeg-turbo")
+    assert pictures.pop("libjpeg-turbo, half the size").shape == (48, 64, 3)
+    for name, picture in pictures.items():
+        assert np.abs(picture.astype(int) - whole).mean() < 2, name
+    box, results = (13, 7, 90, 60), {}
+    for name, resize in reference.resizers().items():
+        out = np.zeros((40, 40, 3), dtype=np.uint8)
+        resize(whole, box, 40, out)
+        results[name] = out.astype(int)
+    for name, result in results.items():
+        assert np.abs(result - results["PIL"]).mean() < 1, name
+
+
+def test_the_limit_and_the_plain_ways_do_all_of_the_work(spec: str) -> None:
+    calls: list[Any] = []
+
+    def decode(data: bytes) -> np.ndarray:
+        calls.append(len(data))
+        return np.zeros((48, 64, 3), dtype=np.uint8)
+
+    def resize(image: Any, box: Any, size: int, out: np.ndarray) -> None:
+        calls.append(tuple(box))
+        out[:] = 1
+
+    samples = [tuple(drawn_frame(v, f) for f in range(3)) for v in range(4)]
+    boxes = np.arange(64).reshape(4, 4, 4)
+    out = np.zeros((4, 2, 8, 8, 3), dtype=np.uint8)
+    reference.limit(samples, boxes, 8, out, decode, resize)
+    assert sum(isinstance(call, int) for call in calls) == 12
+    boxes_used = {call for call in calls if isinstance(call, tuple)}
+    assert boxes_used == {tuple(box) for box in boxes.reshape(-1, 4).tolist()}
+    assert out.all()
+    seen: list[Any] = []
+
+    def transform(picture: Any) -> Any:
+        seen.append(picture.size)
+        return reference.plain_transform(8, ViewConfig())(picture)
+
+    reference.plain_chain(samples, transform)
+    assert seen == [(64, 48)] * 16
+    tars = sorted(str(tar) for tar in Path(spec).parent.glob("*.tar"))
+    for decode_all in (True, False):
+        seen.clear()
+        reference.streamed_by_webdataset(tars, 20, transform, decode_all=decode_all)
+        assert seen == [(64, 48)] * 80  # 16 videos: it went on from the beginning
+
+
+def test_medians_are_taken_in_turns() -> None:
+    order: list[str] = []
+    costs = iter([1.0, 5.0, 6.0, 2.0, 3.0, 7.0])
+    found = measuring.in_turns(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        3,
+        lambda work: (work(), next(costs))[1],  # type: ignore[func-returns-value]
+    )
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"a": 2.0, "b": 6.0}
