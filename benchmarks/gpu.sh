@@ -2,6 +2,7 @@
 # Everything that needs a GPU, in one call: the tests that skip without one, then timings, the table last.
 #   benchmarks/gpu.sh            on a machine with a GPU
 #   benchmarks/gpu.sh cpu        the same logic, small, on the CPU: a check of this script
+# SHARDS=set.json: real frames of 340x256 for the loader; without it, drawn ones.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -24,18 +25,35 @@ else
     time_step --arch resnet18 --crop-size 32 --batch-size 32 --queue-size 192 --steps 3
 fi
 
-# A short real run from shards to features on the device.
-"$python" - "$out/shards" <<'PY' || failed=1
+# A short real run from shards to features on the device, once with frames decoded there.
+"$python" - "$out/shards" "$device" <<'PY' || failed=1
 import sys
 from pathlib import Path
 from tests.made_shards import make_set
 make_set(Path(sys.argv[1]), videos=64, frames=6, per_shard=32)
+many = 1024 if sys.argv[2] == "cuda" else 32
+make_set(Path(sys.argv[1]), videos=many, frames=4, per_shard=128, name="large", size=(256, 340))
 PY
+decode=cpu; [ "$device" = cuda ] && decode=nvjpeg
+"$python" -m cli pretrain --shards "$out/shards/made.json" --out "$out/run-decode" --arch resnet18 --epochs 3 \
+    --batch-size 16 --queue-size 64 --crop-size 64 --device "$device" --decode "$decode" > /dev/null || failed=1
 "$python" -m cli pretrain --shards "$out/shards/made.json" --out "$out/run" --arch resnet18 --epochs 3 \
     --batch-size 16 --queue-size 64 --crop-size 64 --device "$device" > /dev/null || failed=1
 "$python" -m cli extract-features --shards "$out/shards/made.json" --checkpoint "$out/run/last.pt" \
     --out "$out/features" --frames 4 --short-edge 72 --crop-size 64 --device "$device" > /dev/null || failed=1
 
+# The loader alone, and the views on the device: docs/loader.md.
+shards=${SHARDS:-$out/shards/large.json}
+if [ "$device" = cuda ]; then
+    "$python" -m cli bench loader --shards "$shards" --triplets 512 --repeats 3 --workers 1,8,16 > "$out/loader.md" || failed=1
+    "$python" -m cli bench views --shards "$shards" --device cuda > "$out/views.md" || failed=1
+else
+    "$python" -m cli bench loader --shards "$shards" --triplets 8 --repeats 1 --only-costs > "$out/loader.md" || failed=1
+    "$python" -m cli bench views --shards "$shards" --repeats 1 --device cpu --batch 4 > "$out/views.md" || failed=1
+fi
+
+echo "== $device: loader and views =="
+cat "$out/loader.md" "$out/views.md"
 echo "== $device: step times =="
 cat "$times"
 [ "$failed" = 0 ] && echo "all passed" || { echo "something failed, see above"; exit 1; }

@@ -52,6 +52,8 @@ class Trainer:
     """Everything of one run: data, model, optimizer, log, position."""
 
     def __init__(self, config: PretrainConfig) -> None:
+        if config.out:
+            require_writable(Path(config.out))  # before anything that takes long
         self.stream = open_stream(
             config.shards,
             config.batch_size,
@@ -66,6 +68,8 @@ class Trainer:
         require_writable(self.out)
         checkpoint = self._checkpoint_to_resume()
         self.device = resolve_device(config.device)
+        if config.decode == "nvjpeg" and self.device.type != "cuda":
+            raise InputError("nvjpeg needs a GPU", "--decode", "leave it out")
         if self.stream.left_out:
             _say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
         self.steps_per_epoch = self.stream.steps_per_epoch

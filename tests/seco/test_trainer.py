@@ -176,6 +176,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards: str, tmp_path: Path) ->
         ({"device": "cuda:9"}, "no GPU|unknown device"),
         ({"init": "nowhere.pt"}, "nowhere.pt: cannot be read"),
         ({"epochs": 0}, "--epochs"),
+        ({"decode": "nvjpeg"}, "--decode: nvjpeg needs a GPU"),
+        ({"decode": "nvjpeg", "views_on": "workers"}, "--views-on: must be device"),
+        ({"window_shards": -1}, "--window-shards: must not be negative"),
+        ({"steps_per_epoch": 0}, "--steps-per-epoch: must be 1 or more"),
+        ({"steps_per_epoch": 5}, "--steps-per-epoch: is for shards without index"),
+        ({"cache_gb": 0.0}, "--cache-gb: must be above 0"),
     ],
 )
 def test_settings_that_cannot_work(
