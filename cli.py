@@ -16,12 +16,14 @@ from seco import __version__
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_TOO_MANY_EXCLUDED,
     InputError,
+    PeerLost,
     Stopped,
     TooManyExcluded,
 )
@@ -176,9 +178,23 @@ def pretrain(context: click.Context, /, **settings: Any) -> None:
             "--preset",
             "leave one of them out",
         )
-    from seco.trainer import pretrain as run
+    from seco.launch import pretrain as launch
 
-    print(run(PretrainConfig(**settings)))
+    if code := launch(PretrainConfig(**settings), pretrain_here):
+        raise click.exceptions.Exit(code)
+
+
+def pretrain_here(config: PretrainConfig) -> int:
+    """One process of a pre-training: its exit code. The first one tells where the checkpoint is."""
+
+    def work() -> None:
+        from seco.trainer import pretrain as run
+
+        checkpoint = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(checkpoint)
+
+    return exit_code(work)
 
 
 @seco.command("extract-features")
@@ -193,6 +209,40 @@ def extract_features(**settings: Any) -> None:
     from seco.features import extract_features as run
 
     print(run(ExtractConfig(**settings)))
+
+
+@seco.command("import")
+@click.argument("file")
+@settings_options(ImportConfig, required=("out",), arguments=("file",))
+def import_(**settings: Any) -> None:
+    """Make a checkpoint of this toolkit from FILE, by name and strictly.
+
+    FILE is MoCo v1 or v2, SeCo of its authors, a torchvision ResNet (.pth) or safetensors. Such
+    files can be given to --init and --checkpoint as they are, too.
+
+    \b
+    Example: seco import moco_v2_200ep_pretrain.pth.tar --out moco.pt
+    """
+    from seco.exchange import import_checkpoint
+
+    print(import_checkpoint(ImportConfig(**settings)))
+
+
+@seco.command("export")
+@click.argument("file")
+@settings_options(ExportConfig, required=("format", "out"), arguments=("file",))
+def export(**settings: Any) -> None:
+    """Write the checkpoint FILE in a layout that other code reads.
+
+    torchvision and safetensors hold the query backbone; moco (v2) and seco-authors hold the heads,
+    the key encoder and the queue as well.
+
+    \b
+    Example: seco export runs/k400/last.pt --format torchvision --out k400-resnet50.pth
+    """
+    from seco.exchange import export_checkpoint
+
+    print(export_checkpoint(ExportConfig(**settings)))
 
 
 @seco.command()
@@ -419,8 +469,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (DESIGN §12)."""
+    return exit_code(lambda: seco.main(args=arguments, prog_name="seco", standalone_mode=False))
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do it; whatever goes wrong is one line on standard error and a code (DESIGN §12)."""
     try:
-        seco.main(args=arguments, prog_name="seco", standalone_mode=False)
+        work()
         return 0
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -431,6 +486,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_TOO_MANY_EXCLUDED)
     except InputError as error:
         return _fail(error, EXIT_FAILED)
+    except PeerLost:
+        return EXIT_FAILED  # that process has said why it ended
     except Stopped as stopped:
         return _fail(stopped, EXIT_STOPPED)
     except (KeyboardInterrupt, click.Abort):
@@ -458,7 +515,8 @@ def _known_fault(error: RuntimeError) -> str:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"seco: {message}", file=sys.stderr)
+    if str(message):  # empty: another process of the same run says it
+        print(f"seco: {message}", file=sys.stderr)
     return code
 
 

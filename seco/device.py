@@ -6,12 +6,15 @@ import os
 
 import torch
 
+from seco.ranks import local_rank, local_size
+from shards.cpus import usable_cpus
 from shards.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
     """The device of ``--device``; ``auto`` is a GPU when there is one.
 
+    Of several processes on a machine each takes the GPU of its number, or its share of the cores.
     On the CPU one core is left to the loader: computing threads that wait for each other at every
     layer lose far more than that core to a loader process which takes turns with them. How many
     threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
@@ -22,6 +25,8 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_size() > 1:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -34,11 +39,7 @@ def resolve_device(name: str) -> torch.device:
             there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
             raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _usable_cores() - 1))
+        torch.set_num_threads(max(1, (usable_cpus() - 1) // local_size()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
+_AGAIN_SECONDS = 1.0
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class StopRequest:
     """Within the block, the first SIGINT, SIGTERM or SIGUSR1 sets a flag instead of killing.
 
-    A second Ctrl-C interrupts at once: whoever presses it twice does not want to wait.
+    A second Ctrl-C interrupts at once: whoever presses it twice does not want to wait. (A terminal
+    and a launcher that hands it on make two of one.)
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __bool__(self) -> bool:
@@ -29,9 +33,11 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
+        again = self.signal_name is not None and time.monotonic() - self._since > _AGAIN_SECONDS
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        if self.signal_name is None:
+            self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
 
     def __exit__(
         self,
