@@ -23,7 +23,7 @@ from seco.loader import Batch, TripletLoader
 from seco.method import SeCo, StepResult
 from seco.metrics import RunLog
 from seco.schedule import learning_rate
-from seco.stopping import StopRequest
+from seco.stopping import StopRequest, StopWaiting
 from seco.view_parameters import ViewConfig
 from seco.weights import load_backbone
 from shards.atomic import require_writable, write_text
@@ -64,7 +64,9 @@ class Trainer:
             steps_per_epoch=config.steps_per_epoch,
         )
         self.out = Path(config.out or f"runs/{self.stream.name}")
-        self.config = config = dataclasses.replace(config, out=str(self.out))
+        # The window that was chosen is written down: another one would be another order.
+        window = self.stream.window_shards if config.steps_per_epoch is None else None
+        self.config = config = dataclasses.replace(config, out=str(self.out), window_shards=window)
         require_writable(self.out)
         checkpoint = self._checkpoint_to_resume()
         self.device = resolve_device(config.device)
@@ -131,7 +133,12 @@ class Trainer:
         window_began, waited, logged_step = time.perf_counter(), 0.0, self.step
         while self.step < self.total_steps:
             asked = time.perf_counter()
-            batch = next(loader)
+            try:
+                with stop.while_waiting():
+                    batch = next(loader)
+            except StopWaiting:
+                self._save(self.out / LAST)
+                raise self._stopped(stop) from None
             waited += time.perf_counter() - asked
             views = self.device_views.of(batch)
             self._note_unreadable(batch)
@@ -155,10 +162,13 @@ class Trainer:
                 self._save(self.out / LAST)
             self._keep_epoch_checkpoint()
             if stopping and not last:
-                raise Stopped(
-                    f"{stop.signal_name}: saved step {self.step} of {self.total_steps} in "
-                    f"{self.out / LAST}; go on with the same command and --resume auto"
-                )
+                raise self._stopped(stop)
+
+    def _stopped(self, stop: StopRequest) -> Stopped:
+        return Stopped(
+            f"{stop.signal_name}: saved step {self.step} of {self.total_steps} in "
+            f"{self.out / LAST}; go on with the same command and --resume auto"
+        )
 
     def _train_step(self, batch: Batch, views: Tensor) -> StepResult:
         config = self.config
