@@ -170,14 +170,12 @@ class TripletStream:
 
     def digest(self) -> str:
         """Equal for the same videos in the same order, however they are cut into shards."""
-        digests = [hashlib.sha256() for _ in range(3)]
+        texts, lengths, counts = (hashlib.sha256() for _ in range(3))
         for index in self.shards.indexes:
-            lengths = np.diff(index.key_end.astype(np.int64), prepend=0)
-            for digest, array in zip(
-                digests, (index.key_text, lengths, index.frame_counts), strict=True
-            ):
-                digest.update(array.tobytes())
-        whole = hashlib.sha256(b"".join(digest.digest() for digest in digests))
+            texts.update(index.key_text.tobytes())
+            lengths.update(np.diff(index.key_end.astype(np.int64), prepend=0).tobytes())
+            counts.update(index.frame_counts.tobytes())
+        whole = hashlib.sha256(texts.digest() + lengths.digest() + counts.digest())
         if self.window_shards:
             whole.update(self.shards.counts.tobytes())
         return whole.hexdigest()
