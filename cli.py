@@ -475,8 +475,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def exit_code(work: Callable[[], object]) -> int:
     """Do it; whatever goes wrong is one line on standard error and a code (DESIGN §12)."""
     try:
-        work()
-        return 0
+        code = work()  # of click: the code of an Exit
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:

@@ -66,6 +66,8 @@ def bench_loader(
     Raises:
         InputError: the shards hold fewer videos than one measurement needs.
     """
+    if min(triplets, repeats) < 1:
+        raise InputError("must be 1 or more", "--triplets, --repeats")
     torch.set_num_threads(1)
     shards = open_shards(spec)
     stream = TripletStream(shards, triplets, "uniform", _SEED)

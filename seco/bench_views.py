@@ -17,10 +17,10 @@ from seco.augment import apply_views
 from seco.crops import draw_crops
 from seco.device import resolve_device
 from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
+from shards.errors import InputError
 from shards.measuring import in_turns, machine
 from shards.opening import open_shards
 from shards.progress import progress
-from shards.triplets import MIN_FRAMES
 
 _CROP_SIZE = 224
 _FRAMES = 48
@@ -49,6 +49,8 @@ def bench_views(
         device: where the device part is measured.
         batch: images of it; 2,048 on a GPU, 64 elsewhere.
     """
+    if repeats < 1 or (batch is not None and batch < 1):
+        raise InputError("must be 1 or more", "--repeats, --batch")
     where = resolve_device(device)
     torch.set_num_threads(1)
     names = ["torch", "torchvision", "simplejpeg", "pillow", "pillow-simd", "numpy"]
@@ -57,7 +59,9 @@ def bench_views(
         found.machine["gpu"] = torch.cuda.get_device_name(where)
     shards = open_shards(spec)
     videos = np.linspace(0, len(shards) - 1, _FRAMES).astype(int)
-    jpegs = [shards.read_frame(int(v), i % MIN_FRAMES) for i, v in enumerate(videos)]
+    jpegs = [
+        shards.read_frame(int(v), i % shards.frame_count(int(v))) for i, v in enumerate(videos)
+    ]
     decoders = reference.decoders()
     images = [np.array(decoders["libjpeg-turbo"](jpeg)) for jpeg in jpegs]
     sizes = np.array([image.shape[1::-1] for image in images])

@@ -37,9 +37,11 @@ def clip_views(
 
     Raises:
         BrokenJpeg: a frame does not decode.
-        ValueError: the frames of a clip differ in size.
+        ValueError: the clips differ in length, or the frames of one in size.
     """
     decoder = decoder or FrameDecoder()
+    if len({len(frames) for frames in clips}) > 1:
+        raise ValueError(f"clips of {sorted({len(frames) for frames in clips})} frames")
     drawn = uniforms(starts, CROP_DRAWS + VIEW_DRAWS)
     sizes = np.array([jpeg_size(frames[0]) for frames in clips])
     boxes = draw_crops(

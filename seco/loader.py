@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from seco.batch_ring import BatchRing
 from seco.chunks import VIEWS, Chunk, ChunkMaker
-from seco.stopping import leave_signals_to_parent
+from seco.stopping import kill_workers, leave_signals_to_parent
 from seco.view_parameters import ViewConfig
 from shards.errors import InputError
 from shards.stream import Stream
@@ -142,17 +142,20 @@ class TripletLoader:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Raises InputError when samples cannot be read nor replaced."""
-        chunks = iter(self._chunk_loader())  # forks: before any thread is started
+        chunks = iter(self._chunk_loader())  # forks: before shards are fetched ahead in threads
         if self._pin and self._ring is not None:
             self._ring.pin()
         try:
             for step in self._steps:
                 self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
-                parts = [next(chunks) for _ in range(self._chunks)]
+                parts = [_sound(next(chunks)) for _ in range(self._chunks)]
                 self._read = step
                 yield self._batch(step, parts)
+        except BaseException:
+            kill_workers(chunks)
+            raise
         finally:
-            del chunks  # its processes ignore signals and end with it, not with the interpreter
+            del chunks  # its processes end with it, not with the interpreter
 
     def _chunk_loader(self) -> DataLoader[Chunk]:
         return DataLoader(
@@ -170,15 +173,12 @@ class TripletLoader:
         rows = self._stream.rows
         for step in self._steps:
             slot = step % self._ring.slots if self._ring is not None else 0
-            if self._ring is not None and step - self._read > self._ring.slots:
+            if self._ring is not None and step - self._read >= self._ring.slots:
                 raise RuntimeError("a batch would be overwritten while it is read")
             for first in range(0, rows, _CHUNK_ROWS):
                 yield _Task(step, first, min(first + _CHUNK_ROWS, rows), slot)
 
     def _batch(self, step: int, parts: list[Chunk]) -> Batch:
-        for part in parts:
-            if part.fatal:
-                raise InputError(part.fatal, "--shards", "run `seco verify` on them")
         uniform = np.concatenate([part.uniform for part in parts], axis=1)
         images = None
         if self._ring is not None:
@@ -193,6 +193,13 @@ class TripletLoader:
             jpegs=[row for part in parts for row in part.jpegs],
             boxes=torch.from_numpy(np.concatenate([part.boxes for part in parts], axis=1)),
         )
+
+
+def _sound(chunk: Chunk) -> Chunk:
+    """The chunk; raises InputError when the run cannot go on."""
+    if chunk.fatal:
+        raise InputError(chunk.fatal, "--shards", "are they whole? See `seco verify`")
+    return chunk
 
 
 class _Tasks:

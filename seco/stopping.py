@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+
+from torch._C import _remove_worker_pids
 
 _AGAIN_SECONDS = 1.0
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+class StopWaiting(BaseException):
+    """A signal came while the run was waiting for data."""
 
 
 class StopRequest:
@@ -20,6 +29,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._since = 0.0
+        self._waiting = False
         self._before: dict[int, object] = {}
 
     def __bool__(self) -> bool:
@@ -32,12 +42,26 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
+    @contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """Within the block a signal interrupts, with :class:`StopWaiting`, what may never end."""
+        if self:
+            raise StopWaiting
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.signal_name is not None and time.monotonic() - self._since > _AGAIN_SECONDS
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal_name is None:
             self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
+        if self._waiting:
+            self._waiting = False
+            raise StopWaiting
 
     def __exit__(
         self,
@@ -53,8 +77,32 @@ def leave_signals_to_parent(worker: int) -> None:
     """For loader processes: signals reach the whole group, but only the parent acts on them.
 
     A loader that died of the scheduler's SIGTERM would take the trainer with it before it can save.
-    It ends when its parent tells it to, or is gone.
+    It ends when its parent tells it to, or is gone. In a group of its own it can be killed with
+    the commands it runs (``pipe:``).
     """
+    os.setpgid(0, 0)
     for name in _SIGNALS:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+            # A handler, unlike SIG_IGN, is not handed on to these commands.
+            signal.signal(getattr(signal, name), _pass_by)
+
+
+def _pass_by(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def kill_workers(loader: object) -> None:
+    """End the processes of a DataLoader's iterator at once, whatever they are waiting for.
+
+    They do not hear SIGTERM, with which torch would end them, and may be stuck in a read.
+    """
+    workers = getattr(loader, "_workers", [])
+    if workers:
+        # Else torch takes their death for a fault and raises it here.
+        _remove_worker_pids(id(loader))
+        loader._worker_pids_set = False  # type: ignore[attr-defined]
+    for worker in workers:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.kill()  # one that had no time yet to make its group
+        worker.join()

@@ -28,7 +28,7 @@ from seco.ranks import Ranks, joined
 from seco.run_state import RunState, checkpoint_to_resume
 from seco.schedule import learning_rate
 from seco.step import GlobalRows, TrainingStep
-from seco.stopping import StopRequest
+from seco.stopping import StopRequest, StopWaiting
 from seco.view_parameters import VIEW_DRAWS, ViewConfig
 from shards.atomic import require_writable, write_text
 from shards.errors import InputError, PeerLost, Stopped
@@ -81,7 +81,9 @@ class Trainer:
             world_size=ranks.size,
         )
         self.out = Path(config.out or f"runs/{self.stream.name}")
-        self.config = config = dataclasses.replace(config, out=str(self.out))
+        # The window that was chosen is written down: another one would be another order.
+        window = self.stream.window_shards if config.steps_per_epoch is None else None
+        self.config = config = dataclasses.replace(config, out=str(self.out), window_shards=window)
         require_writable(self.out)
         checkpoint = checkpoint_to_resume(self.out, config.resume)
         if config.decode == "nvjpeg" and device.type != "cuda":
@@ -166,11 +168,16 @@ class Trainer:
         window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
         while state.step < self.total_steps:
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = None
+            try:
+                with stop.while_waiting():
+                    batch = next(batches)
+            except StopWaiting:
+                pass  # the others have to be told
             waited += time.perf_counter() - asked
-            crops = self.device_views.crops(batch)
-            known, stopping = self._known_to_all(batch, bool(stop))
-            if stopping:
+            crops = None if batch is None else self.device_views.crops(batch)
+            known, stopping = self._known_to_all(batch)
+            if stopping or crops is None:
                 state.save()
                 state.finish()
                 self.ranks.wait()  # nobody ends before everything is saved
@@ -212,18 +219,20 @@ class Trainer:
     def _train_step(self, crops: torch.Tensor, known: GlobalRows, lr: float) -> StepResult:
         return self.step.run(crops, known, self.state.step, lr)
 
-    def _known_to_all(self, batch: Batch, stop: bool) -> tuple[GlobalRows, bool]:
-        """Rows of all ranks, and whether any of them has been told to stop.
+    def _known_to_all(self, batch: Batch | None) -> tuple[GlobalRows, bool]:
+        """Rows of all ranks, and whether any of them has none because it was told to stop.
 
         One exchange of the hosts a step carries everything that they must agree on.
         """
-        n = len(batch.order)
+        n = self.stream.rows
         mine = np.zeros((n, _COLUMNS))
-        mine[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
-        mine[:, _ORDER], mine[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
-        mine[0, _STOP], mine[0, _UNREADABLE] = stop, len(batch.unreadable)
-        for reason in batch.unreadable:
-            _tell(f"unreadable, replaced by another video: {reason}")
+        mine[0, _STOP] = batch is None
+        if batch is not None:
+            mine[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
+            mine[:, _ORDER], mine[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
+            mine[0, _UNREADABLE] = len(batch.unreadable)
+            for reason in batch.unreadable:
+                _tell(f"unreadable, replaced by another video: {reason}")
         rows = self.ranks.gather_host(mine)
         self._note_unreadable(int(rows[:, _UNREADABLE].sum()))
         uniform = rows[:, :_DRAWN].reshape(-1, 4, VIEW_DRAWS).transpose(1, 0, 2)

@@ -155,6 +155,8 @@ def _within(wanted: ByteRange, whole: ByteRange) -> bool:
 def _part(wanted: ByteRange, whole: ByteRange, data: bytes | Exception) -> bytes | UnreadableFrame:
     if isinstance(data, Exception):
         return UnreadableFrame(f"{wanted.address}: {in_words(data)}")
+    if len(data) > whole.size:
+        return UnreadableFrame(f"{wanted.address}: the server ignores ranges: give --cache-dir")
     start = wanted.offset - whole.offset
     part = data[start : start + wanted.size]
     if len(part) != wanted.size:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from shards.remote import in_words, open_filesystem, try_again
 
 _LOST_FOR_SECONDS = 60.0  # before a shard that could not be fetched is asked for again
 _MAKES_WAY = 3  # times in a row that a shard may be deleted before it is opened
+_ROOM_SECONDS = 0.1  # between looks for room
 _FETCHERS = 4  # shards fetched ahead at a time, by each process
 
 
@@ -62,31 +64,44 @@ class ShardCache:
 
         Args:
             address: of the shard.
-            wait: for another process that is fetching it; else return None then.
+            wait: for another process that is fetching it, or for room that others are filling;
+                else return None then.
 
         Raises:
             OSError, and whatever fsspec raises: it could not be fetched.
-            InputError: there is no room.
         """
         path = self.path(address)
-        if _touch(path):
-            return path
-        with _locked(_lock_of(path), wait) as lock:
-            if lock is None:
+        while not _touch(path):
+            with _locked(_lock_of(path), wait) as lock:
+                if lock is None:
+                    return None
+                if _touch(path):
+                    break
+                if self._reserve(path, lock, self._infos[address].bytes):
+                    try:
+                        self._download(address)
+                    finally:
+                        os.ftruncate(lock, 0)
+                    break
+            if not wait:
                 return None
-            if not _touch(path):
-                size = self._infos[address].bytes
-                self._reserve(path, lock, size)
-                try:
-                    try_again(lambda: _download(address, path, size))
-                finally:
-                    os.ftruncate(lock, 0)
+            time.sleep(_ROOM_SECONDS)
         return path
 
-    def _reserve(self, path: Path, lock: int, size: int) -> None:
-        """Delete the shards used longest ago until ``size`` more bytes fit, and book these."""
+    def _download(self, address: str) -> None:
+        path, size = self.path(address), self._infos[address].bytes
+        try_again(lambda: _download(address, path, size))
+
+    def _reserve(self, path: Path, lock: int, size: int) -> bool:
+        """Delete the shards used longest ago until ``size`` more bytes fit, and book these.
+
+        Returns:
+            False when shards that are being fetched take the room.
+        """
         with _locked(self.folder / ".room.lock", True):
-            held, coming = self._held(), self._coming(path)
+            # In this order a shard that arrives in between counts twice, not never.
+            coming = self._coming(path)
+            held = self._held()
             excess = sum(bytes_ for _, bytes_, _ in held) + coming + size - self.limit_bytes
             for _, bytes_, old in sorted(held):
                 if excess <= 0:
@@ -95,13 +110,10 @@ class ShardCache:
                 _lock_of(old).unlink(missing_ok=True)
                 excess -= bytes_
             if excess > 0:
-                raise InputError(
-                    f"{size_text(self.limit_bytes)} are taken by shards being fetched",
-                    "--cache-gb",
-                    "raise it",
-                )
+                return False
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(size).encode(), 0)
+            return True
 
     def _held(self) -> list[tuple[float, int, Path]]:
         """(last use, bytes, path) of the shards here."""
@@ -136,12 +148,13 @@ class CachedAccess(LocalAccess):
         super().__init__()
         self.cache = cache
         self._lost: dict[str, tuple[float, str]] = {}
-        self._ahead: dict[str, Future[None]] = {}
-        self._fetchers: ThreadPoolExecutor | None = None
+        self._ahead: deque[str] = deque()
+        self._seen: set[str] = set()
+        self._fetchers: list[threading.Thread] = []
 
     def __getstate__(self) -> dict[str, object]:
         state = super().__getstate__()
-        return {**state, "_ahead": {}, "_fetchers": None}
+        return {**state, "_ahead": deque(), "_seen": set(), "_fetchers": []}
 
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes | UnreadableFrame]:
         self._close_deleted()
@@ -160,25 +173,30 @@ class CachedAccess(LocalAccess):
 
     def want(self, addresses: Sequence[str]) -> None:
         """Fetch these in the background, in this order; what fails is met again by a reader."""
-        if self._fetchers is None:
-            self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="shard-fetcher")
-        for address, future in list(self._ahead.items()):
-            if address not in addresses and (future.done() or future.cancel()):
-                del self._ahead[address]
-        for address in addresses:
-            if address not in self._ahead:
-                self._ahead[address] = self._fetchers.submit(self._fetch_ahead, address)
+        self._seen &= set(addresses)
+        self._ahead.clear()
+        self._ahead.extend(address for address in addresses if address not in self._seen)
+        self._fetchers = [thread for thread in self._fetchers if thread.is_alive()]
+        while len(self._fetchers) < min(_FETCHERS, len(self._ahead)):
+            # Daemons: a download that stalls must not keep the run from ending. What they leave
+            # half-fetched is cleared away by the next process that needs room.
+            thread = threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True)
+            self._fetchers.append(thread)
+            thread.start()
 
     def close(self) -> None:
-        """Stop fetching ahead; what is being fetched is finished."""
-        if self._fetchers is not None:
-            self._fetchers.shutdown(wait=True, cancel_futures=True)
-            self._fetchers = None
-            self._ahead.clear()
+        """Fetch no more ahead."""
+        self._ahead.clear()
 
-    def _fetch_ahead(self, address: str) -> None:
-        with suppress(Exception):
-            self.cache.fetch(address, wait=False)
+    def _fetch_ahead(self) -> None:
+        while True:
+            try:
+                address = self._ahead.popleft()
+            except IndexError:
+                return
+            self._seen.add(address)
+            with suppress(Exception):
+                self.cache.fetch(address, wait=False)
 
     def _bring(self, address: str) -> str | None:
         """Make sure of a descriptor of the shard; why not, when it cannot be had."""

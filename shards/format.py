@@ -136,6 +136,12 @@ def parse_manifest(content: bytes, where: object) -> Manifest:
         manifest = Manifest(shards=rows, **fields)
         if any(row.file != PurePath(row.file).name for row in rows):
             raise ValueError("a shard outside the manifest's folder")
+        numbers = [n for row in rows for n in (row.bytes, row.videos, row.frames)]
+        if not all(isinstance(number, int) for number in [*numbers, manifest.format_version]):
+            raise ValueError("numbers that are none")
+        names = manifest.label_names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("label names that are no texts")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError("is not a shard manifest", where, "pass NAME.json of a set") from error
     if manifest.format_version != FORMAT_VERSION:

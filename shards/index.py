@@ -96,9 +96,17 @@ class ShardIndex:
 
     @cached_property
     def _details(self) -> dict[str, Any]:
-        details: dict[str, Any] = json.loads(self.details.tobytes())
-        if any(len(details[name]) != self.info.videos for name in ("splits", "sources")):
-            raise InputError("is not a whole index", self.info.file, "run `seco index --force`")
+        try:
+            details: dict[str, Any] = json.loads(self.details.tobytes())
+            whole = all(len(details[name]) == self.info.videos for name in ("splits", "sources"))
+            whole = whole and all(isinstance(row, dict) for row in details["splits"])
+            details["sources"] = [(str(path), int(size)) for path, size in details["sources"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise InputError(
+                "its index is not whole", self.info.file, "make it anew with `seco index --force`"
+            )
         return details
 
     @property
@@ -107,10 +115,11 @@ class ShardIndex:
         rows: list[dict[str, str]] = self._details["splits"]
         return rows
 
-    @cached_property
+    @property
     def sources(self) -> list[tuple[str, int]]:
         """(V,) path relative to the raw folder, and its bytes or -1."""
-        return [(str(source), int(size)) for source, size in self._details["sources"]]
+        rows: list[tuple[str, int]] = self._details["sources"]
+        return rows
 
     def frame_at(self, row: int, frame: int) -> FrameAt:
         """Where a video's frame lies, counted from 0 in time order.
@@ -264,7 +273,7 @@ def parse_index(content: bytes, where: object) -> ShardIndex:
         )
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(
             "is not a whole index", where, "delete it: it is rebuilt from the tar"
         ) from error

@@ -15,9 +15,9 @@ from shards.format import read_manifest
 from shards.index import ShardIndex, build_index, parse_index, read_index
 from shards.progress import size_text
 from shards.reader import ShardSet, require_distinct
-from shards.remote import fetch_parts, is_remote, told_of
+from shards.remote import fetch_parts, in_words, is_remote, open_filesystem, told_of, try_again
 from shards.sequential import SequentialStream
-from shards.spec import PIPE, expand_spec, read_remote_manifest
+from shards.spec import PIPE, beside, expand_spec, read_remote_manifest
 from shards.stream import Stream, TripletStream
 
 _READERS = 16  # indexes read at a time: a shared disk answers many as quickly as one
@@ -109,9 +109,14 @@ def open_stream(
     try:
         shards = open_shards(spec, cache)
     except NoIndex:
+        for option, value in (("--cache-dir", cache), ("--window-shards", window_shards)):
+            if value is not None:
+                raise InputError("is for shards with an index", option, "leave it out") from None
         return SequentialStream(
             expand_spec(spec), batch_size, sampling, seed, steps_per_epoch, rank, world_size
         )
+    if cache is not None and not isinstance(shards.access, CachedAccess):
+        raise InputError("is for remote shards, these are on this machine", "--cache-dir")
     if steps_per_epoch is not None:
         raise InputError(
             "is for shards without index alone; these have one", "--steps-per-epoch", "leave it out"
@@ -153,18 +158,38 @@ def _index_of(tar: Path) -> ShardIndex:
 
 
 def _remote_indexes(addresses: Sequence[str]) -> list[ShardIndex]:
-    names = [f"{address.removesuffix('.tar')}.idx" for address in addresses]
+    names = [beside(address, ".idx") for address in addresses]
     found = dict(zip(names, fetch_parts([(name, None, None) for name in names]), strict=True))
-    indexes: list[ShardIndex] = []
-    for name, content in found.items():
-        if isinstance(content, FileNotFoundError):
-            raise NoIndex(
-                "has no index (.idx) beside it",
-                f"{name.removesuffix('.idx')}.tar",
-                "is the address right? Make indexes of foreign tars with `seco index` on a copy",
+    missing = [a for a, n in zip(addresses, names, strict=True) if _is_missing(found[n])]
+    if missing:
+        _require_there(missing[0])
+        if len(missing) < len(addresses):
+            raise InputError(
+                f"{len(missing)} of {len(addresses)} shards have no index (.idx) beside them",
+                missing[0],
+                "make them with `seco index` on a copy",
             )
-        indexes.append(parse_index(told_of(content, name), name))
-    return indexes
+        raise NoIndex(
+            "has no index (.idx) beside it", missing[0], "make it with `seco index` on a copy"
+        )
+    return [parse_index(told_of(found[name], name), name) for name in names]
+
+
+def _is_missing(content: bytes | Exception) -> bool:
+    return isinstance(content, FileNotFoundError)
+
+
+def _require_there(address: str) -> None:
+    """Raises InputError when not even the tar is: the address is wrong."""
+    system, path = open_filesystem(address)
+    try:
+        there = try_again(lambda: system.exists(path))
+    except Exception as error:
+        raise InputError(
+            f"cannot be read ({in_words(error)})", address, "check address and credentials"
+        ) from error
+    if not there:
+        raise InputError("no such shard", address, "is the address right?")
 
 
 def _label_names(addresses: Sequence[str]) -> list[str]:

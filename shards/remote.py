@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ _ATTEMPTS = 5
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.25, 30.0
 # Asking again would give the same answer.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, InputError)
+_LASTING_ELSEWHERE = ("NoCredentialsError", "PartialCredentialsError")  # botocore's
 _Result = TypeVar("_Result")
 
 
@@ -45,7 +47,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 def is_transient(error: BaseException) -> bool:
     """Whether another try may succeed: a server that is busy, a connection that was cut."""
-    return isinstance(error, Exception) and not isinstance(error, _LASTING)
+    lasting = isinstance(error, _LASTING) or type(error).__name__ in _LASTING_ELSEWHERE
+    return isinstance(error, Exception) and not lasting
 
 
 def try_again(fetch: Callable[[], _Result]) -> _Result:
@@ -59,9 +62,17 @@ def try_again(fetch: Callable[[], _Result]) -> _Result:
             _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS, jitter=_FIRST_WAIT_SECONDS
         ),
         retry=tenacity.retry_if_exception(is_transient),
+        before_sleep=_tell,
         reraise=True,
     )
     return patient(fetch)
+
+
+def _tell(state: tenacity.RetryCallState) -> None:
+    """After the second failure: what is being waited for."""
+    fault = state.outcome.exception() if state.outcome else None
+    if state.attempt_number == 2 and fault is not None:
+        print(f"seco: trying again: {in_words(fault)}", file=sys.stderr, flush=True)
 
 
 def fetch_parts(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from shards.draws import sample_starts, uniforms
 from shards.errors import InputError
 from shards.permutation import Permutation
 from shards.reader import set_name
-from shards.remote import in_words, is_remote, open_filesystem, try_again
+from shards.remote import is_remote, open_filesystem, try_again
 from shards.spec import PIPE
 from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet, rows_of_rank
 from shards.triplets import DRAWS, MIN_FRAMES, draw_triplets
@@ -42,6 +43,7 @@ class SequentialStream:
         InputError: no number of steps is given, or B does not divide.
     """
 
+    window_shards = 0
     left_out = 0  # of a stream nobody knows; short videos are counted when they pass by
 
     def __init__(
@@ -56,9 +58,9 @@ class SequentialStream:
     ) -> None:
         if steps_per_epoch is None:
             raise InputError(
-                "these shards have no index, so nobody knows how long an epoch is",
+                "has no index, so nobody knows how long an epoch is",
                 addresses[0],
-                "give --steps-per-epoch, or make indexes with `seco index` on a copy",
+                "give --steps-per-epoch to stream it, or make indexes with `seco index` on a copy",
             )
         self.addresses = list(addresses)
         piped = addresses[0].startswith(PIPE)
@@ -70,6 +72,7 @@ class SequentialStream:
         self._sampling = sampling
         self._reader, self._readers = rank, world_size
         self._samples: Iterator[Sample] | None = None
+        self._ended: str | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_samples": None}
@@ -79,10 +82,20 @@ class SequentialStream:
         self._samples = None
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
-        """The next samples of this process, whichever rows are asked for."""
+        """The next samples of this process, whichever rows are asked for.
+
+        Raises:
+            NothingToRead: a whole pass over the shards gave not one usable video.
+        """
+        if self._ended is not None:
+            raise NothingToRead(self._ended)
         if self._samples is None:
             self._samples = self._shuffled(f"{self.seed}/{epoch}/{step}/{self._reader}")
-        return [next(self._samples) for _ in rows]
+        try:
+            return [next(self._samples) for _ in rows]
+        except NothingToRead as error:
+            self._ended = str(error)
+            raise
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
         """The next sample."""
@@ -116,18 +129,26 @@ class SequentialStream:
         number = 0
         while True:
             order = Permutation(len(mine), f"{name}/{number}").at(np.arange(len(mine)))
-            usable, last = 0, "the shards are empty"
+            usable, short, last = 0, 0, "the shards are empty"
             for shard in order:
                 for sample in self._shard(mine[int(shard)], f"{name}/{number}"):
+                    if sample is None:
+                        short += 1
+                        continue
                     usable += isinstance(sample, TripletFrames)
                     last = last if isinstance(sample, TripletFrames) else sample.reason
                     yield sample
+            if short and not number:  # once, not in every pass
+                print(
+                    f"seco: {short} videos of fewer than {MIN_FRAMES} frames were left out",
+                    file=sys.stderr,
+                )
             if not usable:
                 raise NothingToRead(f"not one video can be read: {last}")
             number += 1
 
-    def _shard(self, address: str, name: str) -> Iterator[Sample]:
-        """What a shard gives: samples, then, if it broke off, what ended it."""
+    def _shard(self, address: str, name: str) -> Iterator[Sample | None]:
+        """A shard's samples, None for videos that are too short; if it broke off, what ended it."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         faults: list[Exception] = []
@@ -146,22 +167,26 @@ class SequentialStream:
         except Exception as fault:
             faults.append(fault)
         for first in faults[:1]:
-            # WebDataset appends the stream and its address to a fault's arguments.
-            words = in_words(type(first)(*first.args[:1])) if first.args else in_words(first)
-            yield UnreadableTriplet(address, f"{address}: {words}")
+            yield UnreadableTriplet(address, _words(first))
 
-    def _sample(self, group: dict[str, Any], name: str) -> Sample:
+    def _sample(self, group: dict[str, Any], name: str) -> Sample | None:
         """The triplet is drawn as soon as a video is here: the buffer need not hold its rest."""
         key = group["__key__"]
         frames = [data for field, data in group.items() if not field.startswith("__")]
         if len(frames) < MIN_FRAMES:
-            return UnreadableTriplet(key, f"{len(frames)} frames, {MIN_FRAMES} are needed")
+            return None
         start = sample_starts(self.seed, 0, [f"{name}/{key}"], "triplet")
         drawn = draw_triplets(uniforms(start, DRAWS), np.array([len(frames)]), self._sampling)
         one, two, three = drawn.frames[0].tolist()
         video = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "little")
         jpegs = (frames[one], frames[two], frames[three])
         return TripletFrames(key, video, int(drawn.order[0]), jpegs)
+
+
+def _words(fault: Exception) -> str:
+    """WebDataset adds the stream to a fault's text, and its address to its arguments."""
+    text = " ".join(str(fault.args[0] if fault.args else fault).partition(" @ <")[0].split())
+    return f"{type(fault).__name__}: {text}"
 
 
 def _is_frame(name: str) -> bool:
@@ -176,4 +201,6 @@ def _open(address: str) -> Any:
     if not is_remote(address):
         return open(address, "rb")
     system, path = open_filesystem(address)
-    return try_again(lambda: system.open(path, "rb"))
+    # Blocks would be asked for by ranges, which not every web server knows.
+    options = {"block_size": 0} if address.startswith(("http://", "https://")) else {}
+    return try_again(lambda: system.open(path, "rb", **options))

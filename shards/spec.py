@@ -126,8 +126,20 @@ def _remote(url: str) -> list[str]:
         url += "*.tar"
     found: list[str] = []
     for pattern in _braces(url):
-        found += _remote_glob(pattern) if glob.has_magic(pattern) else [pattern]
+        found += _remote_glob(pattern) if _has_magic(pattern) else [pattern]
     return _some(found, url)
+
+
+def _has_magic(url: str) -> bool:
+    """In a web address a question mark begins the query."""
+    web = url.startswith(("http://", "https://"))
+    return any(sign in url for sign in "*[") if web else glob.has_magic(url)
+
+
+def beside(tar: str, ending: str) -> str:
+    """The address of the file beside a tar that has another ending."""
+    path, mark, query = tar.partition("?") if is_remote(tar) else (tar, "", "")
+    return path.removesuffix(".tar") + ending + mark + query
 
 
 def _remote_glob(pattern: str) -> list[str]:

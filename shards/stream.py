@@ -59,6 +59,7 @@ class Stream(Protocol):
     rows: int  # of it on this rank
     steps_per_epoch: int
     left_out: int  # videos that are too short
+    window_shards: int  # within which it is shuffled; 0: all
 
     def enter(self, worker: int, workers: int) -> None:
         """Told once to each of several loader processes, before it reads."""
@@ -111,7 +112,7 @@ class TripletStream:
         self.seed = seed
         self._sampling = sampling
         self._first_row = rank * self.rows
-        self._window = window_shards
+        self.window_shards = window_shards
         self._videos = UsableVideos(shards, MIN_FRAMES)
         self.left_out = self._videos.left_out
         # Whole global batches; the rest of an epoch is left out and differs every epoch.
@@ -127,7 +128,7 @@ class TripletStream:
 
     def order(self, epoch: int) -> Order:
         """In which the epoch visits the usable videos."""
-        return _order(self._videos, self._window, self.seed, epoch)
+        return _order(self._videos, self.window_shards, self.seed, epoch)
 
     def videos(self, epoch: int, positions: Sequence[int]) -> NDArray[np.int64]:
         """(n,) numbers, in the set, of the videos at these positions of an epoch."""
@@ -145,28 +146,39 @@ class TripletStream:
 
         After the epoch's end it goes on at its beginning, a place further.
         """
-        position = (step + attempt) * self.batch_size + self._first_row + row
-        rounds, position = divmod(position, len(self._videos))
-        (sample,) = self._read(epoch, [(position + rounds) % len(self._videos)])
+        others = len(self._videos) - self.batch_size
+        begin = step * self.batch_size
+        place = (attempt - 1) * self.batch_size + self._first_row + row
+        if others:
+            rounds, place = divmod(place, others)
+            position = begin + self.batch_size + (place + rounds) % others
+        else:  # this batch is all there is
+            position = begin + self._first_row + row + attempt
+        (sample,) = self._read(epoch, [position % len(self._videos)])
         return sample
 
     def announce(self, epoch: int, step: int) -> None:
-        if self._window:
-            shards = self.order(epoch).shards_from(step * self.batch_size)[: 2 * self._window]
-            if len(shards) < 2 * self._window:
+        if self.window_shards:
+            shards = self.order(epoch).shards_from(step * self.batch_size)[: 2 * self.window_shards]
+            if len(shards) < 2 * self.window_shards:
                 following = self.order(epoch + 1).shards_from(0)
-                shards = np.concatenate([shards, following])[: 2 * self._window]
+                shards = np.concatenate([shards, following])[: 2 * self.window_shards]
             wanted = tuple(self.shards.addresses[shard] for shard in shards)
             if wanted != self._wanted:
                 self._wanted = wanted
                 self.shards.access.want(wanted)
 
     def digest(self) -> str:
-        digest = hashlib.sha256()
+        """Equal for the same videos in the same order, however they are cut into shards."""
+        texts, lengths, counts = (hashlib.sha256() for _ in range(3))
         for index in self.shards.indexes:
-            digest.update(index.key_text.tobytes() + index.key_end.tobytes())
-            digest.update(index.first_frame.tobytes())
-        return digest.hexdigest()
+            texts.update(index.key_text.tobytes())
+            lengths.update(np.diff(index.key_end.astype(np.int64), prepend=0).tobytes())
+            counts.update(index.frame_counts.tobytes())
+        whole = hashlib.sha256(texts.digest() + lengths.digest() + counts.digest())
+        if self.window_shards:
+            whole.update(self.shards.counts.tobytes())
+        return whole.hexdigest()
 
     def close(self) -> None:
         self.shards.access.close()

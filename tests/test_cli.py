@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import resource
 import shlex
 import signal
@@ -302,6 +304,30 @@ def test_a_signal_to_the_whole_group_saves_the_training(
     assert "--resume auto" in error
     assert (out / "last.pt").is_file()
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_while_the_data_stalls(tmp_path: Path, workers: int) -> None:
+    """What was trained is saved, and neither loader processes nor their commands stay behind."""
+    out, seconds = tmp_path / "out", f"{random.randrange(10**5, 10**6)}"
+    command = [sys.executable, "-m", "cli", "pretrain", "--shards", f"pipe:sleep {seconds}"]
+    options = ["--steps-per-epoch", "3", "--workers", str(workers), "--out", str(out)]
+    run = start_group([*command, *options, *TINY])
+
+    def sleeping() -> bool:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if process.read_bytes().split(b"\0")[:2] == [b"sleep", seconds.encode()]:
+                    return True
+        return False
+
+    wait_for(sleeping)
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 75, error
+    assert "SIGINT: saved step 0" in error and "Traceback" not in error
+    assert (out / "last.pt").is_file()
+    wait_for(lambda: not sleeping())
 
 
 def test_ctrl_c_while_extracting(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,11 +183,15 @@ def test_a_batch_stays_while_the_next_is_read(spec: str) -> None:
 
 
 def test_memory_is_never_written_while_it_is_read(spec: str) -> None:
-    loader = TripletLoader(stream_of(spec), SIZE, VIEWS, workers=0, first_step=0, last_step=90)
-    tasks = loader.tasks()
+    loader = TripletLoader(stream_of(spec), SIZE, VIEWS, workers=3, first_step=0, last_step=90)
+    slots = loader._ring.slots if loader._ring is not None else 0
+    loader._read = 4  # the batch of step 4 is being read, in slot 4 mod slots
+    handed_out = []
     with pytest.raises(RuntimeError, match="would be overwritten"):
-        for _ in range(60):
-            next(tasks)
+        for task in loader.tasks():
+            handed_out.append(task)
+    assert handed_out[-1].step == 4 + slots - 1
+    assert {task.slot for task in handed_out if task.step > 4} == set(range(slots)) - {4 % slots}
 
 
 def damage(spec: str, how: str) -> str:
@@ -209,24 +215,25 @@ def damage(spec: str, how: str) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["flipped bit", "truncated tar", "deleted shard"])
 def test_damage_mid_epoch_is_counted_named_and_ranks_stay_in_step(
-    tmp_path: Path, how: str, workers: int
+    tmp_path: Path, how: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_set(tmp_path, videos=60, frames=4, per_shard=13)
     streams = [stream_of(spec, rank, 2) for rank in range(2)]
-    sound = [load(stream, 0, 4) for stream in streams]
+    # Files that are open outlive their names: with one open at a time, each is opened anew.
+    monkeypatch.setattr("shards.access._MOST_OPEN", 1)
+    steps = 12
+    sound = [load(stream, 0, steps) for stream in streams]
     loaders = [
-        TripletLoader(stream_of(spec, rank, 2), SIZE, VIEWS, workers=0, first_step=0, last_step=4)
+        TripletLoader(
+            stream_of(spec, rank, 2), SIZE, VIEWS, workers=workers, first_step=0, last_step=steps
+        )
         for rank in range(2)
     ]
     iterators: list[Iterator[Batch]] = [iter(loader) for loader in loaders]
     first = [copied(next(iterator)) for iterator in iterators]
     said = damage(spec, how)
-    # Files that were open outlive their names: look at them as a process does that starts now.
-    for loader in loaders:
-        for address in list(loader._stream.shards.access._descriptors):  # type: ignore[attr-defined]
-            loader._stream.shards.access._forget(address)  # type: ignore[attr-defined]
     rest = [[copied(batch) for batch in iterator] for iterator in iterators]
-    assert [len(batches) for batches in rest] == [3, 3]
+    assert [len(batches) for batches in rest] == [steps - 1, steps - 1]
     named = [reason for batches in rest for batch in batches for reason in batch.unreadable]
     assert named and all("made-002.tar" in reason and said in reason for reason in named)
     lost = {f"video_{v:04d}" for v in range(26, 39)}
@@ -239,8 +246,9 @@ def test_damage_mid_epoch_is_counted_named_and_ranks_stay_in_step(
             assert torch.equal(found.images[:, same], before.images[:, same])
             assert (~same).sum() <= len(found.unreadable)
     # What replaces a sample is the same for whoever makes the batch.
-    again = load(stream_of_damaged(spec, 0), 1, 4, workers)
-    for one, other in zip(rest[0], again, strict=True):
+    settled = range(6, steps)  # made after the damage
+    again = load(stream_of_damaged(spec, 0), settled.start, steps, 2 - workers)
+    for one, other in zip(rest[0][settled.start - 1 :], again, strict=True):
         assert_equal(one, other)
 
 
@@ -352,3 +360,38 @@ def test_loader_processes_leave_no_descriptors_behind(spec: str) -> None:
     for _ in range(3):
         load(stream_of(spec), 0, 2, workers=2)
     assert opened() <= before + 8
+
+
+RAISING = """
+import sys
+from shards.opening import open_stream
+from shards.stream import TripletStream
+from seco.loader import TripletLoader
+from seco.view_parameters import ViewConfig
+if __name__ == "__main__":
+    read = TripletStream.read
+    def broken(self, epoch, step, rows):
+        return read(self, epoch, step, rows) if step == 0 else {}["nothing"]
+    TripletStream.read = broken
+    stream = open_stream(sys.argv[1], 28, "uniform", 0)
+    loader = TripletLoader(stream, 24, ViewConfig(), workers=2, first_step=0, last_step=2)
+    with loader:
+        for batch in loader:
+            print("a batch", flush=True)
+"""
+
+
+def test_a_fault_in_a_loader_process_ends_the_run(spec: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RAISING, spec], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stdout == "a batch\n"
+    assert "KeyError: 'nothing'" in done.stderr
+
+
+def test_a_stream_of_several_chunks_with_nothing_to_read(tmp_path: Path) -> None:
+    for workers in (0, 1):
+        stream = open_stream("pipe:false", 24, "uniform", 0, steps_per_epoch=3)
+        with pytest.raises(InputError, match="not one video can be read"):
+            load(stream, 0, 2, workers)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from shards.errors import InputError
 from shards.format import ShardInfo
 from shards.opening import CacheSettings, open_shards, open_stream
 from shards.stream import TripletFrames
+from tests.data import ROOT
 from tests.made_shards import drawn_frame, make_set
 from tests.s3_server import bad_line, s3_bucket
 
@@ -191,9 +195,9 @@ def test_a_lost_shard_is_not_asked_for_again_at_once(
         (found,) = access.read([ByteRange(address, 0, 10)])
         assert "FileNotFoundError" in str(found)
     assert len(asked) == cache._MAKES_WAY
-    monkeypatch.setattr(cache, "_LOST_FOR_SECONDS", 0.0)
     monkeypatch.undo()
-    access._lost.clear()
+    assert not isinstance(access.read([ByteRange(address, 0, 10)])[0], bytes)
+    monkeypatch.setattr(cache, "_LOST_FOR_SECONDS", 0.0)
     assert isinstance(access.read([ByteRange(address, 0, 10)])[0], bytes)
 
 
@@ -273,3 +277,76 @@ def test_ranges_close_together_are_fetched_as_one() -> None:
     assert (one, two) == (content[2990:], content[5:25])
     assert "ends before byte 3004" in str(three)
     assert RangeAccess().read([]) == []
+
+
+def test_who_needs_a_shard_waits_for_room(tmp_path: Path) -> None:
+    addresses = [put(f"{n}.tar", 1000) for n in range(2)]
+    held = ShardCache(tmp_path, 1000, {a: info(1000, "d") for a in addresses})
+    access = CachedAccess(held)
+    found: list[Any] = []
+    reader = threading.Thread(
+        target=lambda: found.extend(access.read([ByteRange(addresses[1], 0, 9)]))
+    )
+    with cache._locked(cache._lock_of(held.path(addresses[0])), wait=True) as lock:
+        assert lock is not None
+        os.pwrite(lock, b"1000", 0)  # another process fetches this one and fills all the room
+        assert held.fetch(addresses[1], wait=False) is None
+        reader.start()
+        reader.join(0.5)
+        assert reader.is_alive() and not found
+    reader.join(30)
+    assert isinstance(found[0], bytes)
+
+
+def test_what_is_fetched_ahead_does_not_keep_a_process(tmp_path: Path) -> None:
+    program = f"""
+import threading, time
+from pathlib import Path
+from shards import cache
+from shards.format import ShardInfo
+def download(address, path, size):
+    print("fetching", flush=True)
+    time.sleep(600)
+cache._download = download
+info = ShardInfo(file="x", bytes=10, sha256="d", videos=1, frames=1)
+held = cache.ShardCache(Path({str(tmp_path)!r}), 1000, {{"s3://b/x.tar": info}})
+access = cache.CachedAccess(held)
+access.want(["s3://b/x.tar"])
+time.sleep(0.5)
+access.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, "fetching\n"), done.stderr
+
+
+def test_a_server_that_ignores_ranges_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = put("whole.bin", 3000)
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr(
+        type(memory),
+        "cat_ranges",
+        lambda self, paths, *given, **named: [self.cat(p) for p in paths],
+    )
+    (found,) = RangeAccess().read([ByteRange(address, 5, 20)])
+    assert "the server ignores ranges: give --cache-dir" in str(found)
+
+
+def test_some_indexes_missing_or_all_of_the_set(bucket: str) -> None:
+    system = fsspec.filesystem("s3")
+    system.rm_file(f"{bucket}/made-003.idx")
+    with pytest.raises(InputError, match=r"made-003\.tar: 1 of 8 shards have no index"):
+        open_stream(f"{bucket}/made.json", 10, "uniform", 1, steps_per_epoch=3)
+    with pytest.raises(InputError, match=r"typo-000\.tar: no such shard"):
+        open_stream(f"{bucket}/typo-{{000..003}}.tar", 10, "uniform", 1)
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    spec = make_set(tmp_path / "made", videos=10, frames=3)
+    settings = CacheSettings(str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="--cache-dir: is for remote shards"):
+        open_stream(spec, 10, "uniform", 1, cache=settings)
+    for options in ({"cache": settings}, {"window_shards": 3}):
+        with pytest.raises(InputError, match="is for shards with an index"):
+            open_stream("pipe:cat x.tar", 10, "uniform", 1, steps_per_epoch=2, **options)

@@ -171,6 +171,9 @@ def test_digest_tells_other_videos(folder: Path, spec: str, tmp_path: Path) -> N
     ]
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
+    assert digests[0] == digests[3]  # the same videos in other shards, and in the same order
+    windows = [open_stream(s, 4, "uniform", 0, window_shards=2) for s in (spec, str(tmp_path))]
+    assert windows[0].digest() != windows[1].digest()
 
 
 def test_more_shards_than_files_may_be_open(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,3 +220,27 @@ def test_a_file_that_comes_back_is_opened_anew(tmp_path: Path) -> None:
     assert shards.read_frames([(3, 2)]) == [drawn_frame(3, 2)]
     tar.unlink()  # open files outlive their names
     assert shards.read_frames([(3, 1)]) == [drawn_frame(3, 1)]
+
+
+@pytest.mark.parametrize("batch_size", [7, 20, 30, 31, 45, 59])
+@pytest.mark.parametrize("window", [0, 2])
+def test_what_replaces_a_sample_is_not_of_its_batch(
+    spec: str, batch_size: int, window: int
+) -> None:
+    stream = TripletStream(open_shards(spec), batch_size, "uniform", 3, window_shards=window)
+    for step in range(stream.steps_per_epoch):
+        batch = {s.key for s in stream.read(1, step, range(batch_size))}
+        for row in range(batch_size):
+            tried = [stream.substitute(1, step, row, attempt).key for attempt in range(1, 10)]
+            assert not batch & set(tried)
+            assert len(set(tried)) >= min(5, 60 - batch_size)
+
+
+def test_where_there_is_no_other_batch_the_next_of_this_one_comes(spec: str) -> None:
+    stream = TripletStream(open_shards(spec), 60, "uniform", 3)
+    batch = [s.key for s in stream.read(0, 0, range(60))]
+    assert [stream.substitute(0, 0, 58, attempt).key for attempt in (1, 2, 3)] == [
+        batch[59],
+        batch[0],
+        batch[1],
+    ]
