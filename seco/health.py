@@ -72,8 +72,8 @@ class Health:
             if metrics["epoch"] >= _ORDER_TRIAL_EPOCHS and at_chance:
                 self._warn(
                     "order",
-                    f"order is still guessed after {metrics['epoch']} epochs: the clips may have no "
-                    "direction of time; --tasks inter,intra leaves the task out",
+                    f"order is still guessed after {metrics['epoch']} epochs: the clips may have "
+                    "no direction of time; --tasks inter,intra leaves the task out",
                 )
         if metrics["feature_std"] < _COLLAPSED:
             self._warn(
