@@ -21,10 +21,14 @@ Embeddings = dict[str, Tensor]  # by head
 
 @dataclass
 class StepResult:
-    """What one forward gives: the summed loss, and detached figures by name for the log."""
+    """What one forward gives: the summed loss, and detached figures by name for the log.
+
+    Each of them is a mean over the rows, so those of all ranks are the means of theirs.
+    """
 
     loss: Tensor
     figures: dict[str, Tensor]
+    moments: Tensor  # (2, D) means of the first task's embeddings and of their squares
 
 
 class SeCo(nn.Module):
@@ -102,10 +106,9 @@ class SeCo(nn.Module):
                     loss, accuracy = order_loss(self.order_classifier(sequence), order)
                 total = total + loss
                 figures |= {f"loss_{task}": loss.detach(), f"acc_{task}": accuracy}
-        spread = queries[self.head_of[self.tasks[0]]].detach().std(0).mean()
-        # 1 for vectors spread evenly over the sphere, 0 when all collapse into one.
-        figures["feature_std"] = spread * config.embedding_dim**0.5
-        return StepResult(total, figures)
+        vectors = queries[self.head_of[self.tasks[0]]].detach()
+        moments = torch.stack([vectors.mean(0), vectors.square().mean(0)])
+        return StepResult(total, figures, moments)
 
     def query_stack(self, count: int) -> Tensor:
         """(n,) the order in which n queries must be stacked for their BatchNorm groups."""
@@ -132,6 +135,12 @@ class SeCo(nn.Module):
         return parameters + (
             list(self.order_classifier.parameters()) if "order" in self.tasks else []
         )
+
+
+def spread(moments: Tensor) -> Tensor:
+    """1 for embeddings spread evenly over the sphere, 0 when all collapse into one."""
+    mean, square = moments
+    return (square - mean.square()).clamp_min(0).sqrt().mean() * len(mean) ** 0.5
 
 
 def _put_back(vectors: Tensor, order: Tensor) -> Tensor:

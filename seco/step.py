@@ -155,7 +155,7 @@ class TrainingStep:
                 images, some, order[rows], videos[rows], first=rows.start == 0
             )
         (result.loss / self._config.accumulate).backward()
-        return StepResult(result.loss.detach(), result.figures)
+        return StepResult(result.loss.detach(), result.figures, result.moments)
 
     def _finished(self, crops: Tensor, drawn: NDArray[np.float64]) -> Tensor:
         """(n, 3, S, S) crops, or views that are finished already, in the model's layout."""
@@ -185,7 +185,11 @@ def _mean(results: list[StepResult]) -> StepResult:
         name: torch.stack([result.figures[name] for result in results]).mean()
         for name in results[0].figures
     }
-    return StepResult(torch.stack([result.loss for result in results]).mean(), figures)
+    return StepResult(
+        torch.stack([result.loss for result in results]).mean(),
+        figures,
+        torch.stack([result.moments for result in results]).mean(0),
+    )
 
 
 def _mixed_seed(seed: int, step: int) -> int:

@@ -21,7 +21,7 @@ from seco.device_views import DeviceViews
 from seco.health import Health, status
 from seco.initialise import initialise
 from seco.loader import Batch, TripletLoader
-from seco.method import SeCo, StepResult
+from seco.method import SeCo, StepResult, spread
 from seco.metrics import RunLog
 from seco.online_knn import OnlineKnn
 from seco.ranks import Ranks, joined
@@ -270,12 +270,18 @@ class Trainer:
     def _metrics(self, result: StepResult, lr: float) -> dict[str, Any]:
         """The step's figures as numbers, of all ranks; refuses to go on when the loss is none."""
         names = list(result.figures)
-        values = torch.stack([result.loss.float(), *(result.figures[n].float() for n in names)])
-        loss, *figures = self.ranks.mean(values).tolist()
+        scalars = torch.stack([result.loss.float(), *(result.figures[n].float() for n in names)])
+        means = self.ranks.mean(torch.cat([scalars, result.moments.float().flatten()]))
+        loss, *figures = means[: len(scalars)].tolist()
+        moments = means[len(scalars) :].view_as(result.moments)
         if not math.isfinite(loss):
             raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
         epoch = (self.state.step - 1) // self.steps_per_epoch
-        more = {"queue_fill": self.model.queue.fill, "unreadable": self.state.unreadable}
+        more = {
+            "feature_std": float(spread(moments)),
+            "queue_fill": self.model.queue.fill,
+            "unreadable": self.state.unreadable,
+        }
         named = dict(zip(names, figures, strict=True))
         return {"epoch": epoch, "loss": loss, "lr": lr, **named, **more}
 

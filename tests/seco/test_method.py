@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from seco.batchnorm import GroupedBatchNorm2d, group_order
 from seco.config import PretrainConfig, resolve
 from seco.encoder import Encoder, build_backbone, feature_dim
-from seco.method import SeCo
+from seco.key_shuffle import KeyShuffle
+from seco.method import SeCo, StepResult
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
 
@@ -49,6 +50,20 @@ def embed(network: tuple[nn.Module, nn.ModuleDict], images: Tensor, head: str) -
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
+def forward(
+    model: SeCo, views: Tensor, order: Tensor, videos: Tensor, generator: torch.Generator
+) -> StepResult:
+    """Keys, queries and queue of one step on finished views, as a training step calls them."""
+    shuffle = KeyShuffle(N, GROUP, 0, 1, generator)
+    stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
+    encoded = model.encode_keys(stacked, shuffle)
+    keys = {name: shuffle.by_row(vectors) for name, vectors in encoded.items()}
+    result: StepResult = model(views[0][model.query_stack(N)], keys, order, videos)
+    result.loss.backward()
+    model.append_keys(keys, videos)
+    return result
+
+
 @pytest.mark.parametrize("preset", ["paper", "authors"])
 def test_one_step_equals_the_reference(preset: str) -> None:
     config = settings(preset=preset, warmup_epochs=0)
@@ -62,8 +77,7 @@ def test_one_step_equals_the_reference(preset: str) -> None:
     classifier = copy.deepcopy(model.order_classifier)
     rows_before = model.queue.rows.clone()
 
-    result = model(views, order, videos, torch.Generator().manual_seed(5))
-    result.loss.backward()
+    result = forward(model, views, order, videos, torch.Generator().manual_seed(5))
 
     # Reference: groups one by one, keys one by one, losses term by term.
     shuffle = torch.Generator().manual_seed(5)
@@ -164,8 +178,8 @@ def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
         torch.manual_seed(0)
         model = SeCo(settings(mask_same_video=masked, tasks="inter")).double().train()
         model.queue.videos[:] = owners
-        forward = model(views, order, videos, torch.Generator().manual_seed(0))
-        return float(forward.figures["loss_inter"])
+        result = forward(model, views, order, videos, torch.Generator().manual_seed(0))
+        return float(result.figures["loss_inter"])
 
     # Every query of the batch owns one of the first four rows; a foreign one of them still counts.
     assert loss(masked=True) < loss(masked=False)

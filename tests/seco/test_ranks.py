@@ -1,0 +1,260 @@
+"""Many processes: the same batches, losses and weights as one; they stop and go on together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from seco.checkpoint import load_checkpoint
+from seco.config import PretrainConfig, resolve
+from seco.key_shuffle import KEYS, KeyShuffle
+from shards.errors import InputError
+from tests.data import ROOT
+from tests.made_shards import make_set
+
+# Larger views and groups than elsewhere: BatchNorm over a few tiny pictures turns the last bits of
+# a sum into other signs within steps, and no two orders of summing would agree.
+EQUAL: dict[str, Any] = {
+    "arch": "resnet18",
+    "batch_size": 32,
+    "bn_group": 8,
+    "queue_size": 70,
+    "crop_size": 64,
+    "temperature": 1.0,
+    "intra_temperature": 1.0,
+    "lr": 1e-5,
+    "epochs": 10,
+    "workers": 0,
+    "log_every": 1,
+    "device": "cpu",
+}
+SMALL: dict[str, Any] = {
+    **EQUAL,
+    "batch_size": 8,
+    "bn_group": 2,
+    "crop_size": 32,
+    "epochs": 4,
+    "checkpoint_every_steps": 1,
+}
+
+
+def start(shards: str, out: Path, **settings: Any) -> subprocess.Popen[str]:
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "cli", "pretrain", "--shards", shards, "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def run(shards: str, out: Path, **settings: Any) -> str:
+    process = start(shards, out, **settings)
+    _, error = process.communicate(timeout=280)
+    assert process.returncode == 0, error
+    return error
+
+
+def lines(run_folder: Path) -> list[dict[str, Any]]:
+    text = (run_folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_set(
+        tmp_path_factory.mktemp("textures"), videos=64, frames=4, per_shard=20, size=(72, 96)
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_set(tmp_path_factory.mktemp("small"), videos=26, frames=4, per_shard=7)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    run(small, out, processes=2, **SMALL)
+    return out
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Losses and weights within 1e-5, relative, after 20 steps."""
+    ours, theirs = lines(one), lines(other)
+    assert len(ours) == len(theirs) == 20
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "loss_inter", "loss_intra", "loss_order"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+    weights, others = (load_checkpoint(folder / "last.pt")["model"] for folder in (one, other))
+    for name, tensor in weights.items():
+        if name.startswith(("query_encoder", "order")) and "running" not in name:
+            apart = (tensor.double() - others[name].double()).norm()
+            assert apart <= 1e-5 * others[name].double().norm() + 1e-9, name
+
+
+def test_two_and_four_processes_and_micro_batches_are_one(textures: str, tmp_path: Path) -> None:
+    run(textures, tmp_path / "one", **EQUAL)
+    for name, how in (
+        ("two", {"processes": 2}),
+        ("four", {"processes": 4}),
+        ("parts", {"processes": 2, "accumulate": 2}),
+    ):
+        run(textures, tmp_path / name, **EQUAL, **how)
+        assert_same_run(tmp_path / name, tmp_path / "one")
+    start_of_run = load_checkpoint(tmp_path / "one" / "last.pt")["model"]
+    assert any(bool(tensor.any()) for tensor in start_of_run.values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_key_image_is_encoded_once_in_the_same_groups(size: int) -> None:
+    batch, group = 24, 3
+    plans = [
+        KeyShuffle(batch, group, rank, size, torch.Generator().manual_seed(4))
+        for rank in range(size)
+    ]
+    wanted = np.concatenate([plan.wanted for plan in plans])
+    assert sorted(wanted) == list(range(KEYS * batch))
+    groups = {
+        frozenset(plan.wanted[number :: plan.groups].tolist())
+        for plan in plans
+        for number in range(plan.groups)
+    }
+    alone = KeyShuffle(batch, group, 0, 1, torch.Generator().manual_seed(4))
+    assert groups == {
+        frozenset(alone.wanted[number :: alone.groups].tolist()) for number in range(alone.groups)
+    }
+    assert all(len(members) == group for members in groups)
+    # What is sent and what arrives, without processes: each rank holds its rows' images.
+    share, images = batch // size, torch.arange(KEYS * batch).view(KEYS, batch)
+    for rank, plan in enumerate(plans):
+        came = []
+        for sender, other in enumerate(plans):
+            own = images[:, sender * share : (sender + 1) * share].reshape(-1)[other.sent]
+            begin = sum(other.sent_counts[:rank])
+            came.append(own[begin : begin + other.sent_counts[rank]])
+            assert len(came[-1]) == plan.received_counts[sender]
+        stacked = torch.cat(came)[plan.arrived]
+        assert stacked.tolist() == plan.wanted.tolist()
+        assert len(stacked) == KEYS * share  # no rank gets more than it normalises
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    small: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    for stop_after, number in ((3, signal.SIGKILL), (7, signal.SIGTERM)):
+        process = start(small, tmp_path, processes=2, resume="auto", **SMALL)
+        log = tmp_path / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and len(log.read_text().splitlines()) >= stop_after):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        if number == signal.SIGTERM:
+            assert process.returncode == 75, error
+            assert "saved step" in error and "Traceback" not in error
+        assert load_checkpoint(tmp_path / "last.pt")["step"] < 12
+    run(small, tmp_path, processes=2, resume="auto", **SMALL)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_resuming_on_another_number_of_processes_continues_with_the_same_batches(
+    small: str, tmp_path: Path
+) -> None:
+    settings = {**SMALL, "bn_group": 4, "lr": 1e-6}
+    run(small, tmp_path / "one", **settings)
+    # The same run, stopped after two epochs on two processes, goes on alone.
+    for epoch, processes in ((2, 2), (4, 1)):
+        out = tmp_path / "other"
+        process = start(small, out, processes=processes, resume="auto", **settings)
+        while epoch == 2 and process.poll() is None:
+            with contextlib.suppress(OSError):
+                if len((out / "metrics.jsonl").read_text().splitlines()) >= 4:
+                    process.send_signal(signal.SIGTERM)
+                    break
+            time.sleep(0.01)
+        process.communicate(timeout=120)
+    found, expected = lines(tmp_path / "other"), lines(tmp_path / "one")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert [row["lr"] for row in found] == [row["lr"] for row in expected]
+    videos = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "other")]
+    assert torch.equal(videos[0]["queue.videos"], videos[1]["queue.videos"])
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_one_rank_killed_stops_the_others_and_the_run_goes_on(
+    small: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = start(small, tmp_path, processes=2, **SMALL)
+    log = tmp_path / "metrics.jsonl"
+    while not (log.is_file() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    ranks = [
+        pid
+        for pid in children(process.pid)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    began = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 9, error
+    assert "process 1 was killed by signal 9" in error and "--resume auto" in error
+    assert "Traceback" not in error
+    run(small, tmp_path, processes=2, resume="auto", **SMALL)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_a_rank_that_fails_says_why_once(small: str, tmp_path: Path) -> None:
+    process = start(small, tmp_path, processes=2, **{**SMALL, "lr": 1e12})
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    said = [line for line in error.splitlines() if line.startswith("seco: ")]
+    assert len(said) == 1 and "is not finite" in said[0], error
+    assert "Traceback" not in error
+
+
+def test_settings_that_do_not_divide() -> None:
+    config = PretrainConfig(batch_size=512)
+    assert resolve(config).bn_group == 128
+    assert resolve(config, processes=4).bn_group == 128
+    assert resolve(config, processes=8).bn_group == 64  # a process's share
+    for changes, processes, message in (
+        ({}, 3, "--batch-size: 512 does not divide over 3 processes"),
+        ({"accumulate": 3}, 1, "512 does not divide over 1 processes and 3 parts"),
+        ({"bn_group": 128}, 8, "must be 2 or more and divide a process's part of 64"),
+        ({"accumulate": 0}, 1, "--accumulate: must be 1 or more"),
+        ({"processes": 0}, 1, "--processes: must be 1 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resolve(PretrainConfig(**{"batch_size": 512, **changes}), processes)  # type: ignore[arg-type]
