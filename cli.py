@@ -435,6 +435,28 @@ def bench_views(
     print(to_json(found) if as_json else views_table(found))
 
 
+@bench.command("step")
+@settings_options(PretrainConfig)
+@click.option("--repeats", default=10, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--only-step", is_flag=True, help="Leave out the switches and the plain step.")
+def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) -> None:
+    """A training step beside its bare cost and the plain way to write it.
+
+    On synthetic views; with --shards also fed by the real loader.
+
+    \b
+    Example: seco bench step --arch resnet18 --crop-size 112 --batch-size 64
+    """
+    from seco.bench_step import bench_step as run
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import step_table
+
+    whole = not only_step
+    found = run(PretrainConfig(**settings), repeats, switches=whole, plain=whole)
+    print(to_json(found) if as_json else step_table(found))
+
+
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from seco.bench_step_reference import PlainStep, bare_cost
 from seco.config import PretrainConfig, resolve
@@ -144,35 +143,15 @@ def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, and the most that live at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: Any) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not size or place in self._seen:
-            return
-        self._seen.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, place, size)
-
-    def _forget(self, place: int, size: int) -> None:
-        self._seen.discard(place)
-        self.now -= size
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that ``work`` has allocated on the CPU at once, as torch's profiler saw it."""
+    work()  # what is made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes), default=0)
 
 
 def _loss_memory(config: PretrainConfig) -> dict[str, float]:
@@ -180,11 +159,14 @@ def _loss_memory(config: PretrainConfig) -> dict[str, float]:
     n, d, k = config.batch_size, config.embedding_dim, config.queue_size
     query = torch.nn.functional.normalize(torch.randn(n, d)).requires_grad_()
     keys, rows = torch.randn(3, n, d), torch.randn(k, d)
-    with PeakMemory() as memory:
+
+    def work() -> None:
         loss, _ = inter_loss(query, keys, rows, config.temperature)
         loss.backward()
+
+    peak = peak_bytes(work)
     one = 4.0 * n * k
-    return {"peak_mb": memory.peak / 1e6, "n_times_k_mb": one / 1e6, "ratio": memory.peak / one}
+    return {"peak_mb": peak / 1e6, "n_times_k_mb": one / 1e6, "ratio": peak / one}
 
 
 def _checkpoint_cost(

@@ -140,7 +140,9 @@ class SeCo(nn.Module):
 def spread(moments: Tensor) -> Tensor:
     """1 for embeddings spread evenly over the sphere, 0 when all collapse into one."""
     mean, square = moments
-    return (square - mean.square()).clamp_min(0).sqrt().mean() * len(mean) ** 0.5
+    deviation: Tensor = (square - mean.square()).clamp_min(0).sqrt()
+    value: Tensor = deviation.mean() * len(mean) ** 0.5
+    return value
 
 
 def _put_back(vectors: Tensor, order: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK_LOGITS = 1 << 23  # 32 MB of float32
+# Of a block. A processor wants it in its cache, a GPU wants few kernels.
+_BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 
 def negative_logsumexp(
@@ -62,7 +63,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
 
 def _blocks(query: Tensor, negatives: Tensor, temperature: float, masked: Tensor | None) -> Any:
     """(N, k) logits of each block of k negatives, and the block (k, D)."""
-    size = max(1, _BLOCK_LOGITS // max(1, len(query)))
+    size = max(1, _BLOCK_LOGITS[query.device.type] // max(1, len(query)))
     for begin in range(0, len(negatives), size):
         block = negatives[begin : begin + size]
         logits = (query / temperature) @ block.t()
