@@ -42,7 +42,7 @@ class DeviceViews:
 
     def finished(self, crops: Tensor, views: ViewParameters) -> Tensor:
         """(n, 3, S, S) crops to float32 views; those that are finished stay as they are."""
-        if crops.dtype == torch.float32:
+        if crops.dtype != torch.uint8:
             return crops
         return apply_views(crops, views, self._config)
 

@@ -120,7 +120,7 @@ class TrainingStep:
     def _keys(self, crops: Tensor, known: GlobalRows, step: int) -> dict[str, Tensor]:
         """For each head (3, N, D), the keys of the global batch."""
         config, ranks = self._config, self._ranks
-        generator = torch.Generator().manual_seed(_mixed_seed(config.seed, step))
+        generator = torch.Generator().manual_seed(step_seed(config.seed, step))
         group = config.bn_group or self._share
         shuffle = KeyShuffle(config.batch_size, group, ranks.rank, ranks.size, generator)
         own = crops[1:].flatten(0, 1)
@@ -192,5 +192,6 @@ def _mean(results: list[StepResult]) -> StepResult:
     )
 
 
-def _mixed_seed(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
+    """Of a step's permutations, the same on all ranks."""
     return (seed * 1_000_003 + step * 7_919 + 12_345) % (1 << 63)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -12,9 +14,13 @@ from torch import Tensor, nn
 
 from seco.batchnorm import GroupedBatchNorm2d, group_order
 from seco.config import PretrainConfig, resolve
+from seco.device_views import DeviceViews
 from seco.encoder import Encoder, build_backbone, feature_dim
 from seco.key_shuffle import KeyShuffle
 from seco.method import SeCo, StepResult
+from seco.ranks import Ranks
+from seco.step import GlobalRows, TrainingStep, step_seed
+from seco.view_parameters import VIEW_DRAWS, ViewConfig
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
 
@@ -130,6 +136,50 @@ def test_one_step_equals_the_reference(preset: str) -> None:
     kept = torch.cat([appended[10:], appended[2:10]])  # 12 keys through 10 rows
     torch.testing.assert_close(model.queue.rows, kept)
     assert model.queue.videos.tolist() == [9, 5, 9, 5, 7, 3, 9, 5, 7, 3]
+
+
+@pytest.mark.parametrize("preset", ["paper", "authors"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_whole_steps_equal_plain_ones(preset: str, accumulate: int) -> None:
+    """Gradient, SGD, queue and Eq. 6, written out parameter by parameter in float64."""
+    config = settings(preset=preset, warmup_epochs=0, accumulate=accumulate, ema=0.9)
+    torch.manual_seed(0)
+    model = SeCo(config).double().train()
+    plain = copy.deepcopy(model)
+    views, order, videos = made_input()
+    step = TrainingStep(
+        model,
+        dataclasses.replace(config, precision="fp32"),
+        ViewConfig(),
+        DeviceViews(torch.device("cpu"), SIZE, ViewConfig()),
+        Ranks(),
+        torch.device("cpu"),
+    )
+    known = GlobalRows(np.random.default_rng(0).random((4, N, VIEW_DRAWS)), order, videos)
+    velocity: dict[str, Tensor] = {}
+    for number, lr in ((0, 0.05), (1, 0.03)):
+        result = step.run(views + number, known, number, lr)
+        for parameter in plain.parameters():
+            parameter.grad = None
+        generator = torch.Generator().manual_seed(step_seed(config.seed, number))
+        expected = forward(plain, views + number, order, videos, generator)
+        torch.testing.assert_close(result.loss, expected.loss.detach())
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                if name.startswith("key_encoder"):
+                    continue
+                assert parameter.grad is not None, name
+                slope = parameter.grad + config.weight_decay * parameter
+                before = velocity.get(name, torch.zeros_like(slope))
+                velocity[name] = config.momentum * before + slope
+                parameter -= lr * velocity[name]
+            for key, query in zip(
+                plain.key_encoder.parameters(), plain.query_encoder.parameters(), strict=True
+            ):
+                key.copy_(0.9 * key + 0.1 * query)
+    state, other = model.state_dict(), plain.state_dict()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-9, rtol=1e-6, msg=name)
 
 
 def test_grouped_statistics_are_those_of_separate_layers() -> None:

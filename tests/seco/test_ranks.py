@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,27 +169,98 @@ def test_every_key_image_is_encoded_once_in_the_same_groups(size: int) -> None:
         assert len(stacked) == KEYS * share  # no rank gets more than it normalises
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    small: str, undisturbed: Path, tmp_path: Path
-) -> None:
-    for stop_after, number in ((3, signal.SIGKILL), (7, signal.SIGTERM)):
-        process = start(small, tmp_path, processes=2, resume="auto", **SMALL)
-        log = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.is_file() and len(log.read_text().splitlines()) >= stop_after):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
-        if number == signal.SIGKILL:
+def kill_at(process: subprocess.Popen[str], log: Path, lines_: int, number: int) -> str:
+    """Send the signal once so many steps are logged; returns what was said."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if len(log.read_text().splitlines()) >= lines_:
+                break
+        time.sleep(0.005)
+    if number == signal.SIGKILL:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-        if number == signal.SIGTERM:
+    else:
+        process.send_signal(number)
+    return process.communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 4)])
+def test_a_run_killed_again_and_again_logs_what_an_undisturbed_one_does(
+    small: str, tmp_path: Path, processes: int, kills: int
+) -> None:
+    settings = {**SMALL, "epochs": 10, "processes": processes}  # 30 steps
+    run(small, tmp_path / "undisturbed", **settings)
+    steps = sorted(random.sample(range(1, 29), kills))
+    out, log = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl"
+    for kill, step in enumerate(steps):
+        number = (signal.SIGKILL, signal.SIGTERM)[kill % 2]
+        process = start(small, out, resume="auto", **settings)
+        error = kill_at(process, log, step, number)
+        if process.returncode == 0:
+            break  # it was done before the signal came
+        if number == signal.SIGTERM and "saved step" in error:
             assert process.returncode == 75, error
-            assert "saved step" in error and "Traceback" not in error
-        assert load_checkpoint(tmp_path / "last.pt")["step"] < 12
-    run(small, tmp_path, processes=2, resume="auto", **SMALL)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+        assert "Traceback" not in error or number == signal.SIGKILL, error
+        for checkpoint in out.glob("*.pt"):
+            assert load_checkpoint(checkpoint)["step"] <= 30
+    run(small, out, resume="auto", **settings)
+    expected = (tmp_path / "undisturbed" / "metrics.jsonl").read_bytes()
+    assert log.read_bytes() == expected, f"killed at {steps}"
+    one, other = (
+        load_checkpoint(tmp_path / n / "last.pt")["model"] for n in ("undisturbed", "killed")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+FAILING = """
+import sys
+from shards.stream import TripletStream
+import cli
+from seco.config import PretrainConfig
+from shards.access import UnreadableFrame
+from shards.stream import UnreadableTriplet
+read = TripletStream.read
+lost = UnreadableTriplet("a video", "its disk is gone")
+def failing(self, epoch, step, rows):
+    return [lost] * len(rows) if step else read(self, epoch, step, rows)
+if sys.argv[3] == "1":
+    TripletStream.read = failing
+    TripletStream.substitute = lambda self, *given: lost
+settings = dict(shards=(sys.argv[1],), out=sys.argv[2], arch="resnet18", batch_size=8, bn_group=2,
+                queue_size=70, crop_size=32, workers=0, device="cpu", epochs=4)
+sys.exit(cli.pretrain_here(PretrainConfig(**settings)))
+"""
+
+
+def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -> None:
+    """As under a launcher that does not watch: each notices by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, small, str(tmp_path), str(rank)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1], errors
+    assert "21 videos in a row cannot be read, the last: a video: its disk is gone" in errors[1]
+    assert "Traceback" not in errors[0] + errors[1]
 
 
 def test_resuming_on_another_number_of_processes_continues_with_the_same_batches(
