@@ -27,8 +27,12 @@ class KeyShuffle:
         group: images normalised together; divides a rank's share n = N / size.
         rank: this process's number of ``size`` processes.
         generator: seeded alike on all ranks.
+        forwards: 1 or 3, of the key encoder: all images at once, or a key at a time. The groups are
+            the same.
 
     Attributes:
+        forwards: as given.
+        groups: of each forward.
         wanted: (3n,) of the 3N key images (k1 of all rows, then k2, then k3) those that this rank
             encodes, in the order in which they are stacked.
         sent: (3n,) of this rank's own 3n key images the order in which they leave, rank after rank.
@@ -38,7 +42,13 @@ class KeyShuffle:
     """
 
     def __init__(
-        self, batch: int, group: int, rank: int, size: int, generator: torch.Generator
+        self,
+        batch: int,
+        group: int,
+        rank: int,
+        size: int,
+        generator: torch.Generator,
+        forwards: int = 1,
     ) -> None:
         share = batch // size
         self._batch = batch
@@ -47,11 +57,13 @@ class KeyShuffle:
             [torch.randperm(batch, generator=generator) for _ in range(KEYS)]
         )
         self._permutations = permutations
-        self.groups = KEYS * (share // group)
+        self.forwards = forwards
+        self.groups = KEYS * (share // group) // forwards
         rows = self._permutations.numpy().reshape(KEYS, size, share)
         numbers = rows + batch * np.arange(KEYS)[:, None, None]
         # Image i of a stack is in group i mod G (seco.batchnorm).
-        self._stack: Ints = group_order(torch.arange(KEYS * share), self.groups).numpy()
+        places = torch.arange(KEYS * share).chunk(forwards)
+        self._stack: Ints = torch.cat([group_order(part, self.groups) for part in places]).numpy()
         self.wanted: Ints = numbers[:, rank].reshape(-1)[self._stack]
         owners = rows // share  # (3, R, n)
         own = owners == rank

@@ -60,11 +60,15 @@ class SeCo(nn.Module):
     def encode_keys(self, images: Tensor, shuffle: KeyShuffle) -> Embeddings:
         """This rank's key images (3n, 3, S, S), as ``shuffle`` stacks them, to (3n, D) by place.
 
-        The three forwards of the authors' code are joined into one: no group mixes them, so the
-        statistics are the same.
+        The authors' code has a forward for each key. They may be joined: no group mixes them, so
+        the statistics are the same.
         """
-        set_groups(self.key_encoder, shuffle.groups, passes=KEYS)
-        return {name: shuffle.unstacked(v) for name, v in self.key_encoder(images).items()}
+        set_groups(self.key_encoder, shuffle.groups, passes=KEYS // shuffle.forwards)
+        encoded = [self.key_encoder(part) for part in images.chunk(shuffle.forwards)]
+        return {
+            name: shuffle.unstacked(torch.cat([part[name] for part in encoded]))
+            for name in encoded[0]
+        }
 
     def forward(
         self,

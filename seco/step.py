@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seco.config import PretrainConfig
 from seco.device_views import DeviceViews
-from seco.key_shuffle import KeyShuffle
+from seco.key_shuffle import KEYS, KeyShuffle
 from seco.method import SeCo, StepResult
 from seco.ranks import Ranks
 from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
@@ -122,7 +122,9 @@ class TrainingStep:
         config, ranks = self._config, self._ranks
         generator = torch.Generator().manual_seed(step_seed(config.seed, step))
         group = config.bn_group or self._share
-        shuffle = KeyShuffle(config.batch_size, group, ranks.rank, ranks.size, generator)
+        # A processor's caches like small batches, a GPU likes few kernels.
+        forwards = KEYS if self._device.type == "cpu" else 1
+        shuffle = KeyShuffle(config.batch_size, group, ranks.rank, ranks.size, generator, forwards)
         own = crops[1:].flatten(0, 1)
         if ranks.size == 1:
             stacked = own[_index(shuffle.wanted, self._device)]

@@ -16,7 +16,7 @@ from seco.batchnorm import GroupedBatchNorm2d, group_order
 from seco.config import PretrainConfig, resolve
 from seco.device_views import DeviceViews
 from seco.encoder import Encoder, build_backbone, feature_dim
-from seco.key_shuffle import KeyShuffle
+from seco.key_shuffle import KEYS, KeyShuffle
 from seco.method import SeCo, StepResult
 from seco.ranks import Ranks
 from seco.step import GlobalRows, TrainingStep, step_seed
@@ -60,7 +60,7 @@ def forward(
     model: SeCo, views: Tensor, order: Tensor, videos: Tensor, generator: torch.Generator
 ) -> StepResult:
     """Keys, queries and queue of one step on finished views, as a training step calls them."""
-    shuffle = KeyShuffle(N, GROUP, 0, 1, generator)
+    shuffle = KeyShuffle(N, GROUP, 0, 1, generator, KEYS)
     stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
     encoded = model.encode_keys(stacked, shuffle)
     keys = {name: shuffle.by_row(vectors) for name, vectors in encoded.items()}
@@ -180,6 +180,21 @@ def test_two_whole_steps_equal_plain_ones(preset: str, accumulate: int) -> None:
     state, other = model.state_dict(), plain.state_dict()
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, other[name], atol=1e-9, rtol=1e-6, msg=name)
+
+
+def test_keys_may_be_encoded_at_once_or_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    model, (views, _, _) = SeCo(settings()).double().train(), made_input()
+    found = []
+    for forwards in (1, KEYS):
+        apart = copy.deepcopy(model)
+        shuffle = KeyShuffle(N, GROUP, 0, 1, torch.Generator().manual_seed(2), forwards)
+        stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
+        keys = shuffle.by_row(apart.encode_keys(stacked, shuffle)["shared"])
+        found.append((keys, apart.key_encoder.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-9, rtol=1e-7)
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(tensor, found[1][1][name], atol=1e-9, rtol=1e-7, msg=name)
 
 
 def test_grouped_statistics_are_those_of_separate_layers() -> None:

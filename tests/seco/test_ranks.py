@@ -136,24 +136,28 @@ def test_two_and_four_processes_and_micro_batches_are_one(textures: str, tmp_pat
         assert_same_run(tmp_path / name, tmp_path / "one")
 
 
+def groups_of(plan: KeyShuffle) -> set[frozenset[int]]:
+    """The images normalised together."""
+    stacks = np.split(plan.wanted, plan.forwards)
+    return {
+        frozenset(stack[number :: plan.groups].tolist())
+        for stack in stacks
+        for number in range(plan.groups)
+    }
+
+
+@pytest.mark.parametrize("forwards", [1, 3])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_key_image_is_encoded_once_in_the_same_groups(size: int) -> None:
+def test_every_key_image_is_encoded_once_in_the_same_groups(size: int, forwards: int) -> None:
     batch, group = 24, 3
     plans = [
-        KeyShuffle(batch, group, rank, size, torch.Generator().manual_seed(4))
+        KeyShuffle(batch, group, rank, size, torch.Generator().manual_seed(4), forwards)
         for rank in range(size)
     ]
     wanted = np.concatenate([plan.wanted for plan in plans])
     assert sorted(wanted) == list(range(KEYS * batch))
-    groups = {
-        frozenset(plan.wanted[number :: plan.groups].tolist())
-        for plan in plans
-        for number in range(plan.groups)
-    }
-    alone = KeyShuffle(batch, group, 0, 1, torch.Generator().manual_seed(4))
-    assert groups == {
-        frozenset(alone.wanted[number :: alone.groups].tolist()) for number in range(alone.groups)
-    }
+    groups = set().union(*map(groups_of, plans))
+    assert groups == groups_of(KeyShuffle(batch, group, 0, 1, torch.Generator().manual_seed(4)))
     assert all(len(members) == group for members in groups)
     # What is sent and what arrives, without processes: each rank holds its rows' images.
     share, images = batch // size, torch.arange(KEYS * batch).view(KEYS, batch)
