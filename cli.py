@@ -508,8 +508,8 @@ def exit_code(work: Callable[[], object]) -> int:
         return _fail(error, EXIT_TOO_MANY_EXCLUDED)
     except InputError as error:
         return _fail(error, EXIT_FAILED)
-    except PeerLost:
-        return EXIT_FAILED  # that process has said why it ended
+    except PeerLost as error:
+        return _fail(error, EXIT_FAILED)
     except Stopped as stopped:
         return _fail(stopped, EXIT_STOPPED)
     except (KeyboardInterrupt, click.Abort):

@@ -49,6 +49,11 @@ class CheckpointWriter:
 
         self._pending = self._thread.submit(when_written)
 
+    def check(self) -> None:
+        """Raises what went wrong with the last one, if that is known yet."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
+
     def finish(self) -> None:
         """Wait for the last one; raises what went wrong with it."""
         pending, self._pending = self._pending, None

@@ -73,8 +73,8 @@ class PretrainConfig:
     )
     bn_group: int | None = setting(
         None,
-        "images normalised together by shuffled BatchNorm [default: a quarter of the batch, or a "
-        "process's share of it if that is less]",
+        "images normalised together by shuffled BatchNorm [default: a quarter of the batch, or "
+        "what of that divides a process's share]",
         source="authors' code: 4 ranks of 128",
     )
     accumulate: int = setting(1, "cut each process's share into so many parts; only saves memory")
@@ -158,11 +158,16 @@ def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
     }
     part = _part(config, processes)
     if config.bn_group is None:
-        quarter = max(2, config.batch_size // 4)
-        chosen["bn_group"] = quarter if part % quarter == 0 else part
+        chosen["bn_group"] = _default_group(config.batch_size, config.batch_size // processes)
     resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
     _require_ranges(resolved, part)
     return resolved
+
+
+def _default_group(batch_size: int, share: int) -> int:
+    """A quarter of the batch, or the largest part of a process's share that is no larger."""
+    most = max(2, min(batch_size // 4, share))
+    return next((size for size in range(most, 1, -1) if share % size == 0), share)
 
 
 def _part(config: PretrainConfig, processes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from seco.ranks import local_rank, local_size
 from shards.cpus import usable_cpus
@@ -25,8 +26,6 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_size() > 1:
-        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -35,6 +34,10 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda")
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        named: int | None = device.index
+        if named is None:
+            # A scheduler may show each process its own GPU alone, as number 0.
+            device = torch.device("cuda", local_rank() if gpus > 1 else 0)
         if (device.index or 0) >= gpus:
             there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
             raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
@@ -43,3 +46,10 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device: that takes pinned memory."""
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

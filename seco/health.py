@@ -13,6 +13,7 @@ _CHANCE_BAND = 0.02  # of the accuracy; 0.5 is chance
 _COLLAPSED = 0.1  # of the spread; 1 is evenly over the sphere
 _WAITS_TOO_LONG = 0.2  # share of the time
 _SETTLED_STEPS = 50  # the loader fills its buffers first
+_ORDER_LOOKS = 20  # at least
 _MEMORY = 0.9  # of the running mean of the order accuracy
 
 
@@ -50,6 +51,7 @@ class Health:
         self._said: set[str] = set()
         self._begun_at: int | None = None
         self._order: float | None = None
+        self._looks = 0
         chance = chance_levels(config)
         levels = ", ".join(f"{t} {chance[t]:.3f}" for t in TASKS if t in config.tasks.split(","))
         say(f"loss at chance: {levels}")
@@ -68,7 +70,8 @@ class Health:
             accuracy = float(metrics["acc_order"])
             before = accuracy if self._order is None else self._order
             self._order = _MEMORY * before + (1 - _MEMORY) * accuracy
-            at_chance = abs(self._order - 0.5) < _CHANCE_BAND
+            self._looks += 1
+            at_chance = self._looks >= _ORDER_LOOKS and abs(self._order - 0.5) < _CHANCE_BAND
             if metrics["epoch"] >= _ORDER_TRIAL_EPOCHS and at_chance:
                 self._warn(
                     "order",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seco.batchnorm import group_order
+from seco.device import to_device
 
 KEYS = 3
 Ints = NDArray[np.int64]
@@ -79,7 +80,7 @@ class KeyShuffle:
     def unstacked(self, vectors: Tensor) -> Tensor:
         """(3n, D) in the stack's order to (3n, D) by key and place."""
         placed = torch.empty_like(vectors)
-        placed[torch.from_numpy(self._stack).to(vectors.device)] = vectors
+        placed[to_device(torch.from_numpy(self._stack), vectors.device)] = vectors
         return placed
 
     def by_row(self, vectors: Tensor) -> Tensor:
@@ -87,5 +88,5 @@ class KeyShuffle:
         size = self._batch // self._share
         by_place = vectors.view(size, KEYS, self._share, -1).transpose(0, 1)
         by_place = by_place.reshape(KEYS, self._batch, -1)
-        rows = self._permutations.to(vectors.device)[:, :, None].expand_as(by_place)
+        rows = to_device(self._permutations, vectors.device)[:, :, None].expand_as(by_place)
         return torch.empty_like(by_place).scatter_(1, rows, by_place)

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from seco.config import PretrainConfig
+from seco.config import PretrainConfig, resolve
 from shards.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
 
-_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT"  # handed on to the processes
+_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # handed on to the processes
+_SAVING_SECONDS = "1800"  # they have for it, after which torch kills them
+_MARK = "SECO_STOPPED"  # names the folder where each notes that it has stopped with all saved
 
 
 def pretrain(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> int:
@@ -26,16 +32,31 @@ def pretrain(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> in
     Raises:
         InputError: more processes than GPUs.
     """
-    processes = _processes(config)
-    if processes == 1 or "RANK" in os.environ:
+    if "RANK" in os.environ:
+        if config.processes is not None:
+            raise InputError("is for runs without torchrun", "--processes", "leave it out")
         return run(config)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    processes = _processes(config)
+    if processes == 1:
+        return run(config)
+    resolve(config, processes)  # what cannot work is said once
+    with tempfile.TemporaryDirectory(prefix="seco-run-") as scratch:
+        os.environ[_MARK] = scratch
+        return _launched(config, run, processes, scratch)
+
+
+def _launched(
+    config: PretrainConfig, run: Callable[[PretrainConfig], int], processes: int, scratch: str
+) -> int:
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
     # Each process says in one line what happened to it; the launcher's own pages add nothing.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     launched = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -46,26 +67,31 @@ def pretrain(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> in
         max_restarts=0,
         monitor_interval=0.5,
         start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     try:
         elastic_launch(launched, _run_and_exit)(config, run)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if codes == {EXIT_STOPPED}:
+        if _all_stopped(scratch, processes):
             return EXIT_STOPPED
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        if first.exitcode < 0:
-            print(
-                f"seco: process {first.local_rank} was killed by signal {-first.exitcode}; the "
-                "others were stopped — go on with the same command and --resume auto",
-                file=sys.stderr,
-            )
-        return EXIT_FAILED if first.exitcode in (0, EXIT_STOPPED) else abs(first.exitcode)
+        for failure in error.failures.values():
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                print(
+                    f"seco: process {failure.local_rank} was killed by signal {-failure.exitcode}; "
+                    "the others were stopped — go on with the same command and --resume auto",
+                    file=sys.stderr,
+                )
+        return EXIT_FAILED
     except SignalException as error:
-        raise Stopped(
-            f"{error.sigval.name}: all processes were told to save and have ended"
-        ) from None
+        name = signal.Signals(error.sigval).name
+        if _all_stopped(scratch, processes):
+            raise Stopped("") from None  # the first of them has said so
+        raise InputError(f"{name} ended the run, and not everything could be saved") from None
     return 0
+
+
+def _all_stopped(scratch: str, processes: int) -> bool:
+    return all(Path(scratch, str(rank)).is_file() for rank in range(processes))
 
 
 def _processes(config: PretrainConfig) -> int:
@@ -81,6 +107,12 @@ def _processes(config: PretrainConfig) -> int:
 
 
 def _run_and_exit(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> None:
-    code = run(config)
+    try:
+        code = run(config)
+    except BaseException:
+        traceback.print_exc()  # torch would keep it to itself
+        sys.exit(EXIT_FAILED)
+    if code == EXIT_STOPPED:
+        Path(os.environ[_MARK], os.environ["RANK"]).touch()
     if code:
         sys.exit(code)

@@ -54,7 +54,9 @@ def intra_loss(query: Tensor, keys: Tensor, temperature: float, form: str) -> tu
     """
     logits = (query * keys).sum(-1).t() / temperature  # (N, 3)
     if form == "three-way":
-        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long).to(logits.device))
+        loss = F.cross_entropy(
+            logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        )
     elif form == "pairwise":
         loss = F.softplus(logits[:, 1:] - logits[:, :1]).mean()
     else:

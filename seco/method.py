@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from seco.batchnorm import group_order, set_groups
 from seco.config import PretrainConfig, task_list
 from seco.contrast import NegativeQueue
+from seco.device import to_device
 from seco.encoder import Encoder
 from seco.key_shuffle import KEYS, KeyShuffle
 from seco.losses import inter_loss, intra_loss, order_loss
@@ -88,7 +89,7 @@ class SeCo(nn.Module):
             first: of the micro-batches of a step: BatchNorm's running statistics follow it.
         """
         config = self.config
-        stack = self.query_stack(len(images)).to(images.device)
+        stack = to_device(self.query_stack(len(images)), images.device)
         set_groups(self.query_encoder, self._groups(len(images)), passes=int(first))
         queries = {name: _put_back(v, stack) for name, v in self.query_encoder(images).items()}
         figures: dict[str, Tensor] = {}

@@ -55,6 +55,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         query, negatives, masked, total = ctx.saved_tensors
         gradient = torch.zeros_like(query)
         scale = (grad / ctx.temperature)[:, None]
+        total = total.masked_fill(total == float("-inf"), 0.0)  # all are masked: no shares
         for logits, block in _blocks(query, negatives, ctx.temperature, masked):
             shares = logits.sub_(total[:, None]).exp_().mul_(scale)  # softmax over all negatives
             gradient.addmm_(shares, block)

@@ -69,10 +69,12 @@ class OnlineKnn:
         odd = np.arange(len(self._shards)) % _HELD_OUT == 1
         return ~odd, odd
 
-    def after_epoch(self, epoch: int, model: SeCo, last: bool) -> dict[str, float]:
-        """``knn_top1`` when the epoch's number says so, and after the last; else nothing."""
-        if epoch % self._every and not last:
-            return {}
+    def due(self, epoch: int, last: bool) -> bool:
+        """Whether it is to be done after this epoch: every few, and after the last."""
+        return last or epoch % self._every == 0
+
+    def figures(self, model: SeCo) -> dict[str, float]:
+        """``knn_top1``; nothing if no video can be read."""
         features = self._features(model)
         known = np.isfinite(features).all(axis=1)
         train, test = self._train & known, self._test & known
@@ -86,6 +88,7 @@ class OnlineKnn:
     def _features(self, model: SeCo) -> np.ndarray:
         """(V, C), NaN where a video cannot be read."""
         backbone = model.query_encoder.backbone
+        self._ranks.from_first(backbone.buffers())  # the running statistics that are saved
         share = -(-len(self._shards) // self._ranks.size)
         mine = range(
             self._ranks.rank * share, min((self._ranks.rank + 1) * share, len(self._shards))

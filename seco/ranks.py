@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -44,7 +44,7 @@ class Ranks:
             return rows
         mine = torch.from_numpy(np.ascontiguousarray(rows))
         everyone = torch.empty((self.size * len(mine), *mine.shape[1:]), dtype=mine.dtype)
-        with _peers():
+        with self.watched():
             _all_gather(everyone, mine)
         return everyone.numpy()
 
@@ -53,7 +53,7 @@ class Ranks:
         if self.size == 1:
             return rows
         everyone = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
-        with _peers():
+        with self.watched():
             _all_gather(everyone, rows.contiguous())
         return everyone
 
@@ -71,7 +71,7 @@ class Ranks:
         if self.size == 1:
             return rows
         came = rows.new_empty((sum(received), *rows.shape[1:]))
-        with _peers():
+        with self.watched():
             dist.all_to_all_single(came, rows.contiguous(), list(received), list(sent))
         return came
 
@@ -80,9 +80,29 @@ class Ranks:
         if self.size == 1:
             return values
         total = values.clone()
-        with _peers():
+        with self.watched():
             dist.all_reduce(total)
         return total / self.size
+
+    def from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the first one's values."""
+        if self.size > 1:
+            with self.watched():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A fault of what the block exchanges means that another process has gone."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.size == 1:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise PeerLost(f"process {self.rank} has lost the others ({reason})") from error
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -122,11 +142,3 @@ def local_rank() -> int:
 def local_size() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost("another process of this run has ended") from error

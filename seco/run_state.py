@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from seco.checkpoint import CheckpointWriter, load_checkpoint
 from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig
 from seco.method import SeCo
-from shards.errors import InputError
+from shards.errors import InputError, PeerLost
 from shards.settings import as_settings
 
 LAST = "last.pt"
@@ -72,6 +73,11 @@ class RunState:
         if self._writer is not None:
             self._writer.then(self._drop_oldest)
 
+    def check(self) -> None:
+        """Raises InputError when what was saved turned out not to be writable."""
+        if self._writer is not None:
+            self._writer.check()
+
     def finish(self) -> None:
         """Wait until what was saved is on disk; raises InputError when it could not be written."""
         if self._writer is not None:
@@ -84,6 +90,8 @@ class RunState:
             InputError: it is of other settings or videos, or does not fit.
         """
         content = load_checkpoint(path)
+        if "optimizer" not in content or "videos" not in content:
+            raise InputError("is no run to go on with", path, "start from it with --init")
         differing = {
             name: value
             for name, value in as_settings(self._config).items()
@@ -109,6 +117,8 @@ class RunState:
 
     def not_finite(self, what: str) -> InputError:
         """What is told when the run has diverged."""
+        with suppress(InputError):
+            self.finish()
         kept = f"the last good checkpoint is {self.last}"
         return InputError(
             f"{what} is not finite at step {self.step}; "
@@ -132,10 +142,11 @@ class RunState:
         """A step can spoil the weights while its own loss was still a number."""
         sums = torch.stack([p.detach().sum() for p in self._model.trained_parameters()])
         if not bool(torch.isfinite(sums).all()):
-            raise self.not_finite("a weight")
+            raise self.not_finite("a weight") if self._writer is not None else PeerLost()
 
     def _drop_oldest(self) -> None:
-        for old in sorted(self._folder.glob("epoch-*.pt"))[: -self._config.keep]:
+        kept = sorted(self._folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
+        for old in kept[: -self._config.keep]:
             old.unlink()
 
 

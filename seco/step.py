@@ -7,6 +7,7 @@ BatchNorm's groups are the same (``bn_group`` has to divide a micro-batch).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,11 +19,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seco.config import PretrainConfig
+from seco.device import to_device
 from seco.device_views import DeviceViews
 from seco.key_shuffle import KEYS, KeyShuffle
 from seco.method import SeCo, StepResult
 from seco.ranks import Ranks
 from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
+
+# Its name before torch 2.14.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,9 @@ class TrainingStep:
             self._losses = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # BatchNorm's running statistics are those of rank 0
                 gradient_as_bucket_view=True,
+                # BatchNorm's running statistics are those of rank 0.
+                **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             )
 
     def run(self, crops: Tensor, known: GlobalRows, step: int, lr: float) -> StepResult:
@@ -100,7 +108,7 @@ class TrainingStep:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        order, videos = known.order.to(self._device), known.videos.to(self._device)
+        order, videos = (to_device(t, self._device) for t in (known.order, known.videos))
         keys = self._keys(crops, known, step)
         own = slice(self._ranks.rank * self._share, (self._ranks.rank + 1) * self._share)
         mine = {name: vectors[:, own] for name, vectors in keys.items()}
@@ -150,13 +158,14 @@ class TrainingStep:
         stack = self.model.query_stack(len(crops))
         first = self._ranks.rank * self._share + rows.start
         drawn = known.uniform[0, first : first + len(crops)][stack.numpy()]
-        images = self._finished(crops[stack.to(self._device)], drawn)
+        images = self._finished(crops[to_device(stack, self._device)], drawn)
         some = {name: vectors[:, rows] for name, vectors in keys.items()}
         with self._precision():
             result: StepResult = self._losses(
                 images, some, order[rows], videos[rows], first=rows.start == 0
             )
-        (result.loss / self._config.accumulate).backward()
+        with self._ranks.watched():
+            (result.loss / self._config.accumulate).backward()
         return StepResult(result.loss.detach(), result.figures, result.moments)
 
     def _finished(self, crops: Tensor, drawn: NDArray[np.float64]) -> Tensor:
@@ -175,8 +184,7 @@ class TrainingStep:
 
 
 def _index(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
-    host = torch.from_numpy(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return to_device(torch.from_numpy(numbers), device)
 
 
 def _mean(results: list[StepResult]) -> StepResult:

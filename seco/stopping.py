@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from torch._C import _remove_worker_pids
 
 _AGAIN_SECONDS = 1.0
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopWaiting(BaseException):
@@ -20,7 +20,7 @@ class StopWaiting(BaseException):
 
 
 class StopRequest:
-    """Within the block, the first SIGINT, SIGTERM or SIGUSR1 sets a flag instead of killing.
+    """Within the block, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP sets a flag and kills nobody.
 
     A second Ctrl-C interrupts at once: whoever presses it twice does not want to wait. (A terminal
     and a launcher that hands it on make two of one.)
@@ -38,7 +38,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for name in _SIGNALS:
             number = getattr(signal, name, None)
-            if number is not None:
+            # nohup wants a hang-up to be passed by.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -15,7 +16,8 @@ import numpy as np
 import tomli_w
 import torch
 
-from seco.config import PretrainConfig, resolve
+from seco.checkpoint import load_checkpoint
+from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig, resolve
 from seco.device import resolve_device
 from seco.device_views import DeviceViews
 from seco.health import Health, status
@@ -24,7 +26,7 @@ from seco.loader import Batch, TripletLoader
 from seco.method import SeCo, StepResult, spread
 from seco.metrics import RunLog
 from seco.online_knn import OnlineKnn
-from seco.ranks import Ranks, joined
+from seco.ranks import Ranks, joined, local_rank
 from seco.run_state import RunState, checkpoint_to_resume
 from seco.schedule import learning_rate
 from seco.step import GlobalRows, TrainingStep
@@ -53,7 +55,26 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     device = resolve_device(config.device)
     with joined(device) as ranks:
-        return Trainer(resolve(config, ranks.size), ranks, device).run()
+        try:
+            trainer = Trainer(_adopted(resolve(config, ranks.size), config), ranks, device)
+        except InputError as error:
+            # The same for all processes of a machine: its first one says it.
+            raise error if local_rank() == 0 else PeerLost from error
+        return trainer.run()
+
+
+def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
+    """BatchNorm's groups of the run that is gone on with, where nothing is said of them.
+
+    Their default depends on the number of processes, which may be another now.
+    """
+    if given.bn_group is not None or given.resume is None or given.out is None:
+        return resolved
+    checkpoint = checkpoint_to_resume(Path(given.out), given.resume)
+    if checkpoint is None:
+        return resolved
+    group = load_checkpoint(checkpoint)["config"].get("bn_group")
+    return dataclasses.replace(resolved, bn_group=group)
 
 
 class Trainer:
@@ -84,7 +105,8 @@ class Trainer:
         # The window that was chosen is written down: another one would be another order.
         window = self.stream.window_shards if config.steps_per_epoch is None else None
         self.config = config = dataclasses.replace(config, out=str(self.out), window_shards=window)
-        require_writable(self.out)
+        if ranks.first:
+            require_writable(self.out)
         checkpoint = checkpoint_to_resume(self.out, config.resume)
         if config.decode == "nvjpeg" and device.type != "cuda":
             raise InputError("nvjpeg needs a GPU", "--decode", "leave it out")
@@ -120,7 +142,22 @@ class Trainer:
             self.state.restore(checkpoint)
             self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
         self.health = Health(config, self._say)
-        ranks.wait()  # nobody writes before all have looked whether there is a run
+        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+
+    def _require_agreement(self) -> None:
+        """All processes must be about to do the same, or they would wait for each other."""
+        plan = {k: v for k, v in as_settings(self.config).items() if k not in RESUMABLE_DIFFERENCES}
+        text = repr((self.state.step, sorted(plan.items()), self.stream.digest()))
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+        everyone = self.ranks.gather_host(np.array([[float(number)]]))
+        if (everyone != everyone[0]).any():
+            raise self._told_once(
+                InputError(
+                    "the processes do not see the same run: other settings, videos or checkpoints",
+                    self.out,
+                    "put --out and --shards where all machines see them",
+                )
+            )
 
     def run(self) -> Path:
         """Train to the end; see :func:`pretrain`."""
@@ -178,43 +215,48 @@ class Trainer:
             crops = None if batch is None else self.device_views.crops(batch)
             known, stopping = self._known_to_all(batch)
             if stopping or crops is None:
-                state.save()
-                state.finish()
-                self.ranks.wait()  # nobody ends before everything is saved
-                raise Stopped(
-                    f"{stop.signal_name or 'a signal'}: saved step {state.step} of "
-                    f"{self.total_steps} in {state.last}; go on with the same command and "
-                    "--resume auto"
-                    if self.ranks.first
-                    else ""
-                )
+                raise self._saved_and_stopped(stop)
             lr = self._learning_rate()
             result = self._train_step(crops, known, lr)
             state.step += 1
+            state.check()
+            epoch, rest = divmod(state.step, self.steps_per_epoch)
             last = state.step == self.total_steps
             due = state.step % config.checkpoint_every_steps == 0 or last
-            epoch_ends = state.step % self.steps_per_epoch == 0
-            logged = state.step % config.log_every == 0 or last
-            if logged or due:
-                metrics = self._metrics(result, lr)
-                if epoch_ends and self.knn is not None:
-                    metrics |= self.knn.after_epoch(
-                        state.step // self.steps_per_epoch, self.model, last
-                    )
-                if logged:
-                    elapsed = time.perf_counter() - window_began
-                    images = (state.step - logged_step) * config.batch_size * 4
-                    speed = {"images_per_s": images / elapsed, "data_wait": waited / elapsed}
-                    self.health.look(state.step, metrics, speed)
-                    if log is not None:
-                        log.log(state.step, metrics, speed)
-                    window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
-                    shown.advance(0, status(metrics, speed))
-            shown.advance()
+            voting = rest == 0 and self.knn is not None and self.knn.due(epoch, last)
             if due:
+                metrics = self._metrics(result, lr)  # which refuse what is not worth saving
                 state.save()
-            if epoch_ends and (state.step // self.steps_per_epoch) % config.keep_every_epochs == 0:
-                state.keep_epoch(state.step // self.steps_per_epoch)
+            if state.step % config.log_every == 0 or last or voting:
+                metrics = self._metrics(result, lr)
+                elapsed = time.perf_counter() - window_began
+                images = (state.step - logged_step) * config.batch_size * 4
+                speed = {"images_per_s": images / elapsed, "data_wait": waited / elapsed}
+                if voting and self.knn is not None:
+                    metrics |= self.knn.figures(self.model)
+                self.health.look(state.step, metrics, speed)
+                if log is not None:
+                    log.log(state.step, metrics, speed)
+                window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
+                shown.advance(0, status(metrics, speed))
+            shown.advance()
+            if rest == 0 and epoch % config.keep_every_epochs == 0:
+                state.keep_epoch(epoch)
+
+    def _saved_and_stopped(self, stop: StopRequest) -> Stopped:
+        """Save everything; raises InputError when that fails."""
+        with contextlib.suppress(InputError):
+            self.state.finish()  # whatever became of an earlier one, this one is tried
+        self.state.save()
+        self.state.finish()
+        self.ranks.wait()  # nobody ends before everything is saved
+        if not self.ranks.first:
+            return Stopped("")
+        return Stopped(
+            f"{stop.signal_name or 'another process was stopped'}: saved step {self.state.step} of "
+            f"{self.total_steps} in {self.state.last}; go on with the same command and "
+            "--resume auto"
+        )
 
     def _train_step(self, crops: torch.Tensor, known: GlobalRows, lr: float) -> StepResult:
         return self.step.run(crops, known, self.state.step, lr)
@@ -287,7 +329,7 @@ class Trainer:
 
     def _told_once(self, error: InputError) -> Exception:
         """All ranks end for the same reason; the first one says it."""
-        return error if self.ranks.first else PeerLost(str(error))
+        return error if self.ranks.first else PeerLost()
 
     def _say(self, message: str) -> None:
         if self.ranks.first:
