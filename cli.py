@@ -16,12 +16,14 @@ from seco import __version__
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_TOO_MANY_EXCLUDED,
     InputError,
+    PeerLost,
     Stopped,
     TooManyExcluded,
 )
@@ -176,9 +178,23 @@ def pretrain(context: click.Context, /, **settings: Any) -> None:
             "--preset",
             "leave one of them out",
         )
-    from seco.trainer import pretrain as run
+    from seco.launch import pretrain as launch
 
-    print(run(PretrainConfig(**settings)))
+    if code := launch(PretrainConfig(**settings), pretrain_here):
+        raise click.exceptions.Exit(code)
+
+
+def pretrain_here(config: PretrainConfig) -> int:
+    """One process of a pre-training: its exit code. The first one tells where the checkpoint is."""
+
+    def work() -> None:
+        from seco.trainer import pretrain as run
+
+        checkpoint = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(checkpoint)
+
+    return exit_code(work)
 
 
 @seco.command("extract-features")
@@ -193,6 +209,40 @@ def extract_features(**settings: Any) -> None:
     from seco.features import extract_features as run
 
     print(run(ExtractConfig(**settings)))
+
+
+@seco.command("import")
+@click.argument("file")
+@settings_options(ImportConfig, required=("out",), arguments=("file",))
+def import_(**settings: Any) -> None:
+    """Make a checkpoint of this toolkit from FILE, by name and strictly.
+
+    FILE is MoCo v1 or v2, SeCo of its authors, a torchvision ResNet (.pth) or safetensors. Such
+    files can be given to --init and --checkpoint as they are, too.
+
+    \b
+    Example: seco import moco_v2_200ep_pretrain.pth.tar --out moco.pt
+    """
+    from seco.exchange import import_checkpoint
+
+    print(import_checkpoint(ImportConfig(**settings)))
+
+
+@seco.command("export")
+@click.argument("file")
+@settings_options(ExportConfig, required=("format", "out"), arguments=("file",))
+def export(**settings: Any) -> None:
+    """Write the checkpoint FILE in a layout that other code reads.
+
+    torchvision and safetensors hold the query backbone; moco (v2) and seco-authors hold the heads,
+    the key encoder and the queue as well.
+
+    \b
+    Example: seco export runs/k400/last.pt --format torchvision --out k400-resnet50.pth
+    """
+    from seco.exchange import export_checkpoint
+
+    print(export_checkpoint(ExportConfig(**settings)))
 
 
 @seco.command()
@@ -385,6 +435,28 @@ def bench_views(
     print(to_json(found) if as_json else views_table(found))
 
 
+@bench.command("step")
+@settings_options(PretrainConfig)
+@click.option("--repeats", default=10, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--only-step", is_flag=True, help="Leave out the switches and the plain step.")
+def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) -> None:
+    """A training step beside its bare cost and the plain way to write it.
+
+    On synthetic views; with --shards also fed by the real loader.
+
+    \b
+    Example: seco bench step --arch resnet18 --crop-size 112 --batch-size 64
+    """
+    from seco.bench_step import bench_step as run
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import step_table
+
+    whole = not only_step
+    found = run(PretrainConfig(**settings), repeats, switches=whole, plain=whole)
+    print(to_json(found) if as_json else step_table(found))
+
+
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -419,9 +491,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (DESIGN §12)."""
+    return exit_code(lambda: seco.main(args=arguments, prog_name="seco", standalone_mode=False))
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do it; whatever goes wrong is one line on standard error and a code (DESIGN §12)."""
     try:
-        seco.main(args=arguments, prog_name="seco", standalone_mode=False)
-        return 0
+        code = work()  # of click: the code of an Exit
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
@@ -430,6 +507,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except TooManyExcluded as error:
         return _fail(error, EXIT_TOO_MANY_EXCLUDED)
     except InputError as error:
+        return _fail(error, EXIT_FAILED)
+    except PeerLost as error:
         return _fail(error, EXIT_FAILED)
     except Stopped as stopped:
         return _fail(stopped, EXIT_STOPPED)
@@ -458,7 +537,8 @@ def _known_fault(error: RuntimeError) -> str:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"seco: {message}", file=sys.stderr)
+    if str(message):  # empty: another process of the same run says it
+        print(f"seco: {message}", file=sys.stderr)
     return code
 
 

@@ -34,6 +34,7 @@ setup(
         "matplotlib>=3.7",
         "numpy>=1.26",
         "rich>=13",
+        "safetensors>=0.4",
         "simplejpeg>=1.7",
         "tenacity>=8.2",
         "tensorboard",

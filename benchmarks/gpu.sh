@@ -13,16 +13,15 @@ failed=0
 
 "$python" -m pytest tests -q -k "gpu" 2>&1 | tail -n 15 || failed=1
 
-times="$out/step_time.txt"
+times="$out/step.md"
 : > "$times"
-time_step() { "$python" benchmarks/step_time.py --device "$device" "$@" 2>&1 | tail -n 1 | tee -a "$times" || failed=1; }
+time_step() { "$python" -m cli bench step --device "$device" "$@" >> "$times" 2> "$out/step.err" || { failed=1; tail -n 3 "$out/step.err"; }; }
 if [ "$device" = cuda ]; then
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/machine.txt"
     time_step --precision bf16
-    time_step --precision fp32 --batch-size 256
-    time_step --arch resnet18 --precision bf16
+    time_step --precision bf16 --channels-last --compile --only-step
 else
-    time_step --arch resnet18 --crop-size 32 --batch-size 32 --queue-size 192 --steps 3
+    time_step --arch resnet18 --crop-size 32 --batch-size 32 --queue-size 192 --repeats 2 --only-step
 fi
 
 # A short real run from shards to features on the device, once with frames decoded there.

@@ -17,7 +17,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     Parameters, buffers and evaluation are those of ``BatchNorm2d``. The running statistics follow
     the first group of each pass, as those of rank 0 do in the authors' code; ``passes`` forwards
-    that were joined into one batch update them one after the other.
+    that were joined into one batch update them one after the other. With 0 passes they stay as they
+    are: a later part of a batch that was cut.
     """
 
     groups: int = 1
@@ -25,7 +26,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) → the same; N divides by ``groups``."""
-        if not self.training or self.groups == 1:
+        if not self.training or (self.groups == 1 and self.passes):
             return super().forward(input)
         n, c, h, w = input.shape
         groups = self.groups
@@ -45,6 +46,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             momentum=self.momentum,
             eps=self.eps,
         )
+        if not self.passes:
+            return output.view(n, c, h, w)
         first_of_pass = slice(None, None, groups // self.passes)
         with torch.no_grad():
             for buffer, updated in ((self.running_mean, mean), (self.running_var, variance)):

@@ -1,4 +1,4 @@
-"""The figures of ``seco bench loader`` and ``views`` for people: Markdown, to be kept."""
+"""The figures of ``seco bench loader``, ``views`` and ``step`` for people: Markdown, to keep."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seco.bench_loader import LoaderBench
+from seco.bench_step import StepBench
 from seco.bench_views import ViewsBench
 
 _MOST_DIGITS = 4
 
 
-def as_json(bench: LoaderBench | ViewsBench) -> str:
+def as_json(bench: LoaderBench | ViewsBench | StepBench) -> str:
     """One object."""
     return json.dumps(dataclasses.asdict(bench), indent=1)
 
@@ -55,6 +56,24 @@ def _views_lines(bench: ViewsBench) -> Iterator[str]:
         yield from _table(title, "CPU us", values)
     yield ""
     yield from _pairs("Device part", bench.device)
+
+
+def step_table(bench: StepBench) -> str:
+    """Times and ratios."""
+    return "\n".join(_step_lines(bench))
+
+
+def _step_lines(bench: StepBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield _machine(bench.settings)
+    yield ""
+    yield from _table("step", "ms", bench.milliseconds)
+    yield ""
+    yield from _table("", "ratio", bench.ratios)
+    yield ""
+    yield from _pairs("Triplets a second", bench.triplets_s)
+    yield from _pairs("Inter loss and gradient", bench.loss_memory)
+    yield from _pairs("Checkpoint", bench.checkpoint)
 
 
 def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shards.atomic import atomic_path
+from seco.torch_files import load_torch_file, save_torch_file
 from shards.errors import InputError
 
 FORMAT = "seco-checkpoint"
@@ -19,33 +19,57 @@ _NEEDED = {"arch", "tasks"}  # settings that every reader relies on
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` under ``path`` atomically."""
-    # Through memory: torch's own writer hides a full disk behind an error about positions.
-    whole = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **content}, whole)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(whole.getbuffer())
+    save_torch_file(path, {"format": FORMAT, "version": VERSION, **content})
 
 
-def load_torch_file(path: Path) -> Any:
-    """Unpickle a file of tensors and plain values; anything that could run code is refused.
+class CheckpointWriter:
+    """Writes checkpoints in the background, one after the other, while training goes on."""
 
-    Raises:
-        InputError: no such file, not a torch file, or one that holds more than tensors.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", path) from error
-    except pickle.UnpicklingError as error:
-        # torch's text goes on to recommend weights_only=False, which runs whatever is in the file.
-        reason = str(error).split("Please file an issue")[0].strip().splitlines()
-        raise InputError(
-            "is not a checkpoint, or holds more than tensors and plain values",
-            path,
-            f"it was not opened further ({reason[-1][:160] if reason else 'unpickling refused'})",
-        ) from error
-    except Exception as error:  # a parser of damaged bytes fails in every way there is
-        raise InputError("is not a checkpoint, or is damaged", path) from error
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, path: Path, content: dict[str, Any]) -> None:
+        """Copy the tensors now and write them soon.
+
+        Raises:
+            InputError: the checkpoint before could not be written.
+        """
+        self.finish()  # two copies in memory would be too many
+        self._pending = self._thread.submit(save_checkpoint, path, _copied(content))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do this when what was saved is on disk, and only if it is."""
+        written = self._pending
+
+        def when_written() -> None:
+            if written is not None:
+                written.result()
+            action()
+
+        self._pending = self._thread.submit(when_written)
+
+    def check(self) -> None:
+        """Raises what went wrong with the last one, if that is known yet."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last one; raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _copied(value: Any) -> Any:
+    """Tensors as copies on the CPU, so that training may change its own."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(part) for part in value)
+    return value
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

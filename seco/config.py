@@ -73,14 +73,22 @@ class PretrainConfig:
     )
     bn_group: int | None = setting(
         None,
-        "images normalised together by shuffled BatchNorm [default: a quarter of the batch]",
+        "images normalised together by shuffled BatchNorm [default: a quarter of the batch, or "
+        "what of that divides a process's share]",
         source="authors' code: 4 ranks of 128",
     )
+    accumulate: int = setting(1, "cut each process's share into so many parts; only saves memory")
     precision: str = setting(
         "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
     )
+    channels_last: bool = setting(False, "keep images channels last in memory")
+    compile: bool = setting(False, "compile the encoders with torch.compile")
     device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
-    workers: int = setting(2, "loader processes; never changes a result")
+    processes: int | None = setting(
+        None,
+        "processes on this machine [default: one a visible GPU, else 1]",
+    )
+    workers: int = setting(2, "loader processes of each process; never changes a result")
     decode: str = setting(
         "cpu", "who decodes the frames: loader processes, or the GPU", choices=("cpu", "nvjpeg")
     )
@@ -96,6 +104,8 @@ class PretrainConfig:
     cache_gb: float = setting(100.0, "gigabytes they may take there")
     steps_per_epoch: int | None = setting(None, "length of an epoch of shards without index")
     seed: int = setting(0, "seed of every random draw")
+    knn_shards: tuple[str, ...] = setting((), "labelled shards for an online kNN every few epochs")
+    knn_every_epochs: int = setting(10, "epochs between these")
     max_unreadable: float = setting(1.0, "stop when this percentage of the samples is unreadable")
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
     resume: str | None = setting(None, "'auto' (the run's last.pt if there is one) or a checkpoint")
@@ -109,7 +119,7 @@ RESUMABLE_DIFFERENCES = frozenset(
     {
         *("out", "shards", "preset", "init", "device", "workers", "max_unreadable", "resume"),
         *("log_every", "checkpoint_every_steps", "keep_every_epochs", "keep"),
-        *("cache_dir", "cache_gb"),
+        *("cache_dir", "cache_gb", "processes", "accumulate", "knn_shards", "knn_every_epochs"),
     }
 )
 
@@ -131,8 +141,12 @@ def task_list(config: PretrainConfig) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task in named)
 
 
-def resolve(config: PretrainConfig) -> PretrainConfig:
+def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
     """Fill in what the preset decides, and refuse values that cannot work.
+
+    Args:
+        config: as given.
+        processes: of the run, on all machines.
 
     Raises:
         InputError: a value out of range, named by its option.
@@ -142,19 +156,37 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         for name, value in PRESETS[config.preset].items()
         if getattr(config, name) is None
     }
+    part = _part(config, processes)
     if config.bn_group is None:
-        chosen["bn_group"] = max(2, config.batch_size // 4)
-        if config.batch_size % chosen["bn_group"]:
-            chosen["bn_group"] = config.batch_size
+        chosen["bn_group"] = _default_group(config.batch_size, config.batch_size // processes)
     resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
-    _require_ranges(resolved)
+    _require_ranges(resolved, part)
     return resolved
 
 
-def _require_ranges(config: PretrainConfig) -> None:
+def _default_group(batch_size: int, share: int) -> int:
+    """A quarter of the batch, or the largest part of a process's share that is no larger."""
+    most = max(2, min(batch_size // 4, share))
+    return next((size for size in range(most, 1, -1) if share % size == 0), share)
+
+
+def _part(config: PretrainConfig, processes: int) -> int:
+    """Rows of the batch that a process works on at a time."""
+    _require(config.batch_size >= 2, "batch_size", "must be 2 or more: BatchNorm needs two images")
+    _require(config.accumulate >= 1, "accumulate", "must be 1 or more")
+    _require(
+        config.batch_size % (processes * config.accumulate) == 0,
+        "batch_size",
+        f"{config.batch_size} does not divide over {processes} processes"
+        + (f" and {config.accumulate} parts" if config.accumulate > 1 else ""),
+    )
+    return config.batch_size // (processes * config.accumulate)
+
+
+def _require_ranges(config: PretrainConfig, part: int) -> None:
     for name in ("epochs", "queue_size", "crop_size", "embedding_dim", "log_every", "keep"):
         _require(getattr(config, name) >= 1, name, "must be 1 or more")
-    for name in ("checkpoint_every_steps", "keep_every_epochs"):
+    for name in ("checkpoint_every_steps", "keep_every_epochs", "knn_every_epochs"):
         _require(getattr(config, name) >= 1, name, "must be 1 or more")
     for name in ("lr", "temperature", "intra_temperature"):
         _require(0 < getattr(config, name) < float("inf"), name, "must be above 0")
@@ -172,13 +204,10 @@ def _require_ranges(config: PretrainConfig) -> None:
     _require(config.weight_decay >= 0, "weight_decay", "must not be negative")
     _require(config.workers >= 0, "workers", "must not be negative")
     _require(0 < config.min_crop_area <= 1, "min_crop_area", "must be above 0 and at most 1")
-    _require(config.batch_size >= 2, "batch_size", "must be 2 or more: BatchNorm needs two images")
+    _require(config.processes is None or config.processes >= 1, "processes", "must be 1 or more")
     group = config.bn_group or 0
-    _require(
-        group >= 2 and config.batch_size % group == 0,
-        "bn_group",
-        f"must be 2 or more and divide the batch of {config.batch_size}",
-    )
+    whole = f"the batch of {part}" if part == config.batch_size else f"a process's part of {part}"
+    _require(group >= 2 and part % group == 0, "bn_group", f"must be 2 or more and divide {whole}")
     warmup = config.warmup_epochs or 0
     _require(0 <= warmup <= config.epochs, "warmup_epochs", "must not exceed --epochs")
 

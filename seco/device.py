@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
+from seco.ranks import local_rank, local_size
+from shards.cpus import usable_cpus
 from shards.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
     """The device of ``--device``; ``auto`` is a GPU when there is one.
 
+    Of several processes on a machine each takes the GPU of its number, or its share of the cores.
     On the CPU one core is left to the loader: computing threads that wait for each other at every
     layer lose far more than that core to a loader process which takes turns with them. How many
     threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
@@ -30,15 +34,22 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda")
     if device.type == "cuda":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        named: int | None = device.index
+        if named is None:
+            # A scheduler may show each process its own GPU alone, as number 0.
+            device = torch.device("cuda", local_rank() if gpus > 1 else 0)
         if (device.index or 0) >= gpus:
             there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
             raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _usable_cores() - 1))
+        torch.set_num_threads(max(1, (usable_cpus() - 1) // local_size()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device: that takes pinned memory."""
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

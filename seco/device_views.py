@@ -1,4 +1,4 @@
-"""From a loader's batch to views on the training device."""
+"""From a loader's batch to crops, and from crops to views, on the training device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from seco.augment import apply_views
 from seco.chunks import FRAME_OF_VIEW, VIEWS
 from seco.loader import Batch
-from seco.view_parameters import ViewConfig
+from seco.view_parameters import ViewConfig, ViewParameters
 from shards.errors import InputError
 
 _COPIES_UNDER_WAY = 1  # the loader keeps one batch more than the one being read
@@ -32,18 +32,19 @@ class DeviceViews:
         self._config = config
         self._copies: deque[torch.cuda.Event] = deque()
 
-    def of(self, batch: Batch) -> Tensor:
-        """(4, N, 3, S, S) float32: query, k1 (both of the anchor), k2, k3.
+    def crops(self, batch: Batch) -> Tensor:
+        """(4, N, 3, S, S) of query, k1 (both of the anchor), k2, k3: uint8, or float32 views.
 
         Frames that the device cannot decode are replaced by those of the next sample; the batch's
         ``unreadable`` names them.
         """
-        images = self._decoded(batch) if batch.images is None else self._copied(batch.images)
-        n = len(batch.order)
-        if images.dtype == torch.float32:
-            return images
-        views = apply_views(images.flatten(0, 1), batch.views, self._config)
-        return views.view(VIEWS, n, *views.shape[1:])
+        return self._decoded(batch) if batch.images is None else self._copied(batch.images)
+
+    def finished(self, crops: Tensor, views: ViewParameters) -> Tensor:
+        """(n, 3, S, S) crops to float32 views; those that are finished stay as they are."""
+        if crops.dtype != torch.uint8:
+            return crops
+        return apply_views(crops, views, self._config)
 
     def _copied(self, images: Tensor) -> Tensor:
         copied = images.to(self._device, non_blocking=True)

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from seco.batch_ring import BatchRing
 from seco.chunks import VIEWS, Chunk, ChunkMaker
 from seco.stopping import kill_workers, leave_signals_to_parent
-from seco.view_parameters import VIEW_DRAWS, ViewConfig, ViewParameters, draw_views
+from seco.view_parameters import ViewConfig
 from shards.errors import InputError
 from shards.stream import Stream
 
@@ -39,7 +40,7 @@ class Batch:
     """
 
     images: Tensor | None  # (4, N, 3, S, S) uint8 crops, or finished float32 views
-    views: ViewParameters  # of the 4·N images, view by view
+    uniform: NDArray[np.float64]  # (4, N, 13) what the views' parameters are drawn from
     order: Tensor  # (N,) 0 anchor before, 1 after
     videos: Tensor  # (N,) numbers in the set
     unreadable: list[str]  # why each sample that had to be replaced could not be read
@@ -103,7 +104,6 @@ class TripletLoader:
         pin: bool = False,
     ) -> None:
         self._stream = stream
-        self._views = views
         self._workers = workers
         self._steps = range(first_step, last_step)
         self._decode = decode == "cpu"
@@ -186,7 +186,7 @@ class TripletLoader:
             images = images if self._finish else images.permute(0, 1, 4, 2, 3)
         return Batch(
             images=images,
-            views=draw_views(uniform.reshape(-1, VIEW_DRAWS), self._views),
+            uniform=uniform,
             order=torch.from_numpy(np.concatenate([part.order for part in parts])),
             videos=torch.from_numpy(np.concatenate([part.videos for part in parts])),
             unreadable=[reason for part in parts for reason in part.unreadable],

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seco.negatives import negative_logsumexp
+
 
 def inter_loss(
     query: Tensor,
@@ -16,8 +18,8 @@ def inter_loss(
 ) -> tuple[Tensor, Tensor]:
     """Inter-frame instance discrimination, Eq. 2: the mean InfoNCE of the three positives.
 
-    The sum over the negatives is the same for the three positives, so it is taken once and the
-    3N × (K+1) logits of the plain form are never built.
+    The sum over the negatives is the same for the three positives, so it is taken once; and it is
+    taken in blocks, so that neither the 3N × (K+1) logits of the plain form nor N × K are built.
 
     Args:
         query: (N, D).
@@ -30,13 +32,10 @@ def inter_loss(
         The loss, and the share of the 3N positives that score above all their negatives.
     """
     positive = (query * keys).sum(-1) / temperature  # (3, N)
-    negative = query @ negatives.t() / temperature  # (N, K)
-    if masked is not None:
-        negative = negative.masked_fill(masked, float("-inf"))
-    rest = torch.logsumexp(negative, dim=1)  # (N,)
+    rest, hardest = negative_logsumexp(query, negatives, temperature, masked)  # (N,), (N,)
     loss = (torch.logaddexp(positive, rest.expand_as(positive)) - positive).mean()
     with torch.no_grad():
-        accuracy = (positive > negative.amax(1)).float().mean()
+        accuracy = (positive > hardest).float().mean()
     return loss, accuracy
 
 
@@ -55,7 +54,9 @@ def intra_loss(query: Tensor, keys: Tensor, temperature: float, form: str) -> tu
     """
     logits = (query * keys).sum(-1).t() / temperature  # (N, 3)
     if form == "three-way":
-        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long).to(logits.device))
+        loss = F.cross_entropy(
+            logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        )
     elif form == "pairwise":
         loss = F.softplus(logits[:, 1:] - logits[:, :1]).mean()
     else:

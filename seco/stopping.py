@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 from torch._C import _remove_worker_pids
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+_AGAIN_SECONDS = 1.0
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopWaiting(BaseException):
@@ -18,13 +20,15 @@ class StopWaiting(BaseException):
 
 
 class StopRequest:
-    """Within the block, the first SIGINT, SIGTERM or SIGUSR1 sets a flag instead of killing.
+    """Within the block, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP sets a flag and kills nobody.
 
-    A second Ctrl-C interrupts at once: whoever presses it twice does not want to wait.
+    A second Ctrl-C interrupts at once: whoever presses it twice does not want to wait. (A terminal
+    and a launcher that hands it on make two of one.)
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._since = 0.0
         self._waiting = False
         self._before: dict[int, object] = {}
 
@@ -34,7 +38,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for name in _SIGNALS:
             number = getattr(signal, name, None)
-            if number is not None:
+            # nohup wants a hang-up to be passed by.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -50,9 +55,11 @@ class StopRequest:
             self._waiting = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
+        again = self.signal_name is not None and time.monotonic() - self._since > _AGAIN_SECONDS
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        if self.signal_name is None:
+            self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
         if self._waiting:
             self._waiting = False
             raise StopWaiting

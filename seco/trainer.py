@@ -1,9 +1,10 @@
-"""The training loop of ``seco pretrain``: one process, on the CPU or one GPU."""
+"""The training loop of ``seco pretrain``, on one process or many."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -11,48 +12,83 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 import torch
-from torch import Tensor
 
-from seco.checkpoint import load_checkpoint, save_checkpoint
-from seco.config import RESUMABLE_DIFFERENCES, TASKS, PretrainConfig, resolve
+from seco.checkpoint import load_checkpoint
+from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig, resolve
 from seco.device import resolve_device
 from seco.device_views import DeviceViews
+from seco.health import Health, status
+from seco.initialise import initialise
 from seco.loader import Batch, TripletLoader
-from seco.method import SeCo, StepResult
+from seco.method import SeCo, StepResult, spread
 from seco.metrics import RunLog
+from seco.online_knn import OnlineKnn
+from seco.ranks import Ranks, joined, local_rank
+from seco.run_state import RunState, checkpoint_to_resume
 from seco.schedule import learning_rate
+from seco.step import GlobalRows, TrainingStep
 from seco.stopping import StopRequest, StopWaiting
-from seco.view_parameters import ViewConfig
-from seco.weights import load_backbone
+from seco.view_parameters import VIEW_DRAWS, ViewConfig
 from shards.atomic import require_writable, write_text
-from shards.errors import InputError, Stopped
+from shards.errors import InputError, PeerLost, Stopped
 from shards.opening import CacheSettings, open_stream
 from shards.progress import Progress, progress
 from shards.settings import as_settings
 
-LAST = "last.pt"
 CONFIG = "config.toml"
 _BLUR_GIVEN_AT_PX = 224  # the authors' sigma is for views of this side
+_DRAWN = 4 * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
+_ORDER, _VIDEO, _STOP, _UNREADABLE, _COLUMNS = range(_DRAWN, _DRAWN + 5)
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Run or resume a pre-training; returns the path of its last checkpoint.
+    """Run or resume a pre-training on the processes there are; returns its last checkpoint.
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
             longer finite; too many samples cannot be read.
         Stopped: a signal came; everything is saved.
+        PeerLost: another process ended, and has said why.
     """
-    return Trainer(resolve(config)).run()
+    device = resolve_device(config.device)
+    with joined(device) as ranks:
+        try:
+            trainer = Trainer(_adopted(resolve(config, ranks.size), config), ranks, device)
+        except InputError as error:
+            # The same for all processes of a machine: its first one says it.
+            raise error if local_rank() == 0 else PeerLost from error
+        return trainer.run()
+
+
+def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
+    """BatchNorm's groups of the run that is gone on with, where nothing is said of them.
+
+    Their default depends on the number of processes, which may be another now.
+    """
+    if given.bn_group is not None or given.resume is None or given.out is None:
+        return resolved
+    checkpoint = checkpoint_to_resume(Path(given.out), given.resume)
+    if checkpoint is None:
+        return resolved
+    group = load_checkpoint(checkpoint)["config"].get("bn_group")
+    return dataclasses.replace(resolved, bn_group=group)
 
 
 class Trainer:
-    """Everything of one run: data, model, optimizer, log, position."""
+    """Everything of one process of a run: data, model, optimizer, log, position."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        if config.out:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        ranks: Ranks | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.ranks = ranks = ranks or Ranks()
+        self.device = device = device or resolve_device(config.device)
+        if config.out and ranks.first:
             require_writable(Path(config.out))  # before anything that takes long
         self.stream = open_stream(
             config.shards,
@@ -62,237 +98,246 @@ class Trainer:
             cache=CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None,
             window_shards=config.window_shards,
             steps_per_epoch=config.steps_per_epoch,
+            rank=ranks.rank,
+            world_size=ranks.size,
         )
         self.out = Path(config.out or f"runs/{self.stream.name}")
         # The window that was chosen is written down: another one would be another order.
         window = self.stream.window_shards if config.steps_per_epoch is None else None
         self.config = config = dataclasses.replace(config, out=str(self.out), window_shards=window)
-        require_writable(self.out)
-        checkpoint = self._checkpoint_to_resume()
-        self.device = resolve_device(config.device)
-        if config.decode == "nvjpeg" and self.device.type != "cuda":
+        if ranks.first:
+            require_writable(self.out)
+        checkpoint = checkpoint_to_resume(self.out, config.resume)
+        if config.decode == "nvjpeg" and device.type != "cuda":
             raise InputError("nvjpeg needs a GPU", "--decode", "leave it out")
         if self.stream.left_out:
-            _say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
+            self._say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
         self.steps_per_epoch = self.stream.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.step = 0
-        self.unreadable = 0
         torch.manual_seed(config.seed)
         model = SeCo(config)
         if config.init and checkpoint is None:
-            _initialise(model, config)
-        self.model = model.to(self.device).train()
-        self.optimizer = torch.optim.SGD(
-            model.trained_parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.autocast = config.precision == "bf16" or (
-            config.precision == "auto" and self.device.type == "cuda"
-        )
+            initialise(model, config)
+        self.model = model.to(device).train()
         self.view_config = view_config(config)
-        self.device_views = DeviceViews(self.device, config.crop_size, self.view_config)
+        self.device_views = DeviceViews(device, config.crop_size, self.view_config)
+        self.knn = OnlineKnn(config, device, ranks) if config.knn_shards else None
+        self.step = TrainingStep(
+            model,
+            _with_precision(config, device),
+            self.view_config,
+            self.device_views,
+            ranks,
+            device,
+        )
+        self.state = RunState(
+            self.out,
+            config,
+            model,
+            self.step.optimizer,
+            self.stream.digest(),
+            writes=ranks.first,
+        )
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self.state.restore(checkpoint)
+            self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
+        self.health = Health(config, self._say)
+        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+
+    def _require_agreement(self) -> None:
+        """All processes must be about to do the same, or they would wait for each other."""
+        plan = {k: v for k, v in as_settings(self.config).items() if k not in RESUMABLE_DIFFERENCES}
+        text = repr((self.state.step, sorted(plan.items()), self.stream.digest()))
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+        everyone = self.ranks.gather_host(np.array([[float(number)]]))
+        if (everyone != everyone[0]).any():
+            raise self._told_once(
+                InputError(
+                    "the processes do not see the same run: other settings, videos or checkpoints",
+                    self.out,
+                    "put --out and --shards where all machines see them",
+                )
+            )
 
     def run(self) -> Path:
         """Train to the end; see :func:`pretrain`."""
-        write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
-        log = RunLog(self.out, self.step)
-        try:
-            with (
-                StopRequest() as stop,
-                progress("Pre-training", self.total_steps, "steps", self.step) as shown,
-            ):
-                self._loop(log, stop, shown)
-        finally:
-            log.close()
-        return self.out / LAST
+        with contextlib.ExitStack() as open_things:
+            log = None
+            if self.ranks.first:
+                write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
+                log = RunLog(self.out, self.state.step)
+                open_things.callback(log.close)
+            stop = open_things.enter_context(StopRequest())
+            shown = open_things.enter_context(
+                progress(
+                    "Pre-training",
+                    self.total_steps,
+                    "steps",
+                    self.state.step,
+                    quiet=not self.ranks.first,
+                )
+            )
+            self._loop(log, stop, shown)
+        return self.state.last
 
-    def _loop(self, log: RunLog, stop: StopRequest, shown: Progress) -> None:
+    def _loop(self, log: RunLog | None, stop: StopRequest, shown: Progress) -> None:
         loader = TripletLoader(
             self.stream,
             self.config.crop_size,
             self.view_config,
             workers=self.config.workers,
-            first_step=self.step,
+            first_step=self.state.step,
             last_step=self.total_steps,
             decode=self.config.decode,
             views_on=self.config.views_on,
             pin=self.device.type == "cuda",
         )
-        with loader, contextlib.closing(iter(loader)) as batches:
-            self._steps(batches, log, stop, shown)
+        try:
+            with loader, contextlib.closing(iter(loader)) as batches:
+                self._steps(batches, log, stop, shown)
+        finally:
+            self.state.finish()
 
     def _steps(
-        self, loader: Iterator[Batch], log: RunLog, stop: StopRequest, shown: Progress
+        self, batches: Iterator[Batch], log: RunLog | None, stop: StopRequest, shown: Progress
     ) -> None:
-        window_began, waited, logged_step = time.perf_counter(), 0.0, self.step
-        while self.step < self.total_steps:
+        config, state = self.config, self.state
+        window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
+        while state.step < self.total_steps:
             asked = time.perf_counter()
+            batch = None
             try:
                 with stop.while_waiting():
-                    batch = next(loader)
+                    batch = next(batches)
             except StopWaiting:
-                self._save(self.out / LAST)
-                raise self._stopped(stop) from None
+                pass  # the others have to be told
             waited += time.perf_counter() - asked
-            views = self.device_views.of(batch)
-            self._note_unreadable(batch)
-            lr = self._set_learning_rate()
-            result = self._train_step(batch, views)
-            self.step += 1
-            last = self.step == self.total_steps
-            stopping = bool(stop)  # once: a signal during the rest of the step is the next step's
-            due = self.step % self.config.checkpoint_every_steps == 0 or last or stopping
-            if self.step % self.config.log_every == 0 or last or due:
-                metrics = self._metrics(result, lr)
-                if self.step % self.config.log_every == 0 or last:
-                    elapsed = time.perf_counter() - window_began
-                    images = (self.step - logged_step) * self.config.batch_size * 4
-                    speed = {"images_per_s": images / elapsed, "data_wait": waited / elapsed}
-                    log.log(self.step, metrics, speed)
-                    window_began, waited, logged_step = time.perf_counter(), 0.0, self.step
-                shown.advance(0, _status(metrics))
-            shown.advance()
+            crops = None if batch is None else self.device_views.crops(batch)
+            known, stopping = self._known_to_all(batch)
+            if stopping or crops is None:
+                raise self._saved_and_stopped(stop)
+            lr = self._learning_rate()
+            result = self._train_step(crops, known, lr)
+            state.step += 1
+            state.check()
+            epoch, rest = divmod(state.step, self.steps_per_epoch)
+            last = state.step == self.total_steps
+            due = state.step % config.checkpoint_every_steps == 0 or last
+            voting = rest == 0 and self.knn is not None and self.knn.due(epoch, last)
             if due:
-                self._save(self.out / LAST)
-            self._keep_epoch_checkpoint()
-            if stopping and not last:
-                raise self._stopped(stop)
+                metrics = self._metrics(result, lr)  # which refuse what is not worth saving
+                state.save()
+            if state.step % config.log_every == 0 or last or voting:
+                metrics = self._metrics(result, lr)
+                elapsed = time.perf_counter() - window_began
+                images = (state.step - logged_step) * config.batch_size * 4
+                speed = {"images_per_s": images / elapsed, "data_wait": waited / elapsed}
+                if voting and self.knn is not None:
+                    metrics |= self.knn.figures(self.model)
+                self.health.look(state.step, metrics, speed)
+                if log is not None:
+                    log.log(state.step, metrics, speed)
+                window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
+                shown.advance(0, status(metrics, speed))
+            shown.advance()
+            if rest == 0 and epoch % config.keep_every_epochs == 0:
+                state.keep_epoch(epoch)
 
-    def _stopped(self, stop: StopRequest) -> Stopped:
+    def _saved_and_stopped(self, stop: StopRequest) -> Stopped:
+        """Save everything; raises InputError when that fails."""
+        with contextlib.suppress(InputError):
+            self.state.finish()  # whatever became of an earlier one, this one is tried
+        self.state.save()
+        self.state.finish()
+        self.ranks.wait()  # nobody ends before everything is saved
+        if not self.ranks.first:
+            return Stopped("")
         return Stopped(
-            f"{stop.signal_name}: saved step {self.step} of {self.total_steps} in "
-            f"{self.out / LAST}; go on with the same command and --resume auto"
+            f"{stop.signal_name or 'another process was stopped'}: saved step {self.state.step} of "
+            f"{self.total_steps} in {self.state.last}; go on with the same command and "
+            "--resume auto"
         )
 
-    def _train_step(self, batch: Batch, views: Tensor) -> StepResult:
-        config = self.config
-        shuffle = torch.Generator().manual_seed(_mixed_seed(config.seed, self.step))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            result: StepResult = self.model(
-                views,
-                batch.order.to(self.device),
-                batch.videos.to(self.device),
-                shuffle,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
-        self.optimizer.step()
-        self.model.update_key_encoder()
-        return result
+    def _train_step(self, crops: torch.Tensor, known: GlobalRows, lr: float) -> StepResult:
+        return self.step.run(crops, known, self.state.step, lr)
 
-    def _set_learning_rate(self) -> float:
-        lr = learning_rate(
-            self.step,
+    def _known_to_all(self, batch: Batch | None) -> tuple[GlobalRows, bool]:
+        """Rows of all ranks, and whether any of them has none because it was told to stop.
+
+        One exchange of the hosts a step carries everything that they must agree on.
+        """
+        n = self.stream.rows
+        mine = np.zeros((n, _COLUMNS))
+        mine[0, _STOP] = batch is None
+        if batch is not None:
+            mine[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
+            mine[:, _ORDER], mine[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
+            mine[0, _UNREADABLE] = len(batch.unreadable)
+            for reason in batch.unreadable:
+                _tell(f"unreadable, replaced by another video: {reason}")
+        rows = self.ranks.gather_host(mine)
+        self._note_unreadable(int(rows[:, _UNREADABLE].sum()))
+        uniform = rows[:, :_DRAWN].reshape(-1, 4, VIEW_DRAWS).transpose(1, 0, 2)
+        known = GlobalRows(
+            uniform=uniform,
+            order=torch.from_numpy(rows[:, _ORDER].astype(np.int64)),
+            videos=torch.from_numpy(rows[:, _VIDEO].astype(np.int64)),
+        )
+        return known, bool(rows[:, _STOP].any())
+
+    def _note_unreadable(self, count: int) -> None:
+        state, config = self.state, self.config
+        state.unreadable += count
+        allowed = config.max_unreadable / 100 * max(1000, (state.step + 1) * config.batch_size)
+        if state.unreadable > allowed:
+            raise self._told_once(
+                InputError(
+                    f"{state.unreadable} samples could not be read by step {state.step + 1}, more "
+                    f"than --max-unreadable {config.max_unreadable} % allows",
+                    "--shards",
+                    "prepare or copy the named shards again",
+                )
+            )
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.state.step,
             base_lr=self.config.lr,
             final_lr=self.config.final_lr or 0.0,
             warmup_epochs=self.config.warmup_epochs or 0,
             epochs=self.config.epochs,
             steps_per_epoch=self.steps_per_epoch,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
 
     def _metrics(self, result: StepResult, lr: float) -> dict[str, Any]:
-        """The step's figures as numbers; refuses to go on when the loss is not finite."""
-        figures = {name: float(value) for name, value in result.figures.items()}
-        loss = float(result.loss.detach())
+        """The step's figures as numbers, of all ranks; refuses to go on when the loss is none."""
+        names = list(result.figures)
+        scalars = torch.stack([result.loss.float(), *(result.figures[n].float() for n in names)])
+        means = self.ranks.mean(torch.cat([scalars, result.moments.float().flatten()]))
+        loss, *figures = means[: len(scalars)].tolist()
+        moments = means[len(scalars) :].view_as(result.moments)
         if not math.isfinite(loss):
-            raise self._not_finite(f"the loss ({loss})")
-        epoch = (self.step - 1) // self.steps_per_epoch
-        figures |= {"queue_fill": self.model.queue.fill, "unreadable": self.unreadable}
-        return {"epoch": epoch, "loss": loss, "lr": lr, **figures}
-
-    def _note_unreadable(self, batch: Batch) -> None:
-        for reason in batch.unreadable:
-            self.unreadable += 1
-            _say(f"unreadable, replaced by another video: {reason}")
-        allowed = self.config.max_unreadable / 100 * max(1000, (self.step + 1) * len(batch.order))
-        if self.unreadable > allowed:
-            raise InputError(
-                f"{self.unreadable} samples could not be read by step {self.step + 1}, more than "
-                f"--max-unreadable {self.config.max_unreadable} % allows",
-                "--shards",
-                "prepare or copy the named shards again",
-            )
-
-    def _keep_epoch_checkpoint(self) -> None:
-        epoch, rest = divmod(self.step, self.steps_per_epoch)
-        if rest == 0 and epoch % self.config.keep_every_epochs == 0:
-            self._save(self.out / f"epoch-{epoch:04d}.pt")
-            for old in sorted(self.out.glob("epoch-*.pt"))[: -self.config.keep]:
-                old.unlink()
-
-    def _save(self, path: Path) -> None:
-        self._require_finite_weights()
-        save_checkpoint(
-            path,
-            {
-                "config": as_settings(self.config),
-                "step": self.step,
-                "unreadable": self.unreadable,
-                "videos": self.stream.digest(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-            },
-        )
-
-    def _require_finite_weights(self) -> None:
-        """A step can spoil the weights while its own loss was still a number."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.trained_parameters()):
-            raise self._not_finite("a weight")
-
-    def _not_finite(self, what: str) -> InputError:
-        last = self.out / LAST
-        kept = f"the last good checkpoint is {last}" if last.is_file() else "none was saved yet"
-        return InputError(
-            f"{what} is not finite at step {self.step}; {kept}", "--lr", "lower the learning rate"
-        )
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        last = self.out / LAST
-        if self.config.resume == "auto":
-            return last if last.is_file() else None
-        if self.config.resume is not None:
-            return Path(self.config.resume)
-        if last.is_file():
-            raise InputError(
-                "holds a run already", self.out, "give --resume auto to go on, or another --out"
-            )
-        return None
-
-    def _restore(self, path: Path) -> None:
-        content = load_checkpoint(path)
-        differing = {
-            name: value
-            for name, value in as_settings(self.config).items()
-            if name not in RESUMABLE_DIFFERENCES and content["config"].get(name) != value
+            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
+        epoch = (self.state.step - 1) // self.steps_per_epoch
+        more = {
+            "feature_std": float(spread(moments)),
+            "queue_fill": self.model.queue.fill,
+            "unreadable": self.state.unreadable,
         }
-        if differing:
-            name = next(iter(differing))
-            raise InputError(
-                f"was made with {name} = {content['config'].get(name)}, not {differing[name]}",
-                path,
-                "resume with the run's own settings (its config.toml)",
-            )
-        if content["videos"] != self.stream.digest():
-            raise InputError("was made on other videos", path, "resume on the same --shards")
-        try:
-            self.model.load_state_dict(content["model"], strict=True)
-            self.optimizer.load_state_dict(content["optimizer"])
-            torch.set_rng_state(content["torch_rng"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise InputError("does not fit this run", path, "give the run's own last.pt") from error
-        self.step = content["step"]
-        self.unreadable = content["unreadable"]
-        _say(f"going on from step {self.step} of {self.total_steps} ({path})")
+        named = dict(zip(names, figures, strict=True))
+        return {"epoch": epoch, "loss": loss, "lr": lr, **named, **more}
+
+    def _told_once(self, error: InputError) -> Exception:
+        """All ranks end for the same reason; the first one says it."""
+        return error if self.ranks.first else PeerLost()
+
+    def _say(self, message: str) -> None:
+        if self.ranks.first:
+            _tell(message)
+
+
+def _tell(message: str) -> None:
+    print(f"seco pretrain: {message}", file=sys.stderr, flush=True)
 
 
 def view_config(config: PretrainConfig) -> ViewConfig:
@@ -304,21 +349,8 @@ def view_config(config: PretrainConfig) -> ViewConfig:
     )
 
 
-def _initialise(model: SeCo, config: PretrainConfig) -> None:
-    """Load ``--init`` into both backbones (paper §5.2 starts from MoCo on ImageNet)."""
-    state = load_backbone(str(config.init), config.arch).network.state_dict()
-    model.query_encoder.backbone.load_state_dict(state, strict=True)
-    model.key_encoder.backbone.load_state_dict(state, strict=True)
-
-
-def _mixed_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step * 7_919 + 12_345) % (1 << 63)
-
-
-def _status(metrics: dict[str, Any]) -> str:
-    parts = [f"{t} {metrics[f'loss_{t}']:.3f}" for t in TASKS if f"loss_{t}" in metrics]
-    return f"loss {metrics['loss']:.3f} ({', '.join(parts)})"
-
-
-def _say(message: str) -> None:
-    print(f"seco pretrain: {message}", file=sys.stderr, flush=True)
+def _with_precision(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+    """``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    if config.precision != "auto":
+        return config
+    return dataclasses.replace(config, precision="bf16" if device.type == "cuda" else "fp32")

@@ -28,5 +28,9 @@ class TooManyExcluded(InputError):
     """More inputs were excluded than ``--max-failures`` allows (exit code 3)."""
 
 
+class PeerLost(Exception):
+    """Another process of the same run has ended; it has said why."""
+
+
 class Stopped(Exception):
     """A signal or Ctrl-C ended the run with everything saved; says how to go on."""

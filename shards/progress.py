@@ -92,10 +92,23 @@ class _TerminalProgress(Progress):
         self._bars.stop()
 
 
+class _QuietProgress(Progress):
+    """Counts and shows nothing: another process of the same work does."""
+
+    def _show(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 @contextmanager
-def progress(title: str, total: int, unit: str, start: int = 0) -> Iterator[Progress]:
+def progress(
+    title: str, total: int, unit: str, start: int = 0, *, quiet: bool = False
+) -> Iterator[Progress]:
     """Show the progress of the block, on standard error."""
-    shown = (_TerminalProgress if sys.stderr.isatty() else Progress)(title, total, unit, start)
+    loud = _TerminalProgress if sys.stderr.isatty() else Progress
+    shown = (_QuietProgress if quiet else loud)(title, total, unit, start)
     try:
         yield shown
     finally:

@@ -178,7 +178,7 @@ class SequentialStream:
         start = sample_starts(self.seed, 0, [f"{name}/{key}"], "triplet")
         drawn = draw_triplets(uniforms(start, DRAWS), np.array([len(frames)]), self._sampling)
         one, two, three = drawn.frames[0].tolist()
-        video = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
+        video = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "little")
         jpegs = (frames[one], frames[two], frames[three])
         return TripletFrames(key, video, int(drawn.order[0]), jpegs)
 

@@ -26,6 +26,7 @@ from pipelines._config import PrepareConfig
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from tests.made_shards import make_set
 
@@ -389,6 +390,8 @@ def test_every_command_has_help_with_an_example() -> None:
         ("probe", ProbeConfig),
         ("retrieve evaluate", RetrieveConfig),
         ("demo", DemoConfig),
+        ("import", ImportConfig),
+        ("export", ExportConfig),
     ],
 )
 def test_options_are_the_settings(command: str, config: type) -> None:

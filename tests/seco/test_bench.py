@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import cli
 from seco import bench_reference as reference
+from seco.bench_step import _loss_memory, peak_bytes
+from seco.config import PretrainConfig
 from seco.view_parameters import ViewConfig
 from shards import measuring
 from tests.made_shards import drawn_frame, make_set
@@ -51,6 +54,28 @@ def test_views(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
     numbers = figures([found[part] for part in ("decode", "resize", "plain", "device")])
     assert all(math.isfinite(number) and number > 0 for number in numbers)
     assert "| torch, uint8 |" in printed(command, capfd)
+
+
+def test_step(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--arch", "resnet18", "--crop-size", "32", "--batch-size", "8", "--queue-size", "4096"]
+    command = ["step", *sizes, "--device", "cpu", "--repeats", "1", "--workers", "0"]
+    found = json.loads(printed([*command, "--only-step", "--shards", spec, "--json"], capfd))
+    assert set(found["milliseconds"]) == {
+        "ours",
+        "bare cost",
+        "end to end, real loader",
+        "end to end, one batch of crops",
+    }
+    assert set(found["ratios"]) == {"ours, of the bare cost", "end to end, of synthetic"}
+    assert found["checkpoint"]["megabytes"] > 100  # both encoders, momentum, queue
+    numbers = figures([found[part] for part in ("milliseconds", "ratios", "loss_memory")])
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+
+
+def test_the_loss_needs_no_matrix_of_all_logits() -> None:
+    assert peak_bytes(lambda: torch.ones(1000, 1000) + 1) == pytest.approx(8e6, rel=0.01)
+    needed = _loss_memory(PretrainConfig(batch_size=64, queue_size=131_072))
+    assert needed["ratio"] < 1.6
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from seco.crop_resize import crop_resize
 from seco.crops import decode_jpeg
 from seco.device_views import DeviceViews
 from seco.loader import Batch, TripletLoader
-from seco.view_parameters import ViewConfig
+from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_shards, open_stream
 from shards.stream import Stream, TripletFrames
@@ -68,9 +67,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
     assert torch.equal(one.images, other.images)
     for name in ("order", "videos", "boxes"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
-    for field in fields(one.views):
-        ours, theirs = getattr(one.views, field.name), getattr(other.views, field.name)
-        np.testing.assert_array_equal(ours, theirs, field.name)
+    np.testing.assert_array_equal(one.uniform, other.uniform)
     assert one.unreadable == other.unreadable
 
 
@@ -98,8 +95,8 @@ def test_ranks_share_a_batch_in_its_order(spec: str, world_size: int) -> None:
     for name, dim in (("order", 0), ("videos", 0), ("boxes", 1)):
         joined = torch.cat([getattr(part, name) for part in parts], dim=dim)
         assert torch.equal(joined, getattr(whole, name))
-    hue = np.concatenate([part.views.hue.reshape(4, -1) for part in parts], axis=1)
-    np.testing.assert_array_equal(hue.reshape(-1), whole.views.hue)
+    uniform = np.concatenate([part.uniform for part in parts], axis=1)
+    np.testing.assert_array_equal(uniform, whole.uniform)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -128,21 +125,21 @@ def test_a_view_is_the_crop_of_its_frame(spec: str) -> None:
     assert (left + width <= 64).all() and (top + height <= 48).all()
     assert len({tuple(box) for box in batch.boxes.reshape(-1, 4).tolist()}) > 100
     assert (batch.boxes[0] != batch.boxes[1]).any(1).all()  # query and k1 are drawn apart
-    assert len(np.unique(batch.views.hue)) == 4 * 28
+    assert len(np.unique(batch.uniform)) == batch.uniform.size
 
 
 def test_views_made_by_workers_are_those_of_the_device(spec: str) -> None:
     (crops,) = load(stream_of(spec), 0, 1)
     (views,) = load(stream_of(spec), 0, 1, workers=2, views_on="workers")
+    assert crops.images is not None and views.images is not None
+    parameters = draw_views(crops.uniform.reshape(-1, VIEW_DRAWS), VIEWS)
+    expected = apply_views(crops.images.flatten(0, 1), parameters, VIEWS)
+    assert views.images.dtype == torch.float32
+    torch.testing.assert_close(views.images.flatten(0, 1), expected, atol=1e-5, rtol=0)
     here = DeviceViews(CPU, SIZE, VIEWS)
-    expected = here.of(crops)
-    assert expected.shape == (4, 28, 3, SIZE, SIZE)
-    assert views.images is not None and views.images.dtype == torch.float32
-    torch.testing.assert_close(views.images, expected, atol=1e-5, rtol=0)
-    assert here.of(views) is views.images
-    assert crops.images is not None
-    whole = apply_views(crops.images.flatten(0, 1), crops.views, VIEWS)
-    torch.testing.assert_close(expected.flatten(0, 1), whole, atol=1e-6, rtol=0)
+    assert torch.equal(here.finished(here.crops(crops).flatten(0, 1), parameters), expected)
+    finished = views.images.flatten(0, 1)
+    assert here.finished(finished, parameters) is finished
 
 
 def test_frames_decoded_by_the_device_give_the_same_crops(spec: str) -> None:
@@ -151,7 +148,7 @@ def test_frames_decoded_by_the_device_give_the_same_crops(spec: str) -> None:
     assert raw.images is None and len(raw.jpegs) == 28
     assert torch.equal(raw.boxes, on_cpu.boxes)
     assert on_cpu.images is not None
-    crops = DeviceViews(CPU, SIZE, VIEWS)._decoded(raw)
+    crops = DeviceViews(CPU, SIZE, VIEWS).crops(raw)
     apart = (crops.float() - on_cpu.images.float()).abs()
     assert apart.mean() < 1.0
     assert raw.unreadable == []
@@ -159,18 +156,19 @@ def test_frames_decoded_by_the_device_give_the_same_crops(spec: str) -> None:
 
 def test_a_frame_the_device_cannot_decode_is_replaced_and_named(spec: str) -> None:
     (raw,) = load(stream_of(spec), 0, 1, decode="nvjpeg")
-    whole = DeviceViews(CPU, SIZE, VIEWS).of(raw)
+    whole = DeviceViews(CPU, SIZE, VIEWS).crops(raw)
     broken = list(raw.jpegs)
     broken[3] = (broken[3][0], b"\xff\xd8 no picture", broken[3][2])
     raw.jpegs, name = broken, int(raw.videos[3])
-    views = DeviceViews(CPU, SIZE, VIEWS).of(raw)
+    crops = DeviceViews(CPU, SIZE, VIEWS).crops(raw)
     assert len(raw.unreadable) == 1 and f"video {name}" in raw.unreadable[0]
     assert raw.videos[3] == raw.videos[4] and raw.order[3] == raw.order[4]
     others = [row for row in range(28) if row != 3]
-    torch.testing.assert_close(views[:, others], whole[:, others], atol=1e-5, rtol=0)
+    assert torch.equal(crops[:, others], whole[:, others])
+    assert not torch.equal(crops[:, 3], whole[:, 3])
     raw.jpegs = [(b"x", b"y", b"z")] * 28
     with pytest.raises(InputError, match="not one frame of a batch can be decoded"):
-        DeviceViews(CPU, SIZE, VIEWS).of(raw)
+        DeviceViews(CPU, SIZE, VIEWS).crops(raw)
 
 
 def test_a_batch_stays_while_the_next_is_read(spec: str) -> None:

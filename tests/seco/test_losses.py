@@ -95,6 +95,28 @@ def test_inter_equals_a_loop_over_equation_2(masking: bool) -> None:
     assert float(accuracy) == pytest.approx(sum(right) / 15)
 
 
+@pytest.mark.parametrize("block", [1, 7, 40, 10**6])
+def test_blocks_of_negatives_change_neither_loss_nor_gradient(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    keys, rows = unit(3, 5, 8, seed=2), unit(11, 8, seed=3)
+    masked = torch.rand(5, 11, generator=torch.Generator().manual_seed(4)) < 0.3
+    query, plain = unit(5, 8, seed=1).requires_grad_(), unit(5, 8, seed=1).requires_grad_()
+    monkeypatch.setattr("seco.negatives._BLOCK_LOGITS", {"cpu": block})
+    loss, _ = inter_loss(query, keys, rows, 0.1, masked)
+    loss.backward()
+    positive = (plain * keys).sum(-1) / 0.1
+    negative = (plain @ rows.t() / 0.1).masked_fill(masked, float("-inf"))
+    logits = torch.cat([positive[..., None], negative.expand(3, -1, -1)], dim=2)
+    expected = -logits.log_softmax(2)[..., 0].mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(query.grad, plain.grad)
+    assert torch.autograd.gradcheck(
+        lambda q: inter_loss(q, keys, rows, 0.5, masked)[0], (unit(5, 8, seed=6).requires_grad_(),)
+    )
+
+
 def test_intra_forms_equal_loops() -> None:
     query, keys = unit(6, 8, seed=1), unit(3, 6, 8, seed=2)
     three, pairs = [], []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -12,8 +14,13 @@ from torch import Tensor, nn
 
 from seco.batchnorm import GroupedBatchNorm2d, group_order
 from seco.config import PretrainConfig, resolve
+from seco.device_views import DeviceViews
 from seco.encoder import Encoder, build_backbone, feature_dim
-from seco.method import SeCo
+from seco.key_shuffle import KEYS, KeyShuffle
+from seco.method import SeCo, StepResult
+from seco.ranks import Ranks
+from seco.step import GlobalRows, TrainingStep, step_seed
+from seco.view_parameters import VIEW_DRAWS, ViewConfig
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
 
@@ -49,6 +56,20 @@ def embed(network: tuple[nn.Module, nn.ModuleDict], images: Tensor, head: str) -
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
+def forward(
+    model: SeCo, views: Tensor, order: Tensor, videos: Tensor, generator: torch.Generator
+) -> StepResult:
+    """Keys, queries and queue of one step on finished views, as a training step calls them."""
+    shuffle = KeyShuffle(N, GROUP, 0, 1, generator, KEYS)
+    stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
+    encoded = model.encode_keys(stacked, shuffle)
+    keys = {name: shuffle.by_row(vectors) for name, vectors in encoded.items()}
+    result: StepResult = model(views[0][model.query_stack(N)], keys, order, videos)
+    result.loss.backward()
+    model.append_keys(keys, videos)
+    return result
+
+
 @pytest.mark.parametrize("preset", ["paper", "authors"])
 def test_one_step_equals_the_reference(preset: str) -> None:
     config = settings(preset=preset, warmup_epochs=0)
@@ -62,8 +83,7 @@ def test_one_step_equals_the_reference(preset: str) -> None:
     classifier = copy.deepcopy(model.order_classifier)
     rows_before = model.queue.rows.clone()
 
-    result = model(views, order, videos, torch.Generator().manual_seed(5))
-    result.loss.backward()
+    result = forward(model, views, order, videos, torch.Generator().manual_seed(5))
 
     # Reference: groups one by one, keys one by one, losses term by term.
     shuffle = torch.Generator().manual_seed(5)
@@ -118,6 +138,65 @@ def test_one_step_equals_the_reference(preset: str) -> None:
     assert model.queue.videos.tolist() == [9, 5, 9, 5, 7, 3, 9, 5, 7, 3]
 
 
+@pytest.mark.parametrize("preset", ["paper", "authors"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_whole_steps_equal_plain_ones(preset: str, accumulate: int) -> None:
+    """Gradient, SGD, queue and Eq. 6, written out parameter by parameter in float64."""
+    config = settings(preset=preset, warmup_epochs=0, accumulate=accumulate, ema=0.9)
+    torch.manual_seed(0)
+    model = SeCo(config).double().train()
+    plain = copy.deepcopy(model)
+    views, order, videos = made_input()
+    step = TrainingStep(
+        model,
+        dataclasses.replace(config, precision="fp32"),
+        ViewConfig(),
+        DeviceViews(torch.device("cpu"), SIZE, ViewConfig()),
+        Ranks(),
+        torch.device("cpu"),
+    )
+    known = GlobalRows(np.random.default_rng(0).random((4, N, VIEW_DRAWS)), order, videos)
+    velocity: dict[str, Tensor] = {}
+    for number, lr in ((0, 0.05), (1, 0.03)):
+        result = step.run(views + number, known, number, lr)
+        for parameter in plain.parameters():
+            parameter.grad = None
+        generator = torch.Generator().manual_seed(step_seed(config.seed, number))
+        expected = forward(plain, views + number, order, videos, generator)
+        torch.testing.assert_close(result.loss, expected.loss.detach())
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                if name.startswith("key_encoder"):
+                    continue
+                assert parameter.grad is not None, name
+                slope = parameter.grad + config.weight_decay * parameter
+                before = velocity.get(name, torch.zeros_like(slope))
+                velocity[name] = config.momentum * before + slope
+                parameter -= lr * velocity[name]
+            for key, query in zip(
+                plain.key_encoder.parameters(), plain.query_encoder.parameters(), strict=True
+            ):
+                key.copy_(0.9 * key + 0.1 * query)
+    state, other = model.state_dict(), plain.state_dict()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-9, rtol=1e-6, msg=name)
+
+
+def test_keys_may_be_encoded_at_once_or_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    model, (views, _, _) = SeCo(settings()).double().train(), made_input()
+    found = []
+    for forwards in (1, KEYS):
+        apart = copy.deepcopy(model)
+        shuffle = KeyShuffle(N, GROUP, 0, 1, torch.Generator().manual_seed(2), forwards)
+        stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
+        keys = shuffle.by_row(apart.encode_keys(stacked, shuffle)["shared"])
+        found.append((keys, apart.key_encoder.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-9, rtol=1e-7)
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(tensor, found[1][1][name], atol=1e-9, rtol=1e-7, msg=name)
+
+
 def test_grouped_statistics_are_those_of_separate_layers() -> None:
     torch.manual_seed(0)
     x = torch.randn(12, 5, 4, 4)
@@ -164,8 +243,8 @@ def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
         torch.manual_seed(0)
         model = SeCo(settings(mask_same_video=masked, tasks="inter")).double().train()
         model.queue.videos[:] = owners
-        forward = model(views, order, videos, torch.Generator().manual_seed(0))
-        return float(forward.figures["loss_inter"])
+        result = forward(model, views, order, videos, torch.Generator().manual_seed(0))
+        return float(result.figures["loss_inter"])
 
     # Every query of the batch owns one of the first four rows; a foreign one of them still counts.
     assert loss(masked=True) < loss(masked=False)

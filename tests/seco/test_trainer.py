@@ -113,7 +113,7 @@ def test_sigterm_saves_and_says_how_to_go_on(
     step_of_trainer = seco.trainer.Trainer._train_step
 
     def signalled(self: Any, *given: Any) -> Any:
-        if self.step == 5:
+        if self.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of_trainer(self, *given)
 

@@ -1,0 +1,118 @@
+"""Starting the processes of a run: one a GPU, by torch's elastic launcher.
+
+Under ``torchrun`` (also on several machines) the processes are there already, and each joins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from seco.config import PretrainConfig, resolve
+from shards.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
+
+_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # handed on to the processes
+_SAVING_SECONDS = "1800"  # they have for it, after which torch kills them
+_MARK = "SECO_STOPPED"  # names the folder where each notes that it has stopped with all saved
+
+
+def pretrain(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> int:
+    """Run a pre-training on all processes; returns the exit code.
+
+    Args:
+        config: as given.
+        run: what each process does; returns its exit code. Found by its name in the new processes.
+
+    Raises:
+        InputError: more processes than GPUs.
+    """
+    if "RANK" in os.environ:
+        if config.processes is not None:
+            raise InputError("is for runs without torchrun", "--processes", "leave it out")
+        return run(config)
+    processes = _processes(config)
+    if processes == 1:
+        return run(config)
+    resolve(config, processes)  # what cannot work is said once
+    with tempfile.TemporaryDirectory(prefix="seco-run-") as scratch:
+        os.environ[_MARK] = scratch
+        return _launched(config, run, processes, scratch)
+
+
+def _launched(
+    config: PretrainConfig, run: Callable[[PretrainConfig], int], processes: int, scratch: str
+) -> int:
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
+    # Each process says in one line what happened to it; the launcher's own pages add nothing.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    launched = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"seco-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.5,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),
+    )
+    try:
+        elastic_launch(launched, _run_and_exit)(config, run)
+    except ChildFailedError as error:
+        if _all_stopped(scratch, processes):
+            return EXIT_STOPPED
+        for failure in error.failures.values():
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                print(
+                    f"seco: process {failure.local_rank} was killed by signal {-failure.exitcode}; "
+                    "the others were stopped — go on with the same command and --resume auto",
+                    file=sys.stderr,
+                )
+        return EXIT_FAILED
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        if _all_stopped(scratch, processes):
+            raise Stopped("") from None  # the first of them has said so
+        raise InputError(f"{name} ended the run, and not everything could be saved") from None
+    return 0
+
+
+def _all_stopped(scratch: str, processes: int) -> bool:
+    return all(Path(scratch, str(rank)).is_file() for rank in range(processes))
+
+
+def _processes(config: PretrainConfig) -> int:
+    """How many this machine runs."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_gpus = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    wanted = config.processes or (gpus if on_gpus else 1)
+    if on_gpus and wanted > gpus:
+        raise InputError(f"{wanted} processes, but {gpus} GPUs can be used here", "--processes")
+    return max(1, wanted)
+
+
+def _run_and_exit(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> None:
+    try:
+        code = run(config)
+    except BaseException:
+        traceback.print_exc()  # torch would keep it to itself
+        sys.exit(EXIT_FAILED)
+    if code == EXIT_STOPPED:
+        Path(os.environ[_MARK], os.environ["RANK"]).touch()
+    if code:
+        sys.exit(code)

@@ -1,0 +1,144 @@
+"""The processes of a run, one a GPU, and what they tell each other.
+
+A process that torchrun or ``seco.launch`` started finds the others through the environment; any
+other is alone, and then nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shards.errors import InputError, PeerLost
+
+_TIMEOUT = datetime.timedelta(minutes=30)  # evaluation on one rank may keep the others waiting
+
+
+# Its name before torch 2.14.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Ranks:
+    """This process's place among ``size`` processes."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that logs and saves."""
+        return self.rank == 0
+
+    def gather_host(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, F) of every rank to (size · n, F), rank after rank, without the device."""
+        if self.size == 1:
+            return rows
+        mine = torch.from_numpy(np.ascontiguousarray(rows))
+        everyone = torch.empty((self.size * len(mine), *mine.shape[1:]), dtype=mine.dtype)
+        with self.watched():
+            _all_gather(everyone, mine)
+        return everyone.numpy()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(n, …) of every rank to (size · n, …), rank after rank, on the device."""
+        if self.size == 1:
+            return rows
+        everyone = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
+        with self.watched():
+            _all_gather(everyone, rows.contiguous())
+        return everyone
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send the first ``sent[0]`` rows to rank 0, the next ``sent[1]`` to rank 1, …
+
+        Args:
+            rows: (M, …) on the device.
+            sent: how many go to each rank.
+            received: how many come from each.
+
+        Returns:
+            what came, rank after rank.
+        """
+        if self.size == 1:
+            return rows
+        came = rows.new_empty((sum(received), *rows.shape[1:]))
+        with self.watched():
+            dist.all_to_all_single(came, rows.contiguous(), list(received), list(sent))
+        return came
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(n,) of every rank to their means."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        with self.watched():
+            dist.all_reduce(total)
+        return total / self.size
+
+    def from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the first one's values."""
+        if self.size > 1:
+            with self.watched():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A fault of what the block exchanges means that another process has gone."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.size == 1:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise PeerLost(f"process {self.rank} has lost the others ({reason})") from error
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            self.gather_host(np.zeros((1, 1)))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Within the block this process belongs to the run that the environment names.
+
+    Raises:
+        InputError: the others do not come.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    try:
+        # Numbers of the host go by gloo, those of GPUs by NCCL.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the {size} processes do not find each other ({reason})") from error
+    try:
+        yield Ranks(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
