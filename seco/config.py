@@ -77,7 +77,10 @@ class PretrainConfig:
         "what of that divides a process's share]",
         source="authors' code: 4 ranks of 128",
     )
-    accumulate: int = setting(1, "cut each process's share into so many parts, to save memory; --bn-group must divide a part")
+    accumulate: int = setting(
+        1,
+        "cut each process's share into so many parts, to save memory; --bn-group must divide a part",
+    )
     precision: str = setting(
         "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
     )

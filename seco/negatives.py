@@ -43,8 +43,11 @@ class _NegativeLogSumExp(torch.autograd.Function):
         total = query.new_full((len(query),), float("-inf"))
         hardest = total.clone()
         for logits, _ in _blocks(query, negatives, temperature, masked):
-            hardest = torch.maximum(hardest, logits.amax(1))
-            total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))
+            largest = logits.amax(1)
+            hardest = torch.maximum(hardest, largest)
+            shift = largest.masked_fill(largest == float("-inf"), 0.0)  # all are masked
+            sums = logits.sub_(shift[:, None]).exp_().sum(1)  # in place: the block is not needed on
+            total = torch.logaddexp(total, shift + sums.log())
         ctx.save_for_backward(query, negatives, masked, total)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(hardest)

@@ -117,6 +117,17 @@ def test_blocks_of_negatives_change_neither_loss_nor_gradient(
     )
 
 
+def test_a_query_whose_negatives_are_all_masked_has_no_loss_and_sound_gradients() -> None:
+    keys, rows = unit(3, 2, 8, seed=2), unit(4, 8, seed=3)
+    masked = torch.tensor([[True] * 4, [True, False, False, True]])
+    query = unit(2, 8, seed=1).requires_grad_()
+    loss, _ = inter_loss(query, keys, rows, 0.1, masked)
+    loss.backward()
+    assert bool(torch.isfinite(loss)) and query.grad is not None
+    assert torch.equal(query.grad[0], torch.zeros_like(query.grad[0]))
+    assert bool(torch.isfinite(query.grad).all()) and bool(query.grad[1].any())
+
+
 def test_intra_forms_equal_loops() -> None:
     query, keys = unit(6, 8, seed=1), unit(3, 6, 8, seed=2)
     three, pairs = [], []

@@ -292,6 +292,17 @@ def test_resuming_on_another_number_of_processes_continues_with_the_same_batches
     assert torch.equal(videos[0]["queue.videos"], videos[1]["queue.videos"])
 
 
+def test_an_online_knn_is_resumed_exactly_on_two_processes(small: str, tmp_path: Path) -> None:
+    settings = {**SMALL, "processes": 2, "knn_shards": small, "knn_every_epochs": 1, "log_every": 2}
+    run(small, tmp_path / "undisturbed", **settings)
+    killed = tmp_path / "killed"
+    kill_at(start(small, killed, **settings), killed / "metrics.jsonl", 3, signal.SIGKILL)
+    run(small, killed, resume="auto", **settings)
+    found = lines(killed)
+    assert [row["step"] for row in found if "knn_top1" in row] == [3, 6, 9, 12]
+    assert found == lines(tmp_path / "undisturbed")
+
+
 def children(pid: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
