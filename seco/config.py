@@ -79,7 +79,7 @@ class PretrainConfig:
     )
     accumulate: int = setting(
         1,
-        "cut each process's share into so many parts, to save memory; --bn-group must divide a part",
+        "cut a process's share into so many parts, for memory; --bn-group must divide a part",
     )
     precision: str = setting(
         "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
