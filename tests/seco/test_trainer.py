@@ -201,6 +201,18 @@ def test_ablations_and_the_authors_preset_train(shards: str, tmp_path: Path) -> 
         assert logged == {f"loss_{task}" for task in tasks.split(",")}
 
 
+@pytest.mark.parametrize(
+    ("change", "tolerance"), [({"channels_last": True}, 1e-4), ({"precision": "bf16"}, 0.05)]
+)
+def test_switches_of_speed_change_the_loss_by_rounding(
+    shards: str, undisturbed: Path, tmp_path: Path, change: dict[str, Any], tolerance: float
+) -> None:
+    pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **{**SMALL, **change}))
+    first, expected = lines(tmp_path)[0], lines(undisturbed)[0]
+    assert first["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+    assert len(lines(tmp_path)) == 12
+
+
 def test_init_takes_an_earlier_runs_backbone(
     shards: str, undisturbed: Path, tmp_path: Path
 ) -> None:
