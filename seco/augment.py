@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from seco.device import to_device
 from seco.view_parameters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -152,19 +153,14 @@ class _Regrouped:
             return
         place = np.empty_like(numbers)
         place[self._numbers] = np.arange(len(numbers))
-        index = _to_device(torch.from_numpy(place[numbers]), self.pixels.device)
+        index = to_device(torch.from_numpy(place[numbers]), self.pixels.device)
         self.pixels = self.pixels.index_select(0, index)
         self._numbers = numbers
 
 
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device: that takes pinned memory."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
 def _column(values: Floats, device: torch.device) -> Tensor:
     """(n,) to a (n, 1, 1, 1) float32 tensor."""
-    return _to_device(torch.from_numpy(values.astype(np.float32)), device)[:, None, None, None]
+    return to_device(torch.from_numpy(values.astype(np.float32)), device)[:, None, None, None]
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -245,7 +241,7 @@ def _blur(x: Tensor, boxes: Floats) -> Tensor:
     convolution, which prepares itself anew for every n.
     """
     radius = boxes.shape[1] // 2
-    taps = _to_device(torch.from_numpy(boxes.astype(np.float32)), x.device)
+    taps = to_device(torch.from_numpy(boxes.astype(np.float32)), x.device)
     taps = taps[..., None, None, None]
     for dim, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         size = x.shape[dim]

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from seco.device import to_device
+
 _END, _SCAN = b"\xff\xd9", b"\xff\xda"  # markers that cannot occur within a scan's data
 _TAIL_BYTES = 64  # a whole file has its end marker here, unless something was appended
 _BLOCK_BYTES = 2**31  # of temporary memory
@@ -230,6 +232,4 @@ def _weights(begin: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
 
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Without waiting for the device: that takes pinned memory."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return to_device(torch.from_numpy(np.ascontiguousarray(values)), device)
