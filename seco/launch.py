@@ -115,4 +115,7 @@ def _run_and_exit(config: PretrainConfig, run: Callable[[PretrainConfig], int]) 
     if code == EXIT_STOPPED:
         Path(os.environ[_MARK], os.environ["RANK"]).touch()
     if code:
-        sys.exit(code)
+        # Without the interpreter's end, in which torch's threads that wait for others abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
