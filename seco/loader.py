@@ -26,8 +26,6 @@ from seco.view_parameters import ViewConfig
 from shards.errors import InputError
 from shards.stream import Stream
 
-DECODES = ("cpu", "nvjpeg")
-VIEWS_ON = ("device", "workers")
 _CHUNK_ROWS = 32  # at 224 px 19 MB of crops and some 50 ms of work
 _BATCHES_AHEAD = 2
 
