@@ -20,6 +20,7 @@ from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from shards.errors import (
     EXIT_FAILED,
+    EXIT_PEER_LOST,
     EXIT_STOPPED,
     EXIT_TOO_MANY_EXCLUDED,
     InputError,
@@ -178,9 +179,11 @@ def pretrain(context: click.Context, /, **settings: Any) -> None:
             "--preset",
             "leave one of them out",
         )
-    from seco.launch import pretrain as launch
+    from seco.config import resolve
+    from seco.launch import launch
 
-    if code := launch(PretrainConfig(**settings), pretrain_here):
+    again = "go on with the same command and --resume auto"
+    if code := launch(PretrainConfig(**settings), pretrain_here, resolve, again=again):
         raise click.exceptions.Exit(code)
 
 
@@ -509,7 +512,7 @@ def exit_code(work: Callable[[], object]) -> int:
     except InputError as error:
         return _fail(error, EXIT_FAILED)
     except PeerLost as error:
-        return _fail(error, EXIT_FAILED)
+        return _fail(error, EXIT_PEER_LOST)
     except Stopped as stopped:
         return _fail(stopped, EXIT_STOPPED)
     except (KeyboardInterrupt, click.Abort):

@@ -10,43 +10,69 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from seco.config import PretrainConfig, resolve
-from shards.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
+from shards.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_STOPPED, InputError, Stopped
 
 _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # handed on to the processes
 _SAVING_SECONDS = "1800"  # they have for it, after which torch kills them
+_LAUNCHER_LOOKS_WITHIN = 15.0  # seconds; it looks every half second
 _MARK = "SECO_STOPPED"  # names the folder where each notes that it has stopped with all saved
 
 
-def pretrain(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> int:
-    """Run a pre-training on all processes; returns the exit code.
+class ManyProcesses(Protocol):
+    """Settings of a stage that runs on many processes."""
+
+    @property
+    def processes(self) -> int | None:
+        """How many; None for one a GPU, or a single one without."""
+
+    @property
+    def device(self) -> str:
+        """``auto``, ``cpu`` or ``cuda``."""
+
+
+_Config = TypeVar("_Config", bound=ManyProcesses)
+
+
+def launch(
+    config: _Config,
+    run: Callable[[_Config], int],
+    check: Callable[[_Config, int], object] = lambda config, processes: None,
+    *,
+    again: str = "go on with the same command",
+) -> int:
+    """Run a stage on all processes; returns the exit code.
 
     Args:
-        config: as given.
+        config: as given; pickled for the new processes.
         run: what each process does; returns its exit code. Found by its name in the new processes.
+        check: refuses settings that cannot work on so many processes, so that it is said once.
+        again: what the user is told to do after a process was killed.
 
     Raises:
-        InputError: more processes than GPUs.
+        InputError: more processes than GPUs; what ``check`` raises.
     """
     if "RANK" in os.environ:
         if config.processes is not None:
             raise InputError("is for runs without torchrun", "--processes", "leave it out")
-        return run(config)
+        code = run(config)
+        return EXIT_FAILED if code == EXIT_PEER_LOST else code
     processes = _processes(config)
     if processes == 1:
         return run(config)
-    resolve(config, processes)  # what cannot work is said once
+    check(config, processes)
     with tempfile.TemporaryDirectory(prefix="seco-run-") as scratch:
         os.environ[_MARK] = scratch
-        return _launched(config, run, processes, scratch)
+        return _launched(config, run, processes, scratch, again)
 
 
 def _launched(
-    config: PretrainConfig, run: Callable[[PretrainConfig], int], processes: int, scratch: str
+    config: _Config, run: Callable[[_Config], int], processes: int, scratch: str, again: str
 ) -> int:
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,7 +104,7 @@ def _launched(
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 print(
                     f"seco: process {failure.local_rank} was killed by signal {-failure.exitcode}; "
-                    "the others were stopped — go on with the same command and --resume auto",
+                    f"the others were stopped — {again}",
                     file=sys.stderr,
                 )
         return EXIT_FAILED
@@ -94,7 +120,7 @@ def _all_stopped(scratch: str, processes: int) -> bool:
     return all(Path(scratch, str(rank)).is_file() for rank in range(processes))
 
 
-def _processes(config: PretrainConfig) -> int:
+def _processes(config: ManyProcesses) -> int:
     """How many this machine runs."""
     import torch
 
@@ -106,7 +132,7 @@ def _processes(config: PretrainConfig) -> int:
     return max(1, wanted)
 
 
-def _run_and_exit(config: PretrainConfig, run: Callable[[PretrainConfig], int]) -> None:
+def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
     try:
         code = run(config)
     except BaseException:
@@ -114,6 +140,10 @@ def _run_and_exit(config: PretrainConfig, run: Callable[[PretrainConfig], int]) 
         sys.exit(EXIT_FAILED)
     if code == EXIT_STOPPED:
         Path(os.environ[_MARK], os.environ["RANK"]).touch()
+    if code == EXIT_PEER_LOST:
+        # The launcher tells of the first failure it sees, and that has to be the other's: it will
+        # end this process as soon as it has seen it.
+        time.sleep(_LAUNCHER_LOOKS_WITHIN)
     if code:
         # Without the interpreter's end, in which torch's threads that wait for others abort.
         sys.stdout.flush()

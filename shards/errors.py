@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # DESIGN §12.
 EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED = 1, 2, 3, 75
+EXIT_PEER_LOST = 4  # of one process of many, to its launcher alone; users see EXIT_FAILED
 
 
 class InputError(ValueError):

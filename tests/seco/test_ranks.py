@@ -223,6 +223,7 @@ import sys
 from shards.stream import TripletStream
 import cli
 from seco.config import PretrainConfig
+from seco.launch import launch
 from shards.access import UnreadableFrame
 from shards.stream import UnreadableTriplet
 read = TripletStream.read
@@ -234,7 +235,7 @@ if sys.argv[3] == "1":
     TripletStream.substitute = lambda self, *given: lost
 settings = dict(shards=(sys.argv[1],), out=sys.argv[2], arch="resnet18", batch_size=8, bn_group=2,
                 queue_size=70, crop_size=32, workers=0, device="cpu", epochs=4)
-sys.exit(cli.pretrain_here(PretrainConfig(**settings)))
+sys.exit(launch(PretrainConfig(**settings), cli.pretrain_here))
 """
 
 
@@ -389,7 +390,7 @@ def crash(config):
     raise AssertionError("a fault of ours")
 if __name__ == "__main__":
     config = PretrainConfig(shards=({small!r},), batch_size=8, device="cpu", processes=2)
-    raise SystemExit(seco.launch.pretrain(config, crash))
+    raise SystemExit(seco.launch.launch(config, crash))
 """
     path = tmp_path / "crash.py"
     path.write_text(program)
