@@ -17,9 +17,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.errors import InputError, PeerLost
+from seco.peer_watch import PeerWatch
+from shards.errors import InputError, PeerLost, Stopped
 
-_TIMEOUT = datetime.timedelta(minutes=30)  # evaluation on one rank may keep the others waiting
+_TIMEOUT = datetime.timedelta(minutes=5)  # to find each other, and of what GPUs exchange
+_HOST_TIMEOUT = datetime.timedelta(minutes=30)  # the first one may be saving to a slow disk
 
 
 # Its name before torch 2.14.
@@ -29,9 +31,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Ranks:
     """This process's place among ``size`` processes."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, host: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.size = size
+        self._host = host  # what the processors exchange, apart from the devices
 
     @property
     def first(self) -> bool:
@@ -45,7 +48,7 @@ class Ranks:
         mine = torch.from_numpy(np.ascontiguousarray(rows))
         everyone = torch.empty((self.size * len(mine), *mine.shape[1:]), dtype=mine.dtype)
         with self.watched():
-            _all_gather(everyone, mine)
+            _all_gather(everyone, mine, group=self._host)
         return everyone.numpy()
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -125,12 +128,20 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         # Numbers of the host go by gloo, those of GPUs by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
+        host = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+        watch = PeerWatch()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the {size} processes do not find each other ({reason})") from error
+    failed = True
     try:
-        yield Ranks(dist.get_rank(), size)
+        yield Ranks(dist.get_rank(), size, host)
+        failed = False
+    except Stopped:
+        failed = False
+        raise
     finally:
+        watch.leave(failed=failed)
         dist.destroy_process_group()
 
 

@@ -190,7 +190,7 @@ def kill_at(process: subprocess.Popen[str], log: Path, lines_: int, number: int)
     return process.communicate(timeout=60)[1]
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 4)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 10)])
 def test_a_run_killed_again_and_again_logs_what_an_undisturbed_one_does(
     small: str, tmp_path: Path, processes: int, kills: int
 ) -> None:
@@ -219,7 +219,7 @@ def test_a_run_killed_again_and_again_logs_what_an_undisturbed_one_does(
 
 
 FAILING = """
-import sys
+import os, signal, sys
 from shards.stream import TripletStream
 import cli
 from seco.config import PretrainConfig
@@ -230,6 +230,13 @@ read = TripletStream.read
 lost = UnreadableTriplet("a video", "its disk is gone")
 def failing(self, epoch, step, rows):
     return [lost] * len(rows) if step else read(self, epoch, step, rows)
+if sys.argv[3:] == ["1", "hangs"]:
+    lost = None
+    failing = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
+if sys.argv[4] == "hangs":
+    import datetime, seco.peer_watch
+    seco.peer_watch._SILENCE = datetime.timedelta(seconds=4)
+    seco.peer_watch._GRACE = 1.0
 if sys.argv[3] == "1":
     TripletStream.read = failing
     TripletStream.substitute = lambda self, *given: lost
@@ -239,14 +246,14 @@ sys.exit(launch(PretrainConfig(**settings), cli.pretrain_here))
 """
 
 
-def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -> None:
-    """As under a launcher that does not watch: each notices by itself."""
+def two_ranks(shards: str, out: Path, how: str) -> list[subprocess.Popen[str]]:
+    """As under a launcher that does not watch; the second one meets with a fault."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", FAILING, small, str(tmp_path), str(rank)],
+            [sys.executable, "-c", FAILING, shards, str(out), str(rank), how],
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
@@ -263,10 +270,26 @@ def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -
         )
         for rank in range(2)
     ]
+
+
+def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -> None:
+    ranks = two_ranks(small, tmp_path, "cannot load")
     errors = [process.communicate(timeout=60)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1], errors
     assert "21 videos in a row cannot be read, the last: a video: its disk is gone" in errors[1]
     assert "Traceback" not in errors[0] + errors[1]
+
+
+def test_one_rank_that_hangs_ends_the_others(small: str, tmp_path: Path) -> None:
+    first, second = two_ranks(small, tmp_path, "hangs")
+    try:
+        error = first.communicate(timeout=60)[1]
+        assert second.poll() is None  # it hangs still
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1
+    assert "process 0 has lost the others" in error and "Traceback" not in error
 
 
 def test_resuming_on_another_number_of_processes_continues_with_the_same_batches(
