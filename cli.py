@@ -34,16 +34,21 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def settings_options(
-    config: type, required: Sequence[str] = (), arguments: Sequence[str] = ()
+    config: type,
+    required: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> Callable[[_Command], _Command]:
     """Options for the fields of a settings dataclass, and ``--config`` to read them from TOML.
 
-    Fields named in ``arguments`` are left to arguments of the same name.
+    Fields named in ``arguments`` are left to arguments of the same name; ``only`` names the fields
+    that become options, where a command uses some of them.
     """
 
     def decorate(command: _Command) -> _Command:
         for field in reversed(dataclasses.fields(config)):
-            if not field.metadata.get("hidden") and field.name not in arguments:
+            left_out = field.name in arguments or bool(only and field.name not in only)
+            if not field.metadata.get("hidden") and not left_out:
                 command = _option(field, field.name in required)(command)
         read_config = click.option(
             "--config",
@@ -438,8 +443,15 @@ def bench_views(
     print(to_json(found) if as_json else views_table(found))
 
 
+_STEP = (
+    *("shards", "preset", "tasks", "arch", "batch_size", "lr", "queue_size", "mask_same_video"),
+    *("heads", "intra", "sampling", "embedding_dim", "crop_size", "bn_group", "accumulate"),
+    *("precision", "channels_last", "compile", "device", "workers", "decode", "views_on"),
+)
+
+
 @bench.command("step")
-@settings_options(PretrainConfig)
+@settings_options(PretrainConfig, only=_STEP)
 @click.option("--repeats", default=10, show_default=True, help="Measurements of each figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--only-step", is_flag=True, help="Leave out the switches and the plain step.")

@@ -215,6 +215,7 @@ def _end_to_end(
         first_step=0,
         last_step=10**9,
         decode=config.decode,
+        views_on=config.views_on,
         pin=device.type == "cuda",
     )
     count = itertools.count()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import threading
@@ -12,7 +11,6 @@ import torch.distributed as dist
 
 from shards.errors import EXIT_FAILED
 
-_SILENCE = datetime.timedelta(seconds=45)  # after which a process counts as lost
 _EVERY = 1.0  # seconds between two signs of life
 _GRACE = 10.0  # seconds in which the process itself may notice and say more
 _ALIVE, _LEFT, _FAILED = 0, 1, 2
@@ -23,10 +21,14 @@ class PeerWatch:
 
     A process that waits in a GPU's collective hears nothing of a peer that was killed, and a peer
     that hangs closes no connection. This one ends such a process, with the reason on screen.
+
+    Args:
+        group: of all processes, for this alone; its timeout is the silence after which a process
+            counts as lost.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=_SILENCE)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
         self._leaving = threading.Event()
         self._says = _ALIVE
         self._thread = threading.Thread(target=self._watch, name="peer watch", daemon=True)
@@ -36,7 +38,7 @@ class PeerWatch:
         """End the watch of all processes; where this one has failed, the others end too."""
         self._says = _FAILED if failed else _LEFT
         self._leaving.set()
-        self._thread.join(_SILENCE.total_seconds())
+        self._thread.join()
 
     def _watch(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from shards.errors import InputError, PeerLost, Stopped
 
 _TIMEOUT = datetime.timedelta(minutes=5)  # to find each other, and of what GPUs exchange
 _HOST_TIMEOUT = datetime.timedelta(minutes=30)  # the first one may be saving to a slow disk
+_SILENCE = datetime.timedelta(seconds=45)  # after which a process counts as lost
 
 
 # Its name before torch 2.14.
@@ -128,8 +129,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         # Numbers of the host go by gloo, those of GPUs by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
-        host = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
-        watch = PeerWatch()
+        host = _host_group(_HOST_TIMEOUT)
+        watch = PeerWatch(_host_group(_SILENCE))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the {size} processes do not find each other ({reason})") from error
@@ -143,6 +144,12 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     finally:
         watch.leave(failed=failed)
         dist.destroy_process_group()
+
+
+def _host_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # this process is in it
+    return group
 
 
 def local_rank() -> int:

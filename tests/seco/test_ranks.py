@@ -234,14 +234,16 @@ if sys.argv[3:] == ["1", "hangs"]:
     lost = None
     failing = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[4] == "hangs":
-    import datetime, seco.peer_watch
-    seco.peer_watch._SILENCE = datetime.timedelta(seconds=4)
+    import datetime, seco.peer_watch, seco.ranks
+    seco.ranks._SILENCE = datetime.timedelta(seconds=4)
     seco.peer_watch._GRACE = 1.0
-if sys.argv[3] == "1":
+if sys.argv[3] == "1" and sys.argv[4] != "disagrees":
     TripletStream.read = failing
     TripletStream.substitute = lambda self, *given: lost
 settings = dict(shards=(sys.argv[1],), out=sys.argv[2], arch="resnet18", batch_size=8, bn_group=2,
                 queue_size=70, crop_size=32, workers=0, device="cpu", epochs=4)
+if sys.argv[3:] == ["1", "disagrees"]:
+    settings["seed"] = 1
 sys.exit(launch(PretrainConfig(**settings), cli.pretrain_here))
 """
 
@@ -292,6 +294,13 @@ def test_one_rank_that_hangs_ends_the_others(small: str, tmp_path: Path) -> None
     assert "process 0 has lost the others" in error and "Traceback" not in error
 
 
+def test_ranks_that_would_do_different_things_do_not_begin(small: str, tmp_path: Path) -> None:
+    errors = [p.communicate(timeout=60)[1] for p in two_ranks(small, tmp_path, "disagrees")]
+    said = [line for error in errors for line in error.splitlines() if line.startswith("seco: ")]
+    assert len(said) == 1 and "the processes do not see the same run" in said[0]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_resuming_on_another_number_of_processes_continues_with_the_same_batches(
     small: str, tmp_path: Path
 ) -> None:
@@ -337,11 +346,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_one_rank_killed_stops_the_others_and_the_run_goes_on(
-    small: str, undisturbed: Path, tmp_path: Path
-) -> None:
-    process = start(small, tmp_path, processes=2, **SMALL)
-    log = tmp_path / "metrics.jsonl"
+def until_logged(process: subprocess.Popen[str], out: Path) -> list[int]:
+    """Wait for the first step; returns the ranks' process numbers."""
+    log = out / "metrics.jsonl"
     while not (log.is_file() and log.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
@@ -351,6 +358,14 @@ def test_one_rank_killed_stops_the_others_and_the_run_goes_on(
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(ranks) == 2
+    return ranks
+
+
+def test_one_rank_killed_stops_the_others_and_the_run_goes_on(
+    small: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = start(small, tmp_path, processes=2, **SMALL)
+    ranks = until_logged(process, tmp_path)
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
@@ -360,6 +375,26 @@ def test_one_rank_killed_stops_the_others_and_the_run_goes_on(
     assert "Traceback" not in error
     run(small, tmp_path, processes=2, resume="auto", **SMALL)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_one_rank_told_to_stop_stops_all_with_everything_saved(small: str, tmp_path: Path) -> None:
+    process = start(small, tmp_path, processes=2, **SMALL)
+    os.kill(until_logged(process, tmp_path)[1], signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "another process was stopped: saved step" in error
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == len(lines(tmp_path))
+
+
+def test_a_stop_that_cannot_save_is_a_failure(small: str, tmp_path: Path) -> None:
+    settings = {**SMALL, "checkpoint_every_steps": 1000}
+    process = start(small, tmp_path, processes=2, **settings)
+    until_logged(process, tmp_path)
+    (tmp_path / "last.pt").mkdir()  # nothing can be renamed to it
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1, error
+    assert "not everything could be saved" in error and "Traceback" not in error
 
 
 def test_a_rank_that_fails_says_why_once(small: str, tmp_path: Path) -> None:
