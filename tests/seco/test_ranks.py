@@ -190,6 +190,7 @@ def kill_at(process: subprocess.Popen[str], log: Path, lines_: int, number: int)
     return process.communicate(timeout=60)[1]
 
 
+@pytest.mark.timeout(900)  # it starts more than twenty processes
 @pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 10)])
 def test_a_run_killed_again_and_again_logs_what_an_undisturbed_one_does(
     small: str, tmp_path: Path, processes: int, kills: int
