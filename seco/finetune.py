@@ -16,11 +16,7 @@ from torch.nn import functional as F
 
 from seco.clip_loader import ClipBatch, ClipStream, clip_batches
 from seco.device import resolve_device
-from seco.finetune_config import (
-    RESUMABLE_DIFFERENCES,
-    FinetuneConfig,
-    resolve,
-)
+from seco.finetune_config import RESUMABLE_DIFFERENCES, FinetuneConfig, resolve
 from seco.finetune_result import FinetuneResult
 from seco.finetune_step import FinetuneStep
 from seco.finetune_testing import FineTuned, scorer_of, tested, written
@@ -38,6 +34,7 @@ from seco.weights import load_backbone
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.progress import Progress
+from shards.settings import as_settings
 
 _STOP, _UNREADABLE = 0, 1  # columns of what ranks tell each other before a step
 
@@ -149,13 +146,16 @@ class Finetuning(TrainingRun):
                     "has BatchNorm layers that are not as they were frozen", checkpoint
                 )
             model.dropout = config.dropout
-            return FineTuned(model, classes, said["encoder"], self.videos.dataset)
+            return FineTuned(
+                model, classes, said["encoder"], self.videos.dataset, as_settings(config)
+            )
         backbone = load_backbone(config.checkpoint, config.arch, config.seed)
         labels = np.unique(self.videos.labels[self.videos.train]).tolist()
         classes = Classes(labels, [self.videos.class_name(label) for label in labels])
         model = VideoClassifier(backbone.arch, len(labels), config.freeze_bn, config.dropout)
         model.backbone.load_state_dict(backbone.network.state_dict(), strict=True)
-        return FineTuned(model, classes, backbone.record(config.seed), self.videos.dataset)
+        encoder = backbone.record(config.seed)
+        return FineTuned(model, classes, encoder, self.videos.dataset, as_settings(config))
 
     def train(self) -> None:
         """Train to the end; see :func:`finetune`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from shards.atomic import require_writable
 from shards.errors import InputError, Stopped
 from shards.progress import progress
 
+# What a result says of the training before it.
+_TRAINING = (
+    *("segments", "epochs", "batch_size", "lr", "lr_decay_epochs", "dropout", "freeze_bn"),
+    *("bn_group", "crop_size", "seed"),
+)
+
 
 @dataclass(frozen=True)
 class FineTuned:
@@ -31,6 +38,7 @@ class FineTuned:
     classes: Classes
     encoder: dict[str, Any]  # the pre-trained one
     dataset: str
+    settings: Mapping[str, Any]  # of its run
 
 
 def finetune_eval(config: FinetuneTestConfig) -> str:
@@ -55,7 +63,9 @@ def finetune_eval(config: FinetuneTestConfig) -> str:
             out = Path(config.out or path.parent)
             if ranks.first:
                 require_writable(out)
-        fine_tuned = FineTuned(model.to(device), classes, said["encoder"], said["dataset"])
+        fine_tuned = FineTuned(
+            model.to(device), classes, said["encoder"], said["dataset"], settings
+        )
         return written(tested(fine_tuned, videos, config, device, ranks), out, ranks)
 
 
@@ -89,6 +99,7 @@ def tested(
     said = dataclasses.asdict(protocol)
     del said["middles"]
     said["precision"] = "bf16" if uses_bf16(config.precision, device) else "fp32"
+    said["training"] = {name: fine_tuned.settings.get(name) for name in _TRAINING}
     return finetune_result(
         videos, fine_tuned.classes, scores, said, fine_tuned.encoder, fine_tuned.dataset
     )

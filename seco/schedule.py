@@ -40,4 +40,4 @@ def step_decay(
     that theirs falls after 51 and 101 of 150 epochs where their settings say 50 and 100.
     """
     passed = sum(step >= epoch * steps_per_epoch for epoch in decay_epochs)
-    return float(base_lr * 0.1**passed)
+    return base_lr / float(10**passed)
