@@ -98,7 +98,8 @@ class FinetuneConfig(FinetuneTestConfig):
             InputError: ``lr_decay_epochs`` is no list of whole numbers.
         """
         if self.lr_decay_epochs is None:
-            return tuple(round(self.epochs * epoch / _EPOCHS) for epoch in _DECAY_EPOCHS)
+            share = self.epochs / _EPOCHS
+            return tuple(sorted({max(1, round(share * epoch)) for epoch in _DECAY_EPOCHS}))
         if self.lr_decay_epochs.strip() in ("", "none"):
             return ()
         try:
@@ -109,7 +110,7 @@ class FinetuneConfig(FinetuneTestConfig):
             raise InputError(
                 f"{self.lr_decay_epochs!r} is no list of epochs", "--lr-decay-epochs", "as 50,100"
             )
-        return tuple(sorted(epochs))
+        return tuple(sorted(set(epochs)))
 
 
 # What two runs must share for one to go on from the other's checkpoint.
