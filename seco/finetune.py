@@ -30,7 +30,7 @@ from seco.training_run import TrainingRun, Waiting, one_voice
 from seco.video_classifier import Classes, VideoClassifier, about, load_finetuned
 from seco.video_scores import ClipProtocol
 from seco.view_parameters import view_config
-from seco.weights import load_backbone
+from seco.weights import RANDOM, load_backbone
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.progress import Progress
@@ -155,6 +155,8 @@ class Finetuning(TrainingRun):
         model = VideoClassifier(backbone.arch, len(labels), config.freeze_bn, config.dropout)
         model.backbone.load_state_dict(backbone.network.state_dict(), strict=True)
         encoder = backbone.record(config.seed)
+        if backbone.source == RANDOM and config.freeze_bn != "none":
+            self._say("random weights with frozen BatchNorm hardly learn: give --freeze-bn none")
         return FineTuned(model, classes, encoder, self.videos.dataset, as_settings(config))
 
     def train(self) -> None:
@@ -192,8 +194,6 @@ class Finetuning(TrainingRun):
             due = state.step % config.checkpoint_every_steps == 0 or last
             if due or validating or state.step % config.log_every == 0:
                 metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
-            if due:
-                state.save()
             if validating or last or state.step % config.log_every == 0:
                 images = (state.step - logged_step) * config.batch_size * config.segments
                 speed = waiting.speed(images)
@@ -204,6 +204,8 @@ class Finetuning(TrainingRun):
                 waiting.restart()
                 logged_step = state.step
                 shown.advance(0, _status(metrics, speed))
+            if due:
+                state.save()  # after the line: a run that goes on from here does not write it again
             shown.advance()
 
     def _stopping(self, batch: ClipBatch | None) -> bool:
@@ -215,8 +217,10 @@ class Finetuning(TrainingRun):
             for reason in batch.unreadable:
                 self._tell(f"unreadable, replaced by another video: {reason}")
         everyone = self.ranks.gather_host(mine)
-        self._note_unreadable(int(everyone[:, _UNREADABLE].sum()))
-        return bool(everyone[:, _STOP].any())
+        stopping = bool(everyone[:, _STOP].any())
+        if not stopping:  # else the batch comes again
+            self._note_unreadable(int(everyone[:, _UNREADABLE].sum()))
+        return stopping
 
     def _train_step(self, batch: ClipBatch, lr: float) -> Tensor:
         return self.step.run(batch, self.state.step // self.steps_per_epoch, lr)
