@@ -25,6 +25,7 @@ from seco.segments import clip_starts, segment_middles
 from seco.stopping import kill_workers, leave_signals_to_parent
 from seco.video_classifier import VideoClassifier
 from shards.access import UnreadableFrame, readable
+from shards.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class VideoScores:
         Args:
             model: on the device; put back into training mode where it was.
             done: called after each video of this rank; may raise.
+
+        Raises:
+            InputError: the network gives a video scores that are not finite.
         """
         ranks = self._ranks
         ranks.from_first(model.backbone.buffers())  # the running statistics that are saved
@@ -129,6 +133,7 @@ class VideoScores:
         try:
             for place, scores in enumerate(self._scores(model, mine)):
                 if scores is not None:
+                    self._require_finite(scores, int(mine[place]))
                     rows[place] = scores
                 done()
         finally:
@@ -137,6 +142,14 @@ class VideoScores:
         # Rank r's video i is number i · size + r.
         merged: NDArray[np.float64] = everyone.transpose(1, 0, 2).reshape(-1, classes)
         return merged[: len(numbers)]
+
+    def _require_finite(self, scores: NDArray[np.float64], video: int) -> None:
+        if not np.isfinite(scores).all():
+            raise InputError(
+                "the network's scores are not finite",
+                self._videos.shards.key(video),
+                "train again with a lower --lr, or try --precision fp32",
+            )
 
     @torch.inference_mode()
     def _scores(

@@ -426,6 +426,13 @@ def test_what_does_not_go_together(shards: str, undisturbed: Path, tmp_path: Pat
     save_torch_file(tmp_path / "a.pt", {k: v for k, v in content.items() if k != "finetuned"})
     with pytest.raises(InputError, match="has no classifier"):
         finetune_eval(FinetuneTestConfig(shards=(shards,), checkpoint=str(tmp_path / "a.pt")))
+    content["model"]["classifier.bias"][0] = torch.nan
+    save_torch_file(tmp_path / "nan.pt", content)
+    spoiled = FinetuneTestConfig(
+        shards=(shards,), checkpoint=str(tmp_path / "nan.pt"), test_size=36, workers=0, device="cpu"
+    )
+    with pytest.raises(InputError, match="video_0000: the network's scores are not finite"):
+        finetune_eval(spoiled)
     del content["model"]["classifier.bias"]
     save_torch_file(tmp_path / "b.pt", content)
     with pytest.raises(InputError, match="is a damaged checkpoint of `seco finetune`"):
