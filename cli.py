@@ -18,6 +18,7 @@ from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
+from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -264,6 +265,65 @@ def probe(**settings: Any) -> None:
     from seco.probe import probe as run
 
     print(run(ProbeConfig(**settings)).table())
+
+
+@seco.command()
+@click.argument("dataset", required=False)
+@settings_options(FinetuneConfig, required=("checkpoint",), arguments=("dataset",))
+def finetune(**settings: Any) -> None:
+    """Fine-tune an encoder on the labelled videos of DATASET (ucf101, hmdb51), then test it.
+
+    \b
+    Example: seco finetune ucf101 --shards shards/ucf101.json \\
+               --checkpoint runs/k400/last.pt --split 1
+    """
+    from seco.finetune_config import resolve
+    from seco.launch import launch
+
+    again = "go on with the same command and --resume auto"
+    if code := launch(FinetuneConfig(**settings), finetune_here, resolve, again=again):
+        raise click.exceptions.Exit(code)
+
+
+def finetune_here(config: FinetuneConfig) -> int:
+    """One process of a fine-tuning: its exit code."""
+
+    def work() -> None:
+        from seco.finetune import finetune as run
+
+        if text := run(config):
+            print(text)
+
+    return exit_code(work)
+
+
+@seco.command("finetune-eval")
+@settings_options(FinetuneTestConfig, required=("shards", "checkpoint"))
+def finetune_eval(**settings: Any) -> None:
+    """Test a fine-tuned checkpoint on the test videos of its split.
+
+    \b
+    Example: seco finetune-eval --shards shards/ucf101.json \\
+               --checkpoint runs/ucf101-finetune-1/last.pt
+    """
+    from seco.finetune_config import require_test_ranges
+    from seco.launch import launch
+
+    config = FinetuneTestConfig(**settings)
+    if code := launch(config, finetune_eval_here, lambda given, _: require_test_ranges(given)):
+        raise click.exceptions.Exit(code)
+
+
+def finetune_eval_here(config: FinetuneTestConfig) -> int:
+    """One process of the test of a fine-tuned checkpoint: its exit code."""
+
+    def work() -> None:
+        from seco.finetune_testing import finetune_eval as run
+
+        if text := run(config):
+            print(text)
+
+    return exit_code(work)
 
 
 @seco.group()

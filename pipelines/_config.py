@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from shards.errors import InputError
+from shards.settings import require as _require
 from shards.settings import setting
 
 ENGINES = ("local", "ray")
@@ -104,8 +105,3 @@ def validate(config: PrepareConfig) -> None:
         config.ray_address is None or config.engine == "ray", "ray_address", "needs --engine ray"
     )
     _require(0 <= config.max_failures <= 100, "max_failures", "must be from 0 to 100")
-
-
-def _require(holds: bool, name: str, message: str) -> None:
-    if not holds:
-        raise InputError(message, f"--{name.replace('_', '-')}")

@@ -14,7 +14,8 @@ from shards.errors import InputError
 
 FORMAT = "seco-checkpoint"
 VERSION = 1
-_NEEDED = {"arch", "tasks"}  # settings that every reader relies on
+FINETUNED = "finetuned"  # where a checkpoint of `seco finetune` says what it tells apart
+_NEEDED = {"arch"}  # settings that every reader relies on
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

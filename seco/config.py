@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards.errors import InputError
+from shards.settings import require as _require
 from shards.settings import setting
 
 TASKS = ("inter", "intra", "order")
@@ -169,7 +170,11 @@ def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
 
 def _default_group(batch_size: int, share: int) -> int:
     """A quarter of the batch, or the largest part of a process's share that is no larger."""
-    most = max(2, min(batch_size // 4, share))
+    return largest_part(share, max(2, min(batch_size // 4, share)))
+
+
+def largest_part(share: int, most: int) -> int:
+    """The largest number from 2 to ``most`` that divides ``share``; itself if there is none."""
     return next((size for size in range(most, 1, -1) if share % size == 0), share)
 
 
@@ -213,8 +218,3 @@ def _require_ranges(config: PretrainConfig, part: int) -> None:
     _require(group >= 2 and part % group == 0, "bn_group", f"must be 2 or more and divide {whole}")
     warmup = config.warmup_epochs or 0
     _require(0 <= warmup <= config.epochs, "warmup_epochs", "must not exceed --epochs")
-
-
-def _require(holds: bool, name: str, message: str) -> None:
-    if not holds:
-        raise InputError(message, f"--{name.replace('_', '-')}")

@@ -144,17 +144,35 @@ def center_crop(image: Pixels, short_edge: int = 256, size: int = 224) -> Pixels
     """
     if size > short_edge:
         raise ValueError(f"a crop of {size} px does not fit into a short edge of {short_edge} px")
+    image = resize_short_edge(image, short_edge)
+    height, width = image.shape[:2]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def resize_short_edge(image: Pixels, short_edge: int) -> Pixels:
+    """(H, W, 3) to a shorter side of ``short_edge`` px: torchvision's ``Resize`` on PIL images."""
     height, width = image.shape[:2]
     if min(height, width) != short_edge:
         if width <= height:
             width, height = short_edge, short_edge * height // width
         else:
             width, height = short_edge * width // height, short_edge
-        image = _resize(image, width, height)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return image[top : top + size, left : left + size]
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(resized)
+    return image
 
 
-def _resize(image: Pixels, width: int, height: int) -> Pixels:
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+def crop_corners(height: int, width: int, size: int, crops: int) -> list[tuple[int, int]]:
+    """(top, left) of the test crops of a frame: the centre; of three also both ends.
+
+    The ends are the top left and the bottom right corner (authors' code): of a frame whose short
+    edge is ``size``, its left and right, or top and bottom, end.
+
+    Raises:
+        ValueError: ``size`` exceeds the frame, or there are neither 1 nor 3 crops.
+    """
+    if size > min(height, width) or crops not in (1, 3):
+        raise ValueError(f"{crops} crops of {size} px do not fit into {width} x {height} px")
+    centre = (round((height - size) / 2), round((width - size) / 2))
+    return [centre, (0, 0), (height - size, width - size)][:crops]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,24 @@ from seco.feature_store import UNLABELLED, Features, read_features, require_same
 from shards.errors import InputError
 
 _TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
+
+
+class Labelled(Protocol):
+    """Videos with labels and splits: a feature folder's or those of shards."""
+
+    @property
+    def folder(self) -> object:
+        """Where they are, for messages."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(V,) UNLABELLED for none."""
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[str | None]]:
+        """For each split name, (V,) values."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -46,17 +66,24 @@ class TrainTest:
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know."""
-        notes = []
-        if self.unlabelled:
-            notes.append(f"{self.unlabelled} videos without a label are left out")
-        unknown = set(self.test_labels.tolist()) - set(self.train_labels.tolist())
-        if unknown:
-            videos = int(np.isin(self.test_labels, list(unknown)).sum())
-            notes.append(
-                f"{len(unknown)} classes have no training video; their {videos} test videos "
-                "are counted as wrong"
-            )
-        return notes
+        return split_notes(self.unlabelled, self.train_labels, self.test_labels)
+
+
+def split_notes(
+    unlabelled: int, train_labels: NDArray[np.int64], test_labels: NDArray[np.int64]
+) -> list[str]:
+    """What a reader of an evaluation's figures should know of its videos."""
+    notes = []
+    if unlabelled:
+        notes.append(f"{unlabelled} videos without a label are left out")
+    unknown = set(test_labels.tolist()) - set(train_labels.tolist())
+    if unknown:
+        videos = int(np.isin(test_labels, list(unknown)).sum())
+        notes.append(
+            f"{len(unknown)} classes have no training video; their {videos} test videos "
+            "are counted as wrong"
+        )
+    return notes
 
 
 def read_train_test(
@@ -90,9 +117,9 @@ def read_train_test(
         raise InputError(
             "has no splits", train.folder, "give the test videos' folder with --test-features"
         )
-    train_rows, train_unlabelled = _rows(train, train_name, train_value)
+    train_rows, train_unlabelled = labelled_rows(train, train_name, train_value)
     values = (test_value,) if test_value is not None else _TEST_VALUES
-    found = [_rows(test, test_name, value) for value in values]
+    found = [labelled_rows(test, test_name, value) for value in values]
     chosen = next((n for n, (rows, _) in enumerate(found) if len(rows)), 0)
     test_rows, test_unlabelled = found[chosen]
     for features, name, wanted, rows in (
@@ -100,9 +127,7 @@ def read_train_test(
         (test, test_name, " or ".join(values), test_rows),
     ):
         if not len(rows):
-            raise InputError(
-                f"has no labelled {wanted} rows", features.folder, _what_there_is(features, name)
-            )
+            raise no_rows(features, name, wanted)
     return TrainTest(
         train=train,
         train_rows=train_rows,
@@ -114,7 +139,7 @@ def read_train_test(
     )
 
 
-def choose_split(features: Features, wanted: str | None) -> str | None:
+def choose_split(features: Labelled, wanted: str | None) -> str | None:
     """The split's name; None where the folder has no splits.
 
     Raises:
@@ -134,7 +159,9 @@ def choose_split(features: Features, wanted: str | None) -> str | None:
     return names[0] if names else None
 
 
-def _rows(features: Features, split: str | None, value: str) -> tuple[NDArray[np.int64], int]:
+def labelled_rows(
+    features: Labelled, split: str | None, value: str
+) -> tuple[NDArray[np.int64], int]:
     """The labelled rows of a split's value, and how many others have no label."""
     inside = np.ones(len(features), dtype=bool)
     if split is not None:
@@ -143,7 +170,14 @@ def _rows(features: Features, split: str | None, value: str) -> tuple[NDArray[np
     return np.flatnonzero(inside & labelled), int((inside & ~labelled).sum())
 
 
-def _what_there_is(features: Features, chosen: str | None) -> str:
+def no_rows(features: Labelled, split: str | None, value: str) -> InputError:
+    """What is said where a split has no labelled row of a value."""
+    return InputError(
+        f"has no labelled {value} rows", features.folder, _what_there_is(features, split)
+    )
+
+
+def _what_there_is(features: Labelled, chosen: str | None) -> str:
     """The splits, their values and labelled rows, for a message."""
     labelled = features.labels != UNLABELLED
     if chosen is None:

@@ -148,13 +148,7 @@ def _row(shards: ShardSet, video: int, frames: int) -> dict[str, Any]:
 
 def _meta(config: ExtractConfig, backbone: Backbone, failed: int, dataset: str) -> dict[str, Any]:
     return {
-        "encoder": {
-            "arch": backbone.arch,
-            "checkpoint": backbone.source,
-            "sha256": backbone.sha256,
-            "seed": config.seed if backbone.source == "random" else None,
-            "tasks": backbone.tasks,
-        },
+        "encoder": backbone.record(config.seed),
         "dataset": dataset,
         "shards": list(config.shards),
         "frames": config.frames,

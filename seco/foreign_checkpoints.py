@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from seco.checkpoint import FORMAT, checked_checkpoint
+from seco.checkpoint import FINETUNED, FORMAT, checked_checkpoint
 from seco.config import TASKS
 from seco.named_tensors import NamedTensors, take_backbone, take_linear, take_mlp
 from seco.torch_files import load_torch_file
@@ -24,6 +24,7 @@ from shards.errors import InputError
 
 SECO, MOCO_V1, MOCO_V2, TORCHVISION = "seco", "moco-v1", "moco-v2", "torchvision"
 AUTHORS, AUTHORS_FINETUNED = "seco-authors", "seco-authors-finetuned"
+SECO_FINETUNED = "seco-finetuned"
 SHARED = "shared"  # the one head of a model that does not have one for each task
 
 DESCRIPTIONS = {
@@ -32,6 +33,7 @@ DESCRIPTIONS = {
     MOCO_V2: "MoCo v2",
     AUTHORS: "SeCo of its authors",
     AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
+    SECO_FINETUNED: "fine-tuned by this toolkit",
     TORCHVISION: "a torchvision ResNet",
 }
 
@@ -219,6 +221,8 @@ def _authors_encoder(
 def _own(content: Mapping[str, Any], path: Path) -> Weights:
     """A run's, or one that ``seco import`` wrote: then parts may be missing, but whole ones."""
     tensors = NamedTensors(content["model"], path)
+    if FINETUNED in content:
+        return _own_finetuned(tensors, str(content["config"]["arch"]))
     imported = content.get("imported")
     imported = imported if isinstance(imported, dict) else {}
     classifiers = [tensors.under("order_classifier."), tensors.under("key_order_classifier.")]
@@ -253,9 +257,17 @@ def _own(content: Mapping[str, Any], path: Path) -> Weights:
         key=encoders[1] if len(encoders) > 1 else None,
         queue=queue,
         next_slot=next_slot,
-        tasks=str(content["config"]["tasks"]) or None,
+        tasks=str(content["config"].get("tasks") or "") or None,
         epoch=_epoch(imported),
     )
+
+
+def _own_finetuned(tensors: NamedTensors, arch: str) -> Weights:
+    arch, backbone = take_backbone(tensors.under("backbone."), arch)
+    take_linear(tensors.under("classifier."), _width(backbone))
+    tensors.require_empty()
+    query = EncoderWeights(backbone=backbone, heads={})
+    return Weights(layout=SECO_FINETUNED, arch=arch, query=query, left=("classifier",))
 
 
 def _width(backbone: Layer) -> int:

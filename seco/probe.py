@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -104,16 +104,7 @@ class ProbeResult:
             f"mean class {percent(row.mean_class)}%"
             for row in self.sweep
         ]
-        shown = self.per_class
-        if len(shown) > _ROWS_SHOWN:
-            shown = sorted(shown, key=lambda row: row.accuracy)[:_ROWS_SHOWN]
-            lines.append(f"the {len(shown)} lowest of {len(self.per_class)} classes:")
-        names = [printable(row.label_name) for row in shown]
-        width = max(map(len, names), default=0)
-        lines += [
-            f"  {name:<{width}}  {percent(row.accuracy):>5}%  of {row.count}"
-            for name, row in zip(names, shown, strict=True)
-        ]
+        lines += class_lines(self.per_class)
         return "\n".join(lines + [f"note: {printable(note)}" for note in self.notes])
 
 
@@ -165,6 +156,42 @@ def accuracies(
     return float(right.mean()), float(among_five.mean()), float(mean_class)
 
 
+def confusions(
+    classes: NDArray[np.int64], scores: NDArray[np.float64], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All labels (U,) and the counts (U, U) of true by predicted ones, of scores (M, K)."""
+    predicted = classes[scores.argmax(axis=1)]
+    every = np.union1d(classes, labels)
+    counts = np.zeros((len(every), len(every)), dtype=np.int64)
+    np.add.at(counts, (np.searchsorted(every, labels), np.searchsorted(every, predicted)), 1)
+    return every, counts
+
+
+def class_accuracies(
+    labels: NDArray[np.int64], names: Sequence[str], confusion: NDArray[np.int64]
+) -> list[ClassAccuracy]:
+    """Of the classes (U,) that have rows in the confusion matrix (U, U)."""
+    return [
+        ClassAccuracy(int(label), name, float(row[i] / row.sum()), int(row.sum()))
+        for i, (label, name, row) in enumerate(zip(labels, names, confusion, strict=True))
+        if row.sum()
+    ]
+
+
+def class_lines(per_class: Sequence[ClassAccuracy]) -> list[str]:
+    """For a terminal: a line a class, of many the lowest."""
+    shown, lines = list(per_class), []
+    if len(shown) > _ROWS_SHOWN:
+        shown = sorted(shown, key=lambda row: row.accuracy)[:_ROWS_SHOWN]
+        lines.append(f"the {len(shown)} lowest of {len(per_class)} classes:")
+    names = [printable(row.label_name) for row in shown]
+    width = max(map(len, names), default=0)
+    return lines + [
+        f"  {name:<{width}}  {percent(row.accuracy):>5}%  of {row.count}"
+        for name, row in zip(names, shown, strict=True)
+    ]
+
+
 def normalised(
     train: NDArray[np.float32], test: NDArray[np.float32], how: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -184,7 +211,27 @@ def normalised(
     return scaled[0], scaled[1]
 
 
-def draw_confusion(result: ProbeResult) -> Figure:
+class Confused(Protocol):
+    """A result of which a confusion matrix can be drawn."""
+
+    @property
+    def method(self) -> str:
+        """For the title."""
+
+    @property
+    def top1(self) -> float:
+        """A fraction."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """(U,)"""
+
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """(U, U) counts of true by predicted class."""
+
+
+def draw_confusion(result: Confused) -> Figure:
     """The confusion matrix, each row as shares of its true class."""
     count = len(result.class_names)
     side = min(14.0, 4.0 + 0.16 * count)
@@ -261,10 +308,7 @@ def _result(
     notes: Sequence[str],
 ) -> ProbeResult:
     true = rows.test_labels
-    predicted = classes[scores.argmax(axis=1)]
-    every = np.union1d(classes, true)
-    confusion = np.zeros((len(every), len(every)), dtype=np.int64)
-    np.add.at(confusion, (np.searchsorted(every, true), np.searchsorted(every, predicted)), 1)
+    every, confusion = confusions(classes, scores, true)
     names = [rows.class_name(int(label)) for label in every]
     settings: dict[str, Any] = {"C": config.c}
     if config.method == "knn":
@@ -276,11 +320,7 @@ def _result(
         top1=top1,
         top5=top5,
         mean_class=mean_class,
-        per_class=[
-            ClassAccuracy(int(label), name, float(row[i] / row.sum()), int(row.sum()))
-            for i, (label, name, row) in enumerate(zip(every, names, confusion, strict=True))
-            if row.sum()
-        ],
+        per_class=class_accuracies(every, names, confusion),
         n_train=len(rows.train_rows),
         n_test=len(rows.test_rows),
         train_split=rows.train_split,

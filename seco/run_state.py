@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from seco.checkpoint import CheckpointWriter, load_checkpoint
-from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig
-from seco.method import SeCo
+from seco.config import RESUMABLE_DIFFERENCES
 from shards.errors import InputError, PeerLost
 from shards.settings import as_settings
 
 LAST = "last.pt"
+
+
+class TrainedModel(Protocol):
+    """A module that says which of its parameters are trained."""
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Take them."""
 
 
 class RunState:
@@ -22,11 +36,13 @@ class RunState:
 
     Args:
         folder: of the run.
-        config: resolved settings.
+        config: resolved settings, a settings dataclass.
         model: whose state is saved.
         optimizer: of it.
         videos: digest of what is trained on.
         writes: whether this process is the one that saves.
+        may_differ: settings that a resumed run may change.
+        about: more plain values and tensors that every checkpoint holds.
 
     Attributes:
         step: steps done, over all epochs.
@@ -36,12 +52,14 @@ class RunState:
     def __init__(
         self,
         folder: Path,
-        config: PretrainConfig,
-        model: SeCo,
+        config: Any,
+        model: TrainedModel,
         optimizer: torch.optim.Optimizer,
         videos: str,
         *,
         writes: bool,
+        may_differ: Collection[str] = RESUMABLE_DIFFERENCES,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.step = 0
         self.unreadable = 0
@@ -50,6 +68,8 @@ class RunState:
         self._model = model
         self._optimizer = optimizer
         self._videos = videos
+        self._may_differ = may_differ
+        self._about = dict(about or {})
         self._writer = CheckpointWriter() if writes else None
 
     @property
@@ -95,7 +115,7 @@ class RunState:
         differing = {
             name: value
             for name, value in as_settings(self._config).items()
-            if name not in RESUMABLE_DIFFERENCES and content["config"].get(name) != value
+            if name not in self._may_differ and content["config"].get(name) != value
         }
         if differing:
             name = next(iter(differing))
@@ -127,8 +147,15 @@ class RunState:
             "lower the learning rate",
         )
 
+    def plan(self) -> object:
+        """What all processes of a run must be about to do alike."""
+        settings = as_settings(self._config).items()
+        same = sorted((name, value) for name, value in settings if name not in self._may_differ)
+        return (self.step, same, self._videos)
+
     def _content(self) -> dict[str, Any]:
         return {
+            **self._about,
             "config": as_settings(self._config),
             "step": self.step,
             "unreadable": self.unreadable,
@@ -148,6 +175,14 @@ class RunState:
         kept = sorted(self._folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
         for old in kept[: -self._config.keep]:
             old.unlink()
+
+
+def resumed_setting(folder: str | None, resume: str | None, name: str) -> Any:
+    """A setting of the run that is gone on with; None for a new run, or where it says nothing."""
+    if resume is None or folder is None:
+        return None
+    checkpoint = checkpoint_to_resume(Path(folder), resume)
+    return None if checkpoint is None else load_checkpoint(checkpoint)["config"].get(name)
 
 
 def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 _WARMUP_DIVISOR = 100  # authors' code: the warm-up starts from lr / 100
 
@@ -28,3 +29,15 @@ def learning_rate(
     total = epochs * steps_per_epoch - warmup
     progress = min(1.0, (step - warmup) / max(1, total))
     return final_lr + (base_lr - final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def step_decay(
+    step: int, *, base_lr: float, decay_epochs: Iterable[int], steps_per_epoch: int
+) -> float:
+    """The rate of a step (from 0) of fine-tuning: ``base_lr``, a tenth after each decay epoch.
+
+    The authors' schedule counts one epoch more (its warm-up of -1 epochs is added to each), so
+    that theirs falls after 51 and 101 of 150 epochs where their settings say 50 and 100.
+    """
+    passed = sum(step >= epoch * steps_per_epoch for epoch in decay_epochs)
+    return base_lr / float(10**passed)

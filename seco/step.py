@@ -7,29 +7,22 @@ BatchNorm's groups are the same (``bn_group`` has to divide a micro-batch).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from seco.config import PretrainConfig
 from seco.device import to_device
 from seco.device_views import DeviceViews
+from seco.distributed import distributed, synchronised
 from seco.key_shuffle import KEYS, KeyShuffle
 from seco.method import SeCo, StepResult
 from seco.ranks import Ranks
 from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
-
-# Its name before torch 2.14.
-_SYNC_BUFFERS = "forward_sync_buffers"
-if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    _SYNC_BUFFERS = "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,7 @@ class TrainingStep:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._losses: nn.Module = model
-        if ranks.size > 1:
-            self._losses = DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                # BatchNorm's running statistics are those of rank 0.
-                **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
-            )
+        self._losses = distributed(model, ranks, device)
 
     def run(self, crops: Tensor, known: GlobalRows, step: int, lr: float) -> StepResult:
         """Train on this rank's part of a batch.
@@ -117,7 +102,7 @@ class TrainingStep:
         for begin in range(0, self._share, self._micro):
             rows = slice(begin, begin + self._micro)
             last = begin + self._micro == self._share
-            with self._unsynchronised() if not last else nullcontext():
+            with synchronised(self._losses, last):
                 result = self._queries(crops[0, rows], mine, known, order[own], videos[own], rows)
                 results.append(result)
         self.optimizer.step()
@@ -175,12 +160,6 @@ class TrainingStep:
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
-
-    def _unsynchronised(self) -> AbstractContextManager[None]:
-        if isinstance(self._losses, DistributedDataParallel):
-            unsynchronised: AbstractContextManager[None] = self._losses.no_sync()
-            return unsynchronised
-        return nullcontext()
 
 
 def _index(numbers: NDArray[np.int64], device: torch.device) -> Tensor:

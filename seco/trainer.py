@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomli_w
 import torch
 
-from seco.checkpoint import load_checkpoint
-from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig, resolve
+from seco.chunks import VIEWS
+from seco.config import PretrainConfig, resolve
 from seco.device import resolve_device
 from seco.device_views import DeviceViews
 from seco.health import Health, status
@@ -26,20 +22,18 @@ from seco.loader import Batch, TripletLoader
 from seco.method import SeCo, StepResult, spread
 from seco.metrics import RunLog
 from seco.online_knn import OnlineKnn
-from seco.ranks import Ranks, joined, local_rank
-from seco.run_state import RunState, checkpoint_to_resume
+from seco.ranks import Ranks, joined
+from seco.run_state import RunState, checkpoint_to_resume, resumed_setting
 from seco.schedule import learning_rate
 from seco.step import GlobalRows, TrainingStep
-from seco.stopping import StopRequest, StopWaiting
-from seco.view_parameters import VIEW_DRAWS, ViewConfig
-from shards.atomic import require_writable, write_text
-from shards.errors import InputError, PeerLost, Stopped
+from seco.stopping import StopRequest
+from seco.training_run import TrainingRun, Waiting, one_voice, uses_bf16
+from seco.view_parameters import VIEW_DRAWS, view_config
+from shards.atomic import require_writable
+from shards.errors import InputError
 from shards.opening import CacheSettings, open_stream
-from shards.progress import Progress, progress
-from shards.settings import as_settings
+from shards.progress import Progress
 
-CONFIG = "config.toml"
-_BLUR_GIVEN_AT_PX = 224  # the authors' sigma is for views of this side
 _DRAWN = 4 * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
 _ORDER, _VIDEO, _STOP, _UNREADABLE, _COLUMNS = range(_DRAWN, _DRAWN + 5)
 
@@ -55,11 +49,8 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     device = resolve_device(config.device)
     with joined(device) as ranks:
-        try:
+        with one_voice():
             trainer = Trainer(_adopted(resolve(config, ranks.size), config), ranks, device)
-        except InputError as error:
-            # The same for all processes of a machine: its first one says it.
-            raise error if local_rank() == 0 else PeerLost from error
         return trainer.run()
 
 
@@ -68,17 +59,16 @@ def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
 
     Their default depends on the number of processes, which may be another now.
     """
-    if given.bn_group is not None or given.resume is None or given.out is None:
+    if given.bn_group is not None:
         return resolved
-    checkpoint = checkpoint_to_resume(Path(given.out), given.resume)
-    if checkpoint is None:
-        return resolved
-    group = load_checkpoint(checkpoint)["config"].get("bn_group")
-    return dataclasses.replace(resolved, bn_group=group)
+    group = resumed_setting(given.out, given.resume, "bn_group")
+    return dataclasses.replace(resolved, bn_group=group or resolved.bn_group)
 
 
-class Trainer:
+class Trainer(TrainingRun):
     """Everything of one process of a run: data, model, optimizer, log, position."""
+
+    command = "pretrain"
 
     def __init__(
         self,
@@ -144,39 +134,9 @@ class Trainer:
         self.health = Health(config, self._say)
         self._require_agreement()  # and nobody writes before all have looked whether there is a run
 
-    def _require_agreement(self) -> None:
-        """All processes must be about to do the same, or they would wait for each other."""
-        plan = {k: v for k, v in as_settings(self.config).items() if k not in RESUMABLE_DIFFERENCES}
-        text = repr((self.state.step, sorted(plan.items()), self.stream.digest()))
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
-        everyone = self.ranks.gather_host(np.array([[float(number)]]))
-        if (everyone != everyone[0]).any():
-            raise self._told_once(
-                InputError(
-                    "the processes do not see the same run: other settings, videos or checkpoints",
-                    self.out,
-                    "put --out and --shards where all machines see them",
-                )
-            )
-
     def run(self) -> Path:
         """Train to the end; see :func:`pretrain`."""
-        with contextlib.ExitStack() as open_things:
-            log = None
-            if self.ranks.first:
-                write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
-                log = RunLog(self.out, self.state.step)
-                open_things.callback(log.close)
-            stop = open_things.enter_context(StopRequest())
-            shown = open_things.enter_context(
-                progress(
-                    "Pre-training",
-                    self.total_steps,
-                    "steps",
-                    self.state.step,
-                    quiet=not self.ranks.first,
-                )
-            )
+        with self._under_way("Pre-training") as (log, stop, shown):
             self._loop(log, stop, shown)
         return self.state.last
 
@@ -202,16 +162,9 @@ class Trainer:
         self, batches: Iterator[Batch], log: RunLog | None, stop: StopRequest, shown: Progress
     ) -> None:
         config, state = self.config, self.state
-        window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
+        waiting, logged_step = Waiting(), state.step
         while state.step < self.total_steps:
-            asked = time.perf_counter()
-            batch = None
-            try:
-                with stop.while_waiting():
-                    batch = next(batches)
-            except StopWaiting:
-                pass  # the others have to be told
-            waited += time.perf_counter() - asked
+            batch = waiting.next(batches, stop)
             crops = None if batch is None else self.device_views.crops(batch)
             known, stopping = self._known_to_all(batch)
             if stopping or crops is None:
@@ -229,34 +182,18 @@ class Trainer:
                 state.save()
             if state.step % config.log_every == 0 or last or voting:
                 metrics = self._metrics(result, lr)
-                elapsed = time.perf_counter() - window_began
-                images = (state.step - logged_step) * config.batch_size * 4
-                speed = {"images_per_s": images / elapsed, "data_wait": waited / elapsed}
+                speed = waiting.speed((state.step - logged_step) * config.batch_size * VIEWS)
                 if voting and self.knn is not None:
                     metrics |= self.knn.figures(self.model)
                 self.health.look(state.step, metrics, speed)
                 if log is not None:
                     log.log(state.step, metrics, speed)
-                window_began, waited, logged_step = time.perf_counter(), 0.0, state.step
+                waiting.restart()
+                logged_step = state.step
                 shown.advance(0, status(metrics, speed))
             shown.advance()
             if rest == 0 and epoch % config.keep_every_epochs == 0:
                 state.keep_epoch(epoch)
-
-    def _saved_and_stopped(self, stop: StopRequest) -> Stopped:
-        """Save everything; raises InputError when that fails."""
-        with contextlib.suppress(InputError):
-            self.state.finish()  # whatever became of an earlier one, this one is tried
-        self.state.save()
-        self.state.finish()
-        self.ranks.wait()  # nobody ends before everything is saved
-        if not self.ranks.first:
-            return Stopped("")
-        return Stopped(
-            f"{stop.signal_name or 'another process was stopped'}: saved step {self.state.step} of "
-            f"{self.total_steps} in {self.state.last}; go on with the same command and "
-            "--resume auto"
-        )
 
     def _train_step(self, crops: torch.Tensor, known: GlobalRows, lr: float) -> StepResult:
         return self.step.run(crops, known, self.state.step, lr)
@@ -274,7 +211,7 @@ class Trainer:
             mine[:, _ORDER], mine[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
             mine[0, _UNREADABLE] = len(batch.unreadable)
             for reason in batch.unreadable:
-                _tell(f"unreadable, replaced by another video: {reason}")
+                self._tell(f"unreadable, replaced by another video: {reason}")
         rows = self.ranks.gather_host(mine)
         self._note_unreadable(int(rows[:, _UNREADABLE].sum()))
         uniform = rows[:, :_DRAWN].reshape(-1, 4, VIEW_DRAWS).transpose(1, 0, 2)
@@ -284,20 +221,6 @@ class Trainer:
             videos=torch.from_numpy(rows[:, _VIDEO].astype(np.int64)),
         )
         return known, bool(rows[:, _STOP].any())
-
-    def _note_unreadable(self, count: int) -> None:
-        state, config = self.state, self.config
-        state.unreadable += count
-        allowed = config.max_unreadable / 100 * max(1000, (state.step + 1) * config.batch_size)
-        if state.unreadable > allowed:
-            raise self._told_once(
-                InputError(
-                    f"{state.unreadable} samples could not be read by step {state.step + 1}, more "
-                    f"than --max-unreadable {config.max_unreadable} % allows",
-                    "--shards",
-                    "prepare or copy the named shards again",
-                )
-            )
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -327,30 +250,7 @@ class Trainer:
         named = dict(zip(names, figures, strict=True))
         return {"epoch": epoch, "loss": loss, "lr": lr, **named, **more}
 
-    def _told_once(self, error: InputError) -> Exception:
-        """All ranks end for the same reason; the first one says it."""
-        return error if self.ranks.first else PeerLost()
-
-    def _say(self, message: str) -> None:
-        if self.ranks.first:
-            _tell(message)
-
-
-def _tell(message: str) -> None:
-    print(f"seco pretrain: {message}", file=sys.stderr, flush=True)
-
-
-def view_config(config: PretrainConfig) -> ViewConfig:
-    """The views of a run. The blur, given in px of a 224 px view, shrinks with smaller views."""
-    weakest, strongest = ViewConfig().blur_sigma
-    scale = config.crop_size / _BLUR_GIVEN_AT_PX
-    return ViewConfig(
-        crop_scale=(config.min_crop_area, 1.0), blur_sigma=(weakest * scale, strongest * scale)
-    )
-
 
 def _with_precision(config: PretrainConfig, device: torch.device) -> PretrainConfig:
-    """``auto`` is bf16 on a GPU and fp32 elsewhere."""
-    if config.precision != "auto":
-        return config
-    return dataclasses.replace(config, precision="bf16" if device.type == "cuda" else "fp32")
+    precision = "bf16" if uses_bf16(config.precision, device) else "fp32"
+    return dataclasses.replace(config, precision=precision)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from shards.settings import setting
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_BLUR_GIVEN_AT_PX = 224  # the authors' sigma is for views of this side
 VIEW_DRAWS = 13  # uniform numbers a view's parameters take
 
 Floats = NDArray[np.float64]
@@ -47,6 +50,27 @@ class ViewConfig:
     )
 
 
+class ViewSettings(Protocol):
+    """The settings of a run that its views depend on."""
+
+    @property
+    def crop_size(self) -> int:
+        """Side of a view, px."""
+
+    @property
+    def min_crop_area(self) -> float:
+        """Smallest area of a crop, of the frame's."""
+
+
+def view_config(config: ViewSettings) -> ViewConfig:
+    """The views of a run. The blur, given in px of a 224 px view, shrinks with smaller views."""
+    weakest, strongest = ViewConfig().blur_sigma
+    scale = config.crop_size / _BLUR_GIVEN_AT_PX
+    return ViewConfig(
+        crop_scale=(config.min_crop_area, 1.0), blur_sigma=(weakest * scale, strongest * scale)
+    )
+
+
 @dataclass(frozen=True)
 class ViewParameters:
     """What is done to each of N images."""
@@ -68,6 +92,16 @@ class ViewParameters:
     def select(self, images: NDArray[np.int64]) -> ViewParameters:
         """The parameters of these images, for example one draw repeated for all of a clip."""
         return ViewParameters(**{f.name: getattr(self, f.name)[images] for f in fields(self)})
+
+    @staticmethod
+    def joined(parts: Sequence[ViewParameters]) -> ViewParameters:
+        """The parameters of all images of one or more parts, one part after the other."""
+        return ViewParameters(
+            **{
+                f.name: np.concatenate([getattr(part, f.name) for part in parts])
+                for f in fields(ViewParameters)
+            }
+        )
 
 
 def draw_views(uniform: Floats, config: ViewConfig | None = None) -> ViewParameters:

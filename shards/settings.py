@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from shards.errors import InputError
+
 
 def setting(
     default: Any,
@@ -47,6 +49,16 @@ def as_settings(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) is not None
     }
+
+
+def require(holds: bool, name: str, message: str) -> None:
+    """Refuse a setting's value.
+
+    Raises:
+        InputError: it does not hold; named by its option.
+    """
+    if not holds:
+        raise InputError(message, f"--{name.replace('_', '-')}")
 
 
 def _plain(value: Any) -> Any:

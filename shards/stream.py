@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shards.access import UnreadableFrame
 from shards.draws import sample_starts, uniforms
 from shards.errors import InputError
-from shards.order import EpochOrder, Order, WindowOrder
+from shards.order import EpochOrder, Order, WindowOrder, substitute_position
 from shards.reader import ShardSet
 from shards.triplets import DRAWS, MIN_FRAMES, draw_triplets
 from shards.usable import UsableVideos
@@ -142,19 +142,11 @@ class TripletStream:
         return self._read(epoch, [start + row for row in rows])
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
-        """The video at the same place of the ``attempt``-th next batch, so not of this one.
-
-        After the epoch's end it goes on at its beginning, a place further.
-        """
-        others = len(self._videos) - self.batch_size
-        begin = step * self.batch_size
+        """The video at the same place of the ``attempt``-th next batch, so not of this one."""
         place = (attempt - 1) * self.batch_size + self._first_row + row
-        if others:
-            rounds, place = divmod(place, others)
-            position = begin + self.batch_size + (place + rounds) % others
-        else:  # this batch is all there is
-            position = begin + self._first_row + row + attempt
-        (sample,) = self._read(epoch, [position % len(self._videos)])
+        begin = step * self.batch_size
+        position = substitute_position(place, begin, self.batch_size, len(self._videos))
+        (sample,) = self._read(epoch, [position])
         return sample
 
     def announce(self, epoch: int, step: int) -> None:

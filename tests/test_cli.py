@@ -28,6 +28,7 @@ from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
+from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -387,6 +388,8 @@ def test_every_command_has_help_with_an_example() -> None:
         ("prepare", PrepareConfig),
         ("pretrain", PretrainConfig),
         ("extract-features", ExtractConfig),
+        ("finetune", FinetuneConfig),
+        ("finetune-eval", FinetuneTestConfig),
         ("probe", ProbeConfig),
         ("retrieve evaluate", RetrieveConfig),
         ("demo", DemoConfig),

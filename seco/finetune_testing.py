@@ -1,0 +1,140 @@
+"""Testing a fine-tuned network: ``seco finetune-eval``, and the end of ``seco finetune``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seco.device import resolve_device
+from seco.finetune_config import FinetuneTestConfig, require_test_ranges
+from seco.finetune_result import FinetuneResult, finetune_result
+from seco.labelled_videos import LabelledVideos
+from seco.ranks import Ranks, joined
+from seco.stopping import StopRequest
+from seco.training_run import one_voice, uses_bf16
+from seco.video_classifier import Classes, VideoClassifier, load_finetuned
+from seco.video_scores import ClipProtocol, VideoScores
+from shards.atomic import require_writable
+from shards.errors import InputError, Stopped
+from shards.progress import progress
+
+# What a result says of the training before it.
+_TRAINING = (
+    *("segments", "epochs", "batch_size", "lr", "lr_decay_epochs", "dropout", "freeze_bn"),
+    *("bn_group", "crop_size", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A classifier, what it tells apart, and what it was trained from and on."""
+
+    model: VideoClassifier
+    classes: Classes
+    encoder: dict[str, Any]  # the pre-trained one
+    dataset: str
+    settings: Mapping[str, Any]  # of its run
+
+
+def finetune_eval(config: FinetuneTestConfig) -> str:
+    """Test a fine-tuned checkpoint on its split's test videos.
+
+    Returns:
+        What to show the user; nothing on all ranks but the first.
+
+    Raises:
+        InputError: the checkpoint or the shards cannot be used, or do not go together.
+        Stopped: a signal came.
+    """
+    device = resolve_device(config.device)
+    with joined(device) as ranks:
+        with one_voice():
+            require_test_ranges(config)
+            path = Path(config.checkpoint)
+            model, classes, said, settings = load_finetuned(path)
+            videos = LabelledVideos(config.shards, settings.get("split"))
+            videos.require("test")
+            _require_same_classes(videos, classes, path)
+            out = Path(config.out or path.parent)
+            if ranks.first:
+                require_writable(out)
+        fine_tuned = FineTuned(
+            model.to(device), classes, said["encoder"], said["dataset"], settings
+        )
+        return written(tested(fine_tuned, videos, config, device, ranks), out, ranks)
+
+
+def tested(
+    fine_tuned: FineTuned,
+    videos: LabelledVideos,
+    config: FinetuneTestConfig,
+    device: torch.device,
+    ranks: Ranks,
+) -> FinetuneResult:
+    """Score the test videos by the test protocol.
+
+    Raises:
+        Stopped: a signal came.
+        InputError: no test video could be read.
+    """
+    protocol = ClipProtocol(config.clips, config.clip_frames, config.crops, config.test_size)
+    scorer = scorer_of(videos, protocol, config, device, ranks)
+    mine = len(videos.test[ranks.rank :: ranks.size])
+    with StopRequest() as stop, progress("Testing", mine, "videos", quiet=not ranks.first) as shown:
+
+        def done() -> None:
+            if stop:
+                said = (
+                    f"{stop.signal_name}: stopped while testing; `seco finetune-eval` tests again"
+                )
+                raise Stopped(said if ranks.first else "")
+            shown.advance()
+
+        scores = scorer.of(fine_tuned.model, videos.test, done)
+    said = dataclasses.asdict(protocol)
+    del said["middles"]
+    said["precision"] = "bf16" if uses_bf16(config.precision, device) else "fp32"
+    said["training"] = {name: fine_tuned.settings.get(name) for name in _TRAINING}
+    return finetune_result(
+        videos, fine_tuned.classes, scores, said, fine_tuned.encoder, fine_tuned.dataset
+    )
+
+
+def scorer_of(
+    videos: LabelledVideos,
+    protocol: ClipProtocol,
+    config: FinetuneTestConfig,
+    device: torch.device,
+    ranks: Ranks,
+) -> VideoScores:
+    """Scores videos by a protocol, as the settings say."""
+    return VideoScores(
+        videos,
+        protocol,
+        device,
+        ranks,
+        bf16=uses_bf16(config.precision, device),
+        workers=config.workers,
+        frames_a_forward=config.test_frames,
+    )
+
+
+def written(result: FinetuneResult, out: Path, ranks: Ranks) -> str:
+    """Write a result, on the first rank; returns what to show the user, there."""
+    return f"{result.table()}\n{result.write(out)}" if ranks.first else ""
+
+
+def _require_same_classes(videos: LabelledVideos, classes: Classes, path: Path) -> None:
+    for label, name in zip(classes.labels, classes.names, strict=True):
+        here = videos.class_name(label)
+        if here != name:
+            raise InputError(
+                f"label {label} is {here!r} here and {name!r} in {path}",
+                videos.folder,
+                "give the shards it was trained on",
+            )
