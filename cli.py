@@ -209,9 +209,32 @@ def extract_features(**settings: Any) -> None:
     Example: seco extract-features --shards shards/k400-val.json \\
                --checkpoint runs/k400/last.pt --out features/k400-val
     """
-    from seco.features import extract_features as run
+    from seco.extract_config import validate
 
-    print(run(ExtractConfig(**settings)))
+    config = ExtractConfig(**settings)
+    validate(config)
+    if config.engine == "ray":
+        from seco.extract_ray import extract_on_cluster
+
+        print(extract_on_cluster(config))
+        return
+    from seco.launch import launch
+
+    if code := launch(config, extract_here):
+        raise click.exceptions.Exit(code)
+
+
+def extract_here(config: ExtractConfig) -> int:
+    """One process of an extraction: its exit code. The first one tells where the features are."""
+
+    def work() -> None:
+        from seco.extract import extract_features as run
+
+        folder = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(folder)
+
+    return exit_code(work)
 
 
 @seco.command("import")

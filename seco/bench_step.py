@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from seco.bench_step_reference import PlainStep, bare_cost
 from seco.config import PretrainConfig, resolve
-from seco.device import resolve_device
+from seco.device import resolve_device, uses_bf16
 from seco.device_views import DeviceViews
 from seco.loader import TripletLoader
 from seco.losses import inter_loss
@@ -63,7 +63,7 @@ def bench_step(
         raise InputError("must be 1 or more", "--repeats")
     config = resolve(config)
     device = resolve_device(config.device)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = uses_bf16(config.precision, device)
     config = dataclasses.replace(config, precision="bf16" if bf16 else "fp32")
     found = StepBench(machine("torch", "torchvision"), _settings(config, device))
     if device.type == "cuda":

@@ -48,6 +48,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """What ``--precision`` means there: ``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Without waiting for the device: that takes pinned memory."""
     if device.type != "cuda":

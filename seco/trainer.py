@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 
 from seco.checkpoint import load_checkpoint
 from seco.config import RESUMABLE_DIFFERENCES, PretrainConfig, resolve
-from seco.device import resolve_device
+from seco.device import resolve_device, uses_bf16
 from seco.device_views import DeviceViews
 from seco.health import Health, status
 from seco.initialise import initialise
@@ -147,10 +146,9 @@ class Trainer:
     def _require_agreement(self) -> None:
         """All processes must be about to do the same, or they would wait for each other."""
         plan = {k: v for k, v in as_settings(self.config).items() if k not in RESUMABLE_DIFFERENCES}
-        text = repr((self.state.step, sorted(plan.items()), self.stream.digest()))
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
-        everyone = self.ranks.gather_host(np.array([[float(number)]]))
-        if (everyone != everyone[0]).any():
+        if not self.ranks.agree(
+            repr((self.state.step, sorted(plan.items()), self.stream.digest()))
+        ):
             raise self._told_once(
                 InputError(
                     "the processes do not see the same run: other settings, videos or checkpoints",
@@ -350,7 +348,6 @@ def view_config(config: PretrainConfig) -> ViewConfig:
 
 
 def _with_precision(config: PretrainConfig, device: torch.device) -> PretrainConfig:
-    """``auto`` is bf16 on a GPU and fp32 elsewhere."""
-    if config.precision != "auto":
-        return config
-    return dataclasses.replace(config, precision="bf16" if device.type == "cuda" else "fp32")
+    return dataclasses.replace(
+        config, precision="bf16" if uses_bf16(config.precision, device) else "fp32"
+    )
