@@ -483,6 +483,27 @@ def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) ->
     print(to_json(found) if as_json else step_table(found))
 
 
+@bench.command("extract")
+@settings_options(ExtractConfig, required=("shards",))
+@click.option("--repeats", default=3, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_extract(repeats: int, as_json: bool, **settings: Any) -> None:
+    """Features beside bare forwards of the backbone and the plain way to extract them.
+
+    Without --checkpoint of random weights (a ResNet-50 unless --arch says another).
+
+    \b
+    Example: seco bench extract --shards shards/ucf101.json
+    """
+    from seco.bench_extract import bench_extract as run
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import extract_table
+
+    settings["checkpoint"] = settings["checkpoint"] or "random"
+    found = run(ExtractConfig(**settings), repeats)
+    print(to_json(found) if as_json else extract_table(found))
+
+
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))

@@ -172,8 +172,12 @@ def _dataset(shards: ShardSet) -> str:
     return ""
 
 
-def extract_features(config: ExtractConfig) -> Path:
+def extract_features(config: ExtractConfig, *, quiet: bool = False) -> Path:
     """Extract on the processes there are; returns the feature folder.
+
+    Args:
+        config: as given.
+        quiet: show no progress: somebody else does.
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; a feature is not
@@ -189,7 +193,7 @@ def extract_features(config: ExtractConfig) -> Path:
         except InputError as error:
             # The same for all processes of a machine: its first one says it.
             raise error if local_rank() == 0 else PeerLost from error
-        return _Worker(extraction, device, ranks, stop).run()
+        return _Worker(extraction, device, ranks, stop, quiet).run()
 
 
 def forwards_of(backbone: Backbone, device: torch.device, config: ExtractConfig) -> Forwards:
@@ -206,12 +210,18 @@ class _Worker:
     """One process of an extraction."""
 
     def __init__(
-        self, extraction: Extraction, device: torch.device, ranks: Ranks, stop: StopRequest
+        self,
+        extraction: Extraction,
+        device: torch.device,
+        ranks: Ranks,
+        stop: StopRequest,
+        quiet: bool,
     ) -> None:
         self._extraction = extraction
         self._device = device
         self._ranks = ranks
         self._stop = stop
+        self._quiet = quiet or not ranks.first
 
     def run(self) -> Path:
         """See :func:`extract_features`."""
@@ -265,7 +275,7 @@ class _Worker:
         try:
             with (
                 forwards_of(backbone, self._device, config) as forwards,
-                progress(title, videos, "videos", quiet=not ranks.first) as shown,
+                progress(title, videos, "videos", quiet=self._quiet) as shown,
                 contextlib.closing(
                     shard_features(
                         extraction.shards, numbers, forwards, config, self._stop, shown.advance

@@ -51,7 +51,7 @@ class Forwards:
         self._device = device
         self._bf16 = uses_bf16(precision, device)
         self.on_gpu = device.type == "cuda"
-        self.at_once = _ON_A_GPU if self.on_gpu else _computing_threads()
+        self.at_once = _ON_A_GPU if self.on_gpu else computing_threads()
         self._threads = ThreadPoolExecutor(
             self.at_once, thread_name_prefix="forward", initializer=self._start_thread
         )
@@ -110,7 +110,7 @@ class Forwards:
         return normalise(crops.permute(0, 3, 1, 2)).contiguous(memory_format=self._format)
 
 
-def _computing_threads() -> int:
+def computing_threads() -> int:
     """This process's share of the cores, or what ``OMP_NUM_THREADS`` says."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdigit() and int(told) else max(1, usable_cpus() // local_size())
