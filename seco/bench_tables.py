@@ -91,6 +91,8 @@ def _extract_lines(bench: ExtractBench) -> Iterator[str]:
     yield ""
     yield from _table("ours", "ratio", bench.ratios)
     yield ""
+    yield from _table("a frame", "CPU ms", bench.cpu_ms)
+    yield ""
     yield from _table("read, decode and crop a frame", "CPU ms", bench.decode_cpu_ms)
 
 

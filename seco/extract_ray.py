@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from seco.backbone_guard import BackboneGuard
-from seco.extract import Extraction, forwards_of, tell
 from seco.extract_config import ExtractConfig
 from seco.extract_parts import ShardFeatures, part_digests
+from seco.extract_plan import Extraction, forwards_of, tell
 from seco.shard_features import shard_features
 from seco.stopping import StopRequest, StopWaiting
 from seco.weights import Backbone

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from seco.batch_ring import BatchRing
 from seco.features import VideoFrames
-from seco.stopping import kill_workers, leave_signals_to_parent
+from seco.forked_loader import forked_loader
 from shards.access import UnreadableFrame
 
 _CHUNK_FRAMES = 32  # of 224 px some 40 ms of decoding and 5 MB
@@ -169,10 +169,12 @@ class FrameLoader:
         self._released += len(batch.parts)
 
     def __iter__(self) -> Generator[FrameBatch, None, None]:
-        chunks = iter(self._chunk_loader())  # forks: before this process has threads that compute
-        if self._pin:
-            self._ring.pin()
-        try:
+        chunks_of = _Chunks(self._frames, self._ring)
+        ahead = _CHUNKS_AHEAD if self._workers else None
+        with forked_loader(chunks_of, self.tasks, self._workers, ahead) as chunks:
+            # The processes are there: before this one has threads that compute.
+            if self._pin:
+                self._ring.pin()
             for shard, first, last, ends_shard in self._batches():
                 found = [next(chunks) for _ in range(first, last, self._chunk)]
                 yield FrameBatch(
@@ -186,11 +188,6 @@ class FrameLoader:
                     failures={v: why for c in reversed(found) for v, why in c.failures.items()},
                     ends_shard=ends_shard,
                 )
-        except BaseException:
-            kill_workers(chunks)
-            raise
-        finally:
-            del chunks  # its processes end with it, not with the interpreter
 
     def tasks(self) -> Iterator[_Task]:
         """All chunks in order; torch asks for them as it hands them out."""
@@ -209,24 +206,3 @@ class FrameLoader:
             for first in range(0, count, self._batch_size):
                 last = min(first + self._batch_size, count)
                 yield shard, first, last, last == count
-
-    def _chunk_loader(self) -> DataLoader[_Chunk]:
-        return DataLoader(
-            _Chunks(self._frames, self._ring),
-            sampler=_Tasks(self),
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=_CHUNKS_AHEAD if self._workers else None,
-            multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=leave_signals_to_parent if self._workers else None,
-        )
-
-
-class _Tasks:
-    """The sampler of the chunks."""
-
-    def __init__(self, loader: FrameLoader) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[_Task]:
-        return self._loader.tasks()

@@ -27,6 +27,7 @@ from seco.crops import center_crop, decode_jpeg
 from seco.extract import extract_features
 from seco.extract_config import ExtractConfig, frames_of, validate
 from seco.extract_parts import Parts
+from seco.extract_plan import Extraction
 from seco.feature_store import read_features
 from seco.features import evenly_spaced
 from seco.weights import load_backbone
@@ -328,14 +329,14 @@ def test_weights_that_move_are_found_out(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the shards that this run has finished are not kept."""
-    keep = seco.extract.Extraction.keep
+    keep = Extraction.keep
 
     def moving(self: Any, shard: int, part: Any) -> None:
         keep(self, shard, part)
         with torch.no_grad():
             self.backbone.network.layer1[0].conv1.weight[0, 0, 0, 0] += 1e-6
 
-    monkeypatch.setattr(seco.extract.Extraction, "keep", moving)
+    monkeypatch.setattr(Extraction, "keep", moving)
     with pytest.raises(BackboneChanged, match="weights changed"):
         extract(shards, tmp_path)
     assert files(tmp_path) == {}
