@@ -22,7 +22,7 @@ from seco.augment import normalise
 from seco.device import resolve_device, uses_bf16, wall_milliseconds
 from seco.extract import extract_features
 from seco.extract_config import ExtractConfig, validate
-from seco.extract_plan import forwards_of, resolved
+from seco.extract_plan import dataset_of, forwards_of, resolved
 from seco.features import VideoFrames
 from seco.forwards import computing_threads
 from seco.frame_loader import FrameLoader
@@ -67,11 +67,12 @@ def bench_extract(config: ExtractConfig, repeats: int = 3) -> ExtractBench:
         raise InputError("must be 1 or more", "--repeats")
     device = resolve_device(config.device)
     shards = open_shards(config.shards)
-    config = resolved(config, shards.record(0).dataset, device)
+    config = resolved(config, dataset_of(shards), device)
     assert config.frames is not None and config.batch_size is not None
     frames = VideoFrames(shards, config.frames, config.short_edge, config.crop_size)
     total = sum(int(frames.counts(shard).sum()) for shard in range(len(shards.counts)))
     ways = _Ways(config, device, shards, frames, total)
+    ways.decode()  # refuses a set that is not whole, before anything is measured
     with progress("bench extract", 2 * repeats, "repeats") as bar:
         compared = {
             _OURS: ways.ours,
@@ -201,7 +202,10 @@ class _Ways:
         with loader:
             for batch in loader:
                 if batch.failures:
-                    raise InputError("some frames cannot be read", self._shards.addresses[0])
+                    reason = next(iter(batch.failures.values()))
+                    raise InputError(
+                        f"some frames cannot be read ({reason})", fix="see seco verify"
+                    )
                 loader.release(batch)
 
     def plain_decode(self) -> None:

@@ -50,7 +50,7 @@ class Extraction:
         self.backbone = load_backbone(config.checkpoint, config.arch, config.seed)
         self.out = Path(config.out or f"features/{self.shards.name}")
         require_writable(self.out)
-        self.dataset = _dataset(self.shards)
+        self.dataset = dataset_of(self.shards)
         self.config = resolved(config, self.dataset, device)
         self.names = [Path(address).name for address in self.shards.addresses]
         indexes = self.shards.indexes
@@ -151,7 +151,7 @@ def resolved(config: ExtractConfig, dataset: str, device: torch.device) -> Extra
     )
 
 
-def _dataset(shards: ShardSet) -> str:
+def dataset_of(shards: ShardSet) -> str:
     """Of the first video that says."""
     for video in range(len(shards)):
         with contextlib.suppress(UnreadableFrame):

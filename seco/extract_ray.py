@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from seco.backbone_guard import BackboneGuard
+from seco.device import resolve_device
 from seco.extract_config import ExtractConfig
 from seco.extract_parts import ShardFeatures, part_digests
 from seco.extract_plan import Extraction, forwards_of, tell
@@ -112,7 +113,8 @@ def _extract_on_node(
             "put the shards where all nodes see them, and install the same everywhere",
         )
     guard = BackboneGuard(backbone)
-    with forwards_of(backbone, torch.device(device), config) as forwards, StopRequest() as stop:
+    here = resolve_device(device)  # of several GPUs Ray shows it one
+    with forwards_of(backbone, here, config) as forwards, StopRequest() as stop:
         ((_, part),) = shard_features(shards, [0], forwards, config, stop)
     guard.require_unchanged()
     return part
