@@ -215,9 +215,32 @@ def extract_features(**settings: Any) -> None:
     Example: seco extract-features --shards shards/k400-val.json \\
                --checkpoint runs/k400/last.pt --out features/k400-val
     """
-    from seco.features import extract_features as run
+    from seco.extract_config import validate
 
-    print(run(ExtractConfig(**settings)))
+    config = ExtractConfig(**settings)
+    validate(config)
+    if config.engine == "ray":
+        from seco.extract_ray import extract_on_cluster
+
+        print(extract_on_cluster(config))
+        return
+    from seco.launch import launch
+
+    if code := launch(config, extract_here):
+        raise click.exceptions.Exit(code)
+
+
+def extract_here(config: ExtractConfig) -> int:
+    """One process of an extraction: its exit code. The first one tells where the features are."""
+
+    def work() -> None:
+        from seco.extract import extract_features as run
+
+        folder = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(folder)
+
+    return exit_code(work)
 
 
 @seco.command("import")
@@ -530,6 +553,27 @@ def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) ->
     whole = not only_step
     found = run(PretrainConfig(**settings), repeats, switches=whole, plain=whole)
     print(to_json(found) if as_json else step_table(found))
+
+
+@bench.command("extract")
+@settings_options(ExtractConfig, required=("shards",))
+@click.option("--repeats", default=3, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_extract(repeats: int, as_json: bool, **settings: Any) -> None:
+    """Features beside bare forwards of the backbone and the plain way to extract them.
+
+    Without --checkpoint of random weights (a ResNet-50 unless --arch says another).
+
+    \b
+    Example: seco bench extract --shards shards/ucf101.json
+    """
+    from seco.bench_extract import bench_extract as run
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import extract_table
+
+    settings["checkpoint"] = settings["checkpoint"] or "random"
+    found = run(ExtractConfig(**settings), repeats)
+    print(to_json(found) if as_json else extract_table(found))
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:

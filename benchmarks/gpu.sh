@@ -58,13 +58,16 @@ shards=${SHARDS:-$out/shards/large.json}
 if [ "$device" = cuda ]; then
     "$python" -m cli bench loader --shards "$shards" --triplets 512 --repeats 3 --workers 1,8,16 > "$out/loader.md" || failed=1
     "$python" -m cli bench views --shards "$shards" --device cuda > "$out/views.md" || failed=1
+    "$python" -m cli bench extract --shards "$shards" --device cuda --workers 14 > "$out/extract.md" || failed=1
 else
     "$python" -m cli bench loader --shards "$shards" --triplets 8 --repeats 1 --only-costs > "$out/loader.md" || failed=1
     "$python" -m cli bench views --shards "$shards" --repeats 1 --device cpu --batch 4 > "$out/views.md" || failed=1
+    "$python" -m cli bench extract --shards "$out/shards/made.json" --repeats 1 --device cpu --arch resnet18 \
+        --frames 2 --short-edge 72 --crop-size 64 > "$out/extract.md" || failed=1
 fi
 
-echo "== $device: loader and views =="
-cat "$out/loader.md" "$out/views.md"
+echo "== $device: loader, views and features =="
+cat "$out/loader.md" "$out/views.md" "$out/extract.md"
 echo "== $device: 8 classes of HMDB51 =="
 cat "$out/hmdb51.md"
 echo "== $device: step times =="

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from seco.bench_step_reference import PlainStep, bare_cost
 from seco.config import PretrainConfig, resolve
-from seco.device import resolve_device
+from seco.device import resolve_device, uses_bf16, wall_milliseconds
 from seco.device_views import DeviceViews
 from seco.loader import TripletLoader
 from seco.losses import inter_loss
@@ -63,7 +63,7 @@ def bench_step(
         raise InputError("must be 1 or more", "--repeats")
     config = resolve(config)
     device = resolve_device(config.device)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = uses_bf16(config.precision, device)
     config = dataclasses.replace(config, precision="bf16" if bf16 else "fp32")
     found = StepBench(machine("torch", "torchvision"), _settings(config, device))
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def bench_step(
             work()
     with progress("bench step", repeats, "repeats") as bar:
         found.milliseconds = in_turns(
-            ways, repeats, lambda work: _milliseconds(work, device), bar.advance
+            ways, repeats, lambda work: wall_milliseconds(work, device), bar.advance
         )
     ms = found.milliseconds
     found.ratios["ours, of the bare cost"] = ms["ours"] / ms["bare cost"]
@@ -133,14 +133,6 @@ def _ours(
 ) -> Callable[[], object]:
     step, count = _made(config, device), itertools.count()
     return lambda: step.run(views, known, next(count), config.lr)
-
-
-def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) * 1e3
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -237,7 +229,7 @@ def _end_to_end(
         for work in ways.values():
             for _ in range(_WARM_UP):
                 work()
-        medians = in_turns(ways, repeats, lambda work: _milliseconds(work, device))
+        medians = in_turns(ways, repeats, lambda work: wall_milliseconds(work, device))
         batches.close()
     found.milliseconds |= {f"end to end, {name}": value for name, value in medians.items()}
     found.ratios["end to end, of synthetic"] = (

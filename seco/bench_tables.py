@@ -1,4 +1,4 @@
-"""The figures of ``seco bench loader``, ``views`` and ``step`` for people: Markdown, to keep."""
+"""The figures of the benches of loader, views, step and extraction: Markdown, to keep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from seco.bench_extract import ExtractBench
 from seco.bench_loader import LoaderBench
 from seco.bench_step import StepBench
 from seco.bench_views import ViewsBench
@@ -14,7 +15,7 @@ from seco.bench_views import ViewsBench
 _MOST_DIGITS = 4
 
 
-def as_json(bench: LoaderBench | ViewsBench | StepBench) -> str:
+def as_json(bench: LoaderBench | ViewsBench | StepBench | ExtractBench) -> str:
     """One object."""
     return json.dumps(dataclasses.asdict(bench), indent=1)
 
@@ -74,6 +75,25 @@ def _step_lines(bench: StepBench) -> Iterator[str]:
     yield from _pairs("Triplets a second", bench.triplets_s)
     yield from _pairs("Inter loss and gradient", bench.loss_memory)
     yield from _pairs("Checkpoint", bench.checkpoint)
+
+
+def extract_table(bench: ExtractBench) -> str:
+    """Rates and ratios."""
+    return "\n".join(_extract_lines(bench))
+
+
+def _extract_lines(bench: ExtractBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield _machine(bench.settings)
+    yield f"Medians of {bench.repeats} repeats taken in turns"
+    yield ""
+    yield from _table("features", "videos/s", bench.videos_s)
+    yield ""
+    yield from _table("ours", "ratio", bench.ratios)
+    yield ""
+    yield from _table("a frame", "CPU ms", bench.cpu_ms)
+    yield ""
+    yield from _table("read, decode and crop a frame", "CPU ms", bench.decode_cpu_ms)
 
 
 def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 from seco import bench_reference as reference
 from seco.augment import apply_views
 from seco.crops import draw_crops
-from seco.device import resolve_device
+from seco.device import resolve_device, wall_milliseconds
 from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
 from shards.errors import InputError
 from shards.measuring import in_turns, machine
@@ -131,7 +130,7 @@ def _device_part(device: torch.device, batch: int, repeats: int) -> dict[str, fl
     for work in ways.values():
         for _ in range(3):
             work()
-    found = in_turns(ways, max(repeats, 5), lambda work: _wall_milliseconds(work, device))
+    found = in_turns(ways, max(repeats, 5), lambda work: wall_milliseconds(work, device))
     return {"images": batch, **{f"{name}_ms": value for name, value in found.items()}}
 
 
@@ -152,13 +151,5 @@ def _nvjpeg(
             frames, frame_of_view, of_view, _CROP_SIZE
         ),
     }
-    found = in_turns(ways, max(repeats, 5), lambda work: _wall_milliseconds(work, device))
+    found = in_turns(ways, max(repeats, 5), lambda work: wall_milliseconds(work, device))
     return {f"{name}_ms": value for name, value in found.items()}
-
-
-def _wall_milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) * 1e3

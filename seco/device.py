@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,6 +48,20 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """What ``--precision`` means there: ``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def wall_milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long ``work`` takes, until the device has done it too."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) * 1e3
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

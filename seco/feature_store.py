@@ -3,35 +3,57 @@
 ``features.npy`` (V, D) float32, ``halves.npy`` (V, 2, D) float32 (the means over the first and the
 second half of a video's frames), ``videos.csv`` (one row a video, in the same order) and
 ``meta.json`` (the encoder and how frames were taken), which is written last: a folder without it
-is unfinished.
+is unfinished. With ``--per-frame`` also ``frames.npy`` (F, D) float32, the features of all frames,
+video after video. What cannot be read is in ``errors.csv``.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import atomic_path, write_json, write_text
+from seco.feature_format import (
+    COLUMNS,
+    FEATURES,
+    FORMAT_VERSION,
+    FRAMES,
+    HALVES,
+    META,
+    SPLIT,
+    VIDEOS,
+    discard,
+    require_finite,
+)
+from seco.feature_writer import write_features
 from shards.errors import InputError
 
-FORMAT_VERSION = 1
-# What other modules write beside the features they measured.
-_RESULTS = ("probe.json", "probe-confusion.png", "retrieval.json", "duplicates.csv")
-FEATURES, HALVES, VIDEOS, META = "features.npy", "halves.npy", "videos.csv", "meta.json"
+# Reader and writer are to be had from one place.
+__all__ = [
+    "FEATURES",
+    "FRAMES",
+    "HALVES",
+    "META",
+    "UNLABELLED",
+    "VIDEOS",
+    "Features",
+    "discard",
+    "encoder_name",
+    "read_features",
+    "require_same_encoder",
+    "write_features",
+]
+
 UNLABELLED = -1
 
-_COLUMNS = ("key", "source", "label", "label_name", "frames", "shard")
-_SPLIT = "split."
 _EXTRACT_AGAIN = "run `seco extract-features` again"
-_BLOCK_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,7 @@ class Features:
     shards: list[str]
     splits: dict[str, list[str]]  # for each split name, (V,) values; "" for none
     meta: dict[str, Any]
+    all_frames: NDArray[np.float32] | None = None  # (F, D) with --per-frame
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -63,6 +86,23 @@ class Features:
     def dataset(self) -> str:
         """The set's name, or the folder's where ``meta.json`` has none."""
         return str(self.meta.get("dataset") or self.folder.resolve().name)
+
+    @cached_property
+    def frame_offsets(self) -> NDArray[np.int64]:
+        """(V + 1,) the frames of video v are rows offset[v] … offset[v + 1] - 1 of all frames."""
+        return np.concatenate([[0], np.cumsum(self.frames)]).astype(np.int64)
+
+    def frames_of(self, row: int) -> NDArray[np.float32]:
+        """(f, D) the features of a video's frames, in time order.
+
+        Raises:
+            InputError: they were not kept.
+        """
+        if self.all_frames is None:
+            raise InputError(
+                "holds no features of single frames", self.folder, "extract with --per-frame"
+            )
+        return self.all_frames[self.frame_offsets[row] : self.frame_offsets[row + 1]]
 
     def find(self, key: str) -> int:
         """The row of a video.
@@ -81,45 +121,6 @@ class Features:
         """The name of every label that has one."""
         pairs = zip(self.labels.tolist(), self.label_names, strict=True)
         return {label: name for label, name in pairs if label != UNLABELLED and name}
-
-
-def write_features(
-    folder: Path,
-    features: NDArray[np.float32],
-    halves: NDArray[np.float32],
-    rows: Sequence[Mapping[str, Any]],
-    meta: Mapping[str, Any],
-) -> None:
-    """Write a feature folder; one that is there is replaced.
-
-    Args:
-        features: (V, D).
-        halves: (V, 2, D).
-        rows: a video each: key, source, label (None for none), label_name, frames, shard, and
-            ``splits``, a dict such as ``{"1": "train"}``.
-        meta: encoder (arch, checkpoint, sha256, seed), shards, frames, short_edge, crop_size,
-            toolkit; the format version and the encoder's dimension are added.
-
-    Raises:
-        ValueError: sizes do not match.
-        InputError: a feature is not finite, or the folder cannot be written.
-    """
-    videos, dimension = features.shape
-    if not videos or halves.shape != (videos, 2, dimension) or len(rows) != videos:
-        raise ValueError(f"{features.shape}, {halves.shape} and {len(rows)} rows do not match")
-    keys = [str(row["key"]) for row in rows]
-    for array in (features, halves):
-        _check_finite(array, keys, folder)
-    # Without meta.json the folder is unfinished, so no mixture of old and new is ever read.
-    discard(folder / META)
-    for name in _RESULTS:  # of the features that were here: they would be taken for these'
-        discard(folder / name)
-    for name, array in ((FEATURES, features), (HALVES, halves)):
-        with atomic_path(folder / name) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)
-    write_text(folder / VIDEOS, _table(rows))
-    encoder = {**meta["encoder"], "dimension": dimension}
-    write_json(folder / META, {"format_version": FORMAT_VERSION, **meta, "encoder": encoder})
 
 
 def read_features(folder: str | Path) -> Features:
@@ -149,8 +150,8 @@ def read_features(folder: str | Path) -> Features:
             _EXTRACT_AGAIN,
         )
     for array in (features, halves):
-        _check_finite(array, keys, folder)
-    return Features(
+        require_finite(array, keys, folder)
+    found = Features(
         folder=folder,
         features=features,
         halves=halves,
@@ -160,9 +161,18 @@ def read_features(folder: str | Path) -> Features:
         label_names=columns["label_name"],
         frames=_integers(folder / VIDEOS, "frames", columns["frames"]),
         shards=columns["shard"],
-        splits={n.removeprefix(_SPLIT): c for n, c in columns.items() if n.startswith(_SPLIT)},
+        splits={n.removeprefix(SPLIT): c for n, c in columns.items() if n.startswith(SPLIT)},
         meta=meta,
+        all_frames=_read_array(folder / FRAMES, 2) if (folder / FRAMES).exists() else None,
     )
+    expected = (int(found.frame_offsets[-1]), dimension)
+    if found.all_frames is not None and found.all_frames.shape != expected:
+        raise InputError(
+            f"{FRAMES} is {found.all_frames.shape}, {VIDEOS} says {expected}",
+            folder,
+            _EXTRACT_AGAIN,
+        )
+    return found
 
 
 def require_same_encoder(a: Features, b: Features) -> None:
@@ -180,33 +190,9 @@ def require_same_encoder(a: Features, b: Features) -> None:
         )
 
 
-def discard(path: Path) -> None:
-    """Remove a file if it is there.
-
-    Raises:
-        InputError: its folder cannot be written to.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot be written to ({error.strerror})", path.parent) from error
-
-
 def encoder_name(encoder: Mapping[str, Any]) -> str:
     """A short name for messages: arch, checkpoint and the digest's first digits."""
     return f"{encoder.get('arch')} {encoder.get('checkpoint')} {str(encoder.get('sha256'))[:8]}"
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = sorted({name for row in rows for name in row["splits"]})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *(_SPLIT + name for name in names)])
-    for row in rows:
-        # The csv module writes None as an empty field.
-        writer.writerow([row[c] for c in _COLUMNS] + [row["splits"].get(n) for n in names])
-    # A lone surrogate of an odd file name must not cost hours of extraction.
-    return out.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -245,7 +231,7 @@ def _read_table(path: Path) -> dict[str, list[str]]:
             header, *rows = list(csv.reader(file, strict=True)) or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot be read ({error})", path, _EXTRACT_AGAIN) from error
-    missing = [name for name in _COLUMNS if name not in header]
+    missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise InputError(f"has no column {missing[0]}", path, _EXTRACT_AGAIN)
     for number, row in enumerate(rows, start=1):
@@ -271,19 +257,6 @@ def _read_array(path: Path, dimensions: int) -> NDArray[np.float32]:
             _EXTRACT_AGAIN,
         )
     return np.asarray(array)
-
-
-def _check_finite(array: NDArray[np.float32], keys: Sequence[str], folder: Path) -> None:
-    rows = max(1, _BLOCK_VALUES // max(1, int(np.prod(array.shape[1:]))))
-    for start in range(0, len(array), rows):
-        block = array[start : start + rows]
-        bad = np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(axis=1))
-        if len(bad):
-            raise InputError(
-                f"the features of {keys[start + int(bad[0])]} are not finite",
-                folder,
-                "the checkpoint may be of a run that diverged",
-            )
 
 
 def _integers(

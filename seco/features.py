@@ -1,31 +1,16 @@
-"""Frozen features: the mean over a video's frames of the backbone's pooled feature (paper §5.2)."""
+"""A video's frames on their way to its feature: which ones, their centre crops, the mean."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from seco import __version__
-from seco.augment import normalise
-from seco.crops import BrokenJpeg, center_crop, decode_jpeg
-from seco.device import resolve_device
-from seco.extract_config import ExtractConfig
-from seco.feature_store import write_features
-from seco.stopping import leave_signals_to_parent
-from seco.weights import Backbone, load_backbone
+from seco.crops import BrokenJpeg, FrameDecoder, center_crop
 from shards.access import UnreadableFrame, readable
-from shards.atomic import require_writable
-from shards.errors import InputError
-from shards.opening import open_shards
-from shards.progress import progress
 from shards.reader import ShardSet
 
 
@@ -38,122 +23,68 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
     return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
 
 
-class VideoFrames(Dataset[tuple[int, Tensor, str]]):
-    """Item v: (v, (F, 3, S, S) uint8, why it could not be read or "")."""
+class VideoFrames:
+    """Centre crops of the evenly spaced frames of videos (paper §5.2).
 
-    def __init__(self, shards: ShardSet, config: ExtractConfig) -> None:
-        self._shards = shards
-        self._config = config
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __getitem__(self, video: int) -> tuple[int, Tensor, str]:
-        config = self._config
-        numbers = evenly_spaced(self._shards.frame_count(video), config.frames)
-        try:
-            crops = [
-                center_crop(decode_jpeg(readable(jpeg)), config.short_edge, config.crop_size)
-                for jpeg in self._shards.read_frames([(video, number) for number in numbers])
-            ]
-        except (UnreadableFrame, BrokenJpeg) as error:
-            return video, torch.empty(0), str(error)
-        return video, torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous(), ""
-
-
-def extract_features(config: ExtractConfig) -> Path:
-    """Write the features of every readable video of the shards; returns the folder.
-
-    Raises:
-        InputError: the settings, shards or checkpoint cannot be used, or no video can be read.
+    Args:
+        shards: the set.
+        frames: how many of a video; all of a shorter one.
+        short_edge: frames are resized to it, px.
+        crop_size: S, side of the crops, px.
     """
-    if config.short_edge < config.crop_size:
-        raise InputError(
-            f"{config.short_edge} is smaller than the crop of {config.crop_size}", "--short-edge"
-        )
-    if min(config.frames, config.crop_size, config.batch_size) < 1:
-        raise InputError("must be 1 or more", "--frames, --crop-size, --batch-size")
-    shards = open_shards(config.shards)
-    backbone = load_backbone(config.checkpoint, config.arch, config.seed)
-    device = resolve_device(config.device)
-    out = Path(config.out or f"features/{shards.name}")
-    require_writable(out)
-    rows: list[dict[str, Any]] = []
-    features: list[NDArray[np.float32]] = []
-    halves: list[NDArray[np.float32]] = []
-    failed = 0
-    with progress("Extracting", len(shards), "videos") as shown:
-        for video, frames, reason in _video_features(shards, backbone, device, config):
-            shown.advance()
+
+    def __init__(self, shards: ShardSet, frames: int, short_edge: int, crop_size: int) -> None:
+        self.shards = shards
+        self.crop_size = crop_size
+        self._frames = frames
+        self._short_edge = short_edge
+        self._decoder = FrameDecoder()
+
+    def counts(self, shard: int) -> NDArray[np.int64]:
+        """(v,) frames that are taken of each video of a shard."""
+        return np.minimum(self.shards.indexes[shard].frame_counts, self._frames)
+
+    def numbers(self, video: int) -> list[int]:
+        """Which of the stored frames are taken."""
+        return evenly_spaced(self.shards.frame_count(video), self._frames)
+
+    def crop_into(self, out: NDArray[np.uint8], wanted: Sequence[tuple[int, int]]) -> list[str]:
+        """Write the crops of (video, frame) pairs.
+
+        Args:
+            out: (n, S, S, 3); a frame that cannot be read leaves zeros.
+            wanted: (n,)
+
+        Returns:
+            (n,) why a frame cannot be read, or "".
+        """
+        reasons = []
+        for place, data in enumerate(self.shards.read_frames(wanted)):
             try:
-                row = _row(shards, video, config.frames)
-            except UnreadableFrame as error:
-                reason = reason or str(error)
-            if reason:
-                failed += 1
-                print(f"seco: left out: {shards.keys[video]}: {reason}", file=sys.stderr)
-                continue
-            rows.append(row)
-            features.append(frames.mean(0))
-            middle = max(1, len(frames) // 2)
-            halves.append(np.stack([frames[:middle].mean(0), frames[-middle:].mean(0)]))
-    if not rows:
-        raise InputError("not one video could be read", config.shards)
-    write_features(
-        out,
-        np.stack(features),
-        np.stack(halves),
-        [{name: row[name] for name in row if name != "dataset"} for row in rows],
-        _meta(config, backbone, failed, rows[0]["dataset"]),
+                image = self._decoder.decode(readable(data))
+                out[place] = center_crop(image, self._short_edge, self.crop_size)
+                reasons.append("")
+            except (UnreadableFrame, BrokenJpeg) as error:
+                out[place] = 0
+                reasons.append(str(error))
+        return reasons
+
+    def video(self, video: int) -> tuple[Tensor, str]:
+        """(F, 3, S, S) uint8 of one video, and why it cannot be read or ""."""
+        wanted = [(video, number) for number in self.numbers(video)]
+        crops = np.empty((len(wanted), self.crop_size, self.crop_size, 3), dtype=np.uint8)
+        reason = next(filter(None, self.crop_into(crops, wanted)), "")
+        return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous(), reason
+
+
+def pooled(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(F, D) features of a video's frames to their mean (D,) and those of both halves (2, D).
+
+    Added up in float64, frame after frame. The middle one of an odd number is in neither half.
+    """
+    middle = max(1, len(frames) // 2)
+    mean, *halves = (
+        some.mean(axis=0, dtype=np.float64).astype(np.float32)
+        for some in (frames, frames[:middle], frames[-middle:])
     )
-    return out
-
-
-def _video_features(
-    shards: ShardSet, backbone: Backbone, device: torch.device, config: ExtractConfig
-) -> Iterator[tuple[int, NDArray[np.float32], str]]:
-    """For every video in order: its number, the (F, C) features of its frames, or why not."""
-    network = backbone.network.to(device).eval()
-    loader = DataLoader(
-        VideoFrames(shards, config),
-        batch_size=None,
-        num_workers=config.workers,
-        worker_init_fn=leave_signals_to_parent if config.workers else None,
-    )
-    with torch.inference_mode():
-        for video, frames, reason in loader:
-            if reason:
-                yield video, np.empty((0, 0), np.float32), reason
-                continue
-            parts = [
-                network(normalise(part.to(device))).float().cpu()
-                for part in frames.split(config.batch_size)
-            ]
-            yield video, torch.cat(parts).numpy(), ""
-
-
-def _row(shards: ShardSet, video: int, frames: int) -> dict[str, Any]:
-    record = shards.record(video)
-    return {
-        "key": shards.keys[video],
-        "dataset": record.dataset,
-        "source": record.source,
-        "label": record.label,
-        "label_name": record.label_name,
-        "frames": min(frames, shards.frame_count(video)),
-        "shard": Path(shards.shard_of(video)).name,
-        "splits": record.splits,
-    }
-
-
-def _meta(config: ExtractConfig, backbone: Backbone, failed: int, dataset: str) -> dict[str, Any]:
-    return {
-        "encoder": backbone.record(config.seed),
-        "dataset": dataset,
-        "shards": list(config.shards),
-        "frames": config.frames,
-        "short_edge": config.short_edge,
-        "crop_size": config.crop_size,
-        "unreadable": failed,
-        "toolkit": __version__,
-    }
+    return mean, np.stack(halves)

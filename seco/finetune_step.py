@@ -10,12 +10,11 @@ from torch.nn import functional as F
 
 from seco.augment import apply_views
 from seco.clip_loader import ClipBatch
-from seco.device import to_device
+from seco.device import to_device, uses_bf16
 from seco.distributed import distributed, synchronised
 from seco.finetune_config import FinetuneConfig
 from seco.labelled_videos import LabelledVideos
 from seco.ranks import Ranks
-from seco.training_run import uses_bf16
 from seco.video_classifier import VideoClassifier
 from seco.view_parameters import ViewConfig
 from shards.draws import sample_starts, uniforms

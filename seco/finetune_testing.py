@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from seco.device import resolve_device
+from seco.device import resolve_device, uses_bf16
 from seco.finetune_config import FinetuneTestConfig, require_test_ranges
 from seco.finetune_result import FinetuneResult, finetune_result
 from seco.labelled_videos import LabelledVideos
 from seco.ranks import Ranks, joined
 from seco.stopping import StopRequest
-from seco.training_run import one_voice, uses_bf16
+from seco.training_run import one_voice
 from seco.video_classifier import Classes, VideoClassifier, load_finetuned
 from seco.video_scores import ClipProtocol, VideoScores
 from shards.atomic import require_writable

@@ -16,7 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from shards.errors import EXIT_FAILED, EXIT_PEER_LOST, EXIT_STOPPED, InputError, Stopped
+from shards.errors import (
+    EXIT_FAILED,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    EXIT_TOO_MANY_EXCLUDED,
+    InputError,
+    Stopped,
+)
 
 _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # handed on to the processes
 _SAVING_SECONDS = "1800"  # they have for it, after which torch kills them
@@ -100,6 +107,8 @@ def _launched(
     except ChildFailedError as error:
         if _all_stopped(scratch, processes):
             return EXIT_STOPPED
+        if {f.exitcode for f in error.failures.values()} == {EXIT_TOO_MANY_EXCLUDED}:
+            return EXIT_TOO_MANY_EXCLUDED
         for failure in error.failures.values():
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 print(

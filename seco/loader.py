@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from seco.batch_ring import BatchRing
 from seco.chunks import VIEWS, Chunk, ChunkMaker
-from seco.stopping import kill_workers, leave_signals_to_parent
+from seco.forked_loader import forked_loader
 from seco.view_parameters import ViewConfig
 from shards.errors import InputError
 from shards.stream import Stream
@@ -140,31 +140,15 @@ class TripletLoader:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Raises InputError when samples cannot be read nor replaced."""
-        chunks = iter(self._chunk_loader())  # forks: before shards are fetched ahead in threads
-        if self._pin and self._ring is not None:
-            self._ring.pin()
-        try:
+        with forked_loader(self._dataset, self.tasks, self._workers, self._prefetch) as chunks:
+            # The processes are there: before shards are fetched ahead in threads.
+            if self._pin and self._ring is not None:
+                self._ring.pin()
             for step in self._steps:
                 self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
                 parts = [_sound(next(chunks)) for _ in range(self._chunks)]
                 self._read = step
                 yield self._batch(step, parts)
-        except BaseException:
-            kill_workers(chunks)
-            raise
-        finally:
-            del chunks  # its processes end with it, not with the interpreter
-
-    def _chunk_loader(self) -> DataLoader[Chunk]:
-        return DataLoader(
-            self._dataset,
-            sampler=_Tasks(self),
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=self._prefetch,
-            multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=leave_signals_to_parent if self._workers else None,
-        )
 
     def tasks(self) -> Iterator[_Task]:
         """All chunks in order, each with the slot its batch is written to."""
@@ -198,13 +182,3 @@ def _sound(chunk: Chunk) -> Chunk:
     if chunk.fatal:
         raise InputError(chunk.fatal, "--shards", "are they whole? See `seco verify`")
     return chunk
-
-
-class _Tasks:
-    """The sampler of the chunks; torch asks for its tasks as it hands them out."""
-
-    def __init__(self, loader: TripletLoader) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[_Task]:
-        return self._loader.tasks()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 from seco.augment import normalise
 from seco.config import PretrainConfig
-from seco.extract_config import ExtractConfig
 from seco.features import VideoFrames
 from seco.knn import knn_scores
 from seco.method import SeCo
@@ -46,13 +44,8 @@ class OnlineKnn:
         self._shards = open_shards(config.knn_shards)
         self._labels = self._shards.labels.astype(np.int64)
         size = config.crop_size
-        settings = dataclasses.replace(
-            ExtractConfig(),
-            frames=_FRAMES,
-            crop_size=size,
-            short_edge=max(size, round(size / _CROP_OF_EDGE)),
-        )
-        self._frames = VideoFrames(self._shards, settings)
+        short_edge = max(size, round(size / _CROP_OF_EDGE))
+        self._frames = VideoFrames(self._shards, _FRAMES, short_edge, size)
         labelled = self._labels >= 0
         train, test = self._split()
         self._train, self._test = train & labelled, test & labelled
@@ -96,7 +89,7 @@ class OnlineKnn:
         rows: list[np.ndarray] = []
         with _evaluating(backbone):
             for video in mine:
-                _, frames, reason = self._frames[video]
+                frames, reason = self._frames.video(video)
                 if reason:
                     rows.append(np.full(0, np.nan))
                     continue

@@ -7,6 +7,7 @@ other is alone, and then nothing here communicates.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,16 @@ class Ranks:
         with self.watched():
             _all_gather(everyone, mine, group=self._host)
         return everyone.numpy()
+
+    def agree(self, text: str) -> bool:
+        """Whether all ranks say the same."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+        everyone = self.gather_host(np.array([[float(number)]]))
+        return bool((everyone == everyone[0]).all())
+
+    def any(self, mine: bool) -> bool:
+        """Whether it holds for at least one rank."""
+        return bool(self.gather_host(np.array([[float(mine)]])).any())
 
     def gather(self, rows: Tensor) -> Tensor:
         """(n, …) of every rank to (size · n, …), rank after rank, on the device."""
@@ -115,8 +126,13 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def joined(device: torch.device, patience: datetime.timedelta = _HOST_TIMEOUT) -> Iterator[Ranks]:
     """Within the block this process belongs to the run that the environment names.
+
+    Args:
+        device: of this process.
+        patience: how long one that waits for the others does so. (One that has died is noticed
+            at once.)
 
     Raises:
         InputError: the others do not come.
@@ -129,7 +145,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         # Numbers of the host go by gloo, those of GPUs by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
-        host = _host_group(_HOST_TIMEOUT)
+        host = _host_group(patience)
         watch = PeerWatch(_host_group(_SILENCE))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

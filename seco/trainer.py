@@ -14,7 +14,7 @@ import torch
 
 from seco.chunks import VIEWS
 from seco.config import PretrainConfig, resolve
-from seco.device import resolve_device
+from seco.device import resolve_device, uses_bf16
 from seco.device_views import DeviceViews
 from seco.health import Health, status
 from seco.initialise import initialise
@@ -27,7 +27,7 @@ from seco.run_state import RunState, checkpoint_to_resume, resumed_setting
 from seco.schedule import learning_rate
 from seco.step import GlobalRows, TrainingStep
 from seco.stopping import StopRequest
-from seco.training_run import TrainingRun, Waiting, one_voice, uses_bf16
+from seco.training_run import TrainingRun, Waiting, one_voice
 from seco.view_parameters import VIEW_DRAWS, view_config
 from shards.atomic import require_writable
 from shards.errors import InputError

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import tomli_w
-import torch
 
 from seco.metrics import RunLog
 from seco.ranks import Ranks, local_rank
@@ -52,10 +49,7 @@ class TrainingRun:
 
     def _require_agreement(self) -> None:
         """All processes must be about to do the same, or they would wait for each other."""
-        text = repr(self.state.plan())
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
-        everyone = self.ranks.gather_host(np.array([[float(number)]]))
-        if (everyone != everyone[0]).any():
+        if not self.ranks.agree(repr(self.state.plan())):
             raise self._told_once(
                 InputError(
                     "the processes do not see the same run: other settings, videos or checkpoints",
@@ -160,8 +154,3 @@ def one_voice() -> Iterator[None]:
         yield
     except InputError as error:
         raise error if local_rank() == 0 else PeerLost from error
-
-
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """``auto`` is bf16 on a GPU and fp32 elsewhere."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import cli
-import seco.features
+import seco.forwards
 from pipelines._config import PrepareConfig
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
@@ -337,20 +337,23 @@ def test_ctrl_c_while_extracting(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    normalise, videos = seco.features.normalise, 0
+    normalise, batches = seco.forwards.normalise, 0
 
     def interrupted(images: torch.Tensor) -> torch.Tensor:
-        nonlocal videos
-        videos += 1
-        if videos == 5:
+        nonlocal batches
+        batches += 1
+        if batches == 4:  # the first shard has two
             raise KeyboardInterrupt
         return normalise(images)
 
-    monkeypatch.setattr(seco.features, "normalise", interrupted)
+    monkeypatch.setattr(seco.forwards, "normalise", interrupted)
     options = ["--checkpoint", "random", "--arch", "resnet18", "--out", str(tmp_path / "out")]
     command = ["extract-features", "--shards", shards, *options, *SMALL_FEATURES]
     assert "same again" in complaint([*command, "--workers", "1"], capsys, code=75)
-    assert list((tmp_path / "out").iterdir()) == []
+    left = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")]
+    assert [str(path)[:15] for path in sorted(left)] == ["parts", "parts/made-000-"]
+    assert cli.run(command) == 0
+    assert "going on: 1 of 3 shards are there" in capsys.readouterr().err
 
 
 def start_group(command: list[str]) -> subprocess.Popen[str]:

@@ -1,7 +1,8 @@
-"""``seco bench loader`` and ``views``: that what they compare is what they say."""
+"""``seco bench loader``, ``views``, ``extract``: that what they compare is what they say."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,11 +13,16 @@ import pytest
 import torch
 
 import cli
+from seco import bench_extract
 from seco import bench_reference as reference
+from seco.augment import normalise
 from seco.bench_step import _loss_memory, peak_bytes
 from seco.config import PretrainConfig
+from seco.extract_config import ExtractConfig
+from seco.features import VideoFrames
 from seco.view_parameters import ViewConfig
 from shards import measuring
+from shards.opening import open_shards
 from tests.made_shards import drawn_frame, make_set
 from tests.pipelines.test_bench import figures
 
@@ -70,6 +76,38 @@ def test_step(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert found["checkpoint"]["megabytes"] > 100  # both encoders, momentum, queue
     numbers = figures([found[part] for part in ("milliseconds", "ratios", "loss_memory")])
     assert all(math.isfinite(number) and number > 0 for number in numbers)
+
+
+def test_extract(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--arch", "resnet18", "--crop-size", "32", "--short-edge", "36", "--frames", "4"]
+    command = ["extract", "--shards", spec, *sizes, "--device", "cpu", "--workers", "1"]
+    found = json.loads(printed([*command, "--repeats", "1", "--json"], capfd))
+    ways = {"ours", "bare forwards", "bare forwards, side by side", "the plain way"}
+    assert set(found["videos_s"]) == set(found["cpu_ms"]) == ways
+    assert found["settings"]["frames"] == 64
+    assert found["ratios"]["times the plain way"] == pytest.approx(
+        found["videos_s"]["ours"] / found["videos_s"]["the plain way"]
+    )
+    numbers = figures([found[part] for part in ("videos_s", "ratios", "cpu_ms", "decode_cpu_ms")])
+    assert len(numbers) == 16
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    assert "| of bare forwards |" in printed([*command, "--repeats", "1"], capfd)
+
+
+def test_the_plain_way_gives_the_crops_of_ours(spec: str) -> None:
+    """Resized and cut alike, so that what is compared is the same work."""
+    config = ExtractConfig(frames=2, short_edge=40, crop_size=32, batch_size=4, arch="resnet18")
+    config = dataclasses.replace(config, checkpoint="random")
+    shards = open_shards([spec])
+    frames = VideoFrames(shards, 2, 40, 32)
+    ways = bench_extract._Ways(config, torch.device("cpu"), shards, frames, 32)
+    plain = list(ways._plain_images())
+    assert len(plain) == 16
+    for video, images in enumerate(plain):
+        crops, reason = frames.video(video)
+        assert not reason
+        # The set is enlarged to 40 px; libjpeg-turbo and PIL's own libjpeg differ by rounding.
+        assert (normalise(crops) - images).abs().mean() < 0.02
 
 
 def test_the_loss_needs_no_matrix_of_all_logits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seco import feature_store
+from seco import feature_writer
 from seco.eval_splits import read_train_test
+from seco.feature_format import ERRORS
 from seco.feature_store import (
     FEATURES,
+    FRAMES,
     HALVES,
     META,
     UNLABELLED,
@@ -22,6 +25,7 @@ from seco.feature_store import (
     require_same_encoder,
     write_features,
 )
+from seco.feature_writer import FeaturePart, write_feature_parts
 from shards.errors import InputError
 from tests.seco import made_features
 from tests.seco.made_features import made_rows, write_clusters
@@ -71,7 +75,7 @@ def test_a_write_that_is_cut_short_leaves_no_usable_folder(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(feature_store, "write_text", fails)
+    monkeypatch.setattr(feature_writer, "_write_csv", fails)
     with pytest.raises(RuntimeError, match="killed"):
         write_clusters(tmp_path, videos=30)
     with pytest.raises(InputError, match="unfinished"):
@@ -80,6 +84,56 @@ def test_a_write_that_is_cut_short_leaves_no_usable_folder(
     write_clusters(tmp_path, videos=30)
     assert len(read_features(tmp_path)) == 30
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_parts_give_the_bytes_of_the_whole(tmp_path: Path) -> None:
+    """Also where a part has no video, and where splits are not those of the part before."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((5, 4)).astype(np.float32)
+    halves = rng.standard_normal((5, 2, 4)).astype(np.float32)
+    splits = [{"1": "train"}, {}, {"2": "test"}, {"0": "val"}, {}]
+    rows = made_rows([0, 1, None, 2, 3], splits)
+    for row, count in zip(rows, (2, 1, 3, 1, 1), strict=True):
+        row["frames"] = count
+    frames = rng.standard_normal((8, 4)).astype(np.float32)
+    write_features(tmp_path / "whole", features, halves, rows, made_features.META, frames)
+
+    def part(videos: slice, of: slice) -> FeaturePart:
+        arrays = (features[videos], halves[videos], frames[of])
+        return FeaturePart(lambda: rows[videos], lambda: arrays)
+
+    nothing = np.empty((0, 0), np.float32)
+    empty = FeaturePart(lambda: [], lambda: (nothing, nothing, nothing), [("k", "s", "lost, so")])
+    parts = [empty, part(slice(0, 3), slice(0, 6)), empty, part(slice(3, 5), slice(6, 8))]
+    write_feature_parts(tmp_path / "parts", parts, made_features.META)
+    for name in (FEATURES, HALVES, FRAMES, VIDEOS, META):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with io.BytesIO() as plain:
+        np.save(plain, frames)
+        assert (tmp_path / "parts" / FRAMES).read_bytes() == plain.getvalue()
+    assert (tmp_path / "parts" / ERRORS).read_text() == (
+        'key,shard,message\nk,s,"lost, so"\nk,s,"lost, so"\n'
+    )
+    read = read_features(tmp_path / "parts")
+    assert read.frame_offsets.tolist() == [0, 2, 3, 6, 7, 8]
+    np.testing.assert_array_equal(read.frames_of(2), frames[3:6])
+
+    # Without frames and errors none of those before are left.
+    write_features(tmp_path / "parts", features, halves, rows, made_features.META)
+    left = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert left == sorted([FEATURES, HALVES, VIDEOS, META])
+    with pytest.raises(InputError, match="--per-frame"):
+        read_features(tmp_path / "parts").frames_of(0)
+    with pytest.raises(ValueError, match="does not go on with"):
+        other = FeaturePart(lambda: rows[:1], lambda: (features[:1, :2], halves[:1, :, :2], None))
+        write_feature_parts(
+            tmp_path / "x", [part(slice(0, 3), slice(0, 6)), other], made_features.META
+        )
+    with pytest.raises(ValueError, match="no video"):
+        write_feature_parts(tmp_path / "x", [empty], made_features.META)
+    np.save(tmp_path / "whole" / FRAMES, frames[:-1])
+    with pytest.raises(InputError, match=r"frames.npy is \(7, 4\), videos.csv says \(8, 4\)"):
+        read_features(tmp_path / "whole")
 
 
 def _meta(**changes: object) -> Callable[[Path], None]:

@@ -1,0 +1,127 @@
+"""A Ray cluster: joining it, and handing it one task after another."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from shards.errors import InputError
+
+MOST_RETRIES = 5  # of one task, when its worker or node dies
+_POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 10.0
+_Task = TypeVar("_Task")
+
+
+def require_ray() -> None:
+    """Raises InputError where Ray is not installed."""
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "Ray is not installed", "--engine ray", 'pip install "seco-video[ray]"'
+        ) from error
+
+
+@contextlib.contextmanager
+def connection(address: str | None) -> Iterator[None]:
+    """Within the block this process is a driver of a cluster.
+
+    Args:
+        address: of the cluster; None: ``RAY_ADDRESS``, the one this machine is in, or a new one
+            of this machine alone.
+
+    Raises:
+        InputError: no cluster answers.
+    """
+    import ray
+
+    if ray.is_initialized():  # by a program that calls this as a library
+        yield
+        return
+    _require_answer(address or os.environ.get("RAY_ADDRESS"))
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no Ray cluster answers ({error})", address or "RAY_ADDRESS", "see --ray-address"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(
+    tasks: Iterable[_Task],
+    start: Callable[[_Task], Any],
+    most: int,
+    on_done: Callable[[_Task, Any], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Run tasks on the cluster; ``on_done`` is called as each is finished, in any order.
+
+    Args:
+        tasks: what there is to do.
+        start: hands one out; returns Ray's reference to its result.
+        most: handed out at once.
+        on_done: takes the result.
+        meanwhile: called every second; what it raises ends all.
+
+    Raises:
+        InputError: a task raised it, or its workers died again and again.
+    """
+    import ray
+
+    queue = iter(tasks)
+    running: dict[Any, _Task] = {}
+    try:
+        while True:
+            meanwhile()
+            for task in itertools.islice(queue, most - len(running)):
+                running[start(task)] = task
+            if not running:
+                break
+            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            for reference in done:
+                result = _result(ray, reference)
+                on_done(running.pop(reference), result)
+    except BaseException:
+        for reference in running:
+            ray.cancel(reference)
+        # They put away what they have begun.
+        with contextlib.suppress(Exception):
+            ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE_SECONDS)
+        raise
+
+
+def _require_answer(address: str | None) -> None:
+    """Where nobody answers, Ray would end this process in its own words."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), _PATIENCE_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"no Ray cluster answers ({error.strerror or error})", address, "see --ray-address"
+        ) from error
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise InputError(
+            f"a shard's workers died {MOST_RETRIES + 1} times ({type(error).__name__})",
+            fix="run the same command again to go on; see Ray's logs for why",
+        ) from error
