@@ -338,7 +338,9 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
 @seco.command()
 @click.argument("runs", nargs=-1)
 @click.option("--out", default="report.html", show_default=True, help="The page to write.")
-def report(runs: tuple[str, ...], out: str) -> None:
+@click.option("--markdown", default=None, help="Write the same as Markdown into this file.")
+@click.option("--json", "json_out", default=None, help="Write the same as JSON into this file.")
+def report(runs: tuple[str, ...], out: str, markdown: str | None, json_out: str | None) -> None:
     """Set every result under RUNS (default: runs/ features/) beside the paper's tables.
 
     \b
@@ -346,8 +348,11 @@ def report(runs: tuple[str, ...], out: str) -> None:
     """
     from seco.report import write_report
 
-    write_report(runs, Path(out))
-    print(out)
+    files = [Path(out), *(Path(name) for name in (markdown, json_out) if name is not None)]
+    found = write_report(runs, Path(out), *(name and Path(name) for name in (markdown, json_out)))
+    for item in found.unread:
+        print(f"seco: could not be read: {item.path}: {item.reason}", file=sys.stderr)
+    print("\n".join(map(str, files)))
 
 
 @seco.command()
