@@ -30,6 +30,7 @@ from shards.errors import (
 )
 
 _TYPES = {"int": int, "float": float, "str": str}
+_FILE = click.Path(dir_okay=False, path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -337,10 +338,12 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
 
 @seco.command()
 @click.argument("runs", nargs=-1)
-@click.option("--out", default="report.html", show_default=True, help="The page to write.")
-@click.option("--markdown", default=None, help="Write the same as Markdown into this file.")
-@click.option("--json", "json_out", default=None, help="Write the same as JSON into this file.")
-def report(runs: tuple[str, ...], out: str, markdown: str | None, json_out: str | None) -> None:
+@click.option(
+    "--out", type=_FILE, default="report.html", show_default=True, help="The page to write."
+)
+@click.option("--markdown", type=_FILE, help="Write the same as Markdown into this file.")
+@click.option("--json", type=_FILE, help="Write the same as JSON into this file.")
+def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path | None) -> None:
     """Set every result under RUNS (default: runs/ features/) beside the paper's tables.
 
     \b
@@ -348,11 +351,10 @@ def report(runs: tuple[str, ...], out: str, markdown: str | None, json_out: str 
     """
     from seco.report import write_report
 
-    files = [Path(out), *(Path(name) for name in (markdown, json_out) if name is not None)]
-    found = write_report(runs, Path(out), *(name and Path(name) for name in (markdown, json_out)))
+    found = write_report(runs, out, markdown, json)
     for item in found.unread:
         print(f"seco: could not be read: {item.path}: {item.reason}", file=sys.stderr)
-    print("\n".join(map(str, files)))
+    print("\n".join(str(file) for file in (out, markdown, json) if file is not None))
 
 
 @seco.command()

@@ -19,6 +19,7 @@ SAME, DIFFERS, UNKNOWN = "same", "differs", "unknown"
 NOT_RECORDED = "not recorded"
 
 _PAPER, _AUTHORS, _SIAMFC = "paper §5.2", "authors' code", "SiamFC; the paper is silent"
+_SHARDS = re.compile(r"(-\d{3,}|[-_]?[{<*?\[].*)?\.(tar|json)$")
 _EPOCH_CHECKPOINT = re.compile(r"epoch-(\d+)\.pt")
 
 
@@ -32,6 +33,11 @@ class Compared:
     source: str  # of the paper's value
     here: str
     state: str  # SAME, DIFFERS or UNKNOWN
+
+    @property
+    def whose(self) -> str:
+        """Who names the value that it is compared with."""
+        return re.split(r" §| Eq|[:;]", self.source)[0] or "paper"
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,11 @@ def evaluation_protocol(
         settings: of the run in the same folder, which the result's own settings complete.
     """
     recorded = {**settings, **item.settings}
+    references: tuple[Reference, ...]
     if item.kind == "finetune":
         stage = "fine-tuning"
         yield _videos(stage, "test videos", TEST_VIDEOS[dataset], item.n_test)
-        split = f"split {item.split}" if item.split else NOT_RECORDED
+        split = item.split or NOT_RECORDED
         yield Compared(stage, "split", "not stated", "paper §5.1, §5.4", split, UNKNOWN)
         references = FINETUNING
     else:
@@ -195,7 +202,7 @@ def _pretraining_data(stage: str, run: Run) -> Iterator[Compared]:
 
 def _set_name(spec: str) -> str:
     """``k400`` of ``shards/k400.json`` or ``shards/k400-{000..999}.tar``."""
-    return re.sub(r"([-_]?[{<*\d][^/]*)?\.(tar|json)$", "", Path(spec).name) or spec
+    return _SHARDS.sub("", Path(spec).name) or spec
 
 
 def _videos_an_epoch(run: Run) -> int | None:

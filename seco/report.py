@@ -12,6 +12,7 @@ from seco.pages import data_uri, printable, render_markdown, render_page
 from seco.paper_tables import NOT_COMPARABLE, NOT_MEASURED
 from seco.report_charts import chance_levels, draw_charts
 from seco.report_content import ReportContent, RunSection, TableSection, report_content
+from seco.report_origin import short_name
 from seco.report_sources import Found, find_results
 from shards.atomic import json_text, write_text
 
@@ -96,7 +97,12 @@ def report_json(content: ReportContent) -> dict[str, Any]:
 
 
 def _values(content: ReportContent) -> dict[str, Any]:
-    return {"report": content, "not_comparable": NOT_COMPARABLE, "not_measured": NOT_MEASURED}
+    return {
+        "report": content,
+        "short": short_name,
+        "not_comparable": NOT_COMPARABLE,
+        "not_measured": NOT_MEASURED,
+    }
 
 
 def _table_json(section: TableSection) -> dict[str, Any]:

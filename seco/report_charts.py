@@ -21,7 +21,9 @@ from seco.run_log import Curve
 _MOST_OTHERS = 12
 _FEW_POINTS = 12
 # Said in words, or of a task that the run does not have.
-_NO_CHART = {"step", "epoch", "unreadable"} | {f"{w}_{t}" for w in ("loss", "acc") for t in TASKS}
+_NO_CHART = {"step", "epoch", "unreadable", "loss"} | {
+    f"{w}_{t}" for w in ("loss", "acc") for t in TASKS
+}
 # The trainer logs the spread in units of what unit vectors that point everywhere alike have.
 _EVEN = (("evenly spread", 1.0),)
 
@@ -87,20 +89,20 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
     tasks = tasks_of(config) or TASKS
     ln_intra = "ln 2" if config.get("intra") == "pairwise" else "ln 3"
     words = {"loss_inter": "ln(1+K)", "loss_intra": ln_intra, "loss_order": "ln 2"}
-    plans = [_Plan("Loss, all parts", (("loss", "loss"),))]
+    plans = []
+    if len(tasks) > 1:  # else it is that of the one task
+        whole = "Loss, all parts" if tasks_of(config) else "Loss"
+        plans.append(_Plan(whole, (("loss", "loss"),)))
     for task in tasks:
         key = f"loss_{task}"
         level = chance.get(key)
-        levels = () if level is None else ((f"chance, {words[key]} = {level:.2f}", level),)
-        plans.append(_Plan(f"Loss, {task}", ((key, "loss"),), levels))
+        known = () if level is None else ((f"chance, {words[key]} = {level:.2f}", level),)
+        plans.append(_Plan(f"Loss, {task}", ((key, "loss"),), known))
     contrast = tuple((f"acc_{task}", task) for task in ("inter", "intra") if task in tasks)
+    levels = tuple((f"chance, {name}", chance[key]) for key, name in contrast if key in chance)
+    accuracy = _Plan("Contrast accuracy", contrast, levels, (0, 1))
     plans += [
-        _Plan(
-            "Contrast accuracy",
-            contrast,
-            tuple((f"chance, {name}", chance[key]) for key, name in contrast if key in chance),
-            (0, 1),
-        ),
+        accuracy,
         _Plan("kNN on labelled shards", (("knn_top1", "top-1"),), limits=(0, 1)),
         _Plan("Learning rate", (("lr", "lr"),), limits=(0, None)),
         _Plan("Queue fill", (("queue_fill", "queue fill"),), limits=(0, 1.02)),
@@ -110,7 +112,7 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
     ]
     if "order" in tasks:
         order = _Plan("Order accuracy", (("acc_order", "order"),), (("chance", 0.5),), (0, 1))
-        plans.insert(2 + len(tasks), order)
+        plans.insert(plans.index(accuracy) + 1, order)
     return plans
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +134,9 @@ def _evaluation_row(folder: Path, item: Evaluation) -> EvaluationRow:
     if item.kind == "finetune":
         size = [("n_test", "test videos"), ("clips", "clips a video"), ("crops", "crops a clip")]
     else:
-        size = [("sequences", "sequences"), ("of_sequences", "in the set"), ("frames", "frames")]
-    facts = [f"{words(settings[name])} {what}" for name, what in size if name in settings]
+        whole = f"of {words(settings['of_sequences'])} " if "of_sequences" in settings else ""
+        size = [("sequences", f"{whole}sequences"), ("frames", "frames")]
+    facts = [f"{_number_words(settings[n])} {what}" for n, what in size if n in settings]
     speed = item.frames_per_second
     if speed is not None and math.isfinite(speed) and speed > 0:
         facts.append(f"{speed:.1f} frames/s")
@@ -162,7 +162,7 @@ def _run_section(run: Run) -> RunSection:
     return RunSection(
         run=run,
         summary=_summary(run),
-        last=[(name, curve.last) for name, curve in log.curves.items()],
+        last=[(name, curve.last) for name, curve in log.curves.items() if name != "epoch"],
         settings=[(name, words(value)) for name, value in run.config.items()],
         joined=joined,
         skipped_lines=skipped,

@@ -113,6 +113,7 @@ def _add_evaluation(
                 percent=100 * value,
                 note=", ".join(note for note in (what, size) if note),
                 results=(number,),
+                split=item.split if item.kind == "finetune" else "",
             )
         )
     run = pretraining_run(item.encoder, found.runs)

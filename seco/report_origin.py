@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from seco.config import TASKS
 from seco.report_records import words
 from seco.report_sources import Run
 
+_LONG_PATH = re.compile(r"/?(?:[^/\s]*/)+(?=[^/]+/[^/]+$)")
+
 
 def encoder_name(encoder: Mapping[str, Any]) -> str:
     """An encoder in words: its backbone and where its weights are from."""
@@ -17,6 +20,11 @@ def encoder_name(encoder: Mapping[str, Any]) -> str:
     if weights == "random":
         weights = "random initialisation"
     return ", ".join(part for part in (words(encoder.get("arch")), weights) if part) or "unknown"
+
+
+def short_name(name: str) -> str:
+    """An encoder's name with no more of its path than the run's folder and the file."""
+    return _LONG_PATH.sub("\N{HORIZONTAL ELLIPSIS}/", name)
 
 
 def is_random(encoder: Mapping[str, Any]) -> bool:
