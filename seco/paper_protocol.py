@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seco.paper_tables import TEST_VIDEOS, TRAIN_VIDEOS, is_whole, known_dataset
+from seco.report_origin import tasks_of
 from seco.report_records import Evaluation, Probe, words
 from seco.report_sources import Run
 
@@ -80,7 +81,7 @@ FINETUNING = (
     Reference("clips of a test video", ("clips",), 20, _AUTHORS),
     Reference("crops of a clip", ("crops",), 3, _AUTHORS),
     Reference("frames of a clip", ("clip_frames",), 16, _AUTHORS),
-    Reference("test crop, px", ("test_size",), 256, _AUTHORS),
+    Reference("test crop, px", ("test_size", "size"), 256, _AUTHORS),
     Reference("epochs", ("epochs",), 150, _AUTHORS),
     Reference("batch", ("batch_size",), 256, "authors' code: 16 × 4 × 4"),
     Reference("learning rate", ("lr",), 1e-3, _AUTHORS),
@@ -91,13 +92,20 @@ FINETUNING = (
     Reference("training view, px", ("crop_size",), 224, _AUTHORS),
 )
 TRACKING = (
+    Reference(
+        "feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"
+    ),
+    Reference("features as they are", ("raw_features",), "True", "paper §5.2 names nothing else"),
     Reference("epochs", ("epochs",), 50, _SIAMFC),
     Reference("batch", ("batch_size",), 8, _SIAMFC),
-    Reference("learning rate", ("lr", "initial_lr"), 1e-2, _SIAMFC),
-    Reference("scales searched", ("scales", "scale_num"), 3, _SIAMFC),
+    Reference("learning rate", ("lr",), 1e-2, _SIAMFC),
+    Reference("learning rate at the end", ("final_lr",), 1e-5, _SIAMFC),
+    Reference("weight decay", ("weight_decay",), 5e-4, _SIAMFC),
+    Reference("scales searched", ("scales",), 3, _SIAMFC),
     Reference("scale step", ("scale_step",), 1.0375, _SIAMFC),
-    Reference("search crop, px", ("search_size", "search_px", "instance_sz"), 255, _SIAMFC),
-    Reference("exemplar crop, px", ("exemplar_size", "exemplar_px", "exemplar_sz"), 127, _SIAMFC),
+    Reference("scale penalty", ("scale_penalty",), 0.9745, _SIAMFC),
+    Reference("change of scale", ("scale_update",), 0.59, _SIAMFC),
+    Reference("window", ("window",), 0.176, _SIAMFC),
 )
 
 
@@ -120,6 +128,10 @@ def pretraining_protocol(
     if run is None:
         here = f"the run of {checkpoint or 'its checkpoint'} is not in the report"
         yield Compared(stage, "training", "400 epochs, batch 512", _PAPER, here, UNKNOWN)
+        return
+    if tasks_of(run.config) is None:
+        here = f"{run.folder}, which is no pre-training"
+        yield Compared(stage, "training", "400 epochs, batch 512", _PAPER, here, DIFFERS)
         return
     yield from _pretraining_data(stage, run)
     yield _epochs(stage, run, checkpoint)

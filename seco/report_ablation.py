@@ -13,7 +13,7 @@ from typing import Any
 from seco.config import RESUMABLE_DIFFERENCES, TASKS
 from seco.paper_tables import TABLE_1, known_dataset, probe_metric
 from seco.report_measured import FIGURE_WORDS
-from seco.report_origin import encoder_tasks, is_random, pretraining_run
+from seco.report_origin import encoder_tasks, is_random, run_of
 from seco.report_records import words
 from seco.report_sources import Found, Run
 
@@ -69,7 +69,7 @@ def ablations(found: Found) -> list[Ablation]:
     for kind, encoder, fraction in _figures(found):
         tasks = encoder_tasks(encoder, found.runs)
         if tasks or is_random(encoder):
-            trial = _Trial(tasks, 100 * fraction, pretraining_run(encoder, found.runs))
+            trial = _Trial(tasks, 100 * fraction, run_of(encoder, found.runs))
             kinds.setdefault(kind, []).append(trial)
     return [
         _ablation(kind, trials)

@@ -22,7 +22,7 @@ from seco.paper_tables import (
     probe_metric,
     set_size_note,
 )
-from seco.report_origin import encoder_name, encoder_tasks, pretraining_run
+from seco.report_origin import encoder_name, encoder_tasks, run_of
 from seco.report_records import Evaluation, words
 from seco.report_sources import Features, Found
 
@@ -71,7 +71,7 @@ def _add_probe(
     known = known_dataset(item.dataset, classes)
     if not metric or not known:
         return
-    run = pretraining_run(item.encoder, found.runs)
+    run = run_of(item.encoder, found.runs)
     arch = words(item.encoder.get("arch"))
     number = len(results) + 1
     size = set_size_note(known, probe.n_test)
@@ -116,8 +116,10 @@ def _add_evaluation(
                 split=item.split if item.kind == "finetune" else "",
             )
         )
-    run = pretraining_run(item.encoder, found.runs)
-    here = next((other.config for other in found.runs if other.folder == folder), {})
+    run = run_of(item.encoder, found.runs)
+    # A tracker is evaluated into a folder of its run's.
+    by_folder = {other.folder: other.config for other in found.runs}
+    here = by_folder.get(folder) or by_folder.get(folder.parent) or {}
     protocol = [
         *pretraining_protocol(item.encoder, run, "resnet50"),
         *evaluation_protocol(item, known, here),

@@ -40,7 +40,7 @@ def encoder_tasks(encoder: Mapping[str, Any], runs: Sequence[Run]) -> tuple[str,
     stated = tasks_of(encoder)
     if stated:
         return stated
-    run = pretraining_run(encoder, runs)
+    run = run_of(encoder, runs)
     return None if run is None else tasks_of(run.config)
 
 
@@ -55,19 +55,9 @@ def tasks_of(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(task for task in TASKS if task in wanted) or None
 
 
-def pretraining_run(encoder: Mapping[str, Any], runs: Sequence[Run]) -> Run | None:
-    """The run of the report that pre-trained it, by the folder of its checkpoint.
-
-    A fine-tuned checkpoint leads to the run that its fine-tuning began with.
-    """
-    run = _run_of(encoder, runs)
-    if run is not None and tasks_of(run.config) is None:
-        run = _run_of(run.config, runs)
-    return run if run is not None and tasks_of(run.config) else None
-
-
-def _run_of(record: Mapping[str, Any], runs: Sequence[Run]) -> Run | None:
-    checkpoint = record.get("checkpoint")
+def run_of(encoder: Mapping[str, Any], runs: Sequence[Run]) -> Run | None:
+    """The run of the report that trained it, by the folder of its checkpoint."""
+    checkpoint = encoder.get("checkpoint")
     if not isinstance(checkpoint, str) or not checkpoint:
         return None
     folder = Path(checkpoint).parent

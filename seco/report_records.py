@@ -140,6 +140,7 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
     if not figures:
         raise ValueError(f"holds none of {', '.join(names)}")
     counts = {name: raw[name] for name in _COUNTS if raw.get(name) is not None}
+    protocol = mapping(raw.get("protocol"))
     return Evaluation(
         kind=kind,
         dataset=words(raw.get("dataset")),
@@ -149,7 +150,12 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
         n_test=count(raw.get("n_test", raw.get("sequences"))),
         classes=count(raw.get("classes")),
         frames_per_second=_number(raw.get("fps")),
-        settings=counts | mapping(raw.get("protocol")) | mapping(raw.get("settings")),
+        settings={
+            **counts,
+            **protocol,
+            **mapping(protocol.get("training")),
+            **mapping(raw.get("settings")),
+        },
         notes=_notes(raw),
     )
 

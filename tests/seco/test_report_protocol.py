@@ -143,17 +143,18 @@ def test_table_2_is_resnet18s(tmp_path: Path) -> None:
 
 def test_fine_tuning_takes_settings_of_result_and_of_its_run(tmp_path: Path) -> None:
     pretrained = write_paper_run(tmp_path / "runs" / "k400", TASKS, points=50)
-    tuned = tmp_path / "runs" / "ucf101-finetune-2"
-    tuned.mkdir()
-    (tuned / "config.toml").write_text(
-        f'checkpoint = "{pretrained / "last.pt"}"\nepochs = 20\nsegments = 7\ndropout = 0.9\n'
-    )
-    (tuned / "metrics.jsonl").write_text('{"step": 1, "loss": 4.6}\n')
-    # As tested from its own checkpoint: the run before it is where pre-training was.
-    encoder = {"arch": "resnet50", "checkpoint": str(tuned / "last.pt")}
-    sizes = {"clips": 20, "crops": 1, "n_test": 3_734}
+    tuned = write_tuning(tmp_path / "runs" / "ucf101-finetune-2", "segments = 7\ndropout = 0.5\n")
+    encoder = {"arch": "resnet50", "checkpoint": str(pretrained / "last.pt"), "tasks": TASKS}
+    protocol_of = {"clips": 20, "crops": 1, "size": 256, "training": {"epochs": 20, "lr": 1e-3}}
     write_evaluation(
-        tuned, "finetune", dataset="ucf101", split=2, top1=0.8, encoder=encoder, **sizes
+        tuned,
+        "finetune",
+        dataset="ucf101",
+        split=2,
+        top1=0.8,
+        n_test=3_734,
+        encoder=encoder,
+        protocol=protocol_of,
     )
     found = protocol(tmp_path, table=3)
     differing = {name: s.here for name, s in found.items() if s.state == DIFFERS}
@@ -161,13 +162,30 @@ def test_fine_tuning_takes_settings_of_result_and_of_its_run(tmp_path: Path) -> 
         "pre-training: start from": "random weights",
         "fine-tuning: crops of a clip": "1",
         "fine-tuning: epochs": "20",
+        "fine-tuning: dropout": "0.5",
     }
     assert found["fine-tuning: split"].here == "2"
     whose = {name: found[f"fine-tuning: {name}"].whose for name in ("epochs", "split", "batch")}
     assert whose == {"epochs": "authors' code", "split": "paper", "batch": "authors' code"}
-    assert found["fine-tuning: learning rate"].state == UNKNOWN
-    rows = {row.method: row.ours for row in content_of(tmp_path).tables[2].rows}
-    assert [figure.percent for figure in rows["SeCo"][0]] == [80]
+    assert found["fine-tuning: batch"].state == UNKNOWN
+    assert found["fine-tuning: test crop, px"].state == SAME
+
+
+def write_tuning(folder: Path, config: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(config)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 4.6}\n')
+    return folder
+
+
+def test_features_of_a_fine_tuned_network_are_no_method_of_the_paper(tmp_path: Path) -> None:
+    tuned = write_tuning(tmp_path / "runs" / "tuned", 'checkpoint = "k400/last.pt"\n')
+    encoder = {"arch": "resnet50", "checkpoint": str(tuned / "last.pt"), "tasks": None}
+    write_features(tmp_path / "features", "kinetics400", encoder=encoder, meta=META)
+    rows = [row for row in content_of(tmp_path).tables[0].rows if any(row.ours)]
+    assert [row.kind for row in rows] == ["ours"]
+    setting = protocol(tmp_path)["pre-training: training"]
+    assert (setting.state, "no pre-training" in setting.here) == (DIFFERS, True)
 
 
 def test_splits_have_a_mean(tmp_path: Path) -> None:
@@ -188,7 +206,8 @@ def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> N
     encoder = {"arch": "resnet50", "checkpoint": "x.pt", "tasks": TASKS}
     figures = {"precision_20": 0.7, "precision_auc": 0.6, "success_auc": 0.5}
     sizes = {"sequences": 4, "of_sequences": 100, "frames": 2_000, "fps": 31.5}
-    write_evaluation(tmp_path, "track", dataset="otb100", encoder=encoder, **figures, **sizes)
+    run = write_tuning(tmp_path / "run", "batch_size = 16\nlr = 0.01\nraw_features = false\n")
+    write_evaluation(run / "eval", "track", dataset="otb100", encoder=encoder, **figures, **sizes)
     content = content_of(tmp_path)
     row = next(r for r in content.tables[0].rows if r.method == "SeCo-Inter+Intra+Order")
     assert [figure.percent for figure in row.ours[2]] == [70, 60]
@@ -199,6 +218,13 @@ def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> N
         "4 of 100",
         DIFFERS,
     )
+    differing = [name for name, setting in found.items() if setting.state == DIFFERS]
+    assert differing == [
+        "tracking: sequences",
+        "tracking: features as they are",
+        "tracking: batch",
+    ]
+    assert found["tracking: learning rate"].state == SAME
     assert content.evaluations[0].facts == ["4 of 100 sequences", "2,000 frames", "31.5 frames/s"]
 
 
