@@ -92,9 +92,7 @@ FINETUNING = (
     Reference("training view, px", ("crop_size",), 224, _AUTHORS),
 )
 TRACKING = (
-    Reference(
-        "feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"
-    ),
+    Reference("feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"),
     Reference("features as they are", ("raw_features",), "True", "paper §5.2 names nothing else"),
     Reference("epochs", ("epochs",), 50, _SIAMFC),
     Reference("batch", ("batch_size",), 8, _SIAMFC),
