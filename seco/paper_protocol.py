@@ -20,6 +20,7 @@ SAME, DIFFERS, UNKNOWN = "same", "differs", "unknown"
 NOT_RECORDED = "not recorded"
 
 _PAPER, _AUTHORS, _SIAMFC = "paper §5.2", "authors' code", "SiamFC; the paper is silent"
+_LONGEST_NAME = 500
 _SHARDS = re.compile(r"(-\d{3,}|[-_]?[{<*?\[].*)?\.(tar|json)$")
 _EPOCH_CHECKPOINT = re.compile(r"epoch-(\d+)\.pt")
 
@@ -212,7 +213,7 @@ def _pretraining_data(stage: str, run: Run) -> Iterator[Compared]:
 
 def _set_name(spec: str) -> str:
     """``k400`` of ``shards/k400.json`` or ``shards/k400-{000..999}.tar``."""
-    return _SHARDS.sub("", Path(spec).name) or spec
+    return _SHARDS.sub("", Path(spec[-_LONGEST_NAME:]).name) or spec
 
 
 def _videos_an_epoch(run: Run) -> int | None:

@@ -14,12 +14,14 @@ from seco.config import RESUMABLE_DIFFERENCES, TASKS
 from seco.paper_tables import TABLE_1, known_dataset, probe_metric
 from seco.report_measured import FIGURE_WORDS
 from seco.report_origin import encoder_tasks, is_random, run_of
-from seco.report_records import words
+from seco.report_records import extraction_words, words
 from seco.report_sources import Found, Run
 
 RANDOM = "random initialisation"
 # Runs of an ablation may differ in these without being another experiment.
 _EXPECTED = (RESUMABLE_DIFFERENCES - {"shards", "init", "preset"}) | {"tasks", "seed"}
+
+_EVALUATION = ("epochs", "clips", "crops", "segments", "feature_layer", "raw_features", "scales")
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,13 @@ def ablations(found: Found) -> list[Ablation]:
 def _figures(found: Found) -> Iterator[tuple[_Kind, Mapping[str, Any], float]]:
     for item in found.features:
         arch = words(item.encoder.get("arch"))
-        extracted = [
-            f"{words(item.meta[name])} {what}"
-            for name, what in (("frames", "frames a video"), ("crop_size", "px"))
-            if item.meta.get(name) is not None
-        ]
+        extracted = extraction_words(item.meta)
         probe, retrieval = item.probe, item.retrieval
         if probe is not None and probe.top1 is not None:
             rows = f"{words(probe.n_train)} → {words(probe.n_test)} videos"
             setting = [] if probe.c is None else [f"C = {probe.c:g}"]
+            if probe.normalise not in ("", "none"):
+                setting.append(f"features scaled: {probe.normalise}")
             conditions = [f"split {probe.split}", rows, *setting, *extracted]
             classes = len(probe.per_class) or None
             metric = probe_metric(item.dataset, probe.split, probe.method, classes) or ""
@@ -110,6 +110,11 @@ def _figures(found: Found) -> Iterator[tuple[_Kind, Mapping[str, Any], float]]:
             unit = "videos" if tuned else "sequences"
             split = [f"split {evaluation.split}"] if evaluation.split else []
             conditions = [*split, f"{words(evaluation.n_test)} {unit}"]
+            conditions += [
+                f"{setting.replace('_', ' ')} {words(evaluation.settings[setting])}"
+                for setting in _EVALUATION
+                if setting in evaluation.settings
+            ]
             otb = not tuned and known_dataset(evaluation.dataset) == "otb100"
             kind = _Kind(
                 evaluation.dataset,

@@ -13,7 +13,7 @@ from seco.paper_tables import TABLES, FilledRow, PaperTable, fill
 from seco.report_ablation import Ablation, ablations
 from seco.report_measured import FIGURE_WORDS, Result, measure
 from seco.report_origin import encoder_name
-from seco.report_records import Demo, Evaluation, Probe, Retrieval, words
+from seco.report_records import Demo, Evaluation, Probe, Retrieval, extraction_words, words
 from seco.report_sources import Features, Found, Run, Unread
 
 
@@ -111,11 +111,7 @@ def _split_by_state(
 
 def _feature_row(item: Features) -> FeatureRow:
     meta = item.meta
-    parts = [
-        f"{words(meta[name])} {what}"
-        for name, what in (("frames", "frames a video"), ("crop_size", "px"))
-        if meta.get(name) is not None
-    ]
+    parts = extraction_words(meta)
     if meta.get("unreadable"):
         parts.append(f"{words(meta['unreadable'])} videos unreadable, left out")
     return FeatureRow(

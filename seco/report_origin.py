@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from seco.config import TASKS
 from seco.report_records import words
 from seco.report_sources import Run
-
-_LONG_PATH = re.compile(r"/?(?:[^/\s]*/)+(?=[^/]+/[^/]+$)")
 
 
 def encoder_name(encoder: Mapping[str, Any]) -> str:
@@ -24,7 +21,11 @@ def encoder_name(encoder: Mapping[str, Any]) -> str:
 
 def short_name(name: str) -> str:
     """An encoder's name with no more of its path than the run's folder and the file."""
-    return _LONG_PATH.sub("\N{HORIZONTAL ELLIPSIS}/", name)
+    arch, comma, path = name.rpartition(", ")
+    parts = path.split("/")
+    if len(parts) <= 2:
+        return name
+    return f"{arch}{comma}\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[-2:])}"
 
 
 def is_random(encoder: Mapping[str, Any]) -> bool:

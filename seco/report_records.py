@@ -206,6 +206,12 @@ def words(value: Any) -> str:
     return "" if value is None else printable(value)
 
 
+def extraction_words(meta: Mapping[str, Any]) -> list[str]:
+    """How features were extracted, by their ``meta.json``."""
+    said = (("frames", "frames a video"), ("crop_size", "px"))
+    return [f"{words(meta[name])} {what}" for name, what in said if meta.get(name) is not None]
+
+
 def _present(raw: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
     found = {name: fraction(raw, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}

@@ -30,6 +30,7 @@ from seco.report_records import (
 )
 from seco.run_log import LoggedRun, read_log
 from shards.errors import InputError
+from shards.progress import progress
 
 # The standard library reads TOML from Python 3.11 on; by name, for mypy to accept both.
 _TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
@@ -99,8 +100,11 @@ def find_results(folders: Sequence[str | Path] = ()) -> Found:
             raise InputError("is not a folder", folder, "name folders of runs or features")
     roots = roots or [Path(name) for name in DEFAULT_FOLDERS if Path(name).is_dir()]
     found = Found()
-    for folder, names in _walk(roots, found):
-        _Folder(folder, names, found).read()
+    walked = list(_walk(roots, found))
+    with progress("Reading results", len(walked), "folders") as shown:
+        for folder, names in walked:
+            _Folder(folder, names, found).read()
+            shown.advance()
     if not found:
         reason = f"; {found.unread[0].path}: {found.unread[0].reason}" if found.unread else ""
         raise InputError(

@@ -9,6 +9,7 @@ import pytest
 
 from seco.paper_protocol import DIFFERS, SAME, UNKNOWN, Compared
 from seco.report_content import ReportContent, report_content
+from seco.report_origin import short_name
 from seco.report_sources import find_results
 from tests.seco.made_results import write_evaluation, write_features, write_paper_run
 
@@ -268,3 +269,37 @@ def test_ablation_on_a_set_of_the_paper_has_its_figures(tmp_path: Path) -> None:
         write_features(tmp_path / tasks, "kinetics400", top1=top1, encoder=encoder)
     (ablation,) = content_of(tmp_path).ablations
     assert [row.paper for row in ablation.rows] == ["58.97", "61.91"]
+
+
+def test_fine_tunings_of_other_length_are_not_compared(tmp_path: Path) -> None:
+    def tuned(tasks: str, epochs: int) -> None:
+        encoder = {"arch": "resnet18", "checkpoint": f"{tasks}/last.pt", "tasks": tasks}
+        write_evaluation(
+            tmp_path / f"{tasks}-{epochs}",
+            "finetune",
+            dataset="made",
+            top1=0.5,
+            encoder=encoder,
+            protocol={"training": {"epochs": epochs}},
+        )
+
+    tuned("inter", 10)
+    tuned(TASKS, 20)
+    assert content_of(tmp_path).ablations == []
+    tuned(TASKS, 10)
+    (ablation,) = content_of(tmp_path).ablations
+    assert "epochs 10" in ablation.conditions
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("resnet50, /a/b/runs/x/last.pt", "resnet50, …/x/last.pt"),
+        ("resnet50, x/last.pt", "resnet50, x/last.pt"),
+        ("resnet50, random initialisation", "resnet50, random initialisation"),
+        ("/a/b c, d/e/f.pt", "/a/b c, …/e/f.pt"),
+        ("/" * 1_000_000, "…//"),
+    ],
+)
+def test_long_paths_are_shortened(name: str, short: str) -> None:
+    assert short_name(name) == short
