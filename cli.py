@@ -31,6 +31,7 @@ from shards.errors import (
 )
 
 _TYPES = {"int": int, "float": float, "str": str}
+_FILE = click.Path(dir_okay=False, path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -425,8 +426,12 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
 
 @seco.command()
 @click.argument("runs", nargs=-1)
-@click.option("--out", default="report.html", show_default=True, help="The page to write.")
-def report(runs: tuple[str, ...], out: str) -> None:
+@click.option(
+    "--out", type=_FILE, default="report.html", show_default=True, help="The page to write."
+)
+@click.option("--markdown", type=_FILE, help="Write the same as Markdown into this file.")
+@click.option("--json", type=_FILE, help="Write the same as JSON into this file.")
+def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path | None) -> None:
     """Set every result under RUNS (default: runs/ features/) beside the paper's tables.
 
     \b
@@ -434,8 +439,10 @@ def report(runs: tuple[str, ...], out: str) -> None:
     """
     from seco.report import write_report
 
-    write_report(runs, Path(out))
-    print(out)
+    found = write_report(runs, out, markdown, json)
+    for item in found.unread:
+        print(f"seco: could not be read: {item.path}: {item.reason}", file=sys.stderr)
+    print("\n".join(str(file) for file in (out, markdown, json) if file is not None))
 
 
 @seco.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,7 @@ _DROPPED = re.compile(
 )
 _NUMBERED_ID = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
 _SVG_TAG = re.compile(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]")
 _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
@@ -59,15 +61,35 @@ def data_uri(data: bytes, media_type: str) -> str:
 
 def render_page(template: str, **values: Any) -> str:
     """Fill a template of ``seco/templates``; every value is escaped unless it is ``Markup``."""
+    return _environment(autoescape=True, finalize=_shown).get_template(template).render(**values)
+
+
+def render_markdown(template: str, **values: Any) -> str:
+    """Fill a template of ``seco/templates``; no value can be more than text."""
+    environment = _environment(autoescape=False, finalize=_markdown_text)
+    return environment.get_template(template).render(**values)
+
+
+def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
     environment = Environment(
         loader=PackageLoader("seco", "templates"),
-        autoescape=True,
+        autoescape=autoescape,
+        finalize=finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    return environment.get_template(template).render(**values)
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    # A name on disk may hold bytes that are no text at all.
+    return value if isinstance(value, Markup) else printable(value)
+
+
+def _markdown_text(value: Any) -> str:
+    return _MARKDOWN.sub(r"\\\g<0>", printable(value))
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
@@ -77,4 +99,7 @@ def percent(fraction: float | None, digits: int = 1) -> str:
 
 def printable(text: object) -> str:
     """``text`` without control characters, which could redraw a terminal or hide in a page."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    given = str(text)
+    if given.isprintable():
+        return given
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in given)

@@ -11,15 +11,21 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
+from seco.config import TASKS
 from seco.pages import INK, SERIES, figure_svg, new_chart
+from seco.report_origin import tasks_of
+from seco.report_sources import Run
+from seco.run_log import Curve
 
-MAX_POINTS = 1000
+_MOST_OTHERS = 12
+_FEW_POINTS = 12
+# Said in words, or of a task that the run does not have.
+_NO_CHART = {"step", "epoch", "unreadable", "loss"} | {
+    f"{w}_{t}" for w in ("loss", "acc") for t in TASKS
+}
 # The trainer logs the spread in units of what unit vectors that point everywhere alike have.
 _EVEN = (("evenly spread", 1.0),)
-
-Curve = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,76 +63,47 @@ def chance_levels(config: Mapping[str, Any]) -> dict[str, float]:
     return levels
 
 
-def tasks_of(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The proxy tasks of a run in the order of Eq. 5; None when its settings do not say."""
-    named = config.get("tasks")
-    if isinstance(named, str):
-        named = named.split(",")
-    if not isinstance(named, (list, tuple)):
-        return None
-    wanted = {str(task).strip() for task in named}
-    return tuple(task for task in ("inter", "intra", "order") if task in wanted) or None
-
-
-def downsample(steps: Curve, values: Curve, max_points: int = MAX_POINTS) -> tuple[Curve, Curve]:
-    """Means over equal bins of consecutive points, at most ``max_points`` of them.
-
-    A bin with a value that is not finite becomes nan, a gap in the chart: a mean over the rest
-    would hide it.
-
-    Args:
-        steps: (S,) in increasing order.
-        values: (S,)
-    """
-    finite = np.where(np.isfinite(values), values, np.nan)
-    if len(steps) <= max_points:
-        return steps, finite
-    starts = np.linspace(0, len(steps), max_points, endpoint=False).astype(np.int64)
-    sizes = np.diff(np.append(starts, len(steps)))
-    return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(finite, starts) / sizes
-
-
-def draw_charts(metrics: Mapping[str, Curve], config: Mapping[str, Any], salt: str) -> list[Chart]:
+def draw_charts(run: Run, salt: str) -> list[Chart]:
     """Every chart that the run has figures for, in the order of the page.
 
+    Columns that this toolkit's pre-training does not log get a chart of their own, the first ones.
+
     Args:
-        metrics: the columns of ``metrics.jsonl``, (S,) each, nan where a line lacks the key and
-            infinity where its value is not finite.
-        config: the run's settings; the chance levels follow from them.
         salt: sets this run's charts apart from the others on the page.
     """
-    steps = metrics["step"]
+    curves = {**(run.speed.curves if run.speed is not None else {}), **run.log.curves}
+    plans = _plans(run.config)
+    known = {key for plan in plans for key, _ in plan.curves} | _NO_CHART
+    others = [key for key in curves if key not in known][:_MOST_OTHERS]
+    plans += [_Plan(key.replace("_", " "), ((key, key),)) for key in others]
     drawn = []
-    for number, plan in enumerate(_plans(config)):
-        curves = [
-            (name, metrics[key])
-            for key, name in plan.curves
-            if key in metrics and not np.isnan(metrics[key]).all()
-        ]
-        if curves:
-            drawn.append(_draw(plan, steps, curves, f"{salt}/{number}"))
+    for number, plan in enumerate(plans):
+        found = [(name, curves[key]) for key, name in plan.curves if key in curves]
+        if found:
+            drawn.append(_draw(plan, found, f"{salt}/{number}"))
     return drawn
 
 
 def _plans(config: Mapping[str, Any]) -> list[_Plan]:
     chance = chance_levels(config)
-    tasks = tasks_of(config) or ("inter", "intra", "order")
+    tasks = tasks_of(config) or TASKS
     ln_intra = "ln 2" if config.get("intra") == "pairwise" else "ln 3"
     words = {"loss_inter": "ln(1+K)", "loss_intra": ln_intra, "loss_order": "ln 2"}
-    plans = [_Plan("Loss, all parts", (("loss", "loss"),))]
+    plans = []
+    if len(tasks) > 1:  # else it is that of the one task
+        whole = "Loss, all parts" if tasks_of(config) else "Loss"
+        plans.append(_Plan(whole, (("loss", "loss"),)))
     for task in tasks:
         key = f"loss_{task}"
         level = chance.get(key)
-        levels = () if level is None else ((f"chance, {words[key]} = {level:.2f}", level),)
-        plans.append(_Plan(f"Loss, {task}", ((key, "loss"),), levels))
+        known = () if level is None else ((f"chance, {words[key]} = {level:.2f}", level),)
+        plans.append(_Plan(f"Loss, {task}", ((key, "loss"),), known))
     contrast = tuple((f"acc_{task}", task) for task in ("inter", "intra") if task in tasks)
+    levels = tuple((f"chance, {name}", chance[key]) for key, name in contrast if key in chance)
+    accuracy = _Plan("Contrast accuracy", contrast, levels, (0, 1))
     plans += [
-        _Plan(
-            "Contrast accuracy",
-            contrast,
-            tuple((f"chance, {name}", chance[key]) for key, name in contrast if key in chance),
-            (0, 1),
-        ),
+        accuracy,
+        _Plan("kNN on labelled shards", (("knn_top1", "top-1"),), limits=(0, 1)),
         _Plan("Learning rate", (("lr", "lr"),), limits=(0, None)),
         _Plan("Queue fill", (("queue_fill", "queue fill"),), limits=(0, 1.02)),
         _Plan("Feature spread", (("feature_std", "feature std"),), _EVEN, (0, None)),
@@ -135,20 +112,27 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
     ]
     if "order" in tasks:
         order = _Plan("Order accuracy", (("acc_order", "order"),), (("chance", 0.5),), (0, 1))
-        plans.insert(2 + len(tasks), order)
+        plans.insert(plans.index(accuracy) + 1, order)
     return plans
 
 
-def _draw(plan: _Plan, steps: Curve, curves: Sequence[tuple[str, Curve]], salt: str) -> Chart:
+def _draw(plan: _Plan, curves: Sequence[tuple[str, Curve]], salt: str) -> Chart:
     figure = new_chart()
     axes = figure.add_subplot()
-    lost = 0
-    for colour, (name, values) in zip(SERIES, curves, strict=False):
-        there = ~np.isnan(values)
-        x, y = downsample(steps[there], values[there])
-        lost += int(np.isinf(values).sum())
-        # A single point draws no line.
-        axes.plot(x, y, color=colour, linewidth=1.4, label=name, marker="o" if len(x) < 3 else "")
+    for colour, (name, curve) in zip(SERIES, curves, strict=False):
+        there = ~np.isnan(curve.values)
+        x, y = curve.steps[there], curve.values[there]
+        # A point that has no neighbour draws no line.
+        marker = "o" if len(x) < _FEW_POINTS else ""
+        axes.plot(
+            x,
+            np.where(np.isfinite(y), y, np.nan),
+            color=colour,
+            linewidth=1.4,
+            label=name,
+            marker=marker,
+            markersize=3,
+        )
     colours = SERIES if len(plan.levels) > 1 else (INK,)
     for colour, (name, height) in zip(colours, plan.levels, strict=False):
         axes.axhline(height, color=colour, linewidth=1.2, linestyle=":", label=name)
@@ -157,14 +141,11 @@ def _draw(plan: _Plan, steps: Curve, curves: Sequence[tuple[str, Curve]], salt: 
     if len(curves) + len(plan.levels) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     style_axes(axes)
-    last = ", ".join(f"{name} {_last(values):.4g}" for name, values in curves)
+    last = ", ".join(f"{name} {curve.last:.4g}" for name, curve in curves)
+    lost = sum(curve.not_finite for _, curve in curves)
     note = f"last: {last}" + (f"; {lost} values are not finite" if lost else "")
     label = f"{plan.title} over steps, {note}"
     return Chart(plan.title, figure_svg(figure, label, salt), note)
-
-
-def _last(values: Curve) -> float:
-    return float(values[~np.isnan(values)][-1])
 
 
 def style_axes(axes: Axes) -> None:

@@ -12,7 +12,11 @@ from typing import Any
 
 from seco.pages import printable
 
-FIGURES = ("top1", "top5", "precision", "precision_auc", "success")
+FIGURES = {
+    "finetune": ("top1", "top5", "mean_class"),
+    "track": ("precision_20", "precision_auc", "success_auc"),
+}
+_COUNTS = ("clips", "crops", "frames", "sequences", "of_sequences", "n_test")
 DEMO_FIGURES = ("probe_top1", "knn", "r_at_1", "same_video_r_at_1")
 
 
@@ -22,6 +26,7 @@ class Probe:
 
     method: str
     c: float | None
+    normalise: str
     top1: float | None
     top5: float | None
     mean_class: float | None
@@ -31,6 +36,7 @@ class Probe:
     split: str
     dataset: str
     encoder: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,9 @@ class Evaluation:
     figures: dict[str, float]  # those of FIGURES that are there
     n_test: int | None  # videos, or sequences
     classes: int | None
+    frames_per_second: float | None  # of a tracker
+    settings: dict[str, Any]  # of training and test
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,7 @@ def parse_probe(raw: Mapping[str, Any]) -> Probe:
     probe = Probe(
         method=words(raw.get("method")),
         c=_number(raw.get("C")),
+        normalise=words(raw.get("normalise")),
         top1=fraction(raw, "top1"),
         top5=fraction(raw, "top5"),
         mean_class=fraction(raw, "mean_class"),
@@ -89,6 +99,7 @@ def parse_probe(raw: Mapping[str, Any]) -> Probe:
         split=words(raw.get("split")),
         dataset=words(raw.get("dataset")),
         encoder=mapping(raw.get("encoder")),
+        notes=_notes(raw),
     )
     if probe.top1 is None and probe.top5 is None and probe.mean_class is None and not classes:
         raise ValueError("holds no accuracy")
@@ -124,9 +135,12 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
     Raises:
         ValueError: a figure is not a fraction, or there is none at all.
     """
-    figures = _present(raw, FIGURES)
+    names = FIGURES[kind]
+    figures = _present(raw, names)
     if not figures:
-        raise ValueError(f"holds none of {', '.join(FIGURES)}")
+        raise ValueError(f"holds none of {', '.join(names)}")
+    counts = {name: raw[name] for name in _COUNTS if raw.get(name) is not None}
+    protocol = mapping(raw.get("protocol"))
     return Evaluation(
         kind=kind,
         dataset=words(raw.get("dataset")),
@@ -135,6 +149,14 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
         figures=figures,
         n_test=count(raw.get("n_test", raw.get("sequences"))),
         classes=count(raw.get("classes")),
+        frames_per_second=_number(raw.get("fps")),
+        settings={
+            **counts,
+            **protocol,
+            **mapping(protocol.get("training")),
+            **mapping(raw.get("settings")),
+        },
+        notes=_notes(raw),
     )
 
 
@@ -184,9 +206,21 @@ def words(value: Any) -> str:
     return "" if value is None else printable(value)
 
 
+def extraction_words(meta: Mapping[str, Any]) -> list[str]:
+    """How features were extracted, by their ``meta.json``."""
+    said = (("frames", "frames a video"), ("crop_size", "px"))
+    return [f"{words(meta[name])} {what}" for name, what in said if meta.get(name) is not None]
+
+
 def _present(raw: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
     found = {name: fraction(raw, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    value = raw.get("notes")
+    notes = value if isinstance(value, list) else [value]
+    return tuple(words(note) for note in notes if words(note))
 
 
 def _rows(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

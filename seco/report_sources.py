@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from seco.pages import printable
 from seco.report_records import (
@@ -32,13 +28,16 @@ from seco.report_records import (
     parse_retrieval,
     words,
 )
+from seco.run_log import LoggedRun, read_log
 from shards.errors import InputError
+from shards.progress import progress
 
 # The standard library reads TOML from Python 3.11 on; by name, for mypy to accept both.
 _TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
 
 DEFAULT_FOLDERS = ("runs", "features")
 _MAX_PICTURE_BYTES = 16 << 20
+_MAX_RESULT_BYTES = 64 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 T = TypeVar("T")
@@ -46,12 +45,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run: its settings and the columns of its logs."""
+    """A training run: its settings and its logs."""
 
     folder: Path
     config: dict[str, Any]  # empty without a readable config.toml
-    metrics: dict[str, NDArray[np.float64]]  # (S,) each; nan: not in this line, inf: not finite
-    skipped_lines: int
+    log: LoggedRun
+    speed: LoggedRun | None  # clock readings, which stand apart from what is computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,7 @@ class Features:
     folder: Path
     dataset: str
     encoder: dict[str, Any]
+    meta: dict[str, Any]  # of the extraction; empty without a readable meta.json
     probe: Probe | None
     retrieval: Retrieval | None
     confusion_png: bytes | None
@@ -100,8 +100,11 @@ def find_results(folders: Sequence[str | Path] = ()) -> Found:
             raise InputError("is not a folder", folder, "name folders of runs or features")
     roots = roots or [Path(name) for name in DEFAULT_FOLDERS if Path(name).is_dir()]
     found = Found()
-    for folder, names in _walk(roots, found):
-        _Folder(folder, names, found).read()
+    walked = list(_walk(roots, found))
+    with progress("Reading results", len(walked), "folders") as shown:
+        for folder, names in walked:
+            _Folder(folder, names, found).read()
+            shown.advance()
     if not found:
         reason = f"; {found.unread[0].path}: {found.unread[0].reason}" if found.unread else ""
         raise InputError(
@@ -149,20 +152,10 @@ class _Folder:
 
     def _read_run(self) -> None:
         log = self._try("metrics.jsonl", read_log)
-        if log is None:
-            return
-        columns, skipped = log
-        # Clock readings stand apart from what the computation determines.
-        speed = self._try("speed.jsonl", read_log)
-        if speed is not None:
-            for name, values in speed[0].items():
-                if name not in columns:
-                    columns[name] = _aligned(columns["step"], speed[0]["step"], values)
-            skipped += speed[1]
-        config = self._try("config.toml", _read_config) or {}
-        self._found.runs.append(
-            Run(folder=self._folder, config=config, metrics=columns, skipped_lines=skipped)
-        )
+        if log is not None:
+            speed = self._try("speed.jsonl", read_log)
+            config = self._try("config.toml", _read_config) or {}
+            self._found.runs.append(Run(folder=self._folder, config=config, log=log, speed=speed))
 
     def _read_features(self) -> None:
         probe = self._try("probe.json", lambda path: parse_probe(_read_object(path)))
@@ -175,6 +168,7 @@ class _Folder:
                 folder=self._folder,
                 dataset=words(meta.get("dataset")) or (probe.dataset if probe else ""),
                 encoder=(probe.encoder if probe else {}) or mapping(meta.get("encoder")),
+                meta=meta,
                 probe=probe,
                 retrieval=retrieval,
                 confusion_png=self._try("probe-confusion.png", _read_png) if probe else None,
@@ -186,6 +180,8 @@ class _Folder:
             return None
         path = self._folder / name
         try:
+            if not path.is_file():  # a pipe would be waited for, for ever
+                raise ValueError("is not a file")
             return read(path)
         except OSError as error:
             self._found.unread.append(Unread(path, error.strerror or str(error)))
@@ -195,78 +191,27 @@ class _Folder:
         return None
 
 
-def read_log(path: Path) -> tuple[dict[str, NDArray[np.float64]], int]:
-    """The numeric columns of a ``.jsonl`` log by step, and how many lines were unusable.
-
-    A run resumed from an older checkpoint may log some steps again: the later line counts. A last
-    line cut short by a kill is not counted as unusable.
-
-    Raises:
-        ValueError: no line is usable.
-    """
-    rows: dict[int, dict[str, float]] = {}
-    skipped = 0
-    cut_short = False
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            row = _log_row(line)
-            if row is None:
-                skipped += 1
-                cut_short = not line.endswith("\n")
-            else:
-                rows[int(row["step"])] = row
-    if not rows:
-        raise ValueError("has no usable line")
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    steps = sorted(rows)
-    columns = {n: np.array([rows[step].get(n, math.nan) for step in steps]) for n in names}
-    return columns, skipped - cut_short
-
-
-def _log_row(line: str) -> dict[str, float] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict):
-        return None
-    numbers = {}
-    for name, value in row.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            numbers[name] = number if math.isfinite(number) else math.inf
-    return numbers if math.isfinite(numbers.get("step", math.inf)) else None
-
-
-def _aligned(
-    steps: NDArray[np.float64], other_steps: NDArray[np.float64], values: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """``values`` at ``steps``; nan where the other log has no such step."""
-    at = np.searchsorted(other_steps, steps).clip(max=len(other_steps) - 1)
-    return np.where(other_steps[at] == steps, values[at], np.nan)
-
-
 def _read_config(path: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = importlib.import_module(_TOML).loads(path.read_text("utf-8"))
+    content = _bytes_of(path, _MAX_RESULT_BYTES).decode("utf-8")
+    settings: dict[str, Any] = importlib.import_module(_TOML).loads(content)
     return settings
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_bytes())
+    value = json.loads(_bytes_of(path, _MAX_RESULT_BYTES))
     if not isinstance(value, dict):
         raise ValueError("is not a JSON object")
     return value
 
 
 def _read_png(path: Path) -> bytes:
-    if path.stat().st_size > _MAX_PICTURE_BYTES:
-        raise ValueError(f"is larger than {_MAX_PICTURE_BYTES >> 20} MiB")
-    data = path.read_bytes()
+    data = _bytes_of(path, _MAX_PICTURE_BYTES)
     if not data.startswith(_PNG):
         raise ValueError("is not a PNG picture")
     return data
+
+
+def _bytes_of(path: Path, most: int) -> bytes:
+    if path.stat().st_size > most:
+        raise ValueError(f"is larger than {most >> 20} MiB")
+    return path.read_bytes()

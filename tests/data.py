@@ -41,3 +41,8 @@ def golden(name: str) -> dict[str, Any]:
     """The arrays of a golden ``.npz`` file."""
     with np.load(_find(f"golden/{name}"), allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files}
+
+
+def paper_text() -> str:
+    """The text of the paper."""
+    return _find("paper/seco-aaai2021.txt").read_text("utf-8")

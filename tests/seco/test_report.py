@@ -2,64 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from seco.paper_tables import (
-    TABLE_1,
-    TABLE_2,
-    TABLE_3,
-    TABLES,
-    Measured,
-    PaperTable,
-    fill,
-    known_dataset,
-    probe_metric,
-    set_size_note,
-)
 from seco.report import render_report, write_report
-from seco.report_charts import chance_levels, downsample, draw_charts
-from seco.report_sources import find_results, read_log
+from seco.report_charts import chance_levels, draw_charts
+from seco.report_content import report_content
+from seco.report_sources import find_results
 from shards.errors import InputError
-
-CONFIG = """\
-tasks = "inter,intra,order"
-arch = "resnet50"
-intra = "three-way"
-queue_size = 4096
-epochs = 4
-"""
-HOSTILE = "<script>alert('x')</script>"
-
-
-def write_run(folder: Path, steps: int = 20, config: str = CONFIG) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(config)
-    with (folder / "metrics.jsonl").open("w") as log:
-        for step in range(steps):
-            row = {"step": step, "epoch": step // 5, "loss": 9.0 - step / 10, "lr": 0.1}
-            row |= {"loss_inter": 8.0, "loss_intra": 1.0, "loss_order": 0.6, "acc_order": 0.5}
-            log.write(json.dumps(row) + "\n")
-    return folder
-
-
-def write_features(folder: Path, dataset: str, **probe: Any) -> Path:
-    folder.mkdir(parents=True)
-    values: dict[str, Any] = {"method": "svm", "C": 1.0, "top1": 0.6102, "split": "official val"}
-    values |= {"n_train": 240_000, "n_test": 19_800} | probe
-    values.setdefault("encoder", {"arch": "resnet50", "tasks": "inter,intra,order"})
-    (folder / "probe.json").write_text(json.dumps(values))
-    (folder / "meta.json").write_text(json.dumps({"dataset": dataset}))
-    return folder
+from tests.seco.made_results import (
+    CONFIG,
+    HOSTILE,
+    png,
+    write_evaluation,
+    write_everything,
+    write_features,
+    write_paper_run,
+    write_run,
+)
 
 
 def page(tmp_path: Path) -> str:
@@ -77,6 +44,35 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
+
+
+class Rows(HTMLParser):
+    """The rows of all tables, as the texts of their cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[list[str]] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.found.append([])
+        if tag in ("td", "th"):
+            self.found[-1].append("")
+            self._inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.found[-1][-1] = f"{self.found[-1][-1]} {data}".strip()
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return Rows(text).found
 
 
 def test_run_appears_with_curves_chance_levels_and_settings(tmp_path: Path) -> None:
@@ -102,40 +98,18 @@ def test_chance_levels_follow_the_settings() -> None:
 
 
 def test_tasks_left_out_have_no_chart(tmp_path: Path) -> None:
-    steps = np.arange(5.0)
-    metrics = {"step": steps, "loss_inter": steps, "loss_order": steps, "acc_order": steps / 5}
-    titles = [chart.title for chart in draw_charts(metrics, {"tasks": "inter"}, "x")]
-    assert titles == ["Loss, inter"]
+    write_run(tmp_path / "run", config='tasks = "inter"\n')
+    (run,) = find_results([tmp_path]).runs
+    titles = [chart.title for chart in draw_charts(run, "x")]
+    assert titles == ["Loss, inter", "Learning rate"]
 
 
-def test_downsample_is_the_mean_of_equal_bins_and_keeps_gaps() -> None:
-    steps = np.arange(10_000.0)
-    values = steps * 2
-    values[5_004] = math.inf
-    x, y = downsample(steps, values, 1000)
-    assert len(x) == len(y) == 1000
-    np.testing.assert_allclose(x, steps.reshape(1000, 10).mean(1))
-    assert np.flatnonzero(np.isnan(y)).tolist() == [500]
-    there = ~np.isnan(y)
-    np.testing.assert_allclose(y[there], values.reshape(1000, 10).mean(1)[there])
-    uneven, _ = downsample(np.arange(1501.0), np.arange(1501.0), 1000)
-    assert len(uneven) == 1000
-    assert (np.diff(uneven) > 0).all()
-
-
-def test_log_takes_the_later_of_repeated_steps_and_forgives_a_cut_last_line(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 2, "loss": 3.5, "extra": 1}\n'
-        '{"step": 3, "loss": NaN}\nnot json\n[1]\n{"step": 4, "lo'
-    )
-    columns, skipped = read_log(path)
-    assert columns["step"].tolist() == [1, 2, 3]
-    assert columns["loss"].tolist() == [5, 3.5, math.inf]
-    assert np.isnan(columns["extra"]).tolist() == [True, False, True]
-    assert skipped == 2
+def test_columns_of_other_stages_have_charts_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("segments = 7\n")
+    log = [{"step": n, "epoch": 0, "loss": 4.6, "top1": n / 9, "grad_norm": 3.0} for n in range(9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (run,) = find_results([tmp_path]).runs
+    assert [chart.title for chart in draw_charts(run, "x")] == ["Loss", "top1", "grad norm"]
 
 
 def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
@@ -145,20 +119,22 @@ def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
     assert "1 values are not finite" in page(tmp_path)
 
 
-def test_speed_log_joins_by_step(tmp_path: Path) -> None:
+def test_speed_log_has_a_chart(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=4)
     (folder / "speed.jsonl").write_text('{"step": 2, "images_per_s": 512}\n')
     (run,) = find_results([tmp_path]).runs
-    assert run.metrics["images_per_s"][2] == 512
-    assert np.isnan(run.metrics["images_per_s"][[0, 1, 3]]).all()
+    assert run.speed is not None
+    assert run.speed.curves["images_per_s"].steps.tolist() == [2]
+    (chart,) = [c for c in draw_charts(run, "x") if c.title == "Images per second"]
+    assert "last: images/s 512" in chart.note
 
 
 def test_headline_shows_probe_and_retrieval(tmp_path: Path) -> None:
     folder = write_features(tmp_path / "f", "hmdb51", top1=0.5521, top5=0.913)
     recalls = {"label": {"1": 0.4104, "5": 0.69, "10": 0.8}, "same_video": {"1": 0.9734}}
     (folder / "retrieval.json").write_text(json.dumps(recalls))
-    cells = re.findall(r'<td class="number">([^<]*)</td>', page(tmp_path))
-    assert cells[:6] == ["55.2", "91.3", "41.0", "69.0", "80.0", "97.3"]
+    row = rows_of(page(tmp_path))[1]
+    assert row[3:] == ["55.2", "91.3", "–", "41.0", "69.0", "80.0", "97.3"]
 
 
 def test_demo_rows_are_shown_with_what_is_missing_as_a_dash(tmp_path: Path) -> None:
@@ -168,17 +144,17 @@ def test_demo_rows_are_shown_with_what_is_missing_as_a_dash(tmp_path: Path) -> N
     ]
     (tmp_path / "demo.json").write_text(json.dumps({"rows": rows, "dataset": "shapes", "seed": 3}))
     text = page(tmp_path)
-    cells = re.findall(r'<td class="number">([^<]*)</td>', text)
-    assert cells[:8] == ["82.0", "70.0", "66.0", "–", "50.0", "–", "–", "90.0"]
+    assert rows_of(text)[1:3] == [
+        ["SeCo", "82.0", "70.0", "66.0", "–"],
+        ["random initialisation", "50.0", "–", "–", "90.0"],
+    ]
     assert "data set shapes, seed 3" in text
 
 
 def test_class_table_and_confusion_picture(tmp_path: Path) -> None:
     per_class = [{"label_name": HOSTILE, "accuracy": 0.25, "count": 8}]
     folder = write_features(tmp_path / "f", "x", per_class=per_class, mean_class=0.25)
-    png = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(png, format="PNG")
-    (folder / "probe-confusion.png").write_bytes(png.getvalue())
+    (folder / "probe-confusion.png").write_bytes(png())
     text = page(tmp_path)
     assert "&lt;script&gt;" in text
     assert 'src="data:image/png;base64,iVBOR' in text
@@ -224,7 +200,7 @@ def test_broken_settings_and_picture_leave_the_figures(tmp_path: Path) -> None:
     found = find_results([tmp_path])
     assert [item.path.name for item in found.unread] == ["probe-confusion.png", "config.toml"]
     assert found.runs[0].config == {}
-    assert "chance levels that depend on it are missing" in render_report(found)
+    assert "chance levels that depend on it are missing" in render_report(report_content(found))
 
 
 def test_nothing_found_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,104 +247,116 @@ def test_page_is_self_contained_escaped_and_repeatable(tmp_path: Path) -> None:
     assert "#010203" not in text
 
 
-def test_tables_hold_the_papers_figures_in_every_cell() -> None:
-    rows = {row.method: row.figures for table in TABLES for row in table.rows}
-    assert rows["SeCo-Inter+Intra+Order"] == ("61.91", "68.55", "71.86", "51.78")
-    assert rows["VINCE [8]"] == ("36.20", "-", "62.90", "46.50")
-    assert rows["SeCo (ResNet18)"] == ("50.81",)
-    assert rows["SeCo"] == ("88.26", "55.55")
-    for table, count in ((TABLE_1, 6), (TABLE_2, 9), (TABLE_3, 9)):
-        own = [row for row in table.rows if not row.extra]
-        assert len(own) == count
-        for row in own:
-            assert len(row.figures) == len(table.columns)
-            assert all(re.fullmatch(r"\d\d\.\d\d|-", figure) for figure in row.figures)
-
-    # The text's own differences (§5.3, abstract) hold between the figures.
-    def gains(table: PaperTable, method: str, over: str) -> list[float]:
-        figures = {row.method: row.figures for row in table.rows}
-        pairs = zip(figures[method], figures[over], strict=True)
-        return [round(float(ours) - float(theirs), 2) for ours, theirs in pairs]
-
-    imagenet = "Supervised ImageNet Pre-training"
-    assert gains(TABLE_1, "SeCo-Inter+Intra+Order", imagenet)[:3] == [9.57, 1.36, 2.32]
-    assert gains(TABLE_3, "SeCo", imagenet) == [2.96, 6.47]
-
-
-@pytest.mark.parametrize(
-    ("name", "classes", "expected"),
-    [
-        ("kinetics", 400, "kinetics400"),
-        ("kinetics", None, None),
-        ("kinetics", 600, None),
-        ("Kinetics-400", None, "kinetics400"),
-        ("k400-val", 400, "kinetics400"),
-        ("kinetics400", 8, None),
-        ("kinetics600", 400, None),
-        ("k400-rendered", None, None),
-        ("my-ucf101", None, None),
-        ("UCF101", 101, "ucf101"),
-        ("ucf101", 4, None),
-        ("activitynet", None, "activitynet"),
-        ("", None, None),
-    ],
-)
-def test_known_dataset(name: str, classes: int | None, expected: str | None) -> None:
-    assert known_dataset(name, classes) == expected
-
-
-def test_only_a_linear_svm_on_a_validation_set_corresponds() -> None:
-    assert probe_metric("kinetics400", "official val", "svm", 400) == "kinetics400-svm"
-    assert probe_metric("kinetics400", "official val", "knn", 400) is None
-    assert probe_metric("kinetics400", "train", "svm", 400) is None
-    assert probe_metric("ucf101", "val", "svm", 101) is None
-
-
-def measured(**changes: Any) -> Measured:
-    values: dict[str, Any] = {"metric": "kinetics400-svm", "encoder": "mine", "arch": "resnet50"}
-    values |= {"tasks": ("inter", "intra", "order"), "percent": 50.0, "note": ""}
-    return Measured(**(values | changes))
-
-
-def test_our_figure_takes_the_row_of_its_method_only() -> None:
-    def places(table: PaperTable, item: Measured) -> list[tuple[str, int]]:
-        rows = fill(table, [item])
-        return [(row.method, n) for row in rows for n, cell in enumerate(row.ours) if cell]
-
-    assert places(TABLE_1, measured()) == [("SeCo-Inter+Intra+Order", 0)]
-    assert places(TABLE_1, measured(tasks=("inter",))) == [("SeCo-Inter", 0)]
-    assert places(TABLE_1, measured(tasks=None)) == [("mine", 0)]
-    assert places(TABLE_1, measured(tasks=("order",))) == [("mine", 0)]
-    assert places(TABLE_2, measured()) == []
-    assert places(TABLE_1, measured(arch="resnet18")) == []
-    assert places(TABLE_2, measured(arch="resnet18")) == [("SeCo (ResNet18)", 0)]
-    assert places(TABLE_3, measured(metric="hmdb51-finetune")) == [("SeCo", 1)]
-    assert places(TABLE_3, measured()) == []
-
-
 def test_figures_reach_the_page_beside_the_paper(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "seco")
     encoder = {"arch": "resnet50", "checkpoint": str(run / "last.pt")}
     write_features(tmp_path / "k", "kinetics400", encoder=encoder, n_test=1_980)
     write_features(tmp_path / "u", "ucf101", encoder=encoder, top1=0.7777)
-    (run / "finetune.json").write_text(
-        json.dumps(
-            {"dataset": "ucf101", "split": 1, "top1": 0.8712, "classes": 101, "n_test": 3_783}
-            | {"encoder": encoder}
-        )
-    )
+    tuned = {"dataset": "ucf101", "split": 1, "top1": 0.8712, "classes": 101, "n_test": 3_783}
+    write_evaluation(run, "finetune", encoder=encoder, **tuned)
     text = page(tmp_path)
-    here = re.findall(r'<span class="here">([^<]*)</span><small>([^<]*)</small>', text)
-    assert [figure for figure, _ in here] == ["61.02", "87.12"]
-    assert "partial set: 1980 of 20000 videos" in here[0][1]
-    assert "split 1, 3783 videos" in here[1][1]
+    rows = {row[0]: row[1:] for row in rows_of(text)}
+    assert rows["SeCo-Inter+Intra+Order"][0] == (
+        "61.91 61.02 [1] partial set: 1980 of 20000 videos"
+    )
+    assert rows["SeCo"] == ["88.26 87.12 [2] split 1, 3783 videos", "55.55 not measured"]
     assert "not measured" in text
     assert "not comparable with the paper" in text
-    row = text[text.index("SeCo-Inter+Intra+Order") :]
-    assert row.index("61.02") < row.index("</tr>")
 
 
-def test_set_size_note() -> None:
-    assert set_size_note("kinetics400", 19_404) == "19404 videos"
-    assert set_size_note("otb100", 4) == "partial set: 4 of 100 sequences"
-    assert "unknown" in set_size_note("ucf101", None)
+def test_thinned_curves_are_told(tmp_path: Path) -> None:
+    write_paper_run(tmp_path / "long", "inter", points=3_000)
+    text = page(tmp_path)
+    assert "3,000 lines were logged: each point is the mean of up to 4 consecutive ones" in text
+    assert "consecutive" not in page_of(write_run(tmp_path / "other" / "short"))
+
+
+def page_of(folder: Path) -> str:
+    return render_report(report_content(find_results([folder])))
+
+
+def test_markdown_and_json_hold_what_the_page_holds(tmp_path: Path) -> None:
+    write_everything(tmp_path / "all")
+    markdown, as_json = tmp_path / "r.md", tmp_path / "r.json"
+    write_report([tmp_path / "all"], tmp_path / "r.html", markdown, as_json)
+    content = json.loads(as_json.read_text("utf-8"))
+    # A method of two tables has another number of columns in each.
+    page_rows = rows_of((tmp_path / "r.html").read_text("utf-8"))
+    on_page = {(row[0], len(row)): row[1:] for row in page_rows}
+    in_markdown = {
+        (cells[0].replace("\\", ""), len(cells)): cells[1:]
+        for cells in (
+            [cell.strip() for cell in line.strip("|").split(" |")]
+            for line in markdown.read_text("utf-8").splitlines()
+            if line.startswith("|")
+        )
+    }
+    compared = 0
+    for table in content["tables"]:
+        for row in table["rows"]:
+            if row["kind"] != "paper":
+                continue
+            for column, (printed, here) in enumerate(zip(row["paper"], row["here"], strict=True)):
+                for shown in (on_page, in_markdown):
+                    cell = shown[row["method"], 1 + len(row["paper"])][column]
+                    assert cell.startswith(printed)
+                    for figure in here:
+                        assert f"{figure['percent']:.2f}" in cell
+                        compared += 1
+    assert compared == 2 * (3 + 3 + 4)  # probes, a tracker's, three splits and their mean
+    assert [run["last"]["loss"] is not None for run in content["runs"]] == [True] * 3
+    assert content["unread"][0]["reason"] in (tmp_path / "r.html").read_text("utf-8")
+    assert content["unread"][0]["reason"] in markdown.read_text("utf-8")
+
+
+def test_hostile_names_stay_text_in_markdown_and_json(tmp_path: Path) -> None:
+    name = HOSTILE + "![x](http://x/y.png)|`a`\ud800\x1b[2J"
+    folder = write_features(
+        tmp_path / "f", name, encoder={"checkpoint": name, "loss": math.nan}, notes=[name]
+    )
+    write_evaluation(folder, "track", success_auc=0.4, settings={"a": math.inf}, dataset=name)
+    files = [tmp_path / name for name in ("r.html", "r.md", "r.json")]
+    write_report([tmp_path], *files)
+    html, markdown, as_json = (file.read_text("utf-8") for file in files)
+    for text in (html, markdown, as_json):
+        assert "\x1b" not in text
+    assert "<script>" not in html
+    for line in markdown.splitlines():
+        assert "alert" not in line or r"\<script\>" in line
+        assert "y.png" not in line or (r"!\[x\]" in line and r"\|" in line)
+    assert "alert" in markdown
+    assert json.loads(as_json, parse_constant=pytest.fail)["evaluations"][0]["settings"]
+
+
+@pytest.mark.parametrize("names", [b"caf\xe9", b"a\nb"])
+def test_folder_names_that_are_no_text(tmp_path: Path, names: bytes) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + names))
+    write_features(folder, "x")
+    text = page(tmp_path)
+    assert "\N{REPLACEMENT CHARACTER}" in text
+
+
+def test_a_pipe_and_a_giant_are_not_read(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    os.mkfifo(tmp_path / "probe.json")
+    with (tmp_path / "demo.json").open("wb") as file:
+        file.truncate(100 << 20)
+    found = find_results([tmp_path])
+    reasons = {item.path.name: item.reason for item in found.unread}
+    assert reasons == {"probe.json": "is not a file", "demo.json": "is larger than 64 MiB"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sequences": "many", "fps": "fast", "settings": [1], "encoder": 4, "notes": {"a": 1}},
+        {"sequences": None, "fps": math.nan, "notes": [None, 3, [4]], "of_sequences": None},
+        {"frames": -1, "fps": 1e999, "encoder": {"arch": 7, "checkpoint": ["a"], "tasks": 3}},
+    ],
+)
+def test_odd_values_of_a_result_do_not_stop_it(tmp_path: Path, values: dict[str, Any]) -> None:
+    write_evaluation(tmp_path, "track", dataset="otb100", success_auc=0.4, **values)
+    files = [tmp_path / name for name in ("r.html", "r.md", "r.json")]
+    found = write_report([tmp_path], *files)
+    assert found.unread == []
+    assert "40.00" in files[0].read_text("utf-8")
