@@ -265,4 +265,4 @@ class _Fit:
 
 def squared_hinge(margin: Tensor) -> Tensor:
     """Σ max(0, margin)² of each class in float64, one class at a time: (K, N) -> (K,)."""
-    return torch.stack([row.double().clamp_(min=0).square_().sum() for row in margin])
+    return torch.stack([row.clamp(min=0).double().square_().sum() for row in margin])
