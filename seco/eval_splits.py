@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from seco.feature_store import UNLABELLED, Features, read_features, require_same_encoder
 from shards.errors import InputError
 
+_NAMED = 5
 _TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
 
 
@@ -52,9 +53,11 @@ class TrainTest:
         unknown = set(self.test_labels.tolist()) - set(self.train_labels.tolist())
         if unknown:
             videos = int(np.isin(self.test_labels, list(unknown)).sum())
+            names = sorted(self.class_name(label) for label in unknown)
+            some = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
             notes.append(
-                f"{len(unknown)} classes have no training video; their {videos} test videos "
-                "are counted as wrong"
+                f"{len(unknown)} classes have no training video ({some}); their {videos} test "
+                "videos are counted as wrong"
             )
         return notes
 
@@ -81,6 +84,13 @@ def read_train_test(
     test = train if test_folder is None else read_features(test_folder)
     if test is not train:
         require_same_encoder(train, test)
+        if train.features.shape[1] != test.features.shape[1]:
+            raise InputError(
+                f"has {test.features.shape[1]} values a video, and {train.folder} has "
+                f"{train.features.shape[1]}",
+                test.folder,
+                "extract both with the same checkpoint",
+            )
         _require_same_labels(train, test)
     train_name = choose_split(train, split)
     test_name = train_name

@@ -24,7 +24,13 @@ from shards.errors import InputError
 
 FORMAT_VERSION = 1
 # What other modules write beside the features they measured.
-_RESULTS = ("probe.json", "probe-confusion.png", "retrieval.json", "duplicates.csv")
+_RESULTS = (
+    "probe.json",
+    "probe-confusion.png",
+    "probe-per-class.csv",
+    "retrieval.json",
+    "duplicates.csv",
+)
 FEATURES, HALVES, VIDEOS, META = "features.npy", "halves.npy", "videos.csv", "meta.json"
 UNLABELLED = -1
 

@@ -33,7 +33,8 @@ class Newton:
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (D,) and vectors (D, D) of XᵀX."""
-        return torch.linalg.eigh(self.products.gram())
+        values, vectors = torch.linalg.eigh(self.products.gram())
+        return values, vectors
 
     def minimise(
         self,
@@ -48,7 +49,7 @@ class Newton:
         objective, gap = weights.new_empty(count), weights.new_empty(count)
         steps = torch.zeros(count, dtype=torch.int64, device=weights.device)
         live = torch.arange(count, device=weights.device)
-        margin = rest.margins(self.products.scores(weights), list(range(count)))
+        margin = rest.margins(self.products.scores(weights))
         first: Tensor | None = None
         for number in range(max_steps + 1):
             signs = rest.part(live)
@@ -78,9 +79,7 @@ class Newton:
             del change
         return weights, objective, gap, steps
 
-    def _direction(
-        self, gradient: Tensor, active: Tensor, progress: Tensor, number: int
-    ) -> Tensor:
+    def _direction(self, gradient: Tensor, active: Tensor, progress: Tensor, number: int) -> Tensor:
         """(K, D); ``progress`` (K,) is the gradient's norm beside the first one."""
         products, direction = self.products, torch.empty_like(gradient)
         counts = active.sum(1)
@@ -150,7 +149,9 @@ class Newton:
         for rounds in range(_MAX_CG):  # noqa: B007
             going = square > goal[live]
             if not going.all():
-                live, residual, search, square = (a[going] for a in (live, residual, search, square))
+                live, residual, search, square = (
+                    a[going] for a in (live, residual, search, square)
+                )
             if not len(live):
                 break
             curved = search + 2 * self.c * curve(search, live)

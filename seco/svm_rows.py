@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seco.feature_rows import FeatureRows
@@ -84,9 +87,11 @@ class Products:
         self.worked(self.dimension, torch.float32)
         return out
 
+    @cached_property
     def largest_square(self) -> float:
-        """max ||x||²."""
-        return max(float(b.square().sum(1).max()) for _, b in self.blocks(torch.float32))
+        """max ||x||²; not a number where a feature is none."""
+        squares = [b.square().sum(1).max() for _, b in self.blocks(torch.float32)]
+        return float(torch.stack(squares).max())
 
     def worked(self, vectors: int, dtype: torch.dtype, rows: int | None = None) -> None:
         """Count products of that many vectors with the rows (all of them by default)."""
@@ -116,14 +121,14 @@ class OneVsRest:
             row[own] *= -1
         return values
 
-    def margins(self, scores: Tensor, chosen: list[int]) -> Tensor:
-        """1 - y w·x from scores (k, N) of the chosen classes, in place."""
+    def margins(self, scores: Tensor) -> Tensor:
+        """1 - y w·x from scores (K, N), in place."""
         scores.add_(1)
-        for row, k in zip(scores, chosen, strict=True):
-            row[self.own[k]] = 2 - row[self.own[k]]
+        for row, own in zip(scores, self.own, strict=True):
+            row[own] = 2 - row[own]
         return scores
 
 
-def _writable(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
     """torch takes no read-only arrays, which memory-mapped files are."""
     return np.require(array, requirements=["C", "W"])
