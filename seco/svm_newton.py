@@ -20,6 +20,7 @@ from seco.svm_rows import OneVsRest, Products
 _MAX_CG = 200
 _FIRST_TOLERANCE = 0.1
 _FEW = 0.1  # share of rows below which a class gathers them: reading all costs more
+_GATHERED_BYTES = 256 << 20
 _SMALL_DIMENSION = 256  # up to this the matrix is factorised
 _EXACT_AFTER = 25  # steps; a class that takes more needs better directions than float32 gives
 
@@ -86,10 +87,8 @@ class Newton:
         tolerance = torch.clamp(progress.sqrt(), max=_FIRST_TOLERANCE).square()
         dtype = torch.float64 if number >= _EXACT_AFTER else torch.float32
         if products.dimension <= _SMALL_DIMENSION:
-            for k in range(len(gradient)):
-                direction[k] = self._factorised(gradient[k], active[k])
-            return direction
-        few = counts < _FEW * products.count
+            return self._factorised(gradient, active)
+        few = counts < min(_FEW * products.count, _GATHERED_BYTES // (4 * products.dimension))
         if products.device.type == "cuda":
             few = torch.zeros_like(few)
         for k in few.nonzero().flatten().tolist():
@@ -110,10 +109,20 @@ class Newton:
         return direction
 
     def _factorised(self, gradient: Tensor, active: Tensor) -> Tensor:
-        x = self.products.take(active.nonzero().flatten()).double()
-        matrix = 2 * self.c * (x.T @ x)
-        matrix.diagonal().add_(1)
-        return -torch.cholesky_solve(gradient[:, None], factor(matrix))[:, 0]
+        """The same (K, D) by factorising each class's matrix, summed a block of rows at a time."""
+        dimension = gradient.shape[1]
+        matrices = torch.eye(dimension, dtype=gradient.dtype, device=gradient.device)
+        matrices = matrices.repeat(len(gradient), 1, 1)
+        for place, block in self.products.blocks(torch.float64):
+            for matrix, inside in zip(matrices, active[:, place], strict=True):
+                x = block[inside]
+                matrix.addmm_(x.T, x, alpha=2 * self.c)
+                self.products.worked(dimension, torch.float64, len(x))
+        solved = [
+            torch.cholesky_solve(right[:, None], factor(matrix))[:, 0]
+            for right, matrix in zip(gradient, matrices, strict=True)
+        ]
+        return -torch.stack(solved)
 
     def _conjugate_gradients(
         self,

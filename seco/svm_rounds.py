@@ -120,7 +120,7 @@ class WorkingSets:
         if count <= self._most // 2:
             return torch.arange(count, device=own.device)
         some = own[: self._most // 4]
-        wanted = max(_FIRST_ROWS - len(some), 3 * len(some), 1)
+        wanted = min(max(_FIRST_ROWS - len(some), 3 * len(some)), count)
         others = torch.arange(wanted, device=own.device) * count // wanted
         return torch.cat([some, others[~torch.isin(others, own)]]).sort().values
 
