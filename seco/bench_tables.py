@@ -1,4 +1,4 @@
-"""The figures of ``seco bench loader``, ``views`` and ``step`` for people: Markdown, to keep."""
+"""The figures of `seco bench` loader, views, step and probe for people: Markdown, to keep."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seco.bench_loader import LoaderBench
+from seco.bench_probe import ProbeBench
 from seco.bench_step import StepBench
 from seco.bench_views import ViewsBench
 
 _MOST_DIGITS = 4
 
 
-def as_json(bench: LoaderBench | ViewsBench | StepBench) -> str:
+def as_json(bench: LoaderBench | ViewsBench | StepBench | ProbeBench) -> str:
     """One object."""
     return json.dumps(dataclasses.asdict(bench), indent=1)
 
@@ -74,6 +75,26 @@ def _step_lines(bench: StepBench) -> Iterator[str]:
     yield from _pairs("Triplets a second", bench.triplets_s)
     yield from _pairs("Inter loss and gradient", bench.loss_memory)
     yield from _pairs("Checkpoint", bench.checkpoint)
+
+
+def probe_table(bench: ProbeBench) -> str:
+    """Times, ratios, memory and agreement."""
+    return "\n".join(_probe_lines(bench))
+
+
+def _probe_lines(bench: ProbeBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield f"Medians of {bench.repeats} repeats taken in turns; {_machine(bench.size)}"
+    yield ""
+    yield from _table("wall clock", "s", bench.seconds)
+    yield ""
+    yield from _table("CPU time of all processes", "s", bench.cpu_seconds)
+    yield ""
+    yield from _table("ours", "ratio", bench.ratios)
+    yield ""
+    yield from _pairs("Ours", bench.solver)
+    yield from _pairs("LIBLINEAR", bench.liblinear)
+    yield from _pairs("Agreement", bench.agreement)
 
 
 def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from shards.cpus import usable_cpus
 from shards.errors import InputError
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, spare_cores: int = 1) -> torch.device:
     """The device of ``--device``; ``auto`` is a GPU when there is one.
 
     Of several processes on a machine each takes the GPU of its number, or its share of the cores.
@@ -22,6 +22,9 @@ def resolve_device(name: str) -> torch.device:
     layer lose far more than that core to a loader process which takes turns with them. How many
     threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
     because the number of threads may change the last bits of a sum.
+
+    Args:
+        spare_cores: left to the loader; 0 for work that has none.
 
     Raises:
         InputError: a GPU is asked for and there is none.
@@ -44,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
             there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
             raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (usable_cpus() - 1) // local_size()))
+        torch.set_num_threads(max(1, (usable_cpus() - spare_cores) // local_size()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -48,7 +48,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
         InputError: settings or feature folders cannot be used.
     """
     sweep = _checked(config)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, spare_cores=0)
     rows = read_train_test(
         config.features, config.test_features, config.split, config.train_split, config.test_split
     )
