@@ -281,10 +281,11 @@ def export(**settings: Any) -> None:
 @seco.command()
 @settings_options(ProbeConfig, required=("features",))
 def probe(**settings: Any) -> None:
-    """Train a linear SVM (or kNN) on features and report its accuracy.
+    """Train a linear SVM (or kNN, or a linear classifier) on features and report its accuracy.
 
     \b
     Example: seco probe --features features/ucf101 --split 1
+    Example: seco probe --features features/ucf101 --sweep 0.01,0.1,1,10
     """
     from seco.probe import probe as run
 
@@ -581,6 +582,30 @@ def bench_extract(repeats: int, as_json: bool, **settings: Any) -> None:
     settings["checkpoint"] = settings["checkpoint"] or "random"
     found = run(ExtractConfig(**settings), repeats)
     print(to_json(found) if as_json else extract_table(found))
+
+
+@bench.command("probe")
+@click.option("--features", help="Feature folder to measure on [default: made features].")
+@click.option("--rows", default=9537, show_default=True, help="Training rows of made features.")
+@click.option("--classes", default=101, show_default=True, help="Their classes.")
+@click.option("--dimension", default=2048, show_default=True, help="Their dimension.")
+@click.option("-C", "c", default=1.0, show_default=True, help="The SVM's C.")
+@click.option("--repeats", default=3, show_default=True, help="Measurements of each figure.")
+@click.option("--device", default="auto", show_default=True, help="Of ours.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--only-ours", is_flag=True, help="Leave out LIBLINEAR (large sizes).")
+def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: Any) -> None:
+    """The SVM of all classes beside LIBLINEAR and its bare matrix products, with peak memory.
+
+    \b
+    Example: seco bench probe --rows 9537 --classes 101
+    """
+    from seco.bench_probe import bench_probe as run
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import probe_table
+
+    found = run(features, rivals=not only_ours, **sizes)
+    print(to_json(found) if as_json else probe_table(found))
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The figures of the benches of loader, views, step and extraction: Markdown, to keep."""
+"""The figures of the benches for people: Markdown, to keep."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from seco.bench_extract import ExtractBench
 from seco.bench_loader import LoaderBench
+from seco.bench_probe import ProbeBench
 from seco.bench_step import StepBench
 from seco.bench_views import ViewsBench
 
 _MOST_DIGITS = 4
 
 
-def as_json(bench: LoaderBench | ViewsBench | StepBench | ExtractBench) -> str:
+def as_json(bench: LoaderBench | ViewsBench | StepBench | ExtractBench | ProbeBench) -> str:
     """One object."""
     return json.dumps(dataclasses.asdict(bench), indent=1)
 
@@ -94,6 +95,26 @@ def _extract_lines(bench: ExtractBench) -> Iterator[str]:
     yield from _table("a frame", "CPU ms", bench.cpu_ms)
     yield ""
     yield from _table("read, decode and crop a frame", "CPU ms", bench.decode_cpu_ms)
+
+
+def probe_table(bench: ProbeBench) -> str:
+    """Times, ratios, memory and agreement."""
+    return "\n".join(_probe_lines(bench))
+
+
+def _probe_lines(bench: ProbeBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield f"Medians of {bench.repeats} repeats taken in turns; {_machine(bench.size)}"
+    yield ""
+    yield from _table("wall clock", "s", bench.seconds)
+    yield ""
+    yield from _table("CPU time of all processes", "s", bench.cpu_seconds)
+    yield ""
+    yield from _table("ours", "ratio", bench.ratios)
+    yield ""
+    yield from _pairs("Ours", bench.solver)
+    yield from _pairs("LIBLINEAR", bench.liblinear)
+    yield from _pairs("Agreement", bench.agreement)
 
 
 def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -136,7 +136,7 @@ class _Demo:
             self._step("probe", "--features", str(folder))
             row["probe_top1"] = _read_json(folder / "probe.json")["top1"]
         else:
-            reason = "no labelled training and test videos, so nothing to probe"
+            reason = "no labelled training and test videos of two classes, so nothing to probe"
             print(f"{folder}: {reason}", file=sys.stderr)
         self._step("retrieve", "evaluate", "--features", str(folder))
         retrieval = _read_json(folder / "retrieval.json")
@@ -214,8 +214,9 @@ def _splits(row: dict[str, str]) -> set[str]:
 
 
 def _has_train_and_test(folder: Path) -> bool:
-    labelled = [_splits(row) for row in _table_of(folder) if row["label"]]
-    return any("train" in s for s in labelled) and any(s & {"test", "val"} for s in labelled)
+    labelled = [(row["label"], _splits(row)) for row in _table_of(folder) if row["label"]]
+    learned = {label for label, splits in labelled if "train" in splits}
+    return len(learned) > 1 and any(splits & {"test", "val"} for _, splits in labelled)
 
 
 def _videos(manifest: Manifest) -> int:

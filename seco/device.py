@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from shards.cpus import usable_cpus
 from shards.errors import InputError
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, spare_cores: int = 1) -> torch.device:
     """The device of ``--device``; ``auto`` is a GPU when there is one.
 
     Of several processes on a machine each takes the GPU of its number, or its share of the cores.
@@ -22,6 +23,9 @@ def resolve_device(name: str) -> torch.device:
     layer lose far more than that core to a loader process which takes turns with them. How many
     threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
     because the number of threads may change the last bits of a sum.
+
+    Args:
+        spare_cores: left to the loader; 0 for work that has none.
 
     Raises:
         InputError: a GPU is asked for and there is none.
@@ -44,7 +48,7 @@ def resolve_device(name: str) -> torch.device:
             there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
             raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (usable_cpus() - 1) // local_size()))
+        torch.set_num_threads(max(1, (usable_cpus() - spare_cores) // local_size()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -62,6 +66,17 @@ def wall_milliseconds(work: Callable[[], object], device: torch.device) -> float
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - began) * 1e3
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within the block, float32 matrix products are of float32: no TF32, no bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -21,9 +21,15 @@ class ProbeConfig:
     split: str | None = setting(None, _SPLIT_HELP)
     train_split: str = setting("train", "rows of the split to train on")
     test_split: str | None = setting(None, _TEST_HELP)
-    method: str = setting("svm", "classifier", choices=("svm", "knn"), source="paper §5.2")
+    method: str = setting(
+        "svm", "classifier", choices=("svm", "knn", "linear"), source="paper §5.2"
+    )
     c: float = setting(1.0, "the SVM's C", flag="-C", source="authors' code")
-    sweep: str | None = setting(None, "also report these values of C, for example 0.01,0.1,1,10")
+    sweep: str | None = setting(
+        None,
+        "choose C among these on a fifth of the training videos, for example 0.01,0.1,1,10; "
+        "then -C is not used",
+    )
     normalise: str = setting(
         "none",
         "scale features: to unit length, or to mean 0 and variance 1 of the training rows",
@@ -32,6 +38,13 @@ class ProbeConfig:
     )
     neighbours: int = setting(20, "k of kNN")
     temperature: float = setting(0.07, "a neighbour of similarity s votes with exp(s / this) (kNN)")
+    lr: float = setting(
+        30.0, "linear: first learning rate, divided by the mean squared length", source="MoCo"
+    )
+    epochs: int = setting(100, "linear: passes over the training videos", source="MoCo")
+    batch_size: int = setting(256, "linear: videos a step", source="MoCo")
+    weight_decay: float = setting(0.0, "linear: weight decay", source="MoCo")
+    seed: int = setting(0, "linear: of the first weights and the order")
     device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from seco.feature_store import UNLABELLED, Features, read_features, require_same_encoder
 from shards.errors import InputError
 
+_NAMED = 5
 _TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
 
 
@@ -66,11 +67,14 @@ class TrainTest:
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know."""
-        return split_notes(self.unlabelled, self.train_labels, self.test_labels)
+        return split_notes(self.unlabelled, self.train_labels, self.test_labels, self.class_name)
 
 
 def split_notes(
-    unlabelled: int, train_labels: NDArray[np.int64], test_labels: NDArray[np.int64]
+    unlabelled: int,
+    train_labels: NDArray[np.int64],
+    test_labels: NDArray[np.int64],
+    class_name: Callable[[int], str],
 ) -> list[str]:
     """What a reader of an evaluation's figures should know of its videos."""
     notes = []
@@ -79,9 +83,11 @@ def split_notes(
     unknown = set(test_labels.tolist()) - set(train_labels.tolist())
     if unknown:
         videos = int(np.isin(test_labels, list(unknown)).sum())
+        names = sorted(class_name(label) for label in unknown)
+        some = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
         notes.append(
-            f"{len(unknown)} classes have no training video; their {videos} test videos "
-            "are counted as wrong"
+            f"{len(unknown)} classes have no training video ({some}); their {videos} test "
+            "videos are counted as wrong"
         )
     return notes
 
@@ -108,6 +114,13 @@ def read_train_test(
     test = train if test_folder is None else read_features(test_folder)
     if test is not train:
         require_same_encoder(train, test)
+        if train.features.shape[1] != test.features.shape[1]:
+            raise InputError(
+                f"has {test.features.shape[1]} values a video, and {train.folder} has "
+                f"{train.features.shape[1]}",
+                test.folder,
+                "extract both with the same checkpoint",
+            )
         _require_same_labels(train, test)
     train_name = choose_split(train, split)
     test_name = train_name

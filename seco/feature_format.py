@@ -14,7 +14,13 @@ FORMAT_VERSION = 1
 FEATURES, HALVES, FRAMES = "features.npy", "halves.npy", "frames.npy"
 VIDEOS, META, ERRORS = "videos.csv", "meta.json", "errors.csv"
 # What other modules write beside the features they measured.
-RESULTS = ("probe.json", "probe-confusion.png", "retrieval.json", "duplicates.csv")
+RESULTS = (
+    "probe.json",
+    "probe-confusion.png",
+    "probe-per-class.csv",
+    "retrieval.json",
+    "duplicates.csv",
+)
 COLUMNS = ("key", "source", "label", "label_name", "frames", "shard")
 SPLIT = "split."
 _BLOCK_VALUES = 1 << 24

@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seco import __version__
-from seco.eval_splits import split_notes
-from seco.labelled_videos import LabelledVideos
-from seco.pages import percent, printable
-from seco.probe import (
+from seco.class_results import (
     ClassAccuracy,
-    accuracies,
     class_accuracies,
     class_lines,
     confusions,
     draw_confusion,
 )
+from seco.eval_splits import split_notes
+from seco.labelled_videos import LabelledVideos
+from seco.pages import percent, printable
+from seco.predictions import judge
 from seco.video_classifier import Classes
 from shards.atomic import atomic_path, write_json
 from shards.errors import InputError
@@ -97,12 +97,13 @@ def finetune_result(
     labels, scores = videos.labels[videos.test][known], scores[known]
     row_labels = np.array(classes.labels, dtype=np.int64)
     names = dict(zip(classes.labels, classes.names, strict=True))
-    every, confusion = confusions(row_labels, scores, labels)
+    found = judge(row_labels, [(slice(None), scores)], labels)
+    every, confusion = confusions(row_labels, found)
     class_names = [names.get(label, videos.class_name(label)) for label in every.tolist()]
-    notes = split_notes(videos.unlabelled, row_labels, labels)
+    notes = split_notes(videos.unlabelled, row_labels, labels, videos.class_name)
     if not known.all():
         notes.append(f"{int((~known).sum())} test videos could not be read and are left out")
-    top1, top5, mean_class = accuracies(row_labels, scores, labels)
+    top1, top5, mean_class = found.accuracies()
     return FinetuneResult(
         dataset=dataset,
         split=videos.split,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import normalize
+
+from seco.feature_rows import FeatureRows
+from seco.svm_rows import Products
 
 _BLOCK_BYTES = 256 << 20
 
@@ -36,17 +41,56 @@ def knn_scores(
     """
     if not len(labels) or neighbours < 1 or not temperature > 0:
         raise ValueError("kNN needs training rows, neighbours >= 1 and a temperature above 0")
-    classes, targets = np.unique(labels, return_inverse=True)
-    target = torch.from_numpy(targets.astype(np.int64)).to(device)
-    gallery = normalize(torch.tensor(train, dtype=torch.float32, device=device), dim=1)
-    k = min(neighbours, len(labels))
+    classes = np.unique(labels).astype(np.int64)
     votes = np.empty((len(test), len(classes)))
-    rows = max(1, _BLOCK_BYTES // (4 * len(labels)))
+    rows = FeatureRows(train), FeatureRows(test)
+    for place, block in knn_votes(
+        rows[0], labels, rows[1], neighbours=neighbours, temperature=temperature, device=device
+    ):
+        votes[place] = block
+    return classes, votes
+
+
+def knn_votes(
+    train: FeatureRows,
+    labels: NDArray[Any],
+    test: FeatureRows,
+    *,
+    neighbours: int,
+    temperature: float,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """The votes (m, K) of some test rows at a time; neither set is held in memory.
+
+    Training rows are read a block at a time for every block of test rows, and the nearest so far
+    are kept.
+    """
+    classes, targets = np.unique(labels, return_inverse=True)
+    gallery = Products(train, torch.device(device))
+    target = torch.from_numpy(targets.astype(np.int64)).to(gallery.device)
+    k = min(neighbours, gallery.count)
+    width = max(k + train.rows_a_block, train.dimension)
+    rows = max(1, _BLOCK_BYTES // (4 * width))
     for start in range(0, len(test), rows):
-        block = torch.tensor(test[start : start + rows], dtype=torch.float32, device=device)
-        similarity, nearest = (normalize(block, dim=1) @ gallery.T).topk(k, dim=1)
+        place = slice(start, min(start + rows, len(test)))
+        block = torch.tensor(test.block(place.start, place.stop)).to(gallery.device)
+        similarity, nearest = _nearest(gallery, normalize(block, dim=1), k)
         weight = ((similarity.double() - 1) / temperature).exp()
-        counted = torch.zeros(len(block), len(classes), dtype=torch.float64, device=device)
+        counted = torch.zeros(len(block), len(classes), dtype=torch.float64, device=gallery.device)
         counted.scatter_add_(1, target[nearest], weight)
-        votes[start : start + rows] = counted.cpu().numpy()
-    return classes.astype(np.int64), votes
+        yield place, counted.cpu().numpy()
+
+
+def _nearest(gallery: Products, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and rows (m, k) of the nearest to unit queries (m, D)."""
+    best = queries.new_empty((len(queries), 0))
+    found = best.long()
+    for place, block in gallery.blocks(torch.float32):
+        similarity = queries @ normalize(block, dim=1).T
+        values, columns = similarity.topk(min(k, len(block)), dim=1)
+        best = torch.cat([best, values], dim=1)
+        found = torch.cat([found, columns + place.start], dim=1)
+        if best.shape[1] > k:
+            best, chosen = best.topk(k, dim=1)
+            found = found.gather(1, chosen)
+    return best, found

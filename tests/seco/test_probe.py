@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cli import run
 from seco.eval_config import ProbeConfig
-from seco.probe import accuracies, normalised, probe
+from seco.feature_rows import FeatureRows, fit_scaling
+from seco.linear_sgd import fit_linear
+from seco.probe import accuracies, probe
 from seco.report_records import parse_probe
+from seco.validation import held_out, recordings
 from shards.errors import InputError
-from tests.seco.made_features import made_rows, write_clusters
+from tests.seco.made_features import clusters, made_rows, write_clusters
 
 
 def test_separated_clusters_are_found(tmp_path: Path) -> None:
@@ -41,7 +47,7 @@ def test_separated_clusters_are_found(tmp_path: Path) -> None:
         assert min(picture.size) > 300
 
 
-@pytest.mark.parametrize("method", ["svm", "knn"])
+@pytest.mark.parametrize("method", ["svm", "knn", "linear"])
 def test_features_without_information_score_about_chance(tmp_path: Path, method: str) -> None:
     labels: list[int | None] = list(np.random.default_rng(3).integers(0, 10, 600).tolist())
     splits = [{"1": "train" if n % 2 else "test"} for n in range(600)]
@@ -56,7 +62,7 @@ def test_the_same_input_gives_the_same_bytes_elsewhere_too(tmp_path: Path) -> No
     config = ProbeConfig(features=str(tmp_path / "f"))
     probe(config)
     probe(ProbeConfig(features=str(tmp_path / "f"), out=str(tmp_path / "elsewhere")))
-    for name in ("probe.json", "probe-confusion.png"):
+    for name in ("probe.json", "probe-confusion.png", "probe-per-class.csv"):
         first = (tmp_path / "f" / name).read_bytes()
         assert first == (tmp_path / "elsewhere" / name).read_bytes()
 
@@ -87,7 +93,7 @@ def test_a_class_without_training_videos_is_wrong_and_told(tmp_path: Path) -> No
     result = probe(ProbeConfig(features=str(tmp_path)))
     assert result.notes == [
         "2 videos without a label are left out",
-        "1 classes have no training video; their 20 test videos are counted as wrong",
+        "1 classes have no training video (class0); their 20 test videos are counted as wrong",
     ]
     assert result.top1 == pytest.approx(1 - 20 / result.n_test)
     assert result.per_class[0].accuracy == 0
@@ -95,12 +101,24 @@ def test_a_class_without_training_videos_is_wrong_and_told(tmp_path: Path) -> No
     assert "note: 2 videos" in result.table()
 
 
-def test_the_sweep_reports_every_c(tmp_path: Path) -> None:
-    write_clusters(tmp_path, spread=3.0)
-    result = probe(ProbeConfig(features=str(tmp_path), sweep="0.001,1"))
-    assert [row.c for row in result.sweep] == [0.001, 1.0]
-    assert result.sweep[1].top1 == result.top1
-    assert "C 0.001: top-1" in result.table()
+def test_the_sweep_chooses_c_on_training_videos_alone(tmp_path: Path) -> None:
+    write_clusters(tmp_path, videos=240, spread=3.0)
+    result = probe(ProbeConfig(features=str(tmp_path), sweep="1000,0.00000001,0.001"))
+    assert [row.c for row in result.sweep] == [1e-8, 1e-3, 1000.0]
+    best = max(row.top1 for row in result.sweep)
+    chosen = result.settings["C"]
+    assert next(row.top1 for row in result.sweep if row.top1 == best) == best
+    assert chosen == next(row.c for row in result.sweep if row.top1 == best)
+    assert "C was chosen on" in result.table() and "C 0.001: top-1" in result.table()
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert written["C"] == chosen
+    share = written["validation"]["videos"] / result.n_train
+    assert 0.15 < share < 0.3
+
+    # What is tested is a fit of all training videos with that C.
+    plain = probe(ProbeConfig(features=str(tmp_path), c=chosen))
+    np.testing.assert_array_equal(result.confusion, plain.confusion)
+
     for bad in ("one", "0", "-1", "nan"):
         with pytest.raises(InputError, match="sweep"):
             probe(ProbeConfig(features=str(tmp_path), sweep=bad))
@@ -108,16 +126,176 @@ def test_the_sweep_reports_every_c(tmp_path: Path) -> None:
         probe(ProbeConfig(features=str(tmp_path), sweep="1", method="knn"))
 
 
-def test_scaling_is_of_the_training_rows() -> None:
-    train = np.array([[3.0, 4, 7], [0, 0, 7]], np.float32)
-    test = np.array([[6.0, 0, 8]], np.float32)
-    assert normalised(train, test, "none") == (train, test)
-    l2_train, l2_test = normalised(train[:, :2], test, "l2")
-    np.testing.assert_allclose(l2_train, [[0.6, 0.8], [0, 0]])
-    np.testing.assert_allclose(l2_test, [[0.6, 0, 0.8]])
-    standard_train, standard_test = normalised(train, test, "standard")
-    np.testing.assert_allclose(standard_train, [[1, 1, 0], [-1, -1, 0]])
-    np.testing.assert_allclose(standard_test, [[3, -1, 1]])
+def test_no_test_video_has_a_say_in_the_choice_of_c(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        labels: list[int | None] = [n % 3 for n in range(240)]
+        rng = np.random.default_rng(seed)
+        for n in range(0, 240, 4):  # test rows: other labels in the second folder
+            labels[n] = int(rng.integers(3))
+        splits = [{"1": "test" if n % 4 == 0 else "train"} for n in range(240)]
+        write_clusters(tmp_path / name, videos=240, spread=3.0, rows=made_rows(labels, splits))
+    found = [
+        probe(ProbeConfig(features=str(tmp_path / name), sweep="0.0001,0.01,1")) for name in "ab"
+    ]
+    assert found[0].sweep == found[1].sweep
+    assert found[0].settings == found[1].settings
+    assert found[0].top1 != found[1].top1
+
+
+def test_too_few_videos_to_choose_c_on(tmp_path: Path) -> None:
+    labels: list[int | None] = [0, 1, 2, 0, 1, 2]
+    splits = [{"1": "train"}] * 3 + [{"1": "test"}] * 3
+    write_clusters(tmp_path, videos=6, rows=made_rows(labels, splits))
+    with pytest.raises(InputError, match="held out"):
+        probe(ProbeConfig(features=str(tmp_path), sweep="1,10"))
+
+
+def test_scaling_is_of_the_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    array = (1e4 + rng.standard_normal((50, 5))).astype(np.float32)
+    array[:, 2], array[7] = 3.0, 0.0
+    array[7, 2] = 3.0
+    train = FeatureRows(array, np.arange(0, 50, 3))
+    monkeypatch.setattr("seco.feature_rows.BLOCK_BYTES", 4 * 5 * 4)
+    chosen = array[::3].astype(np.float64)
+    scaling = fit_scaling(train, "standard")
+    np.testing.assert_allclose(scaling.mean, chosen.mean(0), rtol=1e-12)
+    deviation = chosen.std(0)
+    deviation[2] = 1
+    np.testing.assert_allclose(scaling.deviation, deviation, rtol=1e-6)
+    test = FeatureRows(array, np.array([1, 7])).scaled(scaling)
+    expected = (array[[1, 7]] - chosen.mean(0)) / deviation
+    np.testing.assert_allclose(test.block(0, 2), expected, rtol=1e-5, atol=1e-5)
+    unit = FeatureRows(array * 0 + np.float32([3, 4, 0, 0, 0])).scaled(fit_scaling(train, "l2"))
+    np.testing.assert_allclose(unit.take(np.array([4])), [[0.6, 0.8, 0, 0, 0]])
+    assert FeatureRows(array).scaled(fit_scaling(train, "none")).block(0, 50).tobytes() == (
+        array.tobytes()
+    )
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_the_linear_classifier_learns_whatever_the_scale(tmp_path: Path, scale: float) -> None:
+    x, labels = clusters(200, 20, 4, 0.7)
+    fitted = fit_linear(FeatureRows(scale * x[:100]), labels[:100], epochs=20, batch_size=32)
+    right = fitted.classes[fitted.scores(scale * x[100:]).argmax(1)] == labels[100:]
+    assert right.mean() > 0.95
+    again = fit_linear(FeatureRows(scale * x[:100]), labels[:100], epochs=20, batch_size=32)
+    assert again.weights.tobytes() == fitted.weights.tobytes()
+    other = fit_linear(FeatureRows(scale * x[:100]), labels[:100], epochs=20, batch_size=32, seed=1)
+    assert other.weights.tobytes() != fitted.weights.tobytes()
+
+
+def test_linear_sgd_against_a_loop() -> None:
+    x, labels = clusters(12, 5, 3, 1.0)
+    fitted = fit_linear(
+        FeatureRows(x), labels, lr=2.0, epochs=3, batch_size=5, weight_decay=0.01, seed=4
+    )
+    square = float((x.astype(np.float64) ** 2).sum(1).mean())
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(3, 5, generator=generator).double().numpy() * 0.01 / math.sqrt(square)
+    b, vw, vb = np.zeros(3), np.zeros((3, 5)), np.zeros(3)
+    for epoch in range(3):
+        order = torch.randperm(12, generator=generator).tolist()
+        for step, start in enumerate(range(0, 12, 5)):
+            rate = 2.0 * (1 + math.cos(math.pi * (3 * epoch + step) / 9)) / 2
+            rows = order[start : start + 5]
+            logits = x[rows] @ w.T + b
+            share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            share[np.arange(len(rows)), labels[rows]] -= 1
+            vw = 0.9 * vw + share.T @ x[rows] / len(rows) + 0.01 * w
+            vb = 0.9 * vb + share.mean(0) + 0.01 * b
+            w, b = w - rate / square * vw, b - rate * vb
+    np.testing.assert_allclose(fitted.weights, w, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(fitted.biases, b, rtol=1e-3, atol=1e-6)
+
+
+def test_recordings_are_told_by_file_names() -> None:
+    ucf = ["Archery/v_Archery_g01_c01.avi", "Archery/v_Archery_g12_c03.avi"]
+    assert recordings(ucf, ["Archery"] * 2) == ["v_archery_g01", "v_archery_g12"]
+    hmdb = [
+        "brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_0.avi",
+        "brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_1.avi",
+        "pour/#122_Pouring_Milk__(1)_pour_u_nm_np1_fr_med_3.avi",
+    ]
+    assert recordings(hmdb, ["brush_hair", "brush_hair", "pour"]) == [
+        "april_09",
+        "april_09",
+        "#122_pouring_milk__(1)",
+    ]
+    assert recordings([*ucf, "x.mp4"], ["a"] * 3) is None
+
+
+def test_what_is_held_out() -> None:
+    labels = np.repeat([0, 1, 2, 3], [50, 20, 1, 2])
+    groups = [f"{label}-{n // 5}" for n, label in enumerate(labels)]
+    out = held_out(labels, groups)
+    for group in set(groups):  # whole or not at all
+        assert len({bool(out[n]) for n in range(len(labels)) if groups[n] == group}) == 1
+    # A fifth of 50 is two groups; a fifth of 20 is less than one, of 1 and 2 nothing can be spared.
+    assert [int(out[labels == k].sum()) for k in range(4)] == [10, 0, 0, 0]
+    order = np.random.default_rng(0).permutation(len(labels))
+    shuffled = held_out(labels[order], [groups[n] for n in order])
+    np.testing.assert_array_equal(shuffled, out[order])
+    single = held_out(labels, [str(n) for n in range(len(labels))])
+    assert [int(single[labels == k].sum()) for k in range(4)] == [10, 4, 0, 1]
+
+
+def test_the_table_of_classes_equals_a_count_by_hand(tmp_path: Path) -> None:
+    write_clusters(tmp_path, videos=300, classes=4, spread=4.0)
+    result = probe(ProbeConfig(features=str(tmp_path)))
+    with open(tmp_path / "probe-per-class.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label_name"] for row in rows] == [f"class{k}" for k in range(4)]
+    for k, row in enumerate(rows):
+        counts = result.confusion[k].tolist()
+        assert int(row["videos"]) == sum(counts)
+        assert int(row["right"]) == counts[k]
+        assert float(row["accuracy"]) == pytest.approx(counts[k] / sum(counts))
+        wrong = [n if m != k else 0 for m, n in enumerate(counts)]
+        assert (row["mistaken_for"], int(row["times"])) == (
+            f"class{wrong.index(max(wrong))}",
+            max(wrong),
+        )
+
+
+def test_activitynet_of_other_than_50_frames_is_noted(tmp_path: Path) -> None:
+    write_clusters(tmp_path)
+    path = tmp_path / "meta.json"
+    meta = json.loads(path.read_text())
+    for frames, noted in ((30, True), (50, False)):
+        path.write_text(json.dumps({**meta, "dataset": "activitynet", "frames": frames}))
+        notes = probe(ProbeConfig(features=str(tmp_path))).notes
+        assert any("50" in note for note in notes) == noted
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def complaint(*arguments: str) -> str:
+        assert run(["probe", *arguments]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    one: list[int | None] = [7] * 60
+    splits = [{"1": "train" if n % 2 else "test"} for n in range(60)]
+    write_clusters(tmp_path / "one", rows=made_rows(one, splits))
+    assert "one class (class7)" in complaint("--features", str(tmp_path / "one"))
+
+    write_clusters(tmp_path / "nan")
+    array = np.load(tmp_path / "nan" / "features.npy")
+    array[41, 3] = np.nan
+    np.save(tmp_path / "nan" / "features.npy", array)
+    assert "v041 are not finite" in complaint("--features", str(tmp_path / "nan"))
+
+    write_clusters(tmp_path / "train")
+    write_clusters(tmp_path / "test", dimension=12)
+    both = ("--features", str(tmp_path / "train"), "--test-features", str(tmp_path / "test"))
+    assert "has 12 values a video, and" in complaint(*both)
+
+    folder = ("--features", str(tmp_path / "train"))
+    assert "--lr" in complaint(*folder, "--lr", "0")
+    assert "--weight-decay" in complaint(*folder, "--weight-decay", "-1")
+    (tmp_path / "file").write_text("")
+    assert "file" in complaint(*folder, "--out", str(tmp_path / "file" / "x"))
 
 
 def test_names_cannot_redraw_the_terminal_or_break_the_picture(tmp_path: Path) -> None:
@@ -135,6 +313,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     folder = str(tmp_path)
     assert run(["probe", "--features", folder, "--method", "knn", "--neighbours", "3"]) == 0
     assert "knn (neighbours 3" in capsys.readouterr().out
+    assert run(["probe", "--features", folder, "--method", "linear", "--epochs", "2"]) == 0
+    assert "linear (lr 30" in capsys.readouterr().out
     assert run(["probe", "--features", folder, "-C", "0.5"]) == 0
     assert "svm (C 0.5" in capsys.readouterr().out
     assert run(["probe", "--features", str(tmp_path / "none")]) == 1
