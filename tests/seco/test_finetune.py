@@ -42,7 +42,10 @@ from seco.video_scores import ClipProtocol, VideoScores
 from seco.view_parameters import ViewConfig
 from seco.weights import load_backbone
 from shards.errors import InputError, Stopped
+from shards.format import VideoRecord
+from shards.writer import ShardWriter
 from tests.data import ROOT, shared
+from tests.learning_sets import CARPETS, HUES, draw_video, still
 from tests.made_shards import make_set
 
 SMALL: dict[str, Any] = {
@@ -557,6 +560,27 @@ def test_from_real_clips_to_a_result(hmdb51: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert cli.run(["report", str(tmp_path), "--out", str(page)]) == 0
     assert "hmdb51" in page.read_text()
+
+
+def test_it_learns_what_the_videos_of_a_class_share(tmp_path: Path) -> None:
+    """The hue of stripes, from random weights; stripes of the test have other angles."""
+    with ShardWriter(tmp_path / "hues-000.tar", "digest") as writer:
+        for video in range(48):
+            carpet = video % CARPETS
+            record = VideoRecord(
+                key=f"video_{video:04d}",
+                dataset="drawn",
+                source=f"{video}.avi",
+                label=carpet % len(HUES),
+                splits={"1": "train" if carpet < CARPETS // 2 else "test"},
+            )
+            writer.add(record, draw_video(carpet, still(video // CARPETS)))
+    settings = {**SMALL, "batch_size": 24, "bn_group": 24, "segments": 2, "lr": 0.01, "epochs": 20}
+    # Of 32 px the last layers see one place: at another size they would see another world.
+    settings |= {"dropout": 0.0, "freeze_bn": "none", "test_size": 32, "validate_every_epochs": 20}
+    shards = str(tmp_path / "hues-000.tar")
+    finetune(FinetuneConfig(shards=(shards,), out=str(tmp_path / "run"), **settings))
+    assert result(tmp_path / "run")["top1"] > 0.8  # chance is a quarter
 
 
 def test_mistakes_on_the_command_line(
