@@ -59,6 +59,7 @@ setup(
             "pytest",
             "pytest-cov",
             "pytest-timeout",
+            "pytest-xdist",
             "ray>=2.9",
             "ruff",
             "s3fs",
