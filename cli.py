@@ -293,7 +293,7 @@ def probe(**settings: Any) -> None:
 
 
 @seco.command()
-@click.argument("dataset", required=False)
+@click.argument("dataset", required=False, default=None)
 @settings_options(FinetuneConfig, required=("checkpoint",), arguments=("dataset",))
 def finetune(**settings: Any) -> None:
     """Fine-tune an encoder on the labelled videos of DATASET (ucf101, hmdb51), then test it.
