@@ -203,9 +203,7 @@ class _Ways:
             for batch in loader:
                 if batch.failures:
                     reason = next(iter(batch.failures.values()))
-                    raise InputError(
-                        f"some frames cannot be read ({reason})", fix="see seco verify"
-                    )
+                    raise InputError(f"some frames cannot be read ({reason})")
                 loader.release(batch)
 
     def plain_decode(self) -> None:

@@ -16,7 +16,7 @@ from seco import __version__
 from seco.device import uses_bf16
 from seco.extract_config import ExtractConfig, frames_of, validate
 from seco.extract_parts import Parts, ShardFeatures, digest_of, part_digests
-from seco.feature_format import META
+from seco.feature_format import FEATURES, FRAMES, HALVES, META, VIDEOS
 from seco.feature_writer import write_feature_parts
 from seco.forwards import Forwards
 from seco.weights import Backbone, load_backbone
@@ -62,7 +62,9 @@ class Extraction:
         """Whether an earlier run has written all of it."""
         try:
             meta = json.loads((self.out / META).read_bytes())
-            return bool(meta["digest"] == self.digest and meta["unreadable"] == 0)
+            whole = meta["digest"] == self.digest and meta["unreadable"] == 0
+            files = (FEATURES, HALVES, VIDEOS, *([FRAMES] if self.config.per_frame else []))
+            return whole and all((self.out / name).is_file() for name in files)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -128,7 +130,9 @@ class Extraction:
             "frames": config.frames,
             "short_edge": config.short_edge,
             "crop_size": config.crop_size,
+            "batch_size": config.batch_size,
             "precision": config.precision,
+            "layout": config.layout,
             "unreadable": unreadable,
             "toolkit": __version__,
             "digest": self.digest,

@@ -242,6 +242,9 @@ def test_what_is_done_is_done(
     extract(shards, tmp_path, workers=1)
     assert "already" in capsys.readouterr().err
     assert (tmp_path / "probe.json").exists()
+    (tmp_path / "halves.npy").unlink()
+    with pytest.raises(AssertionError):
+        extract(shards, tmp_path)
 
 
 @pytest.fixture
