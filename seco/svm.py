@@ -54,6 +54,7 @@ class LinearSVM:
     rounds: NDArray[np.int64]  # (K,) working sets and Newton steps
     converged: NDArray[np.bool_]  # (K,) false where the gap is above what was asked for
     passes: int  # over the features, by all groups of classes
+    pass_seconds: float  # what these took
     flops: dict[str, float]  # of the matrix products with the features, by precision
 
     def scores(self, features: NDArray[Any]) -> NDArray[np.float64]:
@@ -125,6 +126,7 @@ def fit_svm(
         rounds=rounds.numpy(),
         converged=(gaps <= gap).numpy(),
         passes=products.passes,
+        pass_seconds=products.pass_seconds,
         flops={str(d).removeprefix("torch."): n for d, n in products.flops.items()},
     )
 
