@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from seco.device import resolve_device
 from seco.eval_splits import read_train_test
 from seco.feature_rows import FeatureRows
-from seco.svm import LinearSVM, fit_svm
+from seco.svm import MAX_ROUNDS, LinearSVM, fit_svm
 from shards.cpus import usable_cpus
 from shards.errors import InputError
 from shards.measuring import cpu_seconds, in_turns, machine
@@ -84,7 +84,7 @@ def bench_probe(
     c: float = 1.0,
     device: str = "auto",
     rivals: bool = True,
-    most_rounds: int | None = None,
+    most_rounds: int = MAX_ROUNDS,
 ) -> ProbeBench:
     """Measure on a feature folder, or on made features of the given size.
 
@@ -95,8 +95,10 @@ def bench_probe(
     Raises:
         InputError: numbers that cannot be, or no scikit-learn.
     """
-    if min(rows, classes, dimension, repeats) < 1 or not c > 0:
-        raise InputError("must be above 0", "--rows, --classes, --dimension, --repeats, -C")
+    if min(rows, classes, dimension, repeats, most_rounds) < 1 or not c > 0:
+        raise InputError(
+            "must be above 0", "--rows, --classes, --dimension, --repeats, --most-rounds, -C"
+        )
     if classes < 2 or rows < 2 * classes:
         raise InputError("two classes and two rows a class are the least", "--rows, --classes")
     if rivals:
@@ -114,9 +116,7 @@ def bench_probe(
         return _measure(data, repeats, device, rivals, most_rounds)
 
 
-def _measure(
-    data: _Rows, repeats: int, device: str, rivals: bool, most_rounds: int | None
-) -> ProbeBench:
+def _measure(data: _Rows, repeats: int, device: str, rivals: bool, most_rounds: int) -> ProbeBench:
     train = data.train()
     found: dict[str, Any] = {}
     cpu: dict[str, list[float]] = {}
@@ -191,14 +191,13 @@ def _measure(
     )  # fmt: skip
 
 
-def _solve(data: _Rows, device: str, most_rounds: int | None) -> dict[str, Any]:
+def _solve(data: _Rows, device: str, most_rounds: int) -> dict[str, Any]:
     """Ours, in a process of its own."""
     chosen = resolve_device(device, spare_cores=0)
     train = data.train()
     torch.ones(64, 64) @ torch.ones(64, 64)  # threads are started once
     before, began, used = _peak_megabytes(), time.perf_counter(), cpu_seconds()
-    some = {} if most_rounds is None else {"max_rounds": most_rounds}
-    svm = fit_svm(train, data.train_labels, c=data.c, device=chosen, **some)
+    svm = fit_svm(train, data.train_labels, c=data.c, device=chosen, max_rounds=most_rounds)
     return {
         "svm": svm,
         "seconds": time.perf_counter() - began,

@@ -38,7 +38,7 @@ _Advance = Callable[[int], object]
 # unequal directions.
 RELATIVE_GAP = 1e-8
 
-_MAX_ROUNDS = 40
+MAX_ROUNDS = 40
 _GROUP = 64  # classes at a time: enough for fast matrix products
 _GROUP_BYTES = 1 << 30  # of the (K, N) arrays of a group
 
@@ -75,7 +75,7 @@ def fit_svm(
     c: float = 1.0,
     gap: float = RELATIVE_GAP,
     device: str | torch.device = "cpu",
-    max_rounds: int = _MAX_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
     advance: _Advance = lambda count: None,
 ) -> LinearSVM:
     """Fit all classes of ``labels`` (N,) to ``features`` (N, D).
