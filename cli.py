@@ -594,6 +594,7 @@ def bench_extract(repeats: int, as_json: bool, **settings: Any) -> None:
 @click.option("--device", default="auto", show_default=True, help="Of ours.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--only-ours", is_flag=True, help="Leave out LIBLINEAR (large sizes).")
+@click.option("--most-rounds", default=40, show_default=True, help="Stop ours after so many.")
 def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: Any) -> None:
     """The SVM of all classes beside LIBLINEAR and its bare matrix products, with peak memory.
 

@@ -18,26 +18,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from seco.bench_probe_reference import (
+    ProbeRows,
+    liblinear_by_class,
+    liblinear_in_one_call,
+    made_rows,
+    primal_and_dual,
+    require_scikit_learn,
+)
 from seco.device import resolve_device
 from seco.eval_splits import read_train_test
 from seco.feature_rows import FeatureRows
-from seco.svm import LinearSVM, fit_svm
-from shards.cpus import usable_cpus
+from seco.svm import MAX_ROUNDS, LinearSVM, fit_svm
 from shards.errors import InputError
 from shards.measuring import cpu_seconds, in_turns, machine
 from shards.progress import progress
-
-_TEST_SHARE = 0.25
-_TOLERANCE = 1e-4  # scikit-learn's default
-_TRIED = 4  # classes on which primal and dual are compared
-_MOST_ITERATIONS = 10_000
-_RANK = 256  # of the made features' common directions
-_SPREAD = 0.25  # of class centres beside that of a class's videos: 60 to 80 % are classified
-_NOISE = 0.03
-_BLOCK = 4096
 
 
 @dataclass
@@ -55,25 +52,6 @@ class ProbeBench:
     agreement: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Where training and test rows are; plain paths and numbers, to hand to processes."""
-
-    train_file: str
-    train_rows: NDArray[np.int64]
-    train_labels: NDArray[np.int64]
-    test_file: str
-    test_rows: NDArray[np.int64]
-    test_labels: NDArray[np.int64]
-    c: float
-
-    def train(self) -> FeatureRows:
-        return FeatureRows(np.load(self.train_file, mmap_mode="r"), self.train_rows)
-
-    def test(self) -> FeatureRows:
-        return FeatureRows(np.load(self.test_file, mmap_mode="r"), self.test_rows)
-
-
 def bench_probe(
     features: str | None = None,
     *,
@@ -84,56 +62,62 @@ def bench_probe(
     c: float = 1.0,
     device: str = "auto",
     rivals: bool = True,
+    most_rounds: int = MAX_ROUNDS,
 ) -> ProbeBench:
     """Measure on a feature folder, or on made features of the given size.
 
     Args:
         rivals: also run LIBLINEAR, which takes scikit-learn.
+        most_rounds: stop ours unfinished after so many working sets and so many Newton steps.
 
     Raises:
         InputError: numbers that cannot be, or no scikit-learn.
     """
-    if min(rows, classes, dimension, repeats) < 1 or not c > 0:
-        raise InputError("must be above 0", "--rows, --classes, --dimension, --repeats, -C")
+    if min(rows, classes, dimension, repeats, most_rounds) < 1 or not c > 0:
+        raise InputError(
+            "must be above 0", "--rows, --classes, --dimension, --repeats, --most-rounds, -C"
+        )
     if classes < 2 or rows < 2 * classes:
         raise InputError("two classes and two rows a class are the least", "--rows, --classes")
     if rivals:
-        _require_scikit_learn()
+        require_scikit_learn()
     with tempfile.TemporaryDirectory(prefix="seco-bench-") as folder:
         if features is None:
-            data = _made(Path(folder), rows, classes, dimension, c)
+            data = made_rows(Path(folder), rows, classes, dimension, c)
         else:
             chosen = read_train_test(features)
             files = [str(part.folder / "features.npy") for part in (chosen.train, chosen.test)]
-            data = _Rows(
+            data = ProbeRows(
                 files[0], chosen.train_rows, chosen.train_labels,
                 files[1], chosen.test_rows, chosen.test_labels, c,
             )  # fmt: skip
-        return _measure(data, repeats, device, rivals)
+        return _measure(data, repeats, device, rivals, most_rounds)
 
 
-def _measure(data: _Rows, repeats: int, device: str, rivals: bool) -> ProbeBench:
+def _measure(
+    data: ProbeRows, repeats: int, device: str, rivals: bool, most_rounds: int
+) -> ProbeBench:
     train = data.train()
     found: dict[str, Any] = {}
     cpu: dict[str, list[float]] = {}
 
     def ours() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as one:
-            found["ours"] = one.submit(_solve, data, device).result()
+            found["ours"] = one.submit(_solve, data, device, most_rounds).result()
 
     ways: dict[str, Callable[[], object]] = {"ours": ours}
     tried: dict[str, float] = {}
     kind = ""
     if rivals:
-        tried = _primal_and_dual(data)
+        tried = primal_and_dual(data)
         kind = min(("primal", "dual"), key=lambda name: tried[f"{name}_seconds_a_class"])
         spread, whole = (f"LIBLINEAR ({kind}), {how}" for how in ("a class each", "in one call"))
 
         def by_class() -> None:
-            found[spread] = _liblinear_by_class(data, kind == "dual")
+            found[spread] = liblinear_by_class(data, kind == "dual")
 
         def in_one_call() -> None:
-            found[whole] = _liblinear_in_one_call(data, kind == "dual")
+            found[whole] = liblinear_in_one_call(data, kind == "dual")
 
         ways |= {spread: by_class, whole: in_one_call}
 
@@ -149,7 +133,7 @@ def _measure(data: _Rows, repeats: int, device: str, rivals: bool) -> ProbeBench
     costs = {name: float(np.median(values)) for name, values in cpu.items()}
     svm: LinearSVM = found["ours"]["svm"]
     limit = _limit(train, svm, device)
-    ratios = {"of the limit": limit / medians["ours"]}
+    ratios = {"of the limit, CPU seconds": limit / costs["ours"]}
     agreement = {
         "classes_not_converged": float((~svm.converged).sum()),
         "gap": float(svm.gap.max()),
@@ -163,7 +147,7 @@ def _measure(data: _Rows, repeats: int, device: str, rivals: bool) -> ProbeBench
         agreement |= _agreement(data, svm, test, found[spread]["weights"])
     solver = {
         "passes": svm.passes,
-        "seconds_a_pass": medians["ours"] / svm.passes,
+        "seconds_a_pass": svm.pass_seconds / svm.passes,
         "rounds_of_a_class": float(svm.rounds.mean()),
         "gflop_float32": svm.flops["float32"] / 1e9,
         "gflop_float64": svm.flops["float64"] / 1e9,
@@ -178,8 +162,8 @@ def _measure(data: _Rows, repeats: int, device: str, rivals: bool) -> ProbeBench
             "rows": len(train), "test_rows": len(data.test_rows), "dimension": train.dimension,
             "classes": len(svm.classes),
         },
-        seconds={**medians, "limit: the products alone": limit},
-        cpu_seconds=costs,
+        seconds=medians,
+        cpu_seconds={**costs, "limit: the products with the features": limit},
         ratios=ratios,
         solver=solver,
         liblinear=tried,
@@ -187,13 +171,13 @@ def _measure(data: _Rows, repeats: int, device: str, rivals: bool) -> ProbeBench
     )  # fmt: skip
 
 
-def _solve(data: _Rows, device: str) -> dict[str, Any]:
+def _solve(data: ProbeRows, device: str, most_rounds: int) -> dict[str, Any]:
     """Ours, in a process of its own."""
     chosen = resolve_device(device, spare_cores=0)
     train = data.train()
     torch.ones(64, 64) @ torch.ones(64, 64)  # threads are started once
     before, began, used = _peak_megabytes(), time.perf_counter(), cpu_seconds()
-    svm = fit_svm(train, data.train_labels, c=data.c, device=chosen)
+    svm = fit_svm(train, data.train_labels, c=data.c, device=chosen, max_rounds=most_rounds)
     return {
         "svm": svm,
         "seconds": time.perf_counter() - began,
@@ -209,7 +193,7 @@ def _peak_megabytes() -> float:
 
 
 def _limit(train: FeatureRows, svm: LinearSVM, device: str) -> float:
-    """Seconds that matrix products of the same number of operations take."""
+    """CPU seconds (on a GPU: seconds) that plain products of as many operations take."""
     place = resolve_device(device, spare_cores=0)
     rows = min(len(train), train.rows_a_block)
     seconds = 0.0
@@ -220,80 +204,22 @@ def _limit(train: FeatureRows, svm: LinearSVM, device: str) -> float:
         once = 2.0 * len(w) * x.numel()
 
         def products(w: torch.Tensor = w, x: torch.Tensor = x) -> float:
-            began = time.perf_counter()
+            if w.is_cuda:
+                torch.cuda.synchronize()
+            clock = time.perf_counter if w.is_cuda else cpu_seconds
+            began = clock()
             result = w @ x.T
             if result.is_cuda:
                 torch.cuda.synchronize()
-            return time.perf_counter() - began
+            return clock() - began
 
         # The fastest of several: what the machine can do.
         seconds += flops / once * min(products() for _ in range(20))
     return seconds
 
 
-def _liblinear(x: NDArray[np.float64], labels: NDArray[Any], c: float, dual: bool) -> Any:
-    from sklearn.svm import LinearSVC
-
-    return LinearSVC(
-        loss="squared_hinge", dual=dual, fit_intercept=False, C=c,
-        tol=_TOLERANCE, max_iter=_MOST_ITERATIONS,
-    ).fit(x, labels)  # fmt: skip
-
-
-def _one_class(
-    x: NDArray[np.float64], labels: NDArray[np.int64], label: int, c: float, dual: bool
-) -> tuple[NDArray[np.float64], float]:
-    """Weights (D,) of a class and the CPU seconds they took; ``x`` is shared by the processes."""
-    began = time.process_time()
-    weights = _liblinear(x, np.where(labels == label, 1, -1), c, dual).coef_[0]
-    return weights, time.process_time() - began
-
-
-def _liblinear_by_class(data: _Rows, dual: bool) -> dict[str, Any]:
-    from joblib import Parallel, delayed
-
-    x = _in_memory(data)
-    with Parallel(n_jobs=usable_cpus()) as parallel:
-        parallel(delayed(abs)(1) for _ in range(usable_cpus()))  # processes are started once
-        began = time.perf_counter()
-        fitted = parallel(
-            delayed(_one_class)(x, data.train_labels, int(label), data.c, dual)
-            for label in np.unique(data.train_labels)
-        )
-        seconds = time.perf_counter() - began
-    return {
-        "seconds": seconds,
-        "cpu_seconds": sum(cost for _, cost in fitted),
-        "weights": np.stack([weights for weights, _ in fitted]),
-    }
-
-
-def _liblinear_in_one_call(data: _Rows, dual: bool) -> dict[str, Any]:
-    x = _in_memory(data)
-    began, used = time.perf_counter(), cpu_seconds()
-    _liblinear(x, data.train_labels, data.c, dual)
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu_seconds() - used}
-
-
-def _primal_and_dual(data: _Rows) -> dict[str, float]:
-    x = _in_memory(data)
-    every = np.unique(data.train_labels)
-    some = every[np.linspace(0, len(every) - 1, min(_TRIED, len(every))).astype(int)]
-    return {
-        f"{name}_seconds_a_class": float(
-            np.mean([_one_class(x, data.train_labels, int(k), data.c, dual)[1] for k in some])
-        )
-        for name, dual in (("primal", False), ("dual", True))
-    }
-
-
-def _in_memory(data: _Rows) -> NDArray[np.float64]:
-    train = data.train()
-    return train.block(0, len(train)).astype(np.float64)  # what LinearSVC would make of it
-
-
 def _agreement(
-    data: _Rows, svm: LinearSVM, predicted: NDArray[np.int64], theirs: NDArray[np.float64]
+    data: ProbeRows, svm: LinearSVM, predicted: NDArray[np.int64], theirs: NDArray[np.float64]
 ) -> dict[str, float]:
     """Largest relative difference of a class's objective, and test predictions that are equal."""
     values = []
@@ -313,42 +239,3 @@ def _agreement(
         "objective_above_theirs": float((ours / reference - 1).max()),
         "equal_predictions": float((svm.classes[best] == predicted).mean()),
     }
-
-
-def _made(folder: Path, rows: int, classes: int, dimension: int, c: float) -> _Rows:
-    """Features like pooled ReLU outputs: not negative, correlated, far from the origin.
-
-    Common directions of falling variance, class centres among them close enough to overlap, little
-    noise of each feature's own, through a smooth ReLU.
-    """
-    rng = np.random.default_rng(0)
-    test = max(classes, round(rows * _TEST_SHARE))
-    labels = rng.permutation(np.arange(rows + test) % classes)
-    rank = min(_RANK, dimension)
-    size = np.arange(1, rank + 1, dtype=np.float32) ** -0.5
-    size /= np.linalg.norm(size)
-    mixing = rng.standard_normal((rank, dimension), dtype=np.float32)
-    bias = 0.5 * rng.standard_normal(dimension, dtype=np.float32) - 0.5
-    centres = _SPREAD * rng.standard_normal((classes, rank), dtype=np.float32)
-    file = folder / "features.npy"
-    array = open_memmap(file, mode="w+", dtype=np.float32, shape=(rows + test, dimension))
-    for start in range(0, rows + test, _BLOCK):
-        chosen = labels[start : start + _BLOCK]
-        inner = centres[chosen] + rng.standard_normal((len(chosen), rank), dtype=np.float32)
-        mixed = (size * inner) @ mixing + bias
-        mixed += _NOISE * rng.standard_normal(mixed.shape, dtype=np.float32)
-        array[start : start + _BLOCK] = np.logaddexp(0, 4 * mixed) / 8
-    array.flush()
-    del array
-    every = np.arange(rows + test)
-    return _Rows(str(file), every[:rows], labels[:rows], str(file), every[rows:], labels[rows:], c)
-
-
-def _require_scikit_learn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "scikit-learn is not installed", "seco bench probe", "pip install scikit-learn, or "
-            "give --only-ours"
-        ) from error  # fmt: skip

@@ -38,7 +38,7 @@ _Advance = Callable[[int], object]
 # unequal directions.
 RELATIVE_GAP = 1e-8
 
-_MAX_ROUNDS = 40
+MAX_ROUNDS = 40
 _GROUP = 64  # classes at a time: enough for fast matrix products
 _GROUP_BYTES = 1 << 30  # of the (K, N) arrays of a group
 
@@ -54,6 +54,7 @@ class LinearSVM:
     rounds: NDArray[np.int64]  # (K,) working sets and Newton steps
     converged: NDArray[np.bool_]  # (K,) false where the gap is above what was asked for
     passes: int  # over the features, by all groups of classes
+    pass_seconds: float  # what these took
     flops: dict[str, float]  # of the matrix products with the features, by precision
 
     def scores(self, features: NDArray[Any]) -> NDArray[np.float64]:
@@ -74,7 +75,7 @@ def fit_svm(
     c: float = 1.0,
     gap: float = RELATIVE_GAP,
     device: str | torch.device = "cpu",
-    max_rounds: int = _MAX_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
     advance: _Advance = lambda count: None,
 ) -> LinearSVM:
     """Fit all classes of ``labels`` (N,) to ``features`` (N, D).
@@ -125,6 +126,7 @@ def fit_svm(
         rounds=rounds.numpy(),
         converged=(gaps <= gap).numpy(),
         passes=products.passes,
+        pass_seconds=products.pass_seconds,
         flops={str(d).removeprefix("torch."): n for d, n in products.flops.items()},
     )
 

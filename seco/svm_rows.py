@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ class Products:
         self.count, self.dimension = len(rows), rows.dimension
         self.device = device
         self.passes = 0
+        self.pass_seconds = 0.0
         self.flops = {torch.float32: 0.0, torch.float64: 0.0}
         self._rows = rows
         self._all: Tensor | None = None
@@ -38,6 +40,7 @@ class Products:
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """All rows, (n, D) at a time, on the device."""
         self.passes += 1
+        began = time.perf_counter()
         step = self._rows.rows_a_block
         if self._all is not None and self.device.type == "cuda" and dtype == torch.float32:
             step = self.count
@@ -48,6 +51,7 @@ class Products:
             else:
                 block = torch.from_numpy(_writable(self._rows.block(place.start, place.stop)))
                 yield place, block.to(self.device, dtype)
+        self.pass_seconds += time.perf_counter() - began
 
     def take(self, index: Tensor) -> Tensor:
         """Some of the rows, (n, D) float32."""

@@ -1,4 +1,4 @@
-"""``seco bench loader``, ``views``, ``extract``: that what they compare is what they say."""
+"""``seco bench``, of each stage: that what they compare is what they say."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from shards import measuring
 from shards.opening import open_shards
 from tests.made_shards import drawn_frame, make_set
 from tests.pipelines.test_bench import figures
+from tests.seco.made_features import write_clusters
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,27 @@ def test_medians_are_taken_in_turns() -> None:
     )
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert found == {"a": 2.0, "b": 6.0}
+
+
+def test_probe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows", "240", "--classes", "4", "--dimension", "24"]
+    command = ["probe", *sizes, "--repeats", "1", "--device", "cpu"]
+    found = json.loads(printed([*command, "--json"], capfd))
+    assert found["size"] == {"rows": 240, "test_rows": 60, "dimension": 24, "classes": 4}
+    assert found["agreement"]["objective_difference"] < 1e-3
+    assert found["agreement"]["equal_predictions"] > 0.98
+    assert found["agreement"]["classes_not_converged"] == 0
+    assert set(found["liblinear"]) == {"primal_seconds_a_class", "dual_seconds_a_class"}
+    spread, whole = (name for name in found["seconds"] if name != "ours")
+    assert set(found["ratios"]) == {
+        "of the limit, CPU seconds",
+        *(f"times {way}{end}" for way in (spread, whole) for end in ("", ", CPU seconds")),
+    }
+    numbers = figures([found[part] for part in ("seconds", "cpu_seconds", "ratios", "solver")])
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    write_clusters(tmp_path / "f")
+    command = ["probe", "--features", str(tmp_path / "f"), "--repeats", "1", "--device", "cpu"]
+    text = printed([*command, "--only-ours"], capfd)
+    assert "rows 39, test rows 21" in text.replace("_", " ")
+    assert cli.run(["bench", "probe", "--rows", "5"]) == 1
+    assert "--rows, --classes" in capfd.readouterr().err
