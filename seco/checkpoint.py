@@ -14,7 +14,7 @@ from shards.errors import InputError
 
 FORMAT = "seco-checkpoint"
 VERSION = 1
-_NEEDED = {"arch", "tasks"}  # settings that every reader relies on
+_NEEDED = {"arch"}  # settings that every reader relies on
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

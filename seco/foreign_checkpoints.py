@@ -253,7 +253,7 @@ def _own(content: Mapping[str, Any], path: Path) -> Weights:
         key=encoders[1] if len(encoders) > 1 else None,
         queue=queue,
         next_slot=next_slot,
-        tasks=str(content["config"]["tasks"]) or None,
+        tasks=str(content["config"].get("tasks") or "") or None,
         epoch=_epoch(imported),
     )
 

@@ -22,6 +22,11 @@ OTB_SEQUENCES = 100
 OTB = "otb100"  # the data set's name in its records
 
 
+def response_cells(search_px: int) -> int:
+    """Side of the response to a search crop of so many px: 17 cells of 255, 15 of 239."""
+    return (search_px - EXEMPLAR_PX) // STRIDE + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackTrainConfig:
     """``seco track train``: the 1×1 convolution of SiamFC on a frozen backbone."""

@@ -14,10 +14,9 @@ from seco.checkpoint import load_checkpoint
 from seco.dilate import DilatedBackbone
 from seco.encoder import build_backbone
 from seco.track_config import TrackTrainConfig
-from seco.weights import Backbone
 from shards.errors import InputError
 
-KIND = "tracker"  # of a checkpoint
+TRACKER = "tracker"  # where a checkpoint of `seco track train` says what it is
 _LEAST_STD = 1e-6  # of a channel that is always the same
 
 
@@ -95,16 +94,16 @@ class SiameseHead(nn.Module):
         """(N, C, H, W) → (N, D, H, W)."""
         return self._projected(features, self.search_convolution or self.exemplar_convolution)
 
-    def responses(self, exemplar: Tensor, search: Tensor) -> Tensor:
-        """Projected (N or 1, D, h, w) and (N, D, H, W) to logits (N, H - h + 1, W - w + 1)."""
-        return cross_correlation(exemplar, search).float() * self._scale + self.bias
+    def correlation(self, exemplar: Tensor, search: Tensor) -> Tensor:
+        """Projected (N or 1, D, h, w) and (N, D, H, W) → (N, H - h + 1, W - w + 1), scaled."""
+        return cross_correlation(exemplar, search).float() * self._scale
 
     def forward(self, exemplar: Tensor, search: Tensor) -> Tensor:
         """Features of N pairs to their logits."""
-        return self.responses(self.exemplar(exemplar), self.search(search))
+        return self.correlation(self.exemplar(exemplar), self.search(search)) + self.bias
 
     def _projected(self, features: Tensor, convolution: nn.Conv2d) -> Tensor:
-        # (features - mean) / std goes into the convolution's own weights: no pass over the features.
+        # (features - mean) / std is done by the convolution's weights: no pass over the features.
         weight = convolution.weight / self.std.view(1, -1, 1, 1)
         assert convolution.bias is not None
         return F.conv2d(features, weight, convolution.bias - weight[:, :, 0, 0] @ self.mean)
@@ -129,17 +128,6 @@ class SiamFC(nn.Module):
         return list(self.head.parameters())
 
 
-def encoder_of(backbone: Backbone, seed: int) -> dict[str, Any]:
-    """Where the backbone came from, as evaluations record it."""
-    return {
-        "arch": backbone.arch,
-        "checkpoint": backbone.source,
-        "sha256": backbone.sha256,
-        "seed": seed if backbone.source == "random" else None,
-        "tasks": backbone.tasks,
-    }
-
-
 def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
     """A tracker that ``seco track train`` made, and its checkpoint's content but the weights.
 
@@ -147,7 +135,7 @@ def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
         InputError: it is something else, or does not fit.
     """
     content = load_checkpoint(path)
-    if content.get("kind") != KIND:
+    if TRACKER not in content:
         raise InputError("holds no tracker", path, "give a last.pt of `seco track train`")
     config = content["config"]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from seco.augment import normalise
 from seco.crops import Pixels
 from seco.device import to_device
-from seco.track_config import EXEMPLAR_PX, SEARCH_PX, STRIDE, TrackerConfig
+from seco.track_config import EXEMPLAR_PX, SEARCH_PX, STRIDE, TrackerConfig, response_cells
 from seco.track_crops import Target, box_of, mean_colour, square_crops, target_of
 from seco.track_model import SiamFC
 
@@ -42,13 +43,13 @@ class Tracker:
         self._factors: list[float] = (config.scale_step**exponents).tolist()
         penalty = np.where(exponents == 0, 1.0, config.scale_penalty)
         self._penalty = torch.tensor(penalty, dtype=torch.float32, device=device)
-        cells = (SEARCH_PX - EXEMPLAR_PX) // STRIDE + 1  # 17
-        self._response_px = cells * config.upsampling
+        self._response_px = response_cells(SEARCH_PX) * config.upsampling
         hann = torch.hann_window(self._response_px, periodic=False, dtype=torch.float64)
         window = torch.outer(hann, hann)
         self._window = (window / window.sum()).to(device, torch.float32)
+        self._bias = model.head.bias.item()
         self.target = Target(0, 0, 0, 0)
-        self.score = 0.0
+        self.score = 0.0  # of the last frame: how sure the head is of the place, 0 … 1
 
     def init(self, frame: Pixels, box: Any) -> None:
         """Take the target from a frame.
@@ -82,9 +83,11 @@ class Tracker:
             crops = self._crops(frame, [side * factor for factor in self._factors], SEARCH_PX)
             with self._precision():
                 search = self._model.head.search(self._model.backbone(normalise(crops)))
-                responses = self._model.head.responses(self._exemplar, search)
+                # Without the learnt bias: a factor on it would be no penalty where it is negative.
+                responses = self._model.head.correlation(self._exemplar, search)
             found = peak(responses, self._penalty, self._window, self._config.window)
-        number, down, across, self.score = found.tolist()
+        number, down, across, response = found.tolist()
+        self.score = 1 / (1 + math.exp(-response - self._bias))
         factor = self._factors[int(number)]
         # From cells of the upsampled response to px of the frame.
         px = STRIDE / self._config.upsampling * side * factor / SEARCH_PX
@@ -134,8 +137,8 @@ def peak(responses: Tensor, penalty: Tensor, window: Tensor, influence: float) -
     shifted = chosen - chosen.min()
     mixed = (1 - influence) * shifted / (shifted.sum() + 1e-16) + influence * window
     place = mixed.argmax()
-    score = torch.sigmoid(chosen.flatten().index_select(0, place.view(1)))[0]
-    # One transfer from the device.
+    score = chosen.flatten().index_select(0, place.view(1))[0]
+    # In one tensor, to be fetched from the device at once.
     return torch.stack(
         [scale.double(), place.double() // size, place.double() % size, score.double()]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,16 @@ class Backbone:
     source: str
     sha256: str  # of the tensors
     tasks: str | None = None  # what it was pre-trained on, when the file says
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """What results say of the encoder they were measured on; ``seed`` of random weights."""
+        return {
+            "arch": self.arch,
+            "checkpoint": self.source,
+            "sha256": self.sha256,
+            "seed": seed if self.source == RANDOM else None,
+            "tasks": self.tasks,
+        }
 
 
 def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbone:

@@ -102,3 +102,26 @@ class WindowOrder:
         first = window * self._window
         last = min(first + self._window, len(self._shards))
         return int(self._starts[first]), int(self._starts[last])
+
+
+def substitute_position(place: int, batch_begin: int, batch_size: int, count: int) -> int:
+    """The position of what takes the place of something unreadable: not one of its own batch.
+
+    Args:
+        place: row in the batch + (attempt - 1) · batch size, attempts counted from 1.
+        batch_begin: position of the batch's first row.
+        batch_size: B.
+        count: N, positions of an epoch.
+
+    Returns:
+        The same place of the ``attempt``-th next batch. After the epoch's end it goes on at its
+        beginning, a place further.
+    """
+    others = count - batch_size
+    if others:
+        rounds, place = divmod(place, others)
+        position = batch_begin + batch_size + (place + rounds) % others
+    else:  # this batch is all there is
+        attempt, row = divmod(place, batch_size)
+        position = batch_begin + row + attempt + 1
+    return position % count

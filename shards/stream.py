@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shards.access import UnreadableFrame
 from shards.draws import sample_starts, uniforms
 from shards.errors import InputError
-from shards.order import EpochOrder, Order, WindowOrder
+from shards.order import EpochOrder, Order, WindowOrder, substitute_position
 from shards.reader import ShardSet
 from shards.triplets import DRAWS, MIN_FRAMES, draw_triplets
 from shards.usable import UsableVideos
@@ -143,19 +143,10 @@ class IndexedStream:
         return [start + row for row in rows]
 
     def substitute_position(self, step: int, row: int, attempt: int) -> int:
-        """The same place of the ``attempt``-th next batch, so not of this one.
-
-        After the epoch's end it goes on at its beginning, a place further.
-        """
-        others = len(self._videos) - self.batch_size
-        begin = step * self.batch_size
+        """Where the video stands that takes a row's place: not in the same batch."""
         place = (attempt - 1) * self.batch_size + self._first_row + row
-        if others:
-            rounds, place = divmod(place, others)
-            position = begin + self.batch_size + (place + rounds) % others
-        else:  # this batch is all there is
-            position = begin + self._first_row + row + attempt
-        return position % len(self._videos)
+        begin = step * self.batch_size
+        return substitute_position(place, begin, self.batch_size, len(self._videos))
 
     def announce(self, epoch: int, step: int) -> None:
         if self.window_shards:
