@@ -108,6 +108,12 @@ class PairStep:
             found = self._labels.flatten()[highest].mean()
         return loss.detach(), found
 
+    def responses(self, exemplars: Tensor, searches: Tensor) -> Tensor:
+        """(n, S, S) logits, without a gradient."""
+        with torch.no_grad(), self._precision():
+            responses: Tensor = self._model.head(self.features(exemplars), self.features(searches))
+        return responses
+
     def features(self, crops: Tensor) -> Tensor:
         """(n, 3, S, S) uint8 on the host → (n, C, S / 8, S / 8) on the device."""
         features: Tensor = self._model.backbone(normalise(to_device(crops, self._device)))
@@ -195,10 +201,15 @@ class TrackTraining(TrainingRun):
         return iter(loader)
 
     def _measure(self, stop: StopRequest) -> None:
-        """Mean and deviation of the features' channels, on the first pairs of a new run."""
-        if self.state.step or self.config.raw_features:
+        """What a new run's head starts from, of its first pairs.
+
+        Mean and deviation of the features' channels; and the bias, with which the responses are
+        zero in the mean: otherwise the first hundreds of steps would do nothing but find it.
+        """
+        if self.state.step:
             return
         batches = min(math.ceil(_MEASURED_PAIRS / self.config.batch_size), self.total_steps)
+        measured: list[PairBatch] = []
         moments = []
         with contextlib.closing(self._batches(0, batches)) as pairs:
             waiting = Waiting()
@@ -207,9 +218,13 @@ class TrackTraining(TrainingRun):
                 if self._stopping(batch, counted=False) or batch is None:
                     raise self._saved_and_stopped(stop)
                 moments.append(self.step.moments(batch.searches))
+                measured = [batch]
         total = self.ranks.mean(torch.stack(moments).mean(0).flatten()).view(2, -1)
         mean, square = total[0], total[1]
-        self.model.head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
+        head = self.model.head
+        head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
+        responses = self.step.responses(measured[0].exemplars, measured[0].searches)
+        head.bias.data.sub_(self.ranks.mean(responses.mean().view(1))[0])
 
     def _steps(
         self, batches: Iterator[PairBatch], log: RunLog | None, stop: StopRequest, shown: Progress

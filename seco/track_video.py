@@ -24,7 +24,7 @@ def with_boxes(
 
     Boxes are x, y, w, h, px; the first pixel is 1. A box of less than a pixel is drawn as one.
     """
-    drawn = frame.copy()
+    drawn: Pixels = frame.copy()
     height, width = frame.shape[:2]
     thick = max(1, round(min(height, width) / 160))
     for (x, y, box_width, box_height), colour in boxes:
