@@ -32,7 +32,7 @@ def patch_frames(
     phases = rng.uniform(0, 2 * math.pi, 3)
     pictures, boxes = [], []
     for frame in range(frames):
-        side = round(36 * (1 + growth * math.sin(phases[0] + frame / 12)))
+        side = round(36 * (1 + growth * math.sin(phases[0] + frame / 8)))
         x = round(width / 2 + 0.3 * width * math.sin(phases[1] + frame / 11) - side / 2)
         y = round(height / 2 + 0.25 * height * math.sin(phases[2] + frame / 14) - side / 2)
         picture = np.broadcast_to(plain, (height, width, 3)).copy()
