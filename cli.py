@@ -18,7 +18,7 @@ from seco.demo_config import DemoConfig
 from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
-from seco.track_config import TrackEvalConfig, TrackRunConfig, TrackTrainConfig
+from seco.track_config import FEATURE_LAYERS, TrackEvalConfig, TrackRunConfig, TrackTrainConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -528,6 +528,35 @@ def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) ->
     whole = not only_step
     found = run(PretrainConfig(**settings), repeats, switches=whole, plain=whole)
     print(to_json(found) if as_json else step_table(found))
+
+
+@bench.command("track")
+@click.option("--shards", multiple=True, help="Tracking shards, to measure being fed from them.")
+@click.option("--arch", default="resnet50", show_default=True, help="Of the backbone.")
+@click.option(
+    "--feature-layer",
+    default="layer4",
+    show_default=True,
+    type=click.Choice(FEATURE_LAYERS),
+    help="Of its features.",
+)
+@click.option("--batch-size", default=8, show_default=True, help="Pairs of a training step.")
+@click.option("--workers", default=2, show_default=True, help="Loader processes.")
+@click.option("--device", default="auto", show_default=True, help="Where it computes.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_track(as_json: bool, arch: str, feature_layer: str, **settings: Any) -> None:
+    """Tracking a frame, and a training step, beside their bare cost and the plain way.
+
+    \b
+    Example: seco bench track --arch resnet18 --shards shards/otb100.json
+    """
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import track_table
+    from seco.bench_track import bench_track as run
+
+    found = run(arch, feature_layer, **settings)
+    print(to_json(found) if as_json else track_table(found))
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ def bench_step(
             work()
     with progress("bench step", repeats, "repeats") as bar:
         found.milliseconds = in_turns(
-            ways, repeats, lambda work: _milliseconds(work, device), bar.advance
+            ways, repeats, lambda work: wall_milliseconds(work, device), bar.advance
         )
     ms = found.milliseconds
     found.ratios["ours, of the bare cost"] = ms["ours"] / ms["bare cost"]
@@ -135,7 +135,8 @@ def _ours(
     return lambda: step.run(views, known, next(count), config.lr)
 
 
-def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
+def wall_milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """What ``work`` takes, the device's part included."""
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -236,7 +237,7 @@ def _end_to_end(
         for work in ways.values():
             for _ in range(_WARM_UP):
                 work()
-        medians = in_turns(ways, repeats, lambda work: _milliseconds(work, device))
+        medians = in_turns(ways, repeats, lambda work: wall_milliseconds(work, device))
         batches.close()
     found.milliseconds |= {f"end to end, {name}": value for name, value in medians.items()}
     found.ratios["end to end, of synthetic"] = (

@@ -1,4 +1,4 @@
-"""The figures of ``seco bench loader``, ``views`` and ``step`` for people: Markdown, to keep."""
+"""The figures of ``seco bench loader``, ``views``, ``step`` and ``track``: Markdown, to keep."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from seco.bench_loader import LoaderBench
 from seco.bench_step import StepBench
+from seco.bench_track import TrackBench
 from seco.bench_views import ViewsBench
 
 _MOST_DIGITS = 4
 
 
-def as_json(bench: LoaderBench | ViewsBench | StepBench) -> str:
+def as_json(bench: LoaderBench | ViewsBench | StepBench | TrackBench) -> str:
     """One object."""
     return json.dumps(dataclasses.asdict(bench), indent=1)
 
@@ -74,6 +75,27 @@ def _step_lines(bench: StepBench) -> Iterator[str]:
     yield from _pairs("Triplets a second", bench.triplets_s)
     yield from _pairs("Inter loss and gradient", bench.loss_memory)
     yield from _pairs("Checkpoint", bench.checkpoint)
+
+
+def track_table(bench: TrackBench) -> str:
+    """Times and ratios of tracking a frame and of a training step."""
+    return "\n".join(_track_lines(bench))
+
+
+def _track_lines(bench: TrackBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield _machine(bench.settings)
+    for title, times, ratios in (
+        ("a frame tracked", bench.tracking, bench.tracking_ratios),
+        ("a training step", bench.training, bench.training_ratios),
+    ):
+        yield ""
+        yield from _table(title, "ms", times)
+        yield ""
+        yield from _table("", "ratio", ratios)
+    yield ""
+    yield from _pairs("Frames a second", bench.fps)
+    yield from _pairs("Pairs a second", bench.pairs_s)
 
 
 def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:
