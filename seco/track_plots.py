@@ -7,17 +7,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from seco.otb_metrics import PRECISION_THRESHOLDS, SUCCESS_THRESHOLDS, Curves
-from seco.pages import SERIES
+from seco.pages import INK
 from shards.atomic import atomic_path
 
 SUCCESS_PLOT, PRECISION_PLOT = "success.png", "precision.png"
 _INCHES = (5.2, 3.9)
 _DPI = 150
 _FEW = 8  # sequences that are drawn one by one
+_STYLES = ("-", "--", "-.", ":")
 
 
 def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curves]) -> None:
-    """Write ``success.png`` and ``precision.png``; a few sequences are drawn in grey, too."""
+    """Write ``success.png`` and ``precision.png``; a few sequences are drawn one by one, too."""
     plots = (
         (SUCCESS_PLOT, SUCCESS_THRESHOLDS, "success", "overlap threshold", mean.success_auc, "AUC"),
         (
@@ -33,17 +34,14 @@ def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curv
         figure = Figure(figsize=_INCHES, layout="constrained")
         axes = figure.add_subplot()
         if len(sequences) <= _FEW:
-            for sequence, one in sequences.items():
-                curve = getattr(one, kind)
-                axes.plot(thresholds, curve, color="#b0b0b0", linewidth=1)
-                middle = len(thresholds) // 3
-                axes.annotate(
-                    sequence, (thresholds[middle], curve[middle]), fontsize=7, color="#707070"
-                )
+            for number, (sequence, one) in enumerate(sequences.items()):
+                # Line styles, too: not everybody tells eight colours apart.
+                style = _STYLES[number % len(_STYLES)]
+                axes.plot(thresholds, getattr(one, kind), style, linewidth=1, label=sequence)
         axes.plot(
             thresholds,
             getattr(mean, kind),
-            color=SERIES[0],
+            color=INK,
             linewidth=2.5,
             label=f"{tracker}, {what} {score:.3f}",
         )
@@ -57,6 +55,7 @@ def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curv
             title=f"{kind.capitalize()}, one pass, mean of {len(sequences)} sequences",
         )
         axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
-        axes.legend(loc="lower right" if kind == "precision" else "upper right", framealpha=0.9)
+        place = "lower right" if kind == "precision" else "upper right"
+        axes.legend(loc=place, framealpha=0.9, fontsize="small")
         with atomic_path(out / name) as temporary:
             figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})

@@ -147,8 +147,8 @@ class Evaluation:
                 "frames": frames,
                 **_figures(curves),
                 "fps": _rate([rate]),
-                "success": _rounded(curves.success),
-                "precision": _rounded(curves.precision),
+                "success_curve": _rounded(curves.success),
+                "precision_curve": _rounded(curves.precision),
             }
             for name, curves, frames, rate in zip(
                 self.names, self.curves, self.frames, self.rates, strict=True
@@ -159,6 +159,8 @@ class Evaluation:
             "dataset": self.dataset,
             "tracker": self.tracker,
             **_figures(self.mean),
+            "success_curve": _rounded(self.mean.success),
+            "precision_curve": _rounded(self.mean.precision),
             "fps": _rate(self.rates),
             "sequences": len(self.names),
             "of_sequences": self.of_sequences,

@@ -187,8 +187,8 @@ def test_result_files_are_read_by_the_toolkit(
     for name, theirs in report["seq_wise"].items():
         assert ours[name]["success_auc"] == pytest.approx(theirs["success_score"], abs=1e-6)
         assert ours[name]["precision_20"] == pytest.approx(theirs["precision_score"], abs=1e-6)
-        assert ours[name]["success"] == pytest.approx(theirs["success_curve"], abs=1e-6)
-        assert ours[name]["precision"] == pytest.approx(theirs["precision_curve"], abs=1e-6)
+        assert ours[name]["success_curve"] == pytest.approx(theirs["success_curve"], abs=1e-6)
+        assert ours[name]["precision_curve"] == pytest.approx(theirs["precision_curve"], abs=1e-6)
         assert theirs["speed_fps"] > 0
     overall = report["overall"]
     assert found["success_auc"] == pytest.approx(overall["success_score"], abs=1e-6)
