@@ -386,8 +386,8 @@ def track_run(**settings: Any) -> None:
     with open_video(Path(config.video)) as video:
         for path in run(config, video, video.fps, write_video):
             print(path)
-        if damage := video.damage():
-            print(f"seco: {config.video}: parts do not decode: {damage}", file=sys.stderr)
+        if video.damage:
+            print(f"seco: {config.video}: parts do not decode: {video.damage}", file=sys.stderr)
 
 
 @seco.command()

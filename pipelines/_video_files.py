@@ -26,34 +26,39 @@ class VideoFile:
     """The frames of a video file as they come, upright and with square pixels.
 
     They take the way of prepared ones: exact colour, as JPEG files.
+
+    Attributes:
+        damage: ffmpeg's complaint of what did not decode, if any; known at the end.
     """
 
     def __init__(self, decoded: Decoding, path: Path) -> None:
+        self.damage: str | None = None
         self._decoded = decoded
         self._path = path
 
     def __iter__(self) -> Iterator[tuple[float, bytes]]:
-        """(seconds, JPEG) of every frame that decodes.
+        """(seconds, JPEG) of every frame that decodes; after damage, of those before it.
 
         Raises:
             InputError: nothing decodes, or the file is no video.
         """
+        given = 0
         try:
             for time, planes in self._decoded:
                 width, height = self._decoded.width, self._decoded.height
                 matrix, full_range = self._decoded.matrix, self._decoded.full_range
                 exact = jpeg_planes(planes, width, height, matrix, full_range)
                 yield time, encode_jpeg(exact, _QUALITY)
+                given += 1
+            self.damage = self._decoded.damage
         except DecodeError as error:
-            raise InputError(error.message, self._path) from error
+            if not given:
+                raise InputError(error.message, self._path) from error
+            self.damage = error.message
 
     def fps(self) -> float | None:
         """As the container says; known when the first frame is there."""
         return self._decoded.source_fps
-
-    def damage(self) -> str | None:
-        """ffmpeg's complaint of what did not decode; known at the end."""
-        return self._decoded.damage
 
 
 @contextmanager

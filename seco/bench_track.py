@@ -155,10 +155,7 @@ def _training(
     batches = None
     if shards is not None:
         stream = PairStream(shards, n, 0, config.max_gap)
-        loader = PairLoader(
-            stream, config, first_step=0, last_step=10**9, pin=device.type == "cuda"
-        )
-        batches = iter(loader)
+        batches = iter(PairLoader(stream, config, first_step=0, last_step=10**9))
 
         def fed() -> None:
             assert batches is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,14 @@ from seco.track_config import OTB, TrackEvalConfig, check_tracker
 from seco.track_frames import frames_ahead
 from seco.track_model import load_tracker
 from seco.track_plots import write_plots
-from seco.track_results import Evaluation, Floats, ResultFolder, Tracked, sequence_name
+from seco.track_results import (
+    Evaluation,
+    Floats,
+    ResultFolder,
+    Tracked,
+    is_file_name,
+    sequence_name,
+)
 from seco.track_video import TRACKED, TRUE, WriteVideo, with_boxes
 from seco.tracker import Tracker
 from seco.weights import tensors_sha256
@@ -64,6 +72,8 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
         InputError: the settings, shards or tracker cannot be used, or no sequence can be evaluated.
     """
     check_tracker(config)
+    if not is_file_name(config.name):
+        raise InputError(f"{config.name!r} is no file name", "--name")
     shards = open_shards(config.shards)
     model, said = load_tracker(Path(config.tracker))
     out = Path(config.out or Path(config.tracker).parent / f"eval-{shards.name}")
@@ -85,7 +95,7 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
             done = shown.done
             try:
                 sequence = _sequence(shards, video)
-                tracked = results.finished(sequence.name, len(sequence.truth))
+                tracked = results.finished(sequence.name, sequence.truth)
                 if tracked is None:
                     boxes, seconds = _track(tracker, shards, sequence, found, shown)
                     tracked = results.write(sequence.name, boxes, seconds)
@@ -112,10 +122,11 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
 
 
 def _dataset(shards: ShardSet) -> str:
-    try:
-        return shards.record(0).dataset or shards.name
-    except UnreadableFrame:
-        return shards.name
+    with contextlib.suppress(UnreadableFrame):
+        named = str(shards.record(0).dataset)
+        if is_file_name(named):
+            return named
+    return shards.name
 
 
 def _sequence(shards: ShardSet, video: int) -> _Sequence:
@@ -126,6 +137,8 @@ def _sequence(shards: ShardSet, video: int) -> _Sequence:
     except (UnreadableFrame, ValueError) as error:
         raise _LeftOut(str(error)) from error
     frames = shards.frame_count(video)
+    if not is_file_name(str(record.key)):
+        raise _LeftOut(f"{record.key!r} is no file name")
     if record.dataset == OTB and not record.splits:
         raise _LeftOut("is not of OTB-100")
     if len(truth) != frames:

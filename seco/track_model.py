@@ -33,7 +33,7 @@ def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
         search: (N, C, H, W).
 
     Returns:
-        (N, H - h + 1, W - w + 1).
+        (N, H - h + 1, W - w + 1), in float32 even under autocast.
     """
     n, _, height, width = search.shape
     h, w = exemplar.shape[2:]
@@ -43,7 +43,7 @@ def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
     shifted = products.contiguous().as_strided(
         (n, h, w, height - h + 1, width - w + 1), (size, row + width, cell + 1, width, 1)
     )
-    return shifted.sum((1, 2))
+    return shifted.sum((1, 2), dtype=torch.promote_types(products.dtype, torch.float32))
 
 
 class SiameseHead(nn.Module):
@@ -96,7 +96,7 @@ class SiameseHead(nn.Module):
 
     def correlation(self, exemplar: Tensor, search: Tensor) -> Tensor:
         """Projected (N or 1, D, h, w) and (N, D, H, W) → (N, H - h + 1, W - w + 1), scaled."""
-        return cross_correlation(exemplar, search).float() * self._scale
+        return cross_correlation(exemplar, search) * self._scale
 
     def forward(self, exemplar: Tensor, search: Tensor) -> Tensor:
         """Features of N pairs to their logits."""

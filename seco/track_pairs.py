@@ -137,7 +137,6 @@ class PairLoader:
         config: of the run.
         first_step: counted over epochs.
         last_step: the one after the last.
-        pin: let a GPU read the batches' memory by itself.
     """
 
     def __init__(
@@ -147,7 +146,6 @@ class PairLoader:
         *,
         first_step: int,
         last_step: int,
-        pin: bool = False,
     ) -> None:
         workers = config.workers
         self._stream = stream
@@ -160,7 +158,6 @@ class PairLoader:
             prefetch_factor=_BATCHES_AHEAD if workers else None,
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=leave_signals_to_parent if workers else None,
-            pin_memory=pin,
         )
 
     def __iter__(self) -> Generator[PairBatch, None, None]:

@@ -55,7 +55,10 @@ def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curv
             title=f"{kind.capitalize()}, one pass, mean of {len(sequences)} sequences",
         )
         axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
-        place = "lower right" if kind == "precision" else "upper right"
-        axes.legend(loc=place, framealpha=0.9, fontsize="small")
+        axes.legend(
+            loc="lower right" if kind == "precision" else "upper right",
+            framealpha=0.9,
+            fontsize="small",
+        )
         with atomic_path(out / name) as temporary:
             figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})

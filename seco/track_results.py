@@ -18,9 +18,16 @@ from shards.errors import InputError
 RESULT = "track.json"
 _TOOLKIT_FOLDER = "OTB2015"  # what the GOT-10k toolkit calls OTB-100
 _TARGET = re.compile(r"(Jogging|Skating2)-([12])")
+_FILE_NAME = re.compile(r"\w[\w.-]*")
+_ROUNDING = 1e-3  # of three decimals
 _IDENTITY = "tracking.json"  # whose results lie in a folder
 
 Floats = NDArray[np.float64]
+
+
+def is_file_name(text: str) -> bool:
+    """Whether this may name a file: shards of others could hold paths that lead elsewhere."""
+    return bool(_FILE_NAME.fullmatch(text))
 
 
 def sequence_name(key: str, dataset: str) -> str:
@@ -77,8 +84,9 @@ class ResultFolder:
         else:
             write_text(mark, text)
 
-    def finished(self, name: str, frames: int) -> Tracked | None:
-        """A sequence that an earlier, interrupted evaluation has done."""
+    def finished(self, name: str, truth: Floats) -> Tracked | None:
+        """A sequence that an earlier, interrupted evaluation has done; (F, 4) are its boxes."""
+        frames = len(truth)
         try:
             boxes = np.loadtxt(self._boxes(name), delimiter=",", ndmin=2)
             seconds = np.loadtxt(self._times(name), ndmin=1)
@@ -86,6 +94,8 @@ class ResultFolder:
             return None
         if boxes.shape != (frames, 4) or seconds.shape != (frames,):
             return None
+        if np.abs(boxes[0] - truth[0]).max() > _ROUNDING:
+            return None  # of frames of another size
         return Tracked(name, boxes, seconds)
 
     def write(self, name: str, boxes: Floats, seconds: Floats) -> Tracked:
@@ -95,7 +105,7 @@ class ResultFolder:
             self._boxes(name),
             "".join(",".join(f"{value:.3f}" for value in box) + "\n" for box in boxes),
         )
-        found = self.finished(name, len(boxes))
+        found = self.finished(name, boxes)
         assert found is not None
         return found
 

@@ -191,14 +191,7 @@ class TrackTraining(TrainingRun):
         return self.state.last
 
     def _batches(self, first: int, last: int) -> Generator[PairBatch, None, None]:
-        loader = PairLoader(
-            self.stream,
-            self.config,
-            first_step=first,
-            last_step=last,
-            pin=self.device.type == "cuda",
-        )
-        return iter(loader)
+        return iter(PairLoader(self.stream, self.config, first_step=first, last_step=last))
 
     def _measure(self, stop: StopRequest) -> None:
         """What a new run's head starts from, of its first pairs.

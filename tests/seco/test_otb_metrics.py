@@ -16,7 +16,7 @@ from tests.data import lacking, shared
 SEQUENCES = ("Crossing", "Jumping", "MotorRolling", "Skiing")
 
 
-def toolkit(results: Path, reports: Path) -> Any:
+def toolkit(results: Path, reports: Path, root: Path | None = None) -> Any:
     """The toolkit's evaluation of OTB-100 over the sequences there are."""
     try:
         import matplotlib
@@ -28,7 +28,7 @@ def toolkit(results: Path, reports: Path) -> Any:
         lacking("the got10k toolkit is not installed")
     experiment = ExperimentOTB.__new__(ExperimentOTB)
     with contextlib.redirect_stdout(io.StringIO()):
-        experiment.dataset = OTB(str(shared("otb")), 2015, download=False)
+        experiment.dataset = OTB(str(root or shared("otb")), 2015, download=False)
     experiment.result_dir = str(results / "OTB2015")
     experiment.report_dir = str(reports / "OTB2015")
     experiment.nbins_iou, experiment.nbins_ce = 21, 51

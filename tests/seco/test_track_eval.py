@@ -19,6 +19,7 @@ from PIL import Image
 
 import seco.track_eval
 from cli import run
+from pipelines._ffmpeg import run_ffmpeg
 from pipelines._video_files import open_video, write_video
 from seco.checkpoint import load_checkpoint, save_checkpoint
 from seco.track_config import TrackerConfig, TrackEvalConfig, TrackTrainConfig
@@ -173,15 +174,7 @@ def test_a_static_target_stays(tracker: Path) -> None:
 # What is written
 
 
-def test_result_files_are_read_by_the_toolkit(
-    tracker: Path, cheap: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(shared("otb"), tmp_path / "shards", dataset="otb100", frames=None)
-    out = tmp_path / "out"
-    found = evaluate(str(tmp_path / "shards" / "otb100.json"), tracker, out, name="drift")
-    experiment = toolkit(out, tmp_path / "reports")
-    with contextlib.redirect_stdout(io.StringIO()):
-        report = experiment.report(["drift"])["drift"]
+def require_the_toolkits_figures(found: dict[str, Any], report: dict[str, Any]) -> None:
     ours = {row["sequence"]: row for row in found["per_sequence"]}
     assert set(ours) == set(SEQUENCES) == set(report["seq_wise"])
     for name, theirs in report["seq_wise"].items():
@@ -194,6 +187,21 @@ def test_result_files_are_read_by_the_toolkit(
     assert found["success_auc"] == pytest.approx(overall["success_score"], abs=1e-6)
     assert found["precision_20"] == pytest.approx(overall["precision_score"], abs=1e-6)
     assert found["precision_auc"] == pytest.approx(np.mean(overall["precision_curve"]), abs=1e-6)
+    assert found["success_curve"] == pytest.approx(overall["success_curve"], abs=1e-6)
+
+
+def reported(name: str, out: Path, reports: Path, root: Path | None = None) -> dict[str, Any]:
+    experiment = toolkit(out, reports, root)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found: dict[str, Any] = experiment.report([name])[name]
+    return found
+
+
+def test_result_files_are_read_by_the_toolkit(tracker: Path, cheap: None, tmp_path: Path) -> None:
+    prepare(shared("otb"), tmp_path / "shards", dataset="otb100", frames=None)
+    out = tmp_path / "out"
+    found = evaluate(str(tmp_path / "shards" / "otb100.json"), tracker, out, name="drift")
+    require_the_toolkits_figures(found, reported("drift", out, tmp_path / "reports"))
     assert 0.05 < found["success_auc"] < 0.7
     assert (found["sequences"], found["of_sequences"]) == (4, 100)
     assert (found["dataset"], found["frames"]) == ("otb100", 678)
@@ -205,12 +213,37 @@ def test_result_files_are_read_by_the_toolkit(
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
+def test_a_real_tracker_on_real_sequences(tracker: Path, tmp_path: Path) -> None:
+    raw, frames = tmp_path / "raw", 4
+    for name in SEQUENCES:
+        (raw / name / "img").mkdir(parents=True)
+        for image in sorted((shared("otb") / name / "img").iterdir())[:frames]:
+            shutil.copy(image, raw / name / "img")
+        truth = (shared("otb") / name / "groundtruth_rect.txt").read_text().splitlines()
+        (raw / name / "groundtruth_rect.txt").write_text("\n".join(truth[:frames]) + "\n")
+    prepare(raw, tmp_path / "shards", dataset="otb100", frames=None)
+    spec, out = str(tmp_path / "shards" / "otb100.json"), tmp_path / "out"
+    found = evaluate(spec, tracker, out, scales=1)
+    require_the_toolkits_figures(found, reported("seco", out, tmp_path / "reports", raw))
+    assert found["success_auc"] > 0.3
+
+
 def test_targets_of_shared_sequences_have_the_toolkits_names(
     tracker: Path, cheap: None, tmp_path: Path
 ) -> None:
-    keys = ["Jogging-1", "Jogging-2", "Skating2-1", "Human4-2", "David"]
-    spec = make_sequences(tmp_path / "set", 5, 3, dataset="otb100", keys=keys)
-    evaluate(spec, tracker, tmp_path / "out")
+    def change(number: int, fields: dict[str, Any]) -> None:
+        if number == 5:
+            fields["splits"] = {}
+        if number == 6:
+            fields["key"] = "../../Elsewhere"
+
+    keys = ["Jogging-1", "Jogging-2", "Skating2-1", "Human4-2", "David", "David_old", "Other"]
+    spec = make_sequences(tmp_path / "set", 7, 3, dataset="otb100", keys=keys, change=change)
+    found = evaluate(spec, tracker, tmp_path / "out")
+    assert found["notes"] == [
+        "left out: David_old: is not of OTB-100",
+        "left out: ../../Elsewhere: '../../Elsewhere' is no file name",
+    ]
     folder = tmp_path / "out" / "OTB2015" / "seco"
     expected = {"Jogging.1", "Jogging.2", "Skating2.1", "Human4", "David"}
     assert {path.name.removesuffix(".txt") for path in folder.glob("*.txt")} == expected
@@ -461,6 +494,26 @@ def test_run_follows_a_target_through_a_file(
     pictures = list(decoded(shown))
     assert len(pictures) == 6
     assert pictures[0].shape == (122, 162, 3)
+
+
+def test_run_keeps_what_came_before_damage(
+    tracker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames, boxes = patch_frames(100, 4)
+    whole, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
+    clip = np.stack(frames).tobytes()
+    size = f"{SIZE[1]}x{SIZE[0]}"
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", "10", "-i", "pipe:0"]
+    run_ffmpeg([*raw, "-c:v", "mjpeg", "-y", str(whole)], stdin=clip)
+    data = whole.read_bytes()
+    cut.write_bytes(data[: data.rindex(b"\xff\xd8") - 2000])
+    command = ["track", "run", "--video", str(cut), "--box", ",".join(map(str, boxes[0]))]
+    command += ["--tracker", str(tracker), "--device", "cpu", "--scales", "1"]
+    command += ["--out", str(tmp_path / "b.csv"), "--out-video", str(tmp_path / "v.mp4")]
+    assert run(command) == 0
+    assert "parts do not decode" in capsys.readouterr().err
+    assert 2 <= len((tmp_path / "b.csv").read_text().splitlines()) <= 4
+    assert (tmp_path / "v.mp4").is_file()
 
 
 @pytest.mark.parametrize(
