@@ -541,7 +541,7 @@ def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) ->
     help="Of its features.",
 )
 @click.option("--batch-size", default=8, show_default=True, help="Pairs of a training step.")
-@click.option("--workers", default=2, show_default=True, help="Loader processes.")
+@click.option("--workers", default=2, show_default=True, help="Loader processes, on a GPU.")
 @click.option("--device", default="auto", show_default=True, help="Where it computes.")
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -36,7 +36,11 @@ _WARM_UP = 2
 
 @dataclass
 class TrackBench:
-    """Median milliseconds, by wall clock, and what follows from them."""
+    """Median milliseconds and what follows from them.
+
+    By wall clock on a GPU. On the CPU it is processor time, which others on the machine change
+    least; the loader then works within the process, so that its time counts.
+    """
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -65,7 +69,7 @@ def bench_track(
         feature_layer: of its features.
         shards: of a tracking set.
         batch_size: pairs of a training step.
-        workers: loader processes of the step that is fed from shards.
+        workers: loader processes of the step that is fed from shards, on a GPU.
         device: where it computes.
         repeats: measurements of each figure.
 
@@ -82,7 +86,10 @@ def bench_track(
     else:
         found.settings["threads"] = torch.get_num_threads()
     config = TrackTrainConfig(
-        feature_layer=feature_layer, batch_size=batch_size, workers=workers, precision="fp32"
+        feature_layer=feature_layer,
+        batch_size=batch_size,
+        workers=workers if where.type == "cuda" else 0,
+        precision="fp32",
     )
     torch.manual_seed(0)
     model = SiamFC(random_backbone(arch, 0), config).to(where)
