@@ -19,6 +19,7 @@ from seco.eval_config import ProbeConfig, RetrieveConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
+from seco.track_config import FEATURE_LAYERS, TrackEvalConfig, TrackRunConfig, TrackTrainConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -410,6 +411,75 @@ def retrieve_duplicates(**settings: Any) -> None:
     print(duplicates(RetrieveConfig(**settings)).table())
 
 
+@seco.group()
+def track() -> None:
+    """Track a target with SiamFC on frozen features: train, evaluate, run."""
+
+
+@track.command("train")
+@settings_options(TrackTrainConfig, required=("shards", "checkpoint"))
+def track_train(**settings: Any) -> None:
+    """Train the 1×1 convolution of a tracker on a frozen backbone.
+
+    \b
+    Example: seco track train --shards "shards/got10k-{000..038}.tar" \\
+               --checkpoint runs/k400/last.pt
+    """
+    from seco.launch import launch
+    from seco.track_config import check_training
+
+    again = "go on with the same command and --resume auto"
+    if code := launch(TrackTrainConfig(**settings), track_train_here, check_training, again=again):
+        raise click.exceptions.Exit(code)
+
+
+def track_train_here(config: TrackTrainConfig) -> int:
+    """One process of a tracker's training: its exit code."""
+
+    def work() -> None:
+        from seco.track_train import track_train as run
+
+        checkpoint = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(checkpoint)
+
+    return exit_code(work)
+
+
+@track.command("eval")
+@settings_options(TrackEvalConfig, required=("shards", "tracker"))
+def track_eval(**settings: Any) -> None:
+    """One-pass evaluation on sequences with boxes, such as OTB-100's.
+
+    \b
+    Example: seco track eval --shards shards/otb100.json --tracker runs/track-got10k/last.pt
+    """
+    from pipelines._video_files import write_video
+    from seco.track_eval import track_eval as run
+
+    print(run(TrackEvalConfig(**settings), write_video).table())
+
+
+@track.command("run")
+@settings_options(TrackRunConfig, required=("video", "box", "tracker"))
+def track_run(**settings: Any) -> None:
+    """Follow a target through a video file: boxes as CSV, and a video that shows them.
+
+    \b
+    Example: seco track run --video street.mp4 --box 120,80,40,60 \\
+               --tracker runs/track-got10k/last.pt
+    """
+    from pipelines._video_files import open_video, write_video
+    from seco.track_run import track_run as run
+
+    config = TrackRunConfig(**settings)
+    with open_video(Path(config.video)) as video:
+        for path in run(config, video, video.fps, write_video):
+            print(path)
+        if video.damage:
+            print(f"seco: {config.video}: parts do not decode: {video.damage}", file=sys.stderr)
+
+
 @seco.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--html", default=None, help="Write a page with histogram and contact sheet.")
@@ -607,6 +677,35 @@ def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: A
 
     found = run(features, rivals=not only_ours, **sizes)
     print(to_json(found) if as_json else probe_table(found))
+
+
+@bench.command("track")
+@click.option("--shards", multiple=True, help="Tracking shards, to measure being fed from them.")
+@click.option("--arch", default="resnet50", show_default=True, help="Of the backbone.")
+@click.option(
+    "--feature-layer",
+    default="layer4",
+    show_default=True,
+    type=click.Choice(FEATURE_LAYERS),
+    help="Of its features.",
+)
+@click.option("--batch-size", default=8, show_default=True, help="Pairs of a training step.")
+@click.option("--workers", default=2, show_default=True, help="Loader processes, on a GPU.")
+@click.option("--device", default="auto", show_default=True, help="Where it computes.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_track(as_json: bool, arch: str, feature_layer: str, **settings: Any) -> None:
+    """Tracking a frame, and a training step, beside their bare cost and the plain way.
+
+    \b
+    Example: seco bench track --arch resnet18 --shards shards/otb100.json
+    """
+    from seco.bench_tables import as_json as to_json
+    from seco.bench_tables import track_table
+    from seco.bench_track import bench_track as run
+
+    found = run(arch, feature_layer, **settings)
+    print(to_json(found) if as_json else track_table(found))
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:

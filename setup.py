@@ -53,6 +53,7 @@ setup(
         "s3": ["s3fs"],
         "dev": [
             "av",
+            "got10k",
             "hypothesis",
             "moto[server]",
             "mypy",
@@ -64,6 +65,7 @@ setup(
             "ruff",
             "s3fs",
             "scikit-learn",
+            "six",  # which got10k needs and does not name
         ],
     },
     entry_points={"console_scripts": ["seco=cli:main"]},

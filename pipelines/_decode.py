@@ -236,7 +236,7 @@ def decoding(
     path: Path,
     *,
     short_edge: int,
-    timeout_seconds: float,
+    timeout_seconds: float | None,
     binary: str,
     only: Sequence[int] | None = None,
 ) -> Iterator[Decoding]:

@@ -11,12 +11,15 @@ from seco.bench_extract import ExtractBench
 from seco.bench_loader import LoaderBench
 from seco.bench_probe import ProbeBench
 from seco.bench_step import StepBench
+from seco.bench_track import TrackBench
 from seco.bench_views import ViewsBench
 
 _MOST_DIGITS = 4
 
 
-def as_json(bench: LoaderBench | ViewsBench | StepBench | ExtractBench | ProbeBench) -> str:
+def as_json(
+    bench: LoaderBench | ViewsBench | StepBench | ExtractBench | ProbeBench | TrackBench,
+) -> str:
     """One object."""
     return json.dumps(dataclasses.asdict(bench), indent=1)
 
@@ -115,6 +118,27 @@ def _probe_lines(bench: ProbeBench) -> Iterator[str]:
     yield from _pairs("Ours", bench.solver)
     yield from _pairs("LIBLINEAR", bench.liblinear)
     yield from _pairs("Agreement", bench.agreement)
+
+
+def track_table(bench: TrackBench) -> str:
+    """Times and ratios of tracking a frame and of a training step."""
+    return "\n".join(_track_lines(bench))
+
+
+def _track_lines(bench: TrackBench) -> Iterator[str]:
+    yield _machine(bench.machine)
+    yield _machine(bench.settings)
+    for title, times, ratios in (
+        ("a frame tracked", bench.tracking, bench.tracking_ratios),
+        ("a training step", bench.training, bench.training_ratios),
+    ):
+        yield ""
+        yield from _table(title, "ms", times)
+        yield ""
+        yield from _table("", "ratio", ratios)
+    yield ""
+    yield from _pairs("Frames a second", bench.fps)
+    yield from _pairs("Pairs a second", bench.pairs_s)
 
 
 def _table(name: str, unit: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -115,20 +115,33 @@ def open_stream(
         return SequentialStream(
             expand_spec(spec), batch_size, sampling, seed, steps_per_epoch, rank, world_size
         )
-    if cache is not None and not isinstance(shards.access, CachedAccess):
-        raise InputError("is for remote shards, these are on this machine", "--cache-dir")
     if steps_per_epoch is not None:
         raise InputError(
             "is for shards without index alone; these have one", "--steps-per-epoch", "leave it out"
         )
+    window = chosen_window(shards, cache, window_shards)
+    return TripletStream(shards, batch_size, sampling, seed, rank, world_size, window)
+
+
+def chosen_window(shards: ShardSet, cache: CacheSettings | None, window_shards: int | None) -> int:
+    """How many shards are shuffled at a time, 0 for the whole set.
+
+    Args:
+        shards: opened with this cache.
+        cache: where they are kept, if anywhere.
+        window_shards: what the user says; None: 64 for shards that are cached, else the whole set.
+
+    Raises:
+        InputError: a cache for local shards, or one that does not hold two windows.
+    """
     cached = isinstance(shards.access, CachedAccess)
+    if cache is not None and not cached:
+        raise InputError("is for remote shards, these are on this machine", "--cache-dir")
     if window_shards is None:
         window_shards = _WINDOW_SHARDS if cached else 0
     if cached and cache is not None:
         _require_room(shards, window_shards, int(cache.limit_gb * 1e9))
-    return TripletStream(
-        shards, batch_size, sampling, seed, rank, world_size, min(window_shards, len(shards.counts))
-    )
+    return min(window_shards, len(shards.counts))
 
 
 def _require_room(shards: ShardSet, window: int, limit_bytes: int) -> None:

@@ -80,14 +80,14 @@ class Stream(Protocol):
         """Stop what goes on in the background."""
 
 
-class TripletStream:
-    """Batches of triplets of an indexed set, by epoch and step.
+class IndexedStream:
+    """Which videos of an indexed set make up each batch, by epoch and step.
 
     Args:
-        shards: the set; videos with fewer than 3 stored frames are left out and counted.
+        shards: the set.
         batch_size: B, the global batch.
-        sampling: ``uniform`` or ``halves`` (:func:`shards.triplets.draw_triplets`).
         seed: the run's seed.
+        min_frames: videos with fewer stored frames are left out and counted.
         rank: this process's number of ``world_size`` processes; each takes B / world_size.
         window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
 
@@ -99,8 +99,9 @@ class TripletStream:
         self,
         shards: ShardSet,
         batch_size: int,
-        sampling: str,
         seed: int,
+        *,
+        min_frames: int,
         rank: int = 0,
         world_size: int = 1,
         window_shards: int = 0,
@@ -110,17 +111,16 @@ class TripletStream:
         self.batch_size = batch_size
         self.rows = rows_of_rank(batch_size, world_size)
         self.seed = seed
-        self._sampling = sampling
         self._first_row = rank * self.rows
         self.window_shards = window_shards
-        self._videos = UsableVideos(shards, MIN_FRAMES)
+        self._videos = UsableVideos(shards, min_frames)
         self.left_out = self._videos.left_out
         # Whole global batches; the rest of an epoch is left out and differs every epoch.
         self.steps_per_epoch = len(self._videos) // batch_size
         self._wanted: tuple[str, ...] = ()
         if not self.steps_per_epoch:
             raise InputError(
-                f"{len(self._videos)} videos of {MIN_FRAMES} frames or more do not fill a batch "
+                f"{len(self._videos)} videos of {min_frames} frames or more do not fill a batch "
                 f"of {batch_size}",
                 "--shards",
                 "lower --batch-size or add videos",
@@ -137,17 +137,16 @@ class TripletStream:
     def enter(self, worker: int, workers: int) -> None:
         pass  # who reads makes no difference
 
-    def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
+    def positions(self, step: int, rows: Sequence[int]) -> list[int]:
+        """Where the rows of this rank's slice of a batch stand in the epoch."""
         start = step * self.batch_size + self._first_row
-        return self._read(epoch, [start + row for row in rows])
+        return [start + row for row in rows]
 
-    def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
-        """The video at the same place of the ``attempt``-th next batch, so not of this one."""
+    def substitute_position(self, step: int, row: int, attempt: int) -> int:
+        """Where the video stands that takes a row's place: not in the same batch."""
         place = (attempt - 1) * self.batch_size + self._first_row + row
         begin = step * self.batch_size
-        position = substitute_position(place, begin, self.batch_size, len(self._videos))
-        (sample,) = self._read(epoch, [position])
-        return sample
+        return substitute_position(place, begin, self.batch_size, len(self._videos))
 
     def announce(self, epoch: int, step: int) -> None:
         if self.window_shards:
@@ -174,6 +173,50 @@ class TripletStream:
 
     def close(self) -> None:
         self.shards.access.close()
+
+
+class TripletStream(IndexedStream):
+    """Batches of triplets of an indexed set, by epoch and step.
+
+    Args:
+        shards: the set; videos with fewer than 3 stored frames are left out and counted.
+        batch_size: B, the global batch.
+        sampling: ``uniform`` or ``halves`` (:func:`shards.triplets.draw_triplets`).
+        seed: the run's seed.
+        rank: this process's number of ``world_size`` processes; each takes B / world_size.
+        window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
+
+    Raises:
+        InputError: fewer usable videos than one batch needs, or B does not divide.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        batch_size: int,
+        sampling: str,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        window_shards: int = 0,
+    ) -> None:
+        super().__init__(
+            shards,
+            batch_size,
+            seed,
+            min_frames=MIN_FRAMES,
+            rank=rank,
+            world_size=world_size,
+            window_shards=window_shards,
+        )
+        self._sampling = sampling
+
+    def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
+        return self._read(epoch, self.positions(step, rows))
+
+    def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
+        (sample,) = self._read(epoch, [self.substitute_position(step, row, attempt)])
+        return sample
 
     def _read(self, epoch: int, positions: Sequence[int]) -> list[Sample]:
         """A sample is a function of (seed, epoch, video) alone."""

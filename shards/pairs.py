@@ -1,0 +1,215 @@
+"""Pairs of a tracking sequence: an exemplar and, a little later, the frame it is searched in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.access import UnreadableFrame
+from shards.draws import sample_starts, uniforms
+from shards.format import VideoRecord
+from shards.reader import ShardSet
+from shards.stream import IndexedStream
+
+MIN_FRAMES = 2
+DRAWS = 1  # uniform numbers a pair takes
+
+# SiamFC's conditions on the box of a frame that is trained on.
+_MIN_AREA_PX = 20
+_SIDE_PX = (20, 500)
+_SIDE_OF_IMAGE = (0.01, 0.5)
+_ASPECT = (0.25, 4.0)
+_COVER_OF_BEST = 0.3
+
+Box = tuple[float, float, float, float]  # x, y (of the first pixel: 1), w, h; px
+
+
+@dataclass(frozen=True)
+class PairFrames:
+    """One sample: the sequence, two JPEG files and the target's box in each."""
+
+    key: str
+    video: int  # its number in the set
+    jpegs: tuple[bytes, bytes]  # exemplar, search
+    boxes: tuple[Box, Box]
+
+
+@dataclass(frozen=True)
+class NoPair:
+    """What stands in the place of a sample that cannot be made.
+
+    Attributes:
+        unreadable: it is damaged, rather than of no use for training.
+    """
+
+    key: str
+    reason: str
+    unreadable: bool
+
+
+PairSample = PairFrames | NoPair
+
+
+def usable_frames(record: VideoRecord) -> NDArray[np.int64]:
+    """Numbers of the frames whose box may be trained on, increasing.
+
+    SiamFC's conditions: area of 20 px or more, sides of 20 to 500 px and of 1 to 50 % of the
+    image's, width / height of 0.25 to 4, cover above 30 % of the sequence's best; and, where frames
+    are marked absent, not these.
+
+    Raises:
+        ValueError: the boxes are none, or the flags do not fit them.
+    """
+    boxes = boxes_of(record)
+    frames = len(boxes)
+    sides = boxes[:, 2:]
+    shares = sides / np.array([max(record.width, 1), max(record.height, 1)])
+    aspect = sides[:, 0] / np.maximum(1, sides[:, 1])
+    usable = sides.prod(axis=1) >= _MIN_AREA_PX
+    for values, (least, most) in ((sides, _SIDE_PX), (shares, _SIDE_OF_IMAGE)):
+        usable &= ((values >= least) & (values <= most)).all(axis=1)
+    usable &= (aspect >= _ASPECT[0]) & (aspect <= _ASPECT[1])
+    if record.cover is not None:
+        cover = _flags(record.cover, "cover", frames)
+        usable &= cover > _COVER_OF_BEST * cover.max(initial=0)
+    if record.absence is not None:
+        usable &= _flags(record.absence, "absence", frames) == 0
+    return np.flatnonzero(usable)
+
+
+def boxes_of(record: VideoRecord) -> NDArray[np.float64]:
+    """(F, 4) x, y, w, h, px, the first pixel being 1; (0, 4) when the record has none.
+
+    Raises:
+        ValueError: something in the place of boxes.
+    """
+    try:
+        boxes = np.array(record.boxes or [], dtype=np.float64).reshape(len(record.boxes or []), 4)
+    except (ValueError, TypeError) as error:
+        raise ValueError("boxes that are not x, y, w, h") from error
+    if not np.isfinite(boxes).all():
+        raise ValueError("boxes that are not finite")
+    return boxes
+
+
+def _flags(values: Any, name: str, frames: int) -> NDArray[np.float64]:
+    try:
+        flags = np.array(values, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} that is no number a frame") from error
+    if flags.shape != (frames,):
+        raise ValueError(f"{name} of {flags.size} frames for {frames} boxes")
+    return flags
+
+
+def draw_pair(uniform: float, frames: NDArray[np.int64], max_gap: int) -> tuple[int, int] | None:
+    """Two of ``frames``, the first before the second, every allowed pair equally likely.
+
+    Args:
+        uniform: a number in [0, 1).
+        frames: (n,) increasing.
+        max_gap: frames between them, at most.
+
+    Returns:
+        None when no two are so near.
+    """
+    first = np.arange(len(frames))
+    # How many may follow each.
+    following = np.searchsorted(frames, frames + max_gap, side="right") - first - 1
+    ends = np.cumsum(following)
+    if not len(ends) or not ends[-1]:
+        return None
+    chosen = min(int(uniform * ends[-1]), int(ends[-1]) - 1)
+    one = int(np.searchsorted(ends, chosen, side="right"))
+    other = one + 1 + chosen - int(ends[one] - following[one])
+    return int(frames[one]), int(frames[other])
+
+
+class PairStream(IndexedStream):
+    """Batches of pairs of an indexed tracking set, by epoch and step.
+
+    Args:
+        shards: the set; sequences with fewer than 2 stored frames are left out and counted.
+        batch_size: B, the global batch.
+        seed: the run's seed.
+        max_gap: frames between exemplar and search, at most.
+        rank: this process's number of ``world_size`` processes; each takes B / world_size.
+        window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
+
+    Raises:
+        InputError: fewer usable sequences than one batch needs, or B does not divide.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        batch_size: int,
+        seed: int,
+        max_gap: int,
+        rank: int = 0,
+        world_size: int = 1,
+        window_shards: int = 0,
+    ) -> None:
+        super().__init__(
+            shards,
+            batch_size,
+            seed,
+            min_frames=MIN_FRAMES,
+            rank=rank,
+            world_size=world_size,
+            window_shards=window_shards,
+        )
+        self._max_gap = max_gap
+
+    def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[PairSample]:
+        """Samples at these rows (0 … ``rows`` - 1) of this rank's slice of a batch."""
+        return self._read(epoch, self.positions(step, rows))
+
+    def substitute(self, epoch: int, step: int, row: int, attempt: int) -> PairSample:
+        """The sample that takes the place of one that cannot be made."""
+        (sample,) = self._read(epoch, [self.substitute_position(step, row, attempt)])
+        return sample
+
+    def _read(self, epoch: int, positions: Sequence[int]) -> list[PairSample]:
+        """A sample is a function of (seed, epoch, sequence) alone."""
+        videos = self.videos(epoch, positions).tolist()
+        keys = [self.shards.key(video) for video in videos]
+        drawn = uniforms(sample_starts(self.seed, epoch, keys, "pair"), DRAWS)[:, 0]
+        chosen = [self._choose(*row) for row in zip(videos, keys, drawn.tolist(), strict=True)]
+        pairs = [pair for pair in chosen if not isinstance(pair, NoPair)]
+        read = iter(
+            self.shards.read_frames([(video, n) for video, frames, _ in pairs for n in frames])
+        )
+        samples: list[PairSample] = []
+        for key, pair in zip(keys, chosen, strict=True):
+            if isinstance(pair, NoPair):
+                samples.append(pair)
+                continue
+            exemplar, search = next(read), next(read)
+            if isinstance(exemplar, bytes) and isinstance(search, bytes):
+                samples.append(PairFrames(key, pair[0], (exemplar, search), pair[2]))
+            else:
+                reason = exemplar if isinstance(exemplar, UnreadableFrame) else search
+                samples.append(NoPair(key, str(reason), unreadable=True))
+        return samples
+
+    def _choose(
+        self, video: int, key: str, uniform: float
+    ) -> NoPair | tuple[int, tuple[int, int], tuple[Box, Box]]:
+        """(video, its two frames, their boxes)."""
+        try:
+            record = self.shards.record(video)
+            if len(record.boxes or []) > self.shards.frame_count(video):
+                raise ValueError("more boxes than frames")
+            pair = draw_pair(uniform, usable_frames(record), self._max_gap)
+        except (UnreadableFrame, ValueError) as error:
+            return NoPair(key, str(error), unreadable=True)
+        if pair is None or record.boxes is None:
+            few = f"no two frames within {self._max_gap} have boxes that can be trained on"
+            return NoPair(key, few, unreadable=False)
+        one, other = ((*map(float, record.boxes[number]),) for number in pair)
+        return video, pair, (one, other)  # type: ignore[return-value]
