@@ -1,7 +1,7 @@
 """Forwards of a frozen backbone, several batches at a time.
 
-On the CPU each batch is computed by one thread: as many batches at a time as there are cores take
-less time than all cores on one batch, whose threads wait for each other at every layer, and a sum
+On the CPU each batch is computed by one thread, as many batches at a time as there are cores: no
+thread waits for another at every layer (which costs most on a machine that is shared), and a sum
 is the same to the last bit on a machine with any number of cores. On a GPU two batches are under
 way, so that one is copied while the other is computed.
 """
