@@ -106,8 +106,8 @@ class WorkingSets:
         rows = torch.cat([ws.index[kept], new])
         x = self._products.take(rows)
         sign = torch.isin(new, own).double() * 2 - 1
-        ws.replace(kept, new, sign, x)
-        self._products.worked(len(rows), ws.kernel.dtype, len(new))
+        computed = ws.replace(kept, new, sign, x)
+        self._products.worked(computed, ws.kernel.dtype, rows=1)
         ws.solve(torch.ones_like(ws.sign) if margin is None else margin[rows].double(), self._c)
         weights = ws.coefficients @ x.double()
         bound = ws.lower_bound(weights @ weights, self._c)

@@ -15,6 +15,7 @@ from torch import Tensor
 from seco.svm_line_search import factor, line_search
 
 _MAX_NEWTON = 30
+_FILLED_AT_ONCE = 128  # rows
 
 
 @dataclass
@@ -32,8 +33,8 @@ class WorkingSet:
         nothing = torch.zeros(0, dtype=torch.float64, device=device)
         return cls(nothing.long(), nothing, nothing.to(dtype)[:, None].expand(0, 0), nothing)
 
-    def replace(self, kept: Tensor, new: Tensor, new_sign: Tensor, x: Tensor) -> None:
-        """Keep some rows and add others.
+    def replace(self, kept: Tensor, new: Tensor, new_sign: Tensor, x: Tensor) -> int:
+        """Keep some rows and add others; returns the entries of the kernel matrix computed.
 
         Args:
             kept: (m,) which of the rows stay.
@@ -44,12 +45,12 @@ class WorkingSet:
         kernel = self.kernel.new_empty((len(x), len(x)))
         kernel[:m, :m] = self.kernel[kept][:, kept]
         x = x.to(kernel.dtype)
-        kernel[m:] = x[m:] @ x.T
-        kernel[:m, m:] = kernel[m:, :m].T
+        computed = _fill(kernel, x, m)
         self.kernel = kernel
         self.index = torch.cat([self.index[kept], new])
         self.sign = torch.cat([self.sign[kept], new_sign])
         self.coefficients = torch.cat([self.coefficients[kept], new_sign.new_zeros(len(new))])
+        return computed
 
     def solve(self, margin: Tensor, c: float) -> None:
         """Coefficients of the minimum over these rows alone.
@@ -69,8 +70,8 @@ class WorkingSet:
             right = (sign * margin - b / (2 * c))[inside]
             leaving = (~active & (b != 0)).nonzero().flatten()
             if len(leaving):
-                right = right + kernel[inside][:, leaving] @ b[leaving]
-            matrix = kernel[inside][:, inside]
+                right = right + (b[leaving] @ kernel[leaving])[inside]
+            matrix = self.kernel[inside][:, inside].double()  # float32 rows are copied faster
             matrix.diagonal().add_(1 / (2 * c))
             target[inside] = torch.cholesky_solve(right[:, None], factor(matrix))[:, 0]
             product = kernel @ target
@@ -90,3 +91,18 @@ class WorkingSet:
         """The dual objective, below the minimum over all rows; ``square`` is ||X_Wᵀ b||²."""
         a = self.coefficients.abs()
         return a.sum() - square / 2 - a.square().sum() / (4 * c)
+
+
+def _fill(kernel: Tensor, x: Tensor, start: int) -> int:
+    """Rows and columns of X Xᵀ from ``start`` on; of what is symmetric nearly a half is spared.
+
+    Returns the number of entries computed.
+    """
+    computed = 0
+    step = max(_FILLED_AT_ONCE, (len(x) - start) // 8)
+    for first in range(start, len(x), step):
+        last = min(first + step, len(x))
+        torch.mm(x[first:last], x[:last].T, out=kernel[first:last, :last])
+        kernel[:first, first:last] = kernel[first:last, :first].T
+        computed += (last - first) * last
+    return computed
