@@ -143,7 +143,13 @@ class TrackTraining(TrainingRun):
         _require_boxes(shards)
         window = chosen_window(shards, cache, config.window_shards)
         self.stream = PairStream(
-            shards, config.batch_size, config.seed, config.max_gap, ranks.rank, ranks.size, window
+            shards,
+            config.batch_size,
+            config.seed,
+            config.max_gap,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            window_shards=window,
         )
         self.out = Path(config.out or f"runs/track-{self.stream.name}")
         if ranks.first:

@@ -137,32 +137,17 @@ class PairStream(IndexedStream):
         batch_size: B, the global batch.
         seed: the run's seed.
         max_gap: frames between exemplar and search, at most.
-        rank: this process's number of ``world_size`` processes; each takes B / world_size.
-        window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
+        place: ``rank``, ``world_size`` and ``window_shards`` of
+            :class:`~shards.stream.IndexedStream`.
 
     Raises:
         InputError: fewer usable sequences than one batch needs, or B does not divide.
     """
 
     def __init__(
-        self,
-        shards: ShardSet,
-        batch_size: int,
-        seed: int,
-        max_gap: int,
-        rank: int = 0,
-        world_size: int = 1,
-        window_shards: int = 0,
+        self, shards: ShardSet, batch_size: int, seed: int, max_gap: int, **place: int
     ) -> None:
-        super().__init__(
-            shards,
-            batch_size,
-            seed,
-            min_frames=MIN_FRAMES,
-            rank=rank,
-            world_size=world_size,
-            window_shards=window_shards,
-        )
+        super().__init__(shards, batch_size, seed, min_frames=MIN_FRAMES, **place)
         self._max_gap = max_gap
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[PairSample]:
