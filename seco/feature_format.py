@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.vectors import release
 from shards.errors import InputError
 
 FORMAT_VERSION = 1
@@ -36,6 +37,7 @@ def require_finite(array: NDArray[np.float32], keys: Sequence[str], folder: Path
     for start in range(0, len(array), rows):
         block = array[start : start + rows]
         bad = np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(axis=1))
+        release(array)
         if len(bad):
             raise InputError(
                 f"the features of {keys[start + int(bad[0])]} are not finite",
