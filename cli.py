@@ -15,9 +15,10 @@ from pipelines._config import PrepareConfig
 from seco import __version__
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
-from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.eval_config import ProbeConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
+from seco.retrieve_config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -267,57 +268,57 @@ def retrieve() -> None:
 
 
 @retrieve.command("evaluate")
-@settings_options(RetrieveConfig, required=("features",))
+@settings_options(EvaluateConfig, required=("features",))
 def retrieve_evaluate(**settings: Any) -> None:
     """R@k of test videos among training videos, and of a video's halves.
 
     \b
-    Example: seco retrieve evaluate --features features/ucf101
+    Example: seco retrieve evaluate --features features/ucf101 --split all
     """
     from seco.retrieval import evaluate
 
-    print(evaluate(RetrieveConfig(**settings)).table())
+    print(evaluate(EvaluateConfig(**settings)).table())
 
 
 @retrieve.command("build")
-@settings_options(RetrieveConfig, required=("features",))
+@settings_options(BuildConfig, required=("features",))
 def retrieve_build(**settings: Any) -> None:
-    """Save a faiss index of the features.
+    """Save a faiss index of the features; of an IVF-PQ, state its recall against exact search.
 
     \b
-    Example: seco retrieve build --features features/ucf101
+    Example: seco retrieve build --features features/k400 --ivfpq-above 100000
     """
-    from seco.retrieval import build
+    from seco.index_files import build
 
-    print(build(RetrieveConfig(**settings)))
+    print(build(BuildConfig(**settings)).table())
 
 
 @retrieve.command("query")
-@click.option("--video", required=True, help="Key of the query video (videos.csv lists them).")
-@click.option("--html", default="nearest.html", show_default=True, help="The page to write.")
-@settings_options(RetrieveConfig, required=("features",))
-def retrieve_query(video: str, html: str, **settings: Any) -> None:
-    """Write a page of the videos nearest to one.
+@settings_options(QueryConfig, required=("features",))
+def retrieve_query(**settings: Any) -> None:
+    """Write a page of the videos nearest to one of the set, or to a video file.
 
     \b
     Example: seco retrieve query --features features/ucf101 --video v_Archery_g01_c01
+             seco retrieve query --features features/ucf101 --file mine.mp4 --checkpoint last.pt
     """
+    from pipelines._one_file import decode_file
     from seco.retrieval_page import write_query_page
 
-    print(write_query_page(RetrieveConfig(**settings), video, Path(html)))
+    print(write_query_page(QueryConfig(**settings), decode_file))
 
 
 @retrieve.command("duplicates")
-@settings_options(RetrieveConfig, required=("features",))
+@settings_options(DuplicatesConfig, required=("features",))
 def retrieve_duplicates(**settings: Any) -> None:
-    """List near-duplicate videos across training and test rows.
+    """List videos that are in training and test rows both, or nearly so, frame by frame.
 
     \b
-    Example: seco retrieve duplicates --features features/ucf101
+    Example: seco retrieve duplicates --features features/ucf101 --html duplicates.html
     """
     from seco.duplicates import duplicates
 
-    print(duplicates(RetrieveConfig(**settings)).table())
+    print(duplicates(DuplicatesConfig(**settings)).table())
 
 
 @seco.command()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from seco.pages import printable
 from seco.set_summary import Videos, label_of
+from seco.thumbnails import small_picture
 from shards.access import UnreadableFrame
 from shards.atomic import atomic_path
 
@@ -23,14 +22,6 @@ _PAPER = (250, 250, 250)
 _INK = (40, 44, 48)
 _EMPTY = (228, 231, 234)
 _BROKEN = (190, 40, 40)
-_UNDECODABLE = (
-    UnreadableFrame,
-    OSError,
-    ValueError,
-    SyntaxError,  # Pillow's for a broken PNG
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -121,13 +112,11 @@ def _strip(shard_set: Videos, video: int, frames_per_video: int) -> Strip:
 def _tile(shard_set: Videos, video: int, frame: int) -> Image.Image | None:
     """The frame within a tile, its aspect kept; None when it cannot be decoded."""
     try:
-        data = shard_set.read_frame(video, frame)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as stored:
-            stored.draft("RGB", TILE_PX)  # libjpeg decodes at a fraction of the size
-            picture = stored.convert("RGB")
-    except _UNDECODABLE:
+        picture = small_picture(shard_set.read_frame(video, frame), TILE_PX)
+    except UnreadableFrame:
         return None
-    picture.thumbnail(TILE_PX)
+    if picture is None:
+        return None
     tile = Image.new("RGB", TILE_PX, _EMPTY)
     tile.paste(picture, ((TILE_PX[0] - picture.width) // 2, (TILE_PX[1] - picture.height) // 2))
     return tile

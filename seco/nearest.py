@@ -1,102 +1,107 @@
-"""Exact and approximate nearest neighbours by cosine, with faiss."""
+"""Exact nearest neighbours by cosine, with faiss, of vectors that may exceed the memory."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.unit_rows import unit_rows
+from seco.vectors import Vectors
 from shards.errors import InputError
 from shards.progress import progress
 
-_IVFPQ_LEAST = 256  # a code book of 8 bits has 256 entries
-_TRAINED_ON_LEAST = 39  # rows a list below which faiss warns of poor clusters
-_PROBED_LISTS = 32
-_CODE_BYTES = 64
-_QUERIES_AT_ONCE = 4096
+_QUERIES_AT_ONCE = 8192
+
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
-def build_index(features: NDArray[np.float32], ivfpq_above: int = 0) -> Any:
-    """A faiss index of the cosine over the rows of features (V, D).
+class NearestIndex(Protocol):
+    """Finds the nearest of the vectors it was made of."""
 
-    Args:
-        ivfpq_above: exact up to this many rows, an IVF-PQ past it (about 64 bytes a video and a
-            few per cent of the recall); 0 for always exact.
+    def __len__(self) -> int: ...
 
-    Raises:
-        InputError: too few rows to train an IVF-PQ on.
-    """
-    rows, dimension = features.shape
-    if index_kind(rows, ivfpq_above) == "flat":
-        exact = faiss.IndexFlatIP(dimension)
-        for start in range(0, rows, _QUERIES_AT_ONCE):
-            exact.add(unit_rows(features[start : start + _QUERIES_AT_ONCE]))
-        return exact
-    if rows < _IVFPQ_LEAST:
-        raise InputError(
-            f"{rows} videos are too few for an approximate index", "--ivfpq-above", "raise it"
-        )
-    unit = unit_rows(features)
-    lists = max(1, min(round(4 * rows**0.5), rows // _TRAINED_ON_LEAST))
-    codes = max(m for m in range(1, min(_CODE_BYTES, dimension) + 1) if dimension % m == 0)
-    quantizer = faiss.IndexFlatIP(dimension)
-    index = faiss.IndexIVFPQ(quantizer, dimension, lists, codes, 8, faiss.METRIC_INNER_PRODUCT)
-    index.train(unit)
-    index.add(unit)
-    index.nprobe = min(_PROBED_LISTS, lists)
-    return index
+    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+        """Cosines and positions (Q, k) of the nearest to each query, the nearest first.
+
+        k is at most the size of the index; position -1 is nothing found (approximate ones only).
+
+        Args:
+            title: shown with a progress bar, if given.
+        """
 
 
-def index_kind(rows: int, ivfpq_above: int) -> str:
-    """``flat`` or ``ivfpq``.
-
-    Raises:
-        InputError: a negative limit.
-    """
-    if ivfpq_above < 0:
-        raise InputError("must be 0 or more", "--ivfpq-above")
-    return "ivfpq" if 0 < ivfpq_above < rows else "flat"
-
-
-def search(
-    index: Any, queries: NDArray[np.float32], k: int, device: str = "auto", title: str = ""
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Cosines and rows (Q, k) of the nearest to queries (Q, D), the nearest first.
-
-    k is at most the size of the index; row -1 is nothing found (approximate indexes only).
+class ExactIndex:
+    """Compares with every vector, read block by block: nothing has to be built or kept.
 
     Args:
-        device: ``auto`` takes the GPUs when faiss can use any; exact indexes only.
-        title: shown with a progress bar, if given.
+        vectors: what is searched in.
+        device: ``auto`` takes a GPU when faiss can use one.
 
     Raises:
         InputError: a GPU is asked for and faiss can use none.
     """
-    k = min(k, index.ntotal)
-    index = _placed(index, device)
-    similarity = np.empty((len(queries), k), dtype=np.float32)
-    found = np.empty((len(queries), k), dtype=np.int64)
-    if not title:
-        similarity[:], found[:] = index.search(unit_rows(queries), k)
-        return similarity, found
-    with progress(title, len(queries), "queries") as shown:
-        for start in range(0, len(queries), _QUERIES_AT_ONCE):
-            block = slice(start, start + _QUERIES_AT_ONCE)
-            similarity[block], found[block] = index.search(unit_rows(queries[block]), k)
-            shown.advance(len(queries[block]))
-    return similarity, found
+
+    def __init__(self, vectors: Vectors, device: str = "auto") -> None:
+        self._vectors = vectors
+        self._gpu = gpus_for(device) > 0
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+        """See :class:`NearestIndex`; of equal cosines the one in the earlier block comes first."""
+        k = min(k, len(self))
+        cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        found = np.full((len(queries), k), -1, dtype=np.int64)
+        passes = -(-len(queries) // _QUERIES_AT_ONCE)
+        with progress(title, passes * len(self), "comparisons", quiet=not title) as shown:
+            for first in range(0, len(queries), _QUERIES_AT_ONCE):
+                some = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
+                asked = queries.take(np.arange(some.start, some.stop))
+                for start, block in self._vectors.blocks():
+                    near, at = self._compare(asked, block, min(k, len(block)))
+                    _merge(cosines[some], found[some], near, at + start)
+                    shown.advance(len(block))
+        return cosines, found
+
+    def _compare(self, queries: NDArray[np.float32], block: NDArray[np.float32], k: int) -> Found:
+        compare = functools.partial(faiss.knn_gpu, _gpu_resources()) if self._gpu else faiss.knn
+        cosines, found = compare(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return cosines, found
 
 
-def _placed(index: Any, device: str) -> Any:
-    # faiss-cpu and faiss-gpu share a name; only the second moves indexes. An IVF-PQ stays on the
-    # CPU: a GPU's look-up tables hold no codes of 64 bytes.
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
+def gpus_for(device: str) -> int:
+    """How many GPUs faiss is to use.
+
+    Raises:
+        InputError: an unknown device, or a GPU is asked for and faiss can use none.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"unknown device {device!r}", "--device", "cpu or cuda")
-    if device == "cuda" and not gpus:
+    # faiss-cpu and faiss-gpu share a name; only the second has the resources.
+    there = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    if device == "cuda" and not there:
         raise InputError("faiss can use no GPU here", "--device", "install faiss-gpu or give cpu")
-    movable = gpus and device != "cpu" and isinstance(index, faiss.IndexFlat)
-    return faiss.index_cpu_to_all_gpus(index) if movable else index
+    return 0 if device == "cpu" else there
+
+
+@functools.lru_cache
+def _gpu_resources() -> Any:
+    return faiss.StandardGpuResources()  # holds gigabytes of the GPU: once
+
+
+def _merge(
+    cosines: NDArray[np.float32],
+    found: NDArray[np.int64],
+    near: NDArray[np.float32],
+    at: NDArray[np.int64],
+) -> None:
+    """Put the k best of both into ``cosines`` and ``found`` (Q, k)."""
+    k = cosines.shape[1]
+    both = np.concatenate([cosines, near], axis=1)
+    order = np.argsort(-both, axis=1, kind="stable")[:, :k]
+    cosines[:] = np.take_along_axis(both, order, axis=1)
+    found[:] = np.take_along_axis(np.concatenate([found, at], axis=1), order, axis=1)

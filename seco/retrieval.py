@@ -1,39 +1,43 @@
-"""``seco retrieve``: a faiss index over features, recalls and nearest videos.
+"""``seco retrieve evaluate``: recalls of test videos among training videos.
 
 Similarity is the cosine: the inner product of unit vectors.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.eval_config import RetrieveConfig
 from seco.eval_splits import TrainTest, read_train_test
-from seco.feature_store import (
-    UNLABELLED,
-    Features,
-    discard,
-    encoder_name,
-    read_features,
-)
-from seco.nearest import build_index, index_kind, search
+from seco.feature_store import UNLABELLED, Features, read_features
+from seco.index_files import recall_line, stated_recall
+from seco.ivfpq import build_index, index_kind
 from seco.pages import percent, printable
-from shards.atomic import atomic_path, write_json
+from seco.retrieve_config import ALL_SPLITS, EvaluateConfig
+from seco.vectors import Vectors
+from shards.atomic import write_json
 from shards.errors import InputError
 
-RESULT, INDEX = "retrieval.json", "retrieval.faiss"
+RESULT = "retrieval.json"
 LABEL_KS = (1, 5, 10, 20, 50)
 SAME_VIDEO_KS = (1, 5, 10)
 
-_FORMAT_VERSION = 1
+
+@dataclass(frozen=True)
+class SplitRecalls:
+    """R@k of one split by label, as fractions."""
+
+    label: dict[int, float]
+    queries: int
+    gallery: int
+    train_split: str
+    test_split: str
+    recall: dict[str, Any] | None  # of an approximate index, against the exact search
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class RetrievalResult:
     """Recalls as fractions, by k.
 
     ``label``: a test video is found at k when one of its k nearest training videos has its label;
-    empty for a set without labels. ``same_video``: the first half of a video finds its own second
+    empty for a set without labels; with several splits it is their mean, and ``queries`` and
+    ``gallery`` are their sums. ``same_video``: the first half of a video finds its own second
     half among those of all videos.
     """
 
@@ -56,12 +61,13 @@ class RetrievalResult:
     dataset: str
     encoder: dict[str, Any]
     notes: list[str]
+    splits: list[SplitRecalls]
 
     def to_json(self) -> dict[str, Any]:
         """``retrieval.json``."""
         return {
-            "label": {str(k): value for k, value in self.label.items()},
-            "same_video": {str(k): value for k, value in self.same_video.items()},
+            "label": _by_name(self.label),
+            "same_video": _by_name(self.same_video),
             "queries": self.queries,
             "gallery": self.gallery,
             "videos": self.videos,
@@ -71,6 +77,9 @@ class RetrievalResult:
             "dataset": self.dataset,
             "encoder": self.encoder,
             "notes": self.notes,
+            "splits": [
+                {**dataclasses.asdict(one), "label": _by_name(one.label)} for one in self.splits
+            ],
         }
 
     def table(self) -> str:
@@ -80,170 +89,105 @@ class RetrievalResult:
             cells = "   ".join(f"R@{k} {percent(value)}%" for k, value in recalls.items())
             return f"{title}: {cells or 'not measured'}"
 
-        searched = f"{self.queries} videos ({self.test_split}) in {self.gallery}"
-        return "\n".join(
-            [
-                line(f"same label, {searched} ({self.train_split})", self.label),
-                line(f"own second half among {self.videos} videos", self.same_video),
-                *(f"note: {printable(note)}" for note in self.notes),
-            ]
-        )
+        lines = [
+            line(
+                f"same label, {one.queries} videos ({one.test_split}) in {one.gallery} "
+                f"({one.train_split})",
+                one.label,
+            )
+            for one in self.splits
+        ] or [line("same label", {})]
+        if len(self.splits) > 1:
+            lines.append(line(f"mean of {len(self.splits)} splits", self.label))
+        lines.append(line(f"own second half among {self.videos} videos", self.same_video))
+        recalls = [one.recall for one in self.splits if one.recall]
+        lines += [f"IVF-PQ {recall_line(recall)}" for recall in recalls]
+        return "\n".join([*lines, *(f"note: {printable(note)}" for note in self.notes)])
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """A video near another; ``right`` is None where one of the two has no label."""
-
-    row: int
-    key: str
-    similarity: float
-    label_name: str
-    right: bool | None
-
-
-def evaluate(config: RetrieveConfig) -> RetrievalResult:
+def evaluate(config: EvaluateConfig) -> RetrievalResult:
     """R@k of test videos among training videos, and of videos' halves; writes ``retrieval.json``.
 
     Raises:
         InputError: settings or feature folders cannot be used.
     """
     features = read_features(config.features)
-    rows, notes = _labelled_rows(config, features)
-    label: dict[int, float] = {}
-    queried = features
-    if rows is not None:
-        queried = rows.test
-        index = build_index(rows.train.features[rows.train_rows], config.ivfpq_above)
-        _, found = search(
-            index, rows.test.features[rows.test_rows], max(LABEL_KS), config.device, "R@k by label"
-        )
-        # faiss gives row -1 where an approximate index finds fewer than asked for.
-        right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
-        label = _recalls(right, LABEL_KS)
-    halved = np.flatnonzero(queried.frames >= 2)
-    if len(halved) < len(queried):
-        notes.append(f"{len(queried) - len(halved)} videos of one frame have no halves")
-    same_video: dict[int, float] = {}
-    if len(halved):
-        index = build_index(queried.halves[halved, 1], config.ivfpq_above)
-        _, found = search(
-            index, queried.halves[halved, 0], max(SAME_VIDEO_KS), config.device, "R@k of halves"
-        )
-        same_video = _recalls(found == np.arange(len(halved))[:, None], SAME_VIDEO_KS)
-    largest = max(len(halved), 0 if rows is None else len(rows.train_rows))
+    found, notes = _labelled_rows(config, features)
+    splits = [_split_recalls(config, rows) for rows in found]
+    queried = found[0].test if found else features
+    same_video, videos = _halves(config, queried)
+    if videos < len(queried):
+        notes.append(f"{len(queried) - videos} videos of one frame have no halves")
+    largest = max([videos, *(one.gallery for one in splits)])
     result = RetrievalResult(
-        label=label,
+        label={k: float(np.mean([one.label[k] for one in splits])) for k in LABEL_KS if splits},
         same_video=same_video,
-        queries=0 if rows is None else len(rows.test_rows),
-        gallery=0 if rows is None else len(rows.train_rows),
-        videos=len(halved),
-        train_split="none" if rows is None else rows.train_split,
-        test_split="none" if rows is None else rows.test_split,
-        index=index_kind(largest, config.ivfpq_above),
+        queries=sum(one.queries for one in splits),
+        gallery=sum(one.gallery for one in splits),
+        videos=videos,
+        train_split=", ".join(one.train_split for one in splits) or "none",
+        test_split=", ".join(one.test_split for one in splits) or "none",
+        index=index_kind(largest, config),
         dataset=queried.dataset,
         encoder=features.encoder,
-        notes=notes,
+        notes=list(dict.fromkeys(notes)),
+        splits=splits,
     )
-    write_json(_out(config) / RESULT, result.to_json())
+    write_json(Path(config.out or config.features) / RESULT, result.to_json())
     return result
 
 
-def build(config: RetrieveConfig) -> Path:
-    """Save an index of all videos, ``retrieval.faiss``, with a description of it; returns its path.
-
-    Raises:
-        InputError: the feature folder cannot be used, or the file not be written.
-    """
-    features = read_features(config.features)
-    index = build_index(features.features, config.ivfpq_above)
-    path = _out(config) / INDEX
-    # The description is written last: without it the index is not used.
-    discard(_description(path))
-    with atomic_path(path) as temporary:
-        try:
-            faiss.write_index(index, str(temporary))
-        except RuntimeError as error:  # faiss's for any failing write
-            raise InputError("cannot be written", path, "free some space") from error
-    write_json(_description(path), _identity(features))
-    return path
-
-
-def open_index(path: Path, features: Features) -> Any:
-    """Open a saved index, which must be of these features.
-
-    Raises:
-        InputError: damaged, or an index of another encoder or of other videos.
-    """
-    again = "run `seco retrieve build` again"
-    try:
-        identity = json.loads(_description(path).read_bytes())
-        encoder, videos = dict(identity["encoder"]), identity["keys_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError("has no readable description", path, again) from error
-    wanted = _identity(features)
-    if encoder.get("sha256") != features.encoder["sha256"]:
-        raise InputError(
-            f"is of another encoder ({encoder_name(encoder)}) than {features.folder} "
-            f"({encoder_name(features.encoder)})",
-            path,
-            again,
-        )
-    if videos != wanted["keys_sha256"]:
-        raise InputError(f"is of other videos than {features.folder}", path, again)
-    try:
-        index = faiss.read_index(str(path))
-    except (RuntimeError, MemoryError) as error:
-        raise InputError("is missing or damaged", path, again) from error
-    if (index.ntotal, index.d) != features.features.shape:
-        raise InputError(
-            f"holds {index.ntotal} x {index.d} values, the features are "
-            f"{features.features.shape[0]} x {features.features.shape[1]}",
-            path,
-            again,
-        )
-    return index
-
-
-def query(
-    features: Features, key: str, neighbours: int, index: Any = None, device: str = "auto"
-) -> list[Neighbour]:
-    """The videos nearest to one, itself left out, the nearest first.
-
-    Args:
-        index: of all rows of ``features``; built here if not given.
-
-    Raises:
-        InputError: there is no such video.
-    """
-    row = features.find(key)
-    if neighbours < 1:
-        raise InputError("must be 1 or more", "--neighbours")
-    if index is None:
-        index = build_index(features.features)
-    similarity, found = search(index, features.features[row : row + 1], neighbours + 1, device)
-    label = features.labels[row]
-    nearest = []
-    for other, s in zip(found[0].tolist(), similarity[0].tolist(), strict=True):
-        if other in (row, -1):
-            continue
-        labelled = UNLABELLED not in (label, features.labels[other])
-        right = bool(label == features.labels[other]) if labelled else None
-        name = features.label_names[other]
-        nearest.append(Neighbour(other, features.keys[other], s, name, right))
-    return nearest[:neighbours]
-
-
-def _labelled_rows(
-    config: RetrieveConfig, features: Features
-) -> tuple[TrainTest | None, list[str]]:
-    if (features.labels == UNLABELLED).all():
-        return None, ["no video has a label: only the halves are measured"]
-    if config.test_features is None and not features.splits:
-        return None, ["the videos have no splits: only the halves are measured"]
-    rows = read_train_test(
-        config.features, config.test_features, config.split, config.train_split, config.test_split
+def _split_recalls(config: EvaluateConfig, rows: TrainTest) -> SplitRecalls:
+    gallery = Vectors(rows.train.features, rows.train_rows)
+    index = build_index(gallery, config, config.device, "Adding")
+    queries = Vectors(rows.test.features, rows.test_rows)
+    _, found = index.search(queries, max(LABEL_KS), f"R@k of {rows.test_split}")
+    # Row -1: an approximate index found fewer than asked for.
+    right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
+    approximate = index_kind(len(gallery), config) != "flat"
+    return SplitRecalls(
+        label=_recalls(right, LABEL_KS),
+        queries=len(queries),
+        gallery=len(gallery),
+        train_split=rows.train_split,
+        test_split=rows.test_split,
+        recall=stated_recall(index, gallery, config.device) if approximate else None,
     )
-    return rows, rows.notes()
+
+
+def _halves(config: EvaluateConfig, queried: Features) -> tuple[dict[int, float], int]:
+    """R@k of the second half of each video, and how many videos have two."""
+    rows = np.flatnonzero(queried.frames >= 2)
+    if not len(rows):
+        return {}, 0
+    index = build_index(Vectors(queried.halves[:, 1], rows), config, config.device, "Adding")
+    first = Vectors(queried.halves[:, 0], rows)
+    _, found = index.search(first, max(SAME_VIDEO_KS), "R@k of halves")
+    return _recalls(found == np.arange(len(rows))[:, None], SAME_VIDEO_KS), len(rows)
+
+
+def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[TrainTest], list[str]]:
+    """What to search in and for, for each split; and what a reader should know."""
+    if (features.labels == UNLABELLED).all():
+        return [], ["no video has a label: only the halves are measured"]
+    if config.test_features is None and not features.splits:
+        return [], ["the videos have no splits: only the halves are measured"]
+    splits: list[str | None] = [config.split]
+    if config.split == ALL_SPLITS and ALL_SPLITS not in features.splits:
+        splits = sorted(name for name in features.splits if name.isdigit())
+        if len(splits) < 2:
+            raise InputError(
+                f"has no numbered splits to take the mean of: {', '.join(features.splits)}",
+                features.folder,
+                "choose one with --split",
+            )
+    found = [
+        read_train_test(
+            config.features, config.test_features, split, config.train_split, config.test_split
+        )
+        for split in splits
+    ]
+    return found, [note for rows in found for note in rows.notes()]
 
 
 def _recalls(right: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[int, float]:
@@ -251,19 +195,5 @@ def _recalls(right: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[int, float]:
     return {k: float(right[:, :k].any(axis=1).mean()) for k in ks}
 
 
-def _identity(features: Features) -> dict[str, Any]:
-    keys = hashlib.sha256("\n".join(features.keys).encode()).hexdigest()
-    return {
-        "format_version": _FORMAT_VERSION,
-        "encoder": features.encoder,
-        "videos": len(features),
-        "keys_sha256": keys,
-    }
-
-
-def _description(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _out(config: RetrieveConfig) -> Path:
-    return Path(config.out or config.features)
+def _by_name(recalls: dict[int, float]) -> dict[str, float]:
+    return {str(k): value for k, value in recalls.items()}

@@ -2,79 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from seco.eval_config import RetrieveConfig
 from seco.feature_store import Features, encoder_name, read_features
-from seco.pages import data_uri, printable, render_page
-from seco.retrieval import INDEX, Neighbour, open_index, query
-from shards.access import UnreadableFrame
+from seco.index_files import INDEX, open_index
+from seco.nearest import ExactIndex, NearestIndex
+from seco.pages import printable, render_page
+from seco.query import (
+    DecodeFile,
+    Neighbour,
+    encode_frames,
+    frames_of_file,
+    query,
+    query_vector,
+)
+from seco.retrieve_config import QueryConfig
+from seco.thumbnails import FramesOf, frames_of, thumbnail
+from seco.vectors import Vectors
 from shards.atomic import write_text
+from shards.errors import InputError
 from shards.opening import open_shards
-from shards.reader import ShardSet
 
 FRAMES_OF_QUERY = 5
 FRAMES_OF_NEIGHBOUR = 3
 
-# (key, how many) -> JPEG bytes in time order, fewer or none if there are no more.
-FramesOf = Callable[[str, int], list[bytes]]
 
-
-def write_query_page(config: RetrieveConfig, key: str, path: Path) -> Path:
-    """Write the page of the videos nearest to ``key``; returns its path.
+def write_query_page(config: QueryConfig, decode: DecodeFile) -> Path:
+    """Write the page of the videos nearest to ``config.video`` or ``config.file``.
 
     An index saved by ``seco retrieve build`` is used if there is one.
 
+    Args:
+        decode: gives the frames of a video file.
+
     Raises:
-        InputError: no such video, an index of other features, or the shards cannot be opened.
+        InputError: no such video, a file that cannot be decoded, another encoder, an index of
+            other features, or the shards cannot be opened.
     """
+    if (config.video is None) == (config.file is None):
+        raise InputError("give one of them", "--video KEY, --file PATH")
+    if config.file is None and config.checkpoint is not None:
+        raise InputError("is for --file", "--checkpoint", "leave it out")
     features = read_features(config.features)
-    saved = Path(config.out or config.features) / INDEX
-    index = open_index(saved, features) if saved.is_file() else None
-    nearest = query(features, key, config.neighbours, index, config.device)
     shards = open_shards(config.shards or tuple(features.meta.get("shards", ())))
-    write_text(path, render_query_page(features, key, nearest, frames_of(shards)))
+    pictures = frames_of(shards)
+    if config.video is not None:
+        index = _index(config, features)
+        nearest = query(features, config.video, config.neighbours, index)
+        html = render_query_page(features, config.video, nearest, pictures)
+    else:
+        file = Path(str(config.file))
+        frames = frames_of_file(file, features, shards, decode, config.timeout)
+        vector = encode_frames(frames, features, config.checkpoint, config.device)
+        index = _index(config, features)
+        nearest = query_vector(features, vector, config.neighbours, index)
+        shown = [frames[len(frames) * n // FRAMES_OF_QUERY] for n in range(FRAMES_OF_QUERY)]
+        html = render_file_page(features, file, shown, nearest, pictures)
+    path = Path(config.html)
+    write_text(path, html)
     return path
 
 
-def frames_of(shards: ShardSet) -> FramesOf:
-    """Evenly spaced stored frames of a video; those that cannot be read are left out."""
-    from seco.features import evenly_spaced
-
-    def read(key: str, count: int) -> list[bytes]:
-        video = shards.find(key)
-        frames = []
-        for number in evenly_spaced(shards.frame_count(video), count):
-            try:
-                frames.append(shards.read_frame(video, number))
-            except UnreadableFrame:
-                continue
-        return frames
-
-    return read
-
-
 def render_query_page(
-    features: Features, key: str, nearest: Sequence[Neighbour], frames_of: FramesOf
+    features: Features, key: str, nearest: Sequence[Neighbour], pictures: FramesOf
 ) -> str:
-    """The page as HTML: the query, then its neighbours; nothing is loaded from elsewhere.
+    """The page of a video of the set, as HTML; nothing is loaded from elsewhere.
 
     Args:
-        nearest: of :func:`seco.retrieval.query`.
-        frames_of: gives the pictures.
+        nearest: of :func:`seco.query.query`.
+        pictures: gives the frames.
     """
     row = features.find(key)
+    asked = {
+        "key": printable(key),
+        "label": printable(features.label_names[row]),
+        "source": printable(features.sources[row]),
+        "pictures": _thumbnails(pictures(key, FRAMES_OF_QUERY)),
+    }
+    return _render(features, asked, nearest, pictures)
+
+
+def render_file_page(
+    features: Features,
+    file: Path,
+    frames: Sequence[bytes],
+    nearest: Sequence[Neighbour],
+    pictures: FramesOf,
+) -> str:
+    """The page of a video file.
+
+    Args:
+        frames: of the file, those to show.
+    """
+    asked = {
+        "key": printable(file.name),
+        "label": "",
+        "source": "a file",
+        "pictures": _thumbnails(frames),
+    }
+    return _render(features, asked, nearest, pictures)
+
+
+def _render(
+    features: Features, asked: dict[str, Any], nearest: Sequence[Neighbour], pictures: FramesOf
+) -> str:
     judged = [n.right for n in nearest if n.right is not None]
     return render_page(
         "retrieval.html.j2",
-        title=f"Nearest to {printable(key)}",
-        query={
-            "key": printable(key),
-            "label": printable(features.label_names[row]),
-            "source": printable(features.sources[row]),
-            "pictures": _pictures(frames_of(key, FRAMES_OF_QUERY)),
-        },
+        title=f"Nearest to {asked['key']}",
+        query=asked,
         neighbours=[
             {
                 "rank": rank,
@@ -82,7 +120,7 @@ def render_query_page(
                 "label": printable(n.label_name),
                 "similarity": f"{n.similarity:.3f}",
                 "right": n.right,
-                "pictures": _pictures(frames_of(n.key, FRAMES_OF_NEIGHBOUR)),
+                "pictures": _thumbnails(pictures(n.key, FRAMES_OF_NEIGHBOUR)),
             }
             for rank, n in enumerate(nearest, start=1)
         ],
@@ -93,5 +131,18 @@ def render_query_page(
     )
 
 
-def _pictures(jpegs: Sequence[bytes]) -> list[str]:
-    return [data_uri(jpeg, "image/jpeg") for jpeg in jpegs]
+def _index(config: QueryConfig, features: Features) -> NearestIndex:
+    # faiss knows cpu and cuda alone; a GPU by its number is torch's.
+    device = config.device.partition(":")[0]
+    saved = Path(config.out or config.features) / INDEX
+    if saved.is_file():
+        return open_index(saved, features, device, config.probes)
+    if config.probes is not None:
+        raise InputError(
+            "there is no saved index", saved, "run `seco retrieve build`, or leave --probes out"
+        )
+    return ExactIndex(Vectors(features.features), device)
+
+
+def _thumbnails(jpegs: Sequence[bytes]) -> list[str]:
+    return [uri for uri in map(thumbnail, jpegs) if uri is not None]
