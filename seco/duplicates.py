@@ -1,79 +1,150 @@
-"""``seco retrieve duplicates``: videos of different splits that are nearly the same."""
+"""``seco retrieve duplicates``: the same video, or nearly, on both sides of a split.
+
+Candidates come cheaply and too many, from features and from small pictures; frames decide
+(:mod:`seco.fingerprints`).
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from seco.eval_config import RetrieveConfig
+from seco.duplicate_frames import FrameReader, Group
+from seco.duplicate_records import Duplicates, Pair, write_pairs
+from seco.duplicates_page import render_duplicates_page
 from seco.eval_splits import choose_split
-from seco.feature_store import Features, read_features, require_same_encoder
-from seco.nearest import build_index, search
-from seco.pages import printable
+from seco.feature_store import read_features, require_same_encoder
+from seco.fingerprints import Match, compare
+from seco.nearest import ExactIndex, NearestIndex
+from seco.retrieve_config import DuplicatesConfig
+from seco.vectors import Vectors
 from shards.atomic import write_text
 from shards.errors import InputError
+from shards.progress import progress
 
 RESULT = "duplicates.csv"
-_DUPLICATES_OF_ONE = 10
+_AT_ONCE = 4096  # comparisons handed to the threads
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Pairs of videos of different splits that are nearly the same: (key, split, key, split, s)."""
-
-    pairs: list[tuple[str, str, str, str, float]]
-    threshold: float
-
-    def table(self) -> str:
-        """The pairs as lines for a terminal."""
-        head = f"{len(self.pairs)} pairs across splits with a cosine of {self.threshold:g} or more"
-        lines = [
-            f"  {s:.4f}  {a_split}: {a}   {b_split}: {b}"
-            for a, a_split, b, b_split, s in self.pairs
-        ]
-        return "\n".join([head, *map(printable, lines)])
-
-
-def duplicates(config: RetrieveConfig) -> Duplicates:
+def duplicates(config: DuplicatesConfig) -> Duplicates:
     """Near-duplicates between different values of the split, or between two folders.
 
-    At most 10 for each video of the later value. Writes ``duplicates.csv``.
+    Writes ``duplicates.csv`` and, with ``config.html``, a page of pictures.
 
     Raises:
-        InputError: the feature folders cannot be used, or there are no two splits.
+        InputError: the feature folders cannot be used, there are no two splits, or the shards
+            cannot be opened.
     """
+    if config.candidates < 1 or (config.workers is not None and config.workers < 1):
+        raise InputError("must be 1 or more", "--candidates, --workers")
+    groups = _groups(config)
+    if config.features_only and config.html is not None:
+        raise InputError("needs frames", "--html", "leave --features-only out")
+    path = Path(config.out or config.features) / RESULT
+    sides = list(itertools.combinations(groups, 2))
+    if config.features_only:
+        pairs = [pair for a, b in sides for pair in _by_features_alone(config, a, b)]
+        pairs.sort(key=lambda pair: (-pair.similarity, pair.key, pair.near_key))
+        found = Duplicates(pairs, 0, [], path, config.threshold)
+        write_pairs(found)
+        return found
+    with FrameReader(config, groups) as videos:
+        pairs, compared = [], 0
+        for a, b in sides:
+            some, tried = _by_frames(config, a, b, videos)
+            pairs += some
+            compared += tried
+        pairs.sort(key=lambda pair: (pair.kind, *_surest_first(pair)))
+        found = Duplicates(pairs, compared, videos.unreadable, path, None)
+        write_pairs(found)
+        if config.html is not None:
+            write_text(Path(config.html), render_duplicates_page(found, videos.frames_of))
+    return found
+
+
+def _by_frames(
+    config: DuplicatesConfig, a: Group, b: Group, videos: FrameReader
+) -> tuple[list[Pair], int]:
+    """The pairs whose frames agree, and how many pairs were compared."""
+    wanted = _candidates(config, a, b, videos)
+
+    def matched(pair: tuple[int, int]) -> Match | None:
+        of_a = videos.fingerprint(a.name, a.key(pair[1]))
+        of_b = videos.fingerprint(b.name, b.key(pair[0]))
+        return None if of_a is None or of_b is None else compare(of_a, of_b)
+
+    found = []
+    with progress(f"Comparing {b.name} with {a.name}", len(wanted), "pairs") as shown:
+        for begin in range(0, len(wanted), _AT_ONCE):
+            some = wanted[begin : begin + _AT_ONCE]
+            for pair, match in zip(some, videos.pool.map(matched, some), strict=True):
+                if match is not None and match.kind is not None:
+                    found.append(_pair(a, b, pair, match))
+                shown.advance()
+    return found, len(wanted)
+
+
+def _candidates(
+    config: DuplicatesConfig, a: Group, b: Group, videos: FrameReader
+) -> list[tuple[int, int]]:
+    """Positions (in b, in a) worth a look at their frames, in the order of b."""
+    of_a, _ = videos.picture_vectors(a)
+    of_b, of_b_mirrored = videos.picture_vectors(b)
+    # An encoder that was not trained for it need not put a video beside its mirror image, nor an
+    # untrained one beside its copy.
+    by_picture = ExactIndex(Vectors(of_a), config.device)
+    searches: list[tuple[NearestIndex, Vectors, str]] = [
+        (ExactIndex(a.vectors(), config.device), b.vectors(), "Nearest features"),
+        (by_picture, Vectors(of_b), ""),
+        (by_picture, Vectors(of_b_mirrored), ""),
+    ]
+    wanted: set[tuple[int, int]] = set()
+    for index, queries, title in searches:
+        _, found = index.search(queries, config.candidates, title)
+        for position, near in enumerate(found.tolist()):
+            wanted.update((position, other) for other in near if other >= 0)
+    return sorted(wanted)
+
+
+def _by_features_alone(config: DuplicatesConfig, a: Group, b: Group) -> list[Pair]:
+    index = ExactIndex(a.vectors(), config.device)
+    cosines, found = index.search(b.vectors(), config.candidates, "duplicates")
+    return [
+        Pair(b.key(i), b.name, a.key(found[i, j]), a.name, float(cosines[i, j]), None)
+        for i, j in np.argwhere(cosines >= config.threshold).tolist()
+    ]
+
+
+def _pair(a: Group, b: Group, pair: tuple[int, int], match: Match) -> Pair:
+    of_b, of_a = (
+        group.vectors().take(np.array([position]))[0]
+        for group, position in ((b, pair[0]), (a, pair[1]))
+    )
+    return Pair(b.key(pair[0]), b.name, a.key(pair[1]), a.name, float(of_b @ of_a), match)
+
+
+def _surest_first(pair: Pair) -> tuple[float, str, str]:
+    score = pair.match.score if pair.match is not None else 0.0
+    return -score, pair.key, pair.near_key
+
+
+def _groups(config: DuplicatesConfig) -> list[Group]:
     features = read_features(config.features)
-    groups: list[tuple[str, Features, NDArray[np.int64]]] = []
     if config.test_features is not None:
         other = read_features(config.test_features)
         require_same_encoder(features, other)
-        groups = [(f.folder.name, f, np.arange(len(f))) for f in (features, other)]
-    else:
-        split = choose_split(features, config.split)
-        values = np.array(features.splits[split] if split is not None else [""] * len(features))
-        named = sorted(set(values.tolist()) - {"", "unused"})
-        groups = [(value, features, np.flatnonzero(values == value)) for value in named]
-    if len(groups) < 2:
+        names = [f.folder.resolve().name for f in (features, other)]
+        if names[0] == names[1]:
+            names = [str(f.folder) for f in (features, other)]
+        return [
+            Group(name, f, np.arange(len(f)))
+            for name, f in zip(names, (features, other), strict=True)
+        ]
+    split = choose_split(features, config.split)
+    values = np.array(features.splits[split] if split is not None else [""] * len(features))
+    named = sorted(set(values.tolist()) - {"", "unused"}, key=lambda v: (v != "train", v))
+    if len(named) < 2:
         raise InputError("has no two splits to compare", features.folder, "give --test-features")
-    pairs = []
-    for (a_name, a, a_rows), (b_name, b, b_rows) in itertools.combinations(groups, 2):
-        index = build_index(a.features[a_rows], config.ivfpq_above)
-        similarity, found = search(
-            index, b.features[b_rows], _DUPLICATES_OF_ONE, config.device, "duplicates"
-        )
-        for i, j in np.argwhere((similarity >= config.threshold) & (found >= 0)).tolist():
-            near = a.keys[a_rows[found[i, j]]]
-            pairs.append((b.keys[b_rows[i]], b_name, near, a_name, float(similarity[i, j])))
-    pairs.sort(key=lambda pair: (-pair[4], pair))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("key", "split", "near_key", "near_split", "similarity"))
-    writer.writerows((*pair[:4], f"{pair[4]:.6f}") for pair in pairs)
-    write_text(Path(config.out or config.features) / RESULT, text.getvalue())
-    return Duplicates(pairs, config.threshold)
+    return [Group(value, features, np.flatnonzero(values == value)) for value in named]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.vectors import release
 from shards.atomic import atomic_path, write_json, write_text
 from shards.errors import InputError
 
@@ -278,6 +279,7 @@ def _check_finite(array: NDArray[np.float32], keys: Sequence[str], folder: Path)
     for start in range(0, len(array), rows):
         block = array[start : start + rows]
         bad = np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(axis=1))
+        release(array)
         if len(bad):
             raise InputError(
                 f"the features of {keys[start + int(bad[0])]} are not finite",

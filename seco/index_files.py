@@ -88,7 +88,7 @@ def build(config: BuildConfig) -> BuiltIndex:
         index = train_ivfpq(vectors, config, config.device)
         seconds = time.monotonic() - began
         _write_ivfpq(index, path)
-        ivf = faiss.extract_index_ivf(index)
+        ivf: Any = faiss.downcast_index(index.index)
         searched = ApproximateIndex(index, vectors, config.rerank, config.device)
         told |= {
             "lists": ivf.nlist,

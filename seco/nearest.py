@@ -70,7 +70,7 @@ class ExactIndex:
     def _compare(self, queries: NDArray[np.float32], block: NDArray[np.float32], k: int) -> Found:
         compare = functools.partial(faiss.knn_gpu, _gpu_resources()) if self._gpu else faiss.knn
         cosines, found = compare(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
-        return cosines, found
+        return np.asarray(cosines), np.asarray(found)
 
 
 def gpus_for(device: str) -> int:

@@ -174,7 +174,7 @@ def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[Tra
         return [], ["the videos have no splits: only the halves are measured"]
     splits: list[str | None] = [config.split]
     if config.split == ALL_SPLITS and ALL_SPLITS not in features.splits:
-        splits = sorted(name for name in features.splits if name.isdigit())
+        splits = [*sorted(name for name in features.splits if name.isdigit())]
         if len(splits) < 2:
             raise InputError(
                 f"has no numbered splits to take the mean of: {', '.join(features.splits)}",

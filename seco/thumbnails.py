@@ -32,7 +32,7 @@ def small_picture(data: bytes, box_px: tuple[int, int]) -> Image.Image | None:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as stored:
             stored.draft("RGB", box_px)  # libjpeg decodes at a fraction of the size
-            picture = stored.convert("RGB")
+            picture: Image.Image = stored.convert("RGB")
     except _UNDECODABLE:
         return None
     picture.thumbnail(box_px)
