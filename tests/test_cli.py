@@ -25,9 +25,10 @@ import seco.features
 from pipelines._config import PrepareConfig
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
-from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.eval_config import ProbeConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
+from seco.retrieve_config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -388,7 +389,10 @@ def test_every_command_has_help_with_an_example() -> None:
         ("pretrain", PretrainConfig),
         ("extract-features", ExtractConfig),
         ("probe", ProbeConfig),
-        ("retrieve evaluate", RetrieveConfig),
+        ("retrieve evaluate", EvaluateConfig),
+        ("retrieve build", BuildConfig),
+        ("retrieve query", QueryConfig),
+        ("retrieve duplicates", DuplicatesConfig),
         ("demo", DemoConfig),
         ("import", ImportConfig),
         ("export", ExportConfig),
