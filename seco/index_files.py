@@ -40,13 +40,14 @@ class BuiltIndex:
 
     path: Path
     description: dict[str, Any]
-    bytes: int
     seconds: float  # of training and adding
 
     def table(self) -> str:
         """Lines for a terminal."""
         told = self.description
-        lines = [f"{self.path}: {told['videos']} videos, {told['kind']}, {size_text(self.bytes)}"]
+        lines = [
+            f"{self.path}: {told['videos']} videos, {told['kind']}, {size_text(told['bytes'])}"
+        ]
         if told["kind"] == "ivfpq":
             lines.append(
                 f"{told['lists']} lists, {told['code_bytes']} bytes a video, "
@@ -97,8 +98,9 @@ def build(config: BuildConfig) -> BuiltIndex:
             "rerank": config.rerank,
             "recall": stated_recall(searched, vectors, config.device),
         }
+    told["bytes"] = path.stat().st_size
     write_json(_description(path), told)
-    return BuiltIndex(path, told, path.stat().st_size, seconds)
+    return BuiltIndex(path, told, seconds)
 
 
 def stated_recall(index: NearestIndex, vectors: Vectors, device: str) -> dict[str, Any]:
@@ -121,21 +123,18 @@ def open_index(
     told = _read_description(path, features)
     if probes is not None and probes < 1:
         raise InputError("must be 1 or more", "--probes")
-    try:
-        # The rows of a flat index stay on the disk.
-        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
-    except (RuntimeError, MemoryError) as error:
-        raise InputError("is missing or damaged", path, _BUILD_AGAIN) from error
-    if (index.ntotal, index.d) != features.features.shape:
-        raise InputError(
-            f"holds {index.ntotal} x {index.d} values, the features are "
-            f"{features.features.shape[0]} x {features.features.shape[1]}",
-            path,
-            _BUILD_AGAIN,
-        )
+    if not path.is_file() or path.stat().st_size != told["bytes"]:
+        # Looked at first: faiss does not notice every end that comes too early.
+        raise InputError("is missing or damaged", path, _BUILD_AGAIN)
     vectors = Vectors(features.features)
     if told["kind"] == "flat":
         return ExactIndex(vectors, device)
+    try:
+        index = faiss.read_index(str(path))
+    except (RuntimeError, MemoryError) as error:
+        raise InputError("is damaged", path, _BUILD_AGAIN) from error
+    if (index.ntotal, index.d) != features.features.shape:
+        raise InputError(f"holds {index.ntotal} x {index.d} values", path, _BUILD_AGAIN)
     if probes is not None:
         ivf = faiss.extract_index_ivf(index)
         ivf.nprobe = min(probes, ivf.nlist)
@@ -188,6 +187,7 @@ def _read_description(path: Path, features: Features) -> dict[str, Any]:
         told: dict[str, Any] = json.loads(_description(path).read_bytes())
         encoder, videos = dict(told["encoder"]), (told["keys_sha256"], told["frames"])
         known = told["format_version"] == _FORMAT_VERSION and told["kind"] in ("flat", "ivfpq")
+        known = known and isinstance(told["bytes"], int)
         if told["kind"] == "ivfpq":
             known = known and isinstance(told["rerank"], int)
     except (OSError, ValueError, KeyError, TypeError) as error:

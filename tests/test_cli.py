@@ -25,10 +25,11 @@ import seco.forwards
 from pipelines._config import PrepareConfig
 from seco.config import PretrainConfig
 from seco.demo_config import DemoConfig
-from seco.eval_config import ProbeConfig, RetrieveConfig
+from seco.eval_config import ProbeConfig
 from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
+from seco.retrieve_config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -394,7 +395,10 @@ def test_every_command_has_help_with_an_example() -> None:
         ("finetune", FinetuneConfig),
         ("finetune-eval", FinetuneTestConfig),
         ("probe", ProbeConfig),
-        ("retrieve evaluate", RetrieveConfig),
+        ("retrieve evaluate", EvaluateConfig),
+        ("retrieve build", BuildConfig),
+        ("retrieve query", QueryConfig),
+        ("retrieve duplicates", DuplicatesConfig),
         ("demo", DemoConfig),
         ("import", ImportConfig),
         ("export", ExportConfig),
