@@ -63,6 +63,13 @@ else
     "$python" -m cli bench views --shards "$shards" --repeats 1 --device cpu --batch 4 > "$out/views.md" || failed=1
 fi
 
+# The SVM of Kinetics' size: docs/probe.md.
+probe=(); [ "$device" = cpu ] && probe=(--rows 400 --classes 5 --dimension 64 --repeats 1)
+[ "$device" = cuda ] && probe=(--rows 240000 --classes 400 --repeats 3)
+"$python" -m cli bench probe --device "$device" --only-ours "${probe[@]}" > "$out/probe.md" || failed=1
+
+echo "== $device: probe =="
+cat "$out/probe.md"
 echo "== $device: loader and views =="
 cat "$out/loader.md" "$out/views.md"
 echo "== $device: 8 classes of HMDB51 =="
