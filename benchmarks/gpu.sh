@@ -66,6 +66,13 @@ else
         --frames 2 --short-edge 72 --crop-size 64 > "$out/extract.md" || failed=1
 fi
 
+# The SVM of Kinetics' size: docs/probe.md.
+probe=(); [ "$device" = cpu ] && probe=(--rows 400 --classes 5 --dimension 64 --repeats 1)
+[ "$device" = cuda ] && probe=(--rows 240000 --classes 400 --repeats 3)
+"$python" -m cli bench probe --device "$device" --only-ours "${probe[@]}" > "$out/probe.md" || failed=1
+
+echo "== $device: probe =="
+cat "$out/probe.md"
 echo "== $device: loader, views and features =="
 cat "$out/loader.md" "$out/views.md" "$out/extract.md"
 echo "== $device: 8 classes of HMDB51 =="

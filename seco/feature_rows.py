@@ -106,5 +106,6 @@ def fit_scaling(rows: FeatureRows, how: str) -> Scaling:
         mean += difference * (len(block) / total)
         count = total
     deviation = np.sqrt(square / count)
-    deviation[deviation == 0] = 1
+    # A constant that float64 cannot sum exactly deviates by rounding, not by what float32 holds.
+    deviation[deviation <= np.finfo(np.float32).eps * np.abs(mean)] = 1
     return Scaling(how, mean, deviation)

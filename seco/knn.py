@@ -69,7 +69,7 @@ def knn_votes(
     gallery = Products(train, torch.device(device))
     target = torch.from_numpy(targets.astype(np.int64)).to(gallery.device)
     k = min(neighbours, gallery.count)
-    width = max(k + train.rows_a_block, train.dimension)
+    width = max(k + gallery.rows_a_block(), train.dimension)
     rows = max(1, _BLOCK_BYTES // (4 * width))
     for start in range(0, len(test), rows):
         place = slice(start, min(start + rows, len(test)))

@@ -37,13 +37,17 @@ class Products:
             for place, block in rows.blocks():
                 self._all[place] = torch.from_numpy(_writable(block)).to(device)
 
+    def rows_a_block(self, dtype: torch.dtype = torch.float32) -> int:
+        """Rows of one block of :meth:`blocks`; a GPU takes all of them at once where it can."""
+        if self._all is not None and self.device.type == "cuda" and dtype == torch.float32:
+            return self.count
+        return self._rows.rows_a_block
+
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """All rows, (n, D) at a time, on the device."""
         self.passes += 1
         began = time.perf_counter()
-        step = self._rows.rows_a_block
-        if self._all is not None and self.device.type == "cuda" and dtype == torch.float32:
-            step = self.count
+        step = self.rows_a_block(dtype)
         for start in range(0, self.count, step):
             place = slice(start, min(start + step, self.count))
             if self._all is not None:

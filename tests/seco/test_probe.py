@@ -153,8 +153,8 @@ def test_too_few_videos_to_choose_c_on(tmp_path: Path) -> None:
 def test_scaling_is_of_the_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     array = (1e4 + rng.standard_normal((50, 5))).astype(np.float32)
-    array[:, 2], array[7] = 3.0, 0.0
-    array[7, 2] = 3.0
+    array[:, 2], array[7] = 0.1, 0.0  # a constant that no sum of it is exact for
+    array[7, 2] = 0.1
     train = FeatureRows(array, np.arange(0, 50, 3))
     monkeypatch.setattr("seco.feature_rows.BLOCK_BYTES", 4 * 5 * 4)
     chosen = array[::3].astype(np.float64)

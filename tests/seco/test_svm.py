@@ -255,7 +255,7 @@ def test_a_gpu_gives_the_same() -> None:
     for make in DATA.values():
         x, labels = make()
         cpu, gpu = fit_svm(x, labels), fit_svm(x, labels, device="cuda")
-        np.testing.assert_allclose(gpu.objective, cpu.objective, rtol=1e-8)
+        np.testing.assert_allclose(gpu.objective, cpu.objective, rtol=3e-8)  # each within 1e-8
 
 
 def test_knn_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
