@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.nearest import ExactIndex, Found, NearestIndex, gpus_for
+from seco.nearest import ExactIndex, Found, NearestIndex, gpus_for, nothing_found
 from seco.retrieve_config import IndexSettings, validate_index
 from seco.vectors import Vectors, release
 from shards.errors import InputError
@@ -33,6 +33,7 @@ _ROWS_A_CODE, _CODE_ROUNDS = 64, 10
 _LEAST_TRAINED_ON = _ROWS_A_CODE * 256
 _GPU_MOST = 2048  # candidates and probes a GPU search can have
 _QUERIES_AT_ONCE = 256
+_COMPARED_AT_ONCE = 16  # queries whose scattered candidates are mapped at a time
 
 
 class ApproximateIndex:
@@ -60,8 +61,7 @@ class ApproximateIndex:
         wanted = min(len(self), k * max(1, self._rerank))
         if self._on_gpu:
             wanted = max(k, min(wanted, _GPU_MOST))
-        cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        found = np.full((len(queries), k), -1, dtype=np.int64)
+        cosines, found = nothing_found(len(queries), k)
         with progress(title, len(queries), "queries", quiet=not title) as shown:
             for start in range(0, len(queries), _QUERIES_AT_ONCE):
                 some = slice(start, min(start + _QUERIES_AT_ONCE, len(queries)))
@@ -90,6 +90,8 @@ class ApproximateIndex:
             best = np.argsort(-exact, kind="stable")[:k]
             cosines[row, : len(best)] = exact[best]
             found[row, : len(best)] = at[best]
+            if row % _COMPARED_AT_ONCE == _COMPARED_AT_ONCE - 1:
+                release(self._vectors.array)
         release(self._vectors.array)
 
 
@@ -135,7 +137,11 @@ def train_ivfpq(
     lists = max(1, min(round(4 * rows**0.5), rows // _LEAST_ROWS_A_LIST))
     pca = _principal_axes(vectors, values)
     trained_on = max(_LEAST_TRAINED_ON, _ROWS_A_LIST * lists)
-    shortened = [pca.apply(block) for block in vectors.sample(trained_on, seed=1)]
+    shortened = np.empty((min(trained_on, rows), values), dtype=np.float32)
+    filled = 0
+    for block in vectors.sample(trained_on, seed=1):
+        shortened[filled : filled + len(block)] = pca.apply(block)
+        filled += len(block)
     quantizer = faiss.IndexFlatL2(values)
     ivf = faiss.IndexIVFPQ(quantizer, values, lists, codes, 8)
     ivf.pq.cp.min_points_per_centroid = 1  # no warnings for small sets
@@ -144,7 +150,8 @@ def train_ivfpq(
     ivf.pq.cp.max_points_per_centroid, ivf.pq.cp.niter = _ROWS_A_CODE, _CODE_ROUNDS
     if gpus_for(device):  # the lists' centres are found there; the codes are few
         ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(values))
-    ivf.train(np.concatenate(shortened))
+    ivf.train(shortened)
+    del shortened
     ivf.nprobe = min(config.probes, lists)
     index = faiss.IndexPreTransform(pca, ivf)
     with progress(title, rows, "videos", quiet=not title) as shown:

@@ -54,8 +54,7 @@ class ExactIndex:
     def search(self, queries: Vectors, k: int, title: str = "") -> Found:
         """See :class:`NearestIndex`; of equal cosines the one in the earlier block comes first."""
         k = min(k, len(self))
-        cosines = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        found = np.full((len(queries), k), -1, dtype=np.int64)
+        cosines, found = nothing_found(len(queries), k)
         passes = -(-len(queries) // _QUERIES_AT_ONCE)
         with progress(title, passes * len(self), "comparisons", quiet=not title) as shown:
             for first in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -71,6 +70,14 @@ class ExactIndex:
         compare = functools.partial(faiss.knn_gpu, _gpu_resources()) if self._gpu else faiss.knn
         cosines, found = compare(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
         return np.asarray(cosines), np.asarray(found)
+
+
+def nothing_found(queries: int, k: int) -> Found:
+    """The result to begin with: position -1, and a cosine below all, in every place."""
+    return (
+        np.full((queries, k), -np.inf, dtype=np.float32),
+        np.full((queries, k), -1, dtype=np.int64),
+    )
 
 
 def gpus_for(device: str) -> int:
