@@ -74,5 +74,6 @@ def release(array: NDArray[np.float32]) -> None:
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    # Not what may be written: the pages of a private mapping are all there is of its changes.
+    if not array.flags.writeable and isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)
