@@ -30,6 +30,7 @@ from seco.exchange_config import ExportConfig, ImportConfig
 from seco.extract_config import ExtractConfig
 from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
 from seco.retrieve_config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
+from seco.track_config import TrackEvalConfig, TrackRunConfig, TrackTrainConfig
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -402,6 +403,9 @@ def test_every_command_has_help_with_an_example() -> None:
         ("demo", DemoConfig),
         ("import", ImportConfig),
         ("export", ExportConfig),
+        ("track train", TrackTrainConfig),
+        ("track eval", TrackEvalConfig),
+        ("track run", TrackRunConfig),
     ],
 )
 def test_options_are_the_settings(command: str, config: type) -> None:
