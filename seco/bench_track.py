@@ -151,6 +151,9 @@ def _training(
     exemplars = torch.randint(256, (n, 3, EXEMPLAR_PX, EXEMPLAR_PX), dtype=torch.uint8)
     searches = torch.randint(256, (n, 3, TRAIN_SEARCH_PX, TRAIN_SEARCH_PX), dtype=torch.uint8)
     step = PairStep(model, config, Ranks(), device)
+    # As a run does: saturated responses have gradients too small for quick arithmetic.
+    mean, square = step.moments(searches)
+    model.head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
     plain = PlainStep(model, device, config.response_scale)
     rate = 1e-9  # the weights stay as they are
     ways: dict[str, Callable[[], object]] = {
