@@ -71,6 +71,15 @@ probe=(); [ "$device" = cpu ] && probe=(--rows 400 --classes 5 --dimension 64 --
 [ "$device" = cuda ] && probe=(--rows 240000 --classes 400 --repeats 3)
 "$python" -m cli bench probe --device "$device" --only-ours "${probe[@]}" > "$out/probe.md" || failed=1
 
+# SiamFC on the frozen backbone: docs/track.md.
+if [ "$device" = cuda ]; then
+    "$python" -m cli bench track --device cuda > "$out/track.md" || failed=1
+else
+    "$python" -m cli bench track --arch resnet18 --feature-layer layer2 --batch-size 2 --repeats 1 --device cpu > "$out/track.md" || failed=1
+fi
+
+echo "== $device: tracking =="
+cat "$out/track.md"
 echo "== $device: probe =="
 cat "$out/probe.md"
 echo "== $device: loader, views and features =="

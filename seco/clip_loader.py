@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from seco.clips import clip_views
 from seco.crops import FrameDecoder
+from seco.forked_loader import forked_loader
 from seco.labelled_videos import LabelledVideos
 from seco.segments import segment_frames
-from seco.stopping import kill_workers, leave_signals_to_parent
 from seco.view_parameters import ViewConfig, ViewParameters
 from shards.access import UnreadableFrame, readable
 from shards.draws import sample_starts, uniforms
@@ -187,24 +187,9 @@ def clip_batches(
     rows = range(stream.rows)
     chunks = [rows[begin : begin + _CHUNK_CLIPS] for begin in rows[::_CHUNK_CLIPS]]
     tasks = ((step, chunk) for step in range(first_step, last_step) for chunk in chunks)
-    loader = iter(
-        DataLoader(
-            _Chunks(stream),
-            sampler=tasks,
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=leave_signals_to_parent if workers else None,
-        )
-    )
-    try:
+    with forked_loader(_Chunks(stream), lambda: tasks, workers, None) as read:
         for _ in range(first_step, last_step):
-            yield ClipBatch.joined([_sound(next(loader)) for _ in chunks])
-    except BaseException:
-        kill_workers(loader)
-        raise
-    finally:
-        del loader  # its processes end with it, not with the interpreter
+            yield ClipBatch.joined([_sound(next(read)) for _ in chunks])
 
 
 def _sound(chunk: ClipBatch | InputError) -> ClipBatch:

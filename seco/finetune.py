@@ -36,8 +36,6 @@ from shards.errors import InputError
 from shards.progress import Progress
 from shards.settings import as_settings
 
-_STOP, _UNREADABLE = 0, 1  # columns of what ranks tell each other before a step
-
 
 def finetune(config: FinetuneConfig) -> str:
     """Run or resume a fine-tuning on the processes there are, and test it.
@@ -207,20 +205,6 @@ class Finetuning(TrainingRun):
             if due:
                 state.save()  # after the line: a run that goes on from here does not write it again
             shown.advance()
-
-    def _stopping(self, batch: ClipBatch | None) -> bool:
-        """Whether any rank was told to stop: one exchange of the hosts a step."""
-        mine = np.zeros((1, 2))
-        mine[0, _STOP] = batch is None
-        if batch is not None:
-            mine[0, _UNREADABLE] = len(batch.unreadable)
-            for reason in batch.unreadable:
-                self._tell(f"unreadable, replaced by another video: {reason}")
-        everyone = self.ranks.gather_host(mine)
-        stopping = bool(everyone[:, _STOP].any())
-        if not stopping:  # else the batch comes again
-            self._note_unreadable(int(everyone[:, _UNREADABLE].sum()))
-        return stopping
 
     def _train_step(self, batch: ClipBatch, lr: float) -> Tensor:
         return self.step.run(batch, self.state.step // self.steps_per_epoch, lr)

@@ -6,17 +6,17 @@ the search crop lies. Batches are the same for any number of loader processes an
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from seco.crops import BrokenJpeg, FrameDecoder, Pixels
-from seco.stopping import kill_workers, leave_signals_to_parent
+from seco.forked_loader import forked_loader
 from seco.track_config import EXEMPLAR_PX, SEARCH_PX, TRAIN_SEARCH_PX, TrackTrainConfig
 from seco.track_crops import mean_colour, square_crops, target_of
 from shards.draws import below, sample_starts, uniforms
@@ -147,23 +147,16 @@ class PairLoader:
         first_step: int,
         last_step: int,
     ) -> None:
-        workers = config.workers
         self._stream = stream
         self._steps = range(first_step, last_step)
-        self._loader = DataLoader(
-            PairMaker(stream, config.max_stretch),
-            sampler=self._steps,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=_BATCHES_AHEAD if workers else None,
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=leave_signals_to_parent if workers else None,
-        )
+        self._maker = PairMaker(stream, config.max_stretch)
+        self._workers = config.workers
 
     def __iter__(self) -> Generator[PairBatch, None, None]:
         """Raises InputError when samples cannot be made nor replaced."""
-        batches: Iterator[PairBatch] = iter(self._loader)
-        try:
+        ahead = _BATCHES_AHEAD if self._workers else None
+        tasks = iter(self._steps)
+        with forked_loader(self._maker, lambda: tasks, self._workers, ahead) as batches:
             for step in self._steps:
                 self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
                 batch = next(batches)
@@ -172,8 +165,3 @@ class PairLoader:
                         batch.fatal, "--shards", "are they tracking shards? See `seco verify`"
                     )
                 yield batch
-        except BaseException:
-            kill_workers(batches)
-            raise
-        finally:
-            del batches  # its processes end with it, not with the interpreter

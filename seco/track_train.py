@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +41,6 @@ from shards.progress import Progress
 from shards.reader import ShardSet
 
 _MEASURED_PAIRS = 64  # whose features are standardised with
-_STOP, _UNREADABLE = 0, 1  # columns of what ranks tell each other before a step
 
 
 def track_train(config: TrackTrainConfig) -> Path:
@@ -214,7 +212,8 @@ class TrackTraining(TrainingRun):
             waiting = Waiting()
             for _ in range(batches):
                 batch = waiting.next(pairs, stop)
-                if self._stopping(batch, counted=False) or batch is None:
+                self._tell_unusable(batch)
+                if self._stopping(batch, "sequence", counted=False) or batch is None:
                     raise self._saved_and_stopped(stop)
                 moments.append(self.step.moments(batch.searches))
                 measured = [batch]
@@ -232,7 +231,8 @@ class TrackTraining(TrainingRun):
         waiting, logged_step = Waiting(), state.step
         while state.step < self.total_steps:
             batch = waiting.next(batches, stop)
-            if self._stopping(batch) or batch is None:
+            self._tell_unusable(batch)
+            if self._stopping(batch, "sequence") or batch is None:
                 raise self._saved_and_stopped(stop)
             lr = self._learning_rate()
             figures = self._train_step(batch, lr)
@@ -261,22 +261,11 @@ class TrackTraining(TrainingRun):
     def _train_step(self, batch: PairBatch, lr: float) -> Tensor:
         return torch.stack(self.step.run(batch.exemplars, batch.searches, lr))
 
-    def _stopping(self, batch: PairBatch | None, counted: bool = True) -> bool:
-        """Whether any rank was told to stop: one exchange of the hosts a step."""
-        mine = np.zeros((1, 2))
-        mine[0, _STOP] = batch is None
-        if batch is not None:
-            mine[0, _UNREADABLE] = len(batch.unreadable)
-            for reason in batch.unreadable if counted else ():
-                self._tell(f"unreadable, replaced by another sequence: {reason}")
-            for reason in batch.unusable:
-                if reason not in self._told:  # it comes again in every epoch
-                    self._told.add(reason)
-                    self._tell(f"not usable, replaced by another sequence: {reason}")
-        everyone = self.ranks.gather_host(mine)
-        if counted:
-            self._note_unreadable(int(everyone[:, _UNREADABLE].sum()))
-        return bool(everyone[:, _STOP].any())
+    def _tell_unusable(self, batch: PairBatch | None) -> None:
+        for reason in batch.unusable if batch is not None else ():
+            if reason not in self._told:  # it comes again in every epoch
+                self._told.add(reason)
+                self._tell(f"not usable, replaced by another sequence: {reason}")
 
     def _learning_rate(self) -> float:
         """Geometric from ``lr`` towards ``final_lr``, by epochs, as SiamFC's."""

@@ -210,17 +210,18 @@ class Trainer(TrainingRun):
             mine[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
             mine[:, _ORDER], mine[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
             mine[0, _UNREADABLE] = len(batch.unreadable)
-            for reason in batch.unreadable:
-                self._tell(f"unreadable, replaced by another video: {reason}")
+            self._tell_of(batch.unreadable)
         rows = self.ranks.gather_host(mine)
-        self._note_unreadable(int(rows[:, _UNREADABLE].sum()))
+        stopping = bool(rows[:, _STOP].any())
+        if not stopping:  # else the batch comes again
+            self._note_unreadable(int(rows[:, _UNREADABLE].sum()))
         uniform = rows[:, :_DRAWN].reshape(-1, 4, VIEW_DRAWS).transpose(1, 0, 2)
         known = GlobalRows(
             uniform=uniform,
             order=torch.from_numpy(rows[:, _ORDER].astype(np.int64)),
             videos=torch.from_numpy(rows[:, _VIDEO].astype(np.int64)),
         )
-        return known, bool(rows[:, _STOP].any())
+        return known, stopping
 
     def _learning_rate(self) -> float:
         return learning_rate(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import tomli_w
 
 from seco.metrics import RunLog
@@ -24,6 +25,14 @@ CONFIG = "config.toml"
 _SAMPLES_JUDGED = 1000  # before so many a percentage of unreadable ones says little
 
 _Batch = TypeVar("_Batch")
+
+
+class Replacing(Protocol):
+    """A batch in which other samples stand for what could not be read."""
+
+    @property
+    def unreadable(self) -> Sequence[str]:
+        """Why, of each."""
 
 
 class TrainingRun:
@@ -89,6 +98,26 @@ class TrainingRun:
             f"{self.total_steps} in {self.state.last}; go on with the same command and "
             "--resume auto"
         )
+
+    def _stopping(self, batch: Replacing | None, what: str = "video", counted: bool = True) -> bool:
+        """Whether any rank was told to stop: one exchange of the hosts a step.
+
+        Args:
+            batch: this rank's; None when it was told to stop.
+            what: takes the place of something unreadable.
+            counted: whether this batch is trained on, so that its unreadable samples count.
+        """
+        unreadable = batch.unreadable if batch is not None and counted else []
+        self._tell_of(unreadable, what)
+        everyone = self.ranks.gather_host(np.array([[float(batch is None), len(unreadable)]]))
+        stopping = bool(everyone[:, 0].any())
+        if not stopping:  # else the batch comes again
+            self._note_unreadable(int(everyone[:, 1].sum()))
+        return stopping
+
+    def _tell_of(self, unreadable: Sequence[str], what: str = "video") -> None:
+        for reason in unreadable:
+            self._tell(f"unreadable, replaced by another {what}: {reason}")
 
     def _note_unreadable(self, count: int) -> None:
         """Count samples of the step that no rank could read; InputError when they are too many."""

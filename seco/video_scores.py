@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from seco.augment import normalise
 from seco.crops import crop_corners, decode_jpeg, resize_short_edge
 from seco.device import to_device
+from seco.forked_loader import forked_loader
 from seco.labelled_videos import LabelledVideos
 from seco.ranks import Ranks
 from seco.segments import clip_starts, segment_middles
-from seco.stopping import kill_workers, leave_signals_to_parent
 from seco.video_classifier import VideoClassifier
 from shards.access import UnreadableFrame, readable
 from shards.errors import InputError
@@ -159,21 +159,12 @@ class VideoScores:
         distinct = [sorted({frame for clip in clips for frame in clip}) for clips in plans]
         parts = [[f[at : at + self._step] for at in range(0, len(f), self._step)] for f in distinct]
         tasks = [(int(v), part) for v, p in zip(numbers, parts, strict=True) for part in p]
-        loader = iter(
-            DataLoader(
-                _Frames(self._videos, self._protocol.size),
-                sampler=tasks,
-                batch_size=None,
-                num_workers=self._workers,
-                multiprocessing_context="fork" if self._workers else None,
-                worker_init_fn=leave_signals_to_parent if self._workers else None,
-            )
-        )
-        try:
+        wanted = _Frames(self._videos, self._protocol.size)
+        with forked_loader(wanted, lambda: iter(tasks), self._workers, None) as read:
             for video, clips, frames, cut in zip(numbers, plans, distinct, parts, strict=True):
                 features: list[Tensor] = []
                 reason = ""
-                for part in (next(loader) for _ in cut):
+                for part in (next(read) for _ in cut):
                     reason = reason or part.reason
                     if part.images is not None and not reason:
                         features.append(self._features(model, part.images))
@@ -185,11 +176,6 @@ class VideoScores:
                     f"seco: left out: {key}: {reason or 'no frames'}", file=sys.stderr, flush=True
                 )
                 yield None
-        except BaseException:
-            kill_workers(loader)
-            raise
-        finally:
-            del loader
 
     def _features(self, model: VideoClassifier, frames: Tensor) -> Tensor:
         """(F, H, W, 3) uint8 frames to the (F, crops, C) features of their crops."""
