@@ -95,6 +95,22 @@ def test_extract(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert "| of bare forwards |" in printed([*command, "--repeats", "1"], capfd)
 
 
+def test_track(capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["track", "--arch", "resnet18", "--feature-layer", "layer2", "--batch-size", "2"]
+    command += ["--device", "cpu", "--repeats", "1"]
+    found = json.loads(printed([*command, "--json"], capfd))
+    assert set(found["tracking"]) == set(found["training"]) == {"ours", "bare cost", "plain"}
+    assert found["training_ratios"]["bare cost, of ours"] == pytest.approx(
+        found["training"]["bare cost"] / found["training"]["ours"]
+    )
+    assert found["fps"]["ours"] == pytest.approx(1e3 / found["tracking"]["ours"])
+    parts = ("tracking", "tracking_ratios", "training", "training_ratios", "fps", "pairs_s")
+    numbers = figures([found[part] for part in parts])
+    assert len(numbers) == 16
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    assert "| a frame tracked | ms |" in printed(command, capfd)
+
+
 def test_the_plain_way_gives_the_crops_of_ours(spec: str) -> None:
     """Resized and cut alike, so that what is compared is the same work."""
     config = ExtractConfig(frames=2, short_edge=40, crop_size=32, batch_size=4, arch="resnet18")
