@@ -198,15 +198,18 @@ def damage(spec: str, how: str) -> str:
     """Spoil one shard of five; returns what is said of it."""
     tar = Path(spec).parent / "made-002.tar"
     index = open_shards(spec).indexes[2]
-    data = bytearray(tar.read_bytes())
+    # In place: loaders read meanwhile, and must never see a file that is being written anew.
     if how == "flipped bit":
-        for row in range(13):
-            at = index.frame_at(row, row % 4)
-            data[at.offset + at.size // 2] ^= 4
-        tar.write_bytes(data)
+        data = tar.read_bytes()
+        with open(tar, "r+b") as file:
+            for row in range(13):
+                at = index.frame_at(row, row % 4)
+                middle = at.offset + at.size // 2
+                file.seek(middle)
+                file.write(bytes([data[middle] ^ 4]))
         return "have changed"
     if how == "truncated tar":
-        tar.write_bytes(data[: index.frame_at(2, 0).offset])
+        os.truncate(tar, index.frame_at(2, 0).offset)
         return "ends before byte"
     tar.unlink()
     return "No such file"
