@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,11 +62,11 @@ def require_writable(folder: Path) -> None:
         raise InputError(
             "is a folder of Python code", folder, "choose another, or start from your data folder"
         )
-    probe = folder / f".seco-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # Without a name where the file system can: a kill here leaves nothing.
+        with tempfile.TemporaryFile(dir=folder, prefix=".seco-"):
+            pass
     except OSError as error:
         raise unwritable(folder, error) from error
 

@@ -160,7 +160,7 @@ class RemoteStorage:
         self._system, self._root = open_filesystem(url)
 
     def require_writable(self) -> None:
-        probe = f".seco-{os.getpid()}"
+        probe = ".seco-writable"  # always this name: what a killed run left, the next one deletes
         self.write_text(probe, "")
         self.delete(probe)
 

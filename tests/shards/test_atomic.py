@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,19 @@ def test_a_place_that_cannot_be_written_to_is_found_out_first(tmp_path: Path) ->
     (tmp_path / "code" / "__init__.py").write_text("")
     with pytest.raises(InputError, match="Python code"):
         require_writable(tmp_path / "code")
+
+
+def test_a_kill_while_finding_out_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[list[Path]] = []
+    make = tempfile.TemporaryFile
+
+    def made(**where: Any) -> Any:
+        file = make(**where)
+        during.append(list(tmp_path.iterdir()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", made)
+    require_writable(tmp_path)
+    assert during == [[]]
