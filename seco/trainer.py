@@ -23,6 +23,7 @@ from seco.method import SeCo, StepResult, spread
 from seco.metrics import RunLog
 from seco.online_knn import OnlineKnn
 from seco.ranks import Ranks, joined
+from seco.report import write_report
 from seco.run_state import RunState, checkpoint_to_resume, resumed_setting
 from seco.schedule import learning_rate
 from seco.step import GlobalRows, TrainingStep
@@ -34,6 +35,7 @@ from shards.errors import InputError
 from shards.opening import CacheSettings, open_stream
 from shards.progress import Progress
 
+REPORT = "report.html"
 _DRAWN = 4 * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
 _ORDER, _VIDEO, _STOP, _UNREADABLE, _COLUMNS = range(_DRAWN, _DRAWN + 5)
 
@@ -138,7 +140,19 @@ class Trainer(TrainingRun):
         """Train to the end; see :func:`pretrain`."""
         with self._under_way("Pre-training") as (log, stop, shown):
             self._loop(log, stop, shown)
+        if self.ranks.first:
+            self._report()
         return self.state.last
+
+    def _report(self) -> None:
+        """The run's curves as a page in its folder; a page that fails costs no run."""
+        try:
+            found = write_report([self.out], self.out / REPORT)
+        except InputError as error:
+            self._say(f"no report was written: {error}")
+            return
+        for item in found.unread:
+            self._say(f"could not be read for the report: {item.path}: {item.reason}")
 
     def _loop(self, log: RunLog | None, stop: StopRequest, shown: Progress) -> None:
         loader = TripletLoader(

@@ -68,6 +68,19 @@ def test_a_run_leaves_what_the_design_names(undisturbed: Path) -> None:
     assert content["step"] == 12
     assert "preset" in (undisturbed / "config.toml").read_text()
     assert list((undisturbed / "tensorboard").iterdir())
+    page = (undisturbed / "report.html").read_text()
+    assert page.count("<svg") > 3
+    assert f"loss {rows[-1]['loss']:.4g}" in page
+
+
+def test_a_page_that_cannot_be_written_costs_no_run(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").mkdir()
+    short = {**SMALL, "epochs": 1}
+    last = pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **short))
+    assert load_checkpoint(last)["step"] == 4
+    assert "no report was written" in capsys.readouterr().err
 
 
 def test_the_same_settings_give_the_same_run_with_loader_processes(
