@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from shards.csv_rows import csv_text
 
 _MOST_NAMED = 5
 
@@ -69,8 +69,5 @@ _PARTS = ("listed", "present")
 
 def coverage_csv(rows: Iterable[CoverageRow]) -> str:
     """``NAME.coverage.csv``: every class of every split."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("split", "label", "listed", "present", "missing"))
-    table.writerows((row.split, row.label, row.listed, row.present, row.missing) for row in rows)
-    return text.getvalue()
+    figures = ((row.split, row.label, row.listed, row.present, row.missing) for row in rows)
+    return csv_text([("split", "label", "listed", "present", "missing"), *figures])

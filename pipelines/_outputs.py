@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from collections import Counter
@@ -14,6 +12,7 @@ from pipelines._build import ShardResult
 from pipelines._coverage import coverage_csv
 from pipelines._plan import SetPlan
 from shards.atomic import json_text
+from shards.csv_rows import csv_text
 from shards.format import Exclusion, Manifest, ShardInfo
 from shards.progress import size_text
 from shards.storage import Storage
@@ -47,11 +46,8 @@ def write_lists(plan: SetPlan, excluded: list[Exclusion], storage: Storage) -> N
     if not excluded:
         storage.delete(name)
         return
-    text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("source", "kind", "message"))
-    rows.writerows((row.source, row.kind, row.message) for row in excluded)
-    storage.write_text(name, text.getvalue())
+    rows = [(row.source, row.kind, row.message) for row in excluded]
+    storage.write_text(name, csv_text([("source", "kind", "message"), *rows]))
 
 
 def summary(plan: SetPlan, infos: list[ShardInfo], excluded: list[Exclusion]) -> Iterable[str]:

@@ -127,7 +127,8 @@ class _Demo:
         folder = self._features(source)
         self._step(
             *("extract-features", "--shards", shards, "--checkpoint", source),
-            *("--out", str(folder), "--arch", "resnet18", "--seed", str(self.config.seed)),
+            *("--out", str(folder), "--overwrite", "--arch", "resnet18"),
+            *("--seed", str(self.config.seed)),
             *("--frames", str(scale.frames), "--short-edge", str(scale.feature_short_edge_px)),
             *("--crop-size", str(scale.feature_crop_px), "--workers", "1"),
         )

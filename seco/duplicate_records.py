@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from seco.fingerprints import Match
 from seco.pages import printable
 from shards.atomic import write_text
+from shards.csv_rows import csv_text
 
 COLUMNS = (
     *("key", "split", "near_key", "near_split", "kind", "mirrored", "similarity"),
@@ -90,8 +89,5 @@ def write_pairs(found: Duplicates) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(pair.row() for pair in found.pairs)
-    write_text(found.path, text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
+    text = csv_text([COLUMNS, *(pair.row() for pair in found.pairs)])
+    write_text(found.path, text.encode("utf-8", "backslashreplace").decode("utf-8"))

@@ -20,7 +20,7 @@ from seco.fingerprints import Match, compare
 from seco.nearest import ExactIndex, NearestIndex
 from seco.retrieve_config import DuplicatesConfig
 from seco.vectors import Vectors
-from shards.atomic import write_text
+from shards.atomic import require_writable, write_text
 from shards.errors import InputError
 from shards.progress import progress
 
@@ -39,10 +39,15 @@ def duplicates(config: DuplicatesConfig) -> Duplicates:
     """
     if config.candidates < 1 or (config.workers is not None and config.workers < 1):
         raise InputError("must be 1 or more", "--candidates, --workers")
+    if not -1 <= config.threshold <= 1:
+        raise InputError("must be a cosine, from -1 to 1", "--threshold")
+    out = Path(config.out or config.features)
+    for folder in (out, *([Path(config.html).parent] if config.html is not None else [])):
+        require_writable(folder)  # before anything that takes long
     groups = _groups(config)
     if config.features_only and config.html is not None:
         raise InputError("needs frames", "--html", "leave --features-only out")
-    path = Path(config.out or config.features) / RESULT
+    path = out / RESULT
     sides = list(itertools.combinations(groups, 2))
     if config.features_only:
         pairs = [pair for a, b in sides for pair in _by_features_alone(config, a, b)]

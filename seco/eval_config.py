@@ -17,7 +17,11 @@ class ProbeConfig:
 
     features: str = setting("", "feature folder of `seco extract-features`")
     test_features: str | None = setting(None, TEST_FEATURES_HELP)
-    out: str | None = setting(None, "folder of the results [default: the feature folder]")
+    out: str | None = setting(
+        None,
+        "folder of the results [default: the feature folder; for other methods and splits than "
+        "the usual a folder in it]",
+    )
     split: str | None = setting(None, SPLIT_HELP)
     train_split: str = setting("train", "rows of the split to train on")
     test_split: str | None = setting(None, TEST_HELP)

@@ -108,7 +108,8 @@ def read_train_test(
         test_value: rows to test on; by default "test", or "val" where test has no labelled row.
 
     Raises:
-        InputError: a folder cannot be used, no row is left, or two folders do not go together.
+        InputError: a folder cannot be used, no row is left, two folders do not go together, or a
+            video would be trained on and tested.
     """
     train = read_features(folder)
     test = train if test_folder is None else read_features(test_folder)
@@ -141,6 +142,7 @@ def read_train_test(
     ):
         if not len(rows):
             raise no_rows(features, name, wanted)
+    _require_apart(train, train_rows, test, test_rows)
     return TrainTest(
         train=train,
         train_rows=train_rows,
@@ -164,12 +166,19 @@ def choose_split(features: Labelled, wanted: str | None) -> str | None:
         if wanted not in names:
             raise InputError(f"has no split {wanted!r}", features.folder, there)
         return wanted
+    usual = usual_split(features)
+    if usual is None and names:
+        raise InputError("has several splits", features.folder, f"choose with --split; {there}")
+    return usual
+
+
+def usual_split(features: Labelled) -> str | None:
+    """The one that is taken where none is named: "1", else "official", else the only one."""
+    names = list(features.splits)
     for name in ("1", "official"):
         if name in names:
             return name
-    if len(names) > 1:
-        raise InputError("has several splits", features.folder, f"choose with --split; {there}")
-    return names[0] if names else None
+    return names[0] if len(names) == 1 else None
 
 
 def labelled_rows(
@@ -203,6 +212,32 @@ def _what_there_is(features: Labelled, chosen: str | None) -> str:
         ]
         parts.append(f"split {name}: {', '.join(counts) or 'nothing'}")
     return "labelled rows there are, " + "; ".join(parts)
+
+
+def _require_apart(
+    train: Features, train_rows: NDArray[np.int64], test: Features, test_rows: NDArray[np.int64]
+) -> None:
+    """Refuse to test on what was trained on.
+
+    Sets of their own may have equal keys by chance: a video is the same when its features are, too.
+    """
+    tested = {test.keys[row]: row for row in test_rows.tolist()}
+    both = [
+        train.keys[row]
+        for row in train_rows.tolist()
+        if (other := tested.get(train.keys[row])) is not None
+        and (
+            (train is test and row == other)
+            or np.array_equal(train.features[row], test.features[other])
+        )
+    ]
+    if both:
+        some = ", ".join(both[:_NAMED]) + (", ..." if len(both) > _NAMED else "")
+        raise InputError(
+            f"{len(both)} videos would be trained on and tested ({some})",
+            train.folder if train is test else test.folder,
+            "choose other rows with --train-split, --test-split or --test-features",
+        )
 
 
 def _require_same_labels(train: Features, test: Features) -> None:

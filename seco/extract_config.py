@@ -21,6 +21,9 @@ class ExtractConfig:
     checkpoint: str = setting("", "checkpoint, ResNet state dict, or 'random'")
     out: str | None = setting(None, "feature folder [default: features/SET]")
     arch: str | None = setting(None, "torchvision ResNet; needed for 'random' alone")
+    overwrite: bool = setting(
+        False, "replace features of another encoder or other settings in --out, and their results"
+    )
     frames: int | None = setting(
         None,
         "frames a video, evenly spaced [default: 30; 50 of ActivityNet]",

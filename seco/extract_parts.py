@@ -54,7 +54,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path, names: Sequence[str], digests: Sequence[str]) -> None:
-        self._folder = folder
+        self.folder = folder
         self._digests = list(digests)
         self._paths = [
             folder / f"{PurePosixPath(name).stem}-{digest[:_NAMED]}.npz"
@@ -71,7 +71,7 @@ class Parts:
 
     def unused(self) -> int:
         """How many parts there are of other settings, weights or videos."""
-        return len(set(self._folder.glob("*.npz")) - set(self._paths))
+        return len(set(self.folder.glob("*.npz")) - set(self._paths))
 
     def write(self, shard: int, part: ShardFeatures) -> None:
         """Keep a part.
@@ -80,7 +80,7 @@ class Parts:
             InputError: a feature is not finite, or the disk is full.
         """
         keys = [row["key"] for row in part.rows]
-        require_finite(part.features, keys, self._folder.parent)
+        require_finite(part.features, keys, self.folder.parent)
         texts = {"digest": self._digests[shard], "rows": part.rows, "failures": part.failures}
         arrays = {"features": part.features, "halves": part.halves}
         if part.frames is not None:
@@ -105,9 +105,9 @@ class Parts:
     def remove_all(self) -> None:
         """Remove the folder with all parts, also those of other settings."""
         with contextlib.suppress(OSError):
-            for path in (*self._folder.glob("*.npz"), *self._folder.glob("*.npz.*.part")):
+            for path in (*self.folder.glob("*.npz"), *self.folder.glob("*.npz.*.part")):
                 path.unlink(missing_ok=True)
-            self._folder.rmdir()
+            self.folder.rmdir()
 
 
 class _Opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import json
 import sys
@@ -16,7 +17,8 @@ from seco import __version__
 from seco.device import uses_bf16
 from seco.extract_config import ExtractConfig, frames_of, validate
 from seco.extract_parts import Parts, ShardFeatures, digest_of, part_digests
-from seco.feature_format import FEATURES, FRAMES, HALVES, META, VIDEOS
+from seco.feature_format import ERRORS, FEATURES, FRAMES, HALVES, META, VIDEOS
+from seco.feature_store import encoder_name
 from seco.feature_writer import write_feature_parts
 from seco.forwards import Forwards
 from seco.weights import Backbone, load_backbone
@@ -57,14 +59,39 @@ class Extraction:
         self.digests = part_digests(self.config, self.backbone, device.type, indexes)
         self.digest = digest_of(self.digests)
         self.parts = Parts(self.out / _PARTS, self.names, self.digests)
+        other = self._other_features()
+        if other is not None and not config.overwrite:
+            raise InputError(
+                f"holds {other} already, which would be lost with their results",
+                self.out,
+                "give another --out, or --overwrite",
+            )
+
+    def _other_features(self) -> str | None:
+        """What is finished there of another encoder, set or settings, in words."""
+        try:
+            meta = json.loads((self.out / META).read_bytes())
+            if meta["digest"] == self.digest:
+                return None
+            return f"features of {encoder_name(meta['encoder'])}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def done(self) -> bool:
         """Whether an earlier run has written all of it."""
+        return self._written(())
+
+    def _written(self, failures: Sequence[tuple[str, str, str]]) -> bool:
+        """Whether an earlier run has written all but these videos."""
         try:
             meta = json.loads((self.out / META).read_bytes())
-            whole = meta["digest"] == self.digest and meta["unreadable"] == 0
-            files = (FEATURES, HALVES, VIDEOS, *([FRAMES] if self.config.per_frame else []))
-            return whole and all((self.out / name).is_file() for name in files)
+            whole = meta["digest"] == self.digest and meta["unreadable"] == len(failures)
+            names = (FEATURES, HALVES, VIDEOS, *([FRAMES] if self.config.per_frame else []))
+            whole = whole and all((self.out / name).is_file() for name in names)
+            if not whole or not failures:
+                return bool(whole)
+            with open(self.out / ERRORS, encoding="utf-8", newline="") as file:
+                return [row["key"] for row in csv.DictReader(file)] == [row[0] for row in failures]
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -96,6 +123,9 @@ class Extraction:
     def write(self, before_each: Callable[[], None]) -> None:
         """Put the parts together into the feature folder, then remove them.
 
+        While videos are missing they are kept, and the same command tries their shards again; what
+        stands there stays where that changes nothing.
+
         Raises:
             InputError: not one video could be read, a part is damaged, or the disk is full.
             TooManyExcluded: all is written, but more than ``max_failures`` percent is missing.
@@ -104,14 +134,19 @@ class Extraction:
         failures = [row for part in parts for row in part.failures]
         if len(failures) == len(self.shards):
             raise InputError("not one video could be read", self.config.shards, failures[0][2])
-        write_feature_parts(self.out, parts, self._meta(len(failures)), before_each)
-        self.parts.remove_all()
-        if failures:
+        if self._written(failures):
+            tell(f"nothing has changed; these features are in {self.out} already")
+        else:
+            write_feature_parts(self.out, parts, self._meta(len(failures)), before_each)
+        if not failures:
+            self.parts.remove_all()
+        else:
             named = ", ".join(key for key, _, _ in failures[:_MOST_NAMED])
             more = ", …" if len(failures) > _MOST_NAMED else ""
             tell(
                 f"{len(failures)} of {len(self.shards)} videos could not be read and are left out "
-                f"({named}{more}); see errors.csv"
+                f"({named}{more}); see errors.csv. The same command tries their shards again, for "
+                f"which {self.parts.folder} is kept"
             )
         if len(failures) * 100 > self.config.max_failures * len(self.shards):
             raise TooManyExcluded(

@@ -22,6 +22,7 @@ RESULTS = (
     "retrieval.json",
     "duplicates.csv",
 )
+PROBES = "probe-"  # begins the folders of probes of other methods and splits
 COLUMNS = ("key", "source", "label", "label_name", "frames", "shard")
 SPLIT = "split."
 _BLOCK_VALUES = 1 << 24

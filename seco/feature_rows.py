@@ -18,6 +18,10 @@ from seco.unit_rows import unit_rows
 BLOCK_BYTES = 32 << 20
 
 
+class FeaturesTooLarge(ValueError):
+    """Their squares are beyond float32."""
+
+
 @dataclass(frozen=True)
 class Scaling:
     """``none``; ``l2``: rows of length 1; ``standard``: columns of mean 0 and variance 1.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from seco.feature_format import (
     FRAMES,
     HALVES,
     META,
+    PROBES,
     RESULTS,
     SPLIT,
     VIDEOS,
@@ -27,6 +27,7 @@ from seco.feature_format import (
     require_finite,
 )
 from shards.atomic import atomic_path, write_json
+from shards.csv_rows import write_csv
 
 Floats = NDArray[np.float32]
 Rows = Sequence[Mapping[str, Any]]
@@ -105,6 +106,11 @@ def write_feature_parts(
         # Of the features that were here: they would be taken for these'.
         for name in (*RESULTS, FRAMES, ERRORS):
             discard(folder / name)
+        for other in folder.glob(f"{PROBES}*/"):
+            for name in RESULTS:
+                discard(other / name)
+            with contextlib.suppress(OSError):  # a user's own files keep it
+                other.rmdir()
     _write_csv(folder / VIDEOS, _table(parts, sorted(splits)))
     failures = [row for part in parts for row in part.failures]
     if failures:
@@ -181,4 +187,4 @@ def _write_csv(path: Path, rows: Iterator[Sequence[object]] | Sequence[Sequence[
         atomic_path(path) as temporary,
         open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
-        csv.writer(file, lineterminator="\n").writerows(rows)
+        write_csv(file, rows)

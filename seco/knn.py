@@ -26,7 +26,10 @@ def knn_scores(
     temperature: float = 0.07,
     device: str | torch.device = "cpu",
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Votes of the nearest training rows: each gives exp((s - 1) / temperature) to its class.
+    """Votes of the nearest training rows: each gives exp((s - t) / temperature) to its class.
+
+    s is its cosine and t that of the very nearest, with which no temperature is too low for the
+    votes to be told apart.
 
     Args:
         train: (N, D), with ``labels`` (N,).
@@ -74,8 +77,9 @@ def knn_votes(
     for start in range(0, len(test), rows):
         place = slice(start, min(start + rows, len(test)))
         block = torch.tensor(test.block(place.start, place.stop)).to(gallery.device)
-        similarity, nearest = _nearest(gallery, normalize(block, dim=1), k)
-        weight = ((similarity.double() - 1) / temperature).exp()
+        similarity, nearest = _nearest(gallery, _unit(block), k)
+        away = similarity.double() - similarity.amax(1, keepdim=True)
+        weight = (away / temperature).exp()
         counted = torch.zeros(len(block), len(classes), dtype=torch.float64, device=gallery.device)
         counted.scatter_add_(1, target[nearest], weight)
         yield place, counted.cpu().numpy()
@@ -86,7 +90,7 @@ def _nearest(gallery: Products, queries: Tensor, k: int) -> tuple[Tensor, Tensor
     best = queries.new_empty((len(queries), 0))
     found = best.long()
     for place, block in gallery.blocks(torch.float32):
-        similarity = queries @ normalize(block, dim=1).T
+        similarity = queries @ _unit(block).T
         values, columns = similarity.topk(min(k, len(block)), dim=1)
         best = torch.cat([best, values], dim=1)
         found = torch.cat([found, columns + place.start], dim=1)
@@ -94,3 +98,9 @@ def _nearest(gallery: Products, queries: Tensor, k: int) -> tuple[Tensor, Tensor
             best, chosen = best.topk(k, dim=1)
             found = found.gather(1, chosen)
     return best, found
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Of length 1, however large or small they are; rows of zeros stay zero."""
+    largest = rows.abs().amax(1, keepdim=True)
+    return normalize(rows / largest.where(largest > 0, 1), dim=1)

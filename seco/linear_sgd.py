@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, linear
 
 from seco.device import exact_products
-from seco.feature_rows import FeatureRows
+from seco.feature_rows import FeatureRows, FeaturesTooLarge
 from seco.schedule import learning_rate
 from seco.svm_rows import Products
 
 _MOMENTUM = 0.9
 _FIRST_DEVIATION = 0.01  # of the weights, as MoCo
+_LARGEST_LENGTH = 1e15  # its square divides the learning rate
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def fit_linear(
     Args:
         lr: divided by the mean squared length of a row.
         advance: called after each epoch.
+
+    Raises:
+        FeaturesTooLarge: the learning rate for them would be none in float32.
     """
     classes, targets = np.unique(labels, return_inverse=True)
     products = Products(features, torch.device(device))
@@ -70,6 +74,8 @@ def fit_linear(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(len(classes), products.dimension, generator=generator)
     length = math.sqrt(square / count) or 1.0
+    if not length < _LARGEST_LENGTH:
+        raise FeaturesTooLarge("rows too long for float32")
     # The first logits, too, are as they would be for unit length.
     weights = (first * (_FIRST_DEVIATION / length)).to(products.device).requires_grad_()
     biases = torch.zeros(len(classes), device=products.device, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from seco.class_results import class_accuracies, confusions
 from seco.device import resolve_device
 from seco.eval_config import ProbeConfig
-from seco.eval_splits import TrainTest, read_train_test
-from seco.feature_rows import FeatureRows, fit_scaling
+from seco.eval_splits import TrainTest, read_train_test, usual_split
+from seco.feature_format import PROBES
+from seco.feature_rows import FeatureRows, FeaturesTooLarge, fit_scaling
 from seco.knn import knn_votes
 from seco.linear_sgd import LinearClassifier, fit_linear
 from seco.predictions import Predictions, judge
@@ -61,7 +63,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
             rows.train.folder,
             "there is nothing to tell apart",
         )
-    out = Path(config.out or config.features)
+    out = results_folder(config, rows)
     require_writable(out)
     notes = rows.notes()
     if rows.test.dataset.startswith("activitynet"):
@@ -82,9 +84,26 @@ def probe(config: ProbeConfig) -> ProbeResult:
         config.normalise,
     )  # fmt: skip
     found = _predict(config, c, sets, device, notes)
-    result = _result(config, c, rows, found, swept, validation, notes)
-    result.write(out)
+    result = _result(config, c, rows, found, swept, validation, notes, out)
+    result.write()
     return result
+
+
+def results_folder(config: ProbeConfig, rows: TrainTest) -> Path:
+    """Where results go: those of the SVM on the usual rows beside the features.
+
+    Those of other methods and splits have folders of their own below, so that none replaces
+    another's.
+    """
+    if config.out is not None:
+        return Path(config.out)
+    usual = (
+        config.method == "svm"
+        and config.split in (None, usual_split(rows.train))
+        and (config.train_split, config.test_split) == ("train", None)
+    )
+    name = f"{PROBES}{config.method}-{rows.train_split}-{rows.test_split}"
+    return Path(config.features, "" if usual else re.sub(r"[^\w.]+", "-", name))
 
 
 def accuracies(
@@ -100,6 +119,8 @@ def _checked(config: ProbeConfig) -> list[float]:
         sweep = [float(value) for value in (config.sweep or "").split(",") if value.strip()]
     except ValueError:
         raise InputError(f"{config.sweep!r} is no list of numbers", "--sweep") from None
+    if config.sweep is not None and not sweep:
+        raise InputError("holds no number", "--sweep", "for example 0.01,0.1,1,10")
     if config.method != "svm" and sweep:
         raise InputError("only the SVM has a C", "--sweep", "leave it out or use --method svm")
     if not all(value > 0 and math.isfinite(value) for value in [config.c, *sweep]):
@@ -167,33 +188,44 @@ def _predict(
     config: ProbeConfig, c: float, sets: _Sets, device: torch.device, notes: list[str]
 ) -> Predictions:
     """Fit on the training rows and judge the test rows."""
-    classes = np.unique(sets.labels)
     if config.method == "knn":
+        classes = np.unique(sets.labels)
         votes = knn_votes(
             sets.train, sets.labels, sets.test,
             neighbours=config.neighbours, temperature=config.temperature, device=device,
         )  # fmt: skip
         return judge(classes, _shown(votes, len(sets.test)), sets.test_labels)
-    fitted: LinearSVM | LinearClassifier
+    try:
+        fitted = _fit(config, c, sets, device, notes)
+    except FeaturesTooLarge as error:
+        raise InputError(
+            "holds values too large for float32", config.features, "use --normalise l2 or standard"
+        ) from error
+    scores = ((place, fitted.scores(block)) for place, block in sets.test.blocks())
+    return judge(fitted.classes, scores, sets.test_labels)
+
+
+def _fit(
+    config: ProbeConfig, c: float, sets: _Sets, device: torch.device, notes: list[str]
+) -> LinearSVM | LinearClassifier:
     if config.method == "linear":
         with progress("Linear classifier", config.epochs, "epochs") as shown:
-            fitted = fit_linear(
+            linear = fit_linear(
                 sets.train, sets.labels, lr=config.lr, epochs=config.epochs,
                 batch_size=config.batch_size, weight_decay=config.weight_decay, seed=config.seed,
                 device=device, advance=shown.advance,
             )  # fmt: skip
-        if not np.isfinite(fitted.weights).all():
+        if not np.isfinite(linear.weights).all():
             raise InputError("training diverged", "--lr", "give a smaller one")
-    else:
-        with progress(f"SVM, C {c:g}", len(classes), "classes") as shown:
-            fitted = fit_svm(sets.train, sets.labels, c=c, device=device, advance=shown.advance)
-        if not fitted.converged.all():
-            notes.append(
-                f"{int((~fitted.converged).sum())} classes of the SVM did not converge (at most "
-                f"{fitted.gap.max():.1g} above the minimum)"
-            )
-    scores = ((place, fitted.scores(block)) for place, block in sets.test.blocks())
-    return judge(fitted.classes, scores, sets.test_labels)
+        return linear
+    with progress(f"SVM, C {c:g}", len(np.unique(sets.labels)), "classes") as shown:
+        svm = fit_svm(sets.train, sets.labels, c=c, device=device, advance=shown.advance)
+    if not svm.converged.all():
+        notes.append(
+            f"{int((~svm.converged).sum())} classes of the SVM did not converge (at most "
+            f"{svm.gap.max():.1g} above the minimum)"
+        )
+    return svm
 
 
 def _shown(
@@ -213,6 +245,7 @@ def _result(
     sweep: list[SweptC],
     validation: dict[str, Any],
     notes: list[str],
+    folder: Path,
 ) -> ProbeResult:
     every, confusion = confusions(rows.train_labels, found)
     names = [rows.class_name(int(label)) for label in every]
@@ -241,4 +274,5 @@ def _result(
         notes=notes,
         class_names=names,
         confusion=confusion,
+        folder=folder,
     )

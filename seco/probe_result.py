@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from seco.class_results import ClassAccuracy, class_lines, draw_confusion
 from seco.pages import percent, printable
 from shards.atomic import atomic_path, write_json, write_text
+from shards.csv_rows import csv_text
 
 RESULT, CONFUSION, PER_CLASS = "probe.json", "probe-confusion.png", "probe-per-class.csv"
 
@@ -50,6 +50,7 @@ class ProbeResult:
     notes: list[str]
     class_names: list[str]
     confusion: NDArray[np.int64]
+    folder: Path  # of the files
 
     def to_json(self) -> dict[str, Any]:
         """``probe.json``."""
@@ -75,30 +76,27 @@ class ProbeResult:
             "per_class": [dataclasses.asdict(row) for row in self.per_class],
         }
 
-    def write(self, out: Path) -> None:
+    def write(self) -> None:
         """All files; each appears only when whole."""
-        with atomic_path(out / CONFUSION) as temporary:
+        with atomic_path(self.folder / CONFUSION) as temporary:
             draw_confusion(self).savefig(temporary, format="png", dpi=100)
-        write_text(out / PER_CLASS, self.per_class_csv())
-        write_json(out / RESULT, self.to_json())
+        write_text(self.folder / PER_CLASS, self.per_class_csv())
+        write_json(self.folder / RESULT, self.to_json())
 
     def per_class_csv(self) -> str:
         """A row a class: its accuracy, and the class its videos are most often mistaken for."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            ["label", "label_name", "videos", "right", "accuracy", "mistaken_for", "times"]
-        )
+        header = ("label", "label_name", "videos", "right", "accuracy", "mistaken_for", "times")
+        rows: list[Sequence[object]] = [header]
         tested = [i for i, row in enumerate(self.confusion) if row.sum()]
         for i, found in zip(tested, self.per_class, strict=True):
             wrong = self.confusion[i].copy()
             right, wrong[i] = int(wrong[i]), 0
             most = int(wrong.argmax())
             mistaken = [self.class_names[most], int(wrong[most])] if wrong[most] else ["", 0]
-            writer.writerow(
+            rows.append(
                 [found.label, found.label_name, found.count, right, found.accuracy, *mistaken]
             )
-        return out.getvalue()
+        return csv_text(rows)
 
     def table(self) -> str:
         """The figures as lines for a terminal."""
@@ -120,4 +118,5 @@ class ProbeResult:
             for row in self.sweep
         ]
         lines += class_lines(self.per_class)
-        return "\n".join(lines + [f"note: {printable(note)}" for note in self.notes])
+        lines += [f"note: {printable(note)}" for note in self.notes]
+        return "\n".join([*lines, printable(str(self.folder / RESULT))])

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.eval_splits import TrainTest, read_train_test
+from seco.eval_splits import TrainTest, choose_split, read_train_test
 from seco.feature_store import UNLABELLED, Features, read_features
 from seco.index_files import recall_line, stated_recall
 from seco.ivfpq import build_index, index_kind
+from seco.nearest import NearestIndex
 from seco.pages import percent, printable
 from seco.retrieve_config import ALL_SPLITS, EvaluateConfig
 from seco.vectors import Vectors
-from shards.atomic import write_json
+from shards.atomic import require_writable, write_json
 from shards.errors import InputError
 
 RESULT = "retrieval.json"
@@ -57,7 +58,8 @@ class RetrievalResult:
     videos: int
     train_split: str
     test_split: str
-    index: str  # "flat" or "ivfpq"
+    index: str  # "flat" or "ivfpq": of the largest gallery
+    same_video_recall: dict[str, Any] | None  # as SplitRecalls.recall
     dataset: str
     encoder: dict[str, Any]
     notes: list[str]
@@ -74,6 +76,7 @@ class RetrievalResult:
             "split": self.test_split,
             "train_split": self.train_split,
             "index": self.index,
+            "same_video_recall": self.same_video_recall,
             "dataset": self.dataset,
             "encoder": self.encoder,
             "notes": self.notes,
@@ -100,8 +103,9 @@ class RetrievalResult:
         if len(self.splits) > 1:
             lines.append(line(f"mean of {len(self.splits)} splits", self.label))
         lines.append(line(f"own second half among {self.videos} videos", self.same_video))
-        recalls = [one.recall for one in self.splits if one.recall]
-        lines += [f"IVF-PQ {recall_line(recall)}" for recall in recalls]
+        found = [*((one.test_split, one.recall) for one in self.splits)]
+        found.append(("halves", self.same_video_recall))
+        lines += [f"IVF-PQ, {what}, {recall_line(recall)}" for what, recall in found if recall]
         return "\n".join([*lines, *(f"note: {printable(note)}" for note in self.notes)])
 
 
@@ -111,11 +115,15 @@ def evaluate(config: EvaluateConfig) -> RetrievalResult:
     Raises:
         InputError: settings or feature folders cannot be used.
     """
+    out = Path(config.out or config.features)
+    require_writable(out)  # before anything that takes long
     features = read_features(config.features)
+    if config.split is not None and config.split != ALL_SPLITS:
+        choose_split(features, config.split)
     found, notes = _labelled_rows(config, features)
     splits = [_split_recalls(config, rows) for rows in found]
     queried = found[0].test if found else features
-    same_video, videos = _halves(config, queried)
+    same_video, videos, same_video_recall = _halves(config, queried)
     if videos < len(queried):
         notes.append(f"{len(queried) - videos} videos of one frame have no halves")
     largest = max([videos, *(one.gallery for one in splits)])
@@ -128,42 +136,53 @@ def evaluate(config: EvaluateConfig) -> RetrievalResult:
         train_split=", ".join(one.train_split for one in splits) or "none",
         test_split=", ".join(one.test_split for one in splits) or "none",
         index=index_kind(largest, config),
+        same_video_recall=same_video_recall,
         dataset=queried.dataset,
         encoder=features.encoder,
         notes=list(dict.fromkeys(notes)),
         splits=splits,
     )
-    write_json(Path(config.out or config.features) / RESULT, result.to_json())
+    write_json(out / RESULT, result.to_json())
     return result
 
 
 def _split_recalls(config: EvaluateConfig, rows: TrainTest) -> SplitRecalls:
     gallery = Vectors(rows.train.features, rows.train_rows)
-    index = build_index(gallery, config, config.device, "Adding")
+    index, recall = _searched(config, gallery)
     queries = Vectors(rows.test.features, rows.test_rows)
     _, found = index.search(queries, max(LABEL_KS), f"R@k of {rows.test_split}")
     # Row -1: an approximate index found fewer than asked for.
     right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
-    approximate = index_kind(len(gallery), config) != "flat"
     return SplitRecalls(
         label=_recalls(right, LABEL_KS),
         queries=len(queries),
         gallery=len(gallery),
         train_split=rows.train_split,
         test_split=rows.test_split,
-        recall=stated_recall(index, gallery, config.device) if approximate else None,
+        recall=recall,
     )
 
 
-def _halves(config: EvaluateConfig, queried: Features) -> tuple[dict[int, float], int]:
-    """R@k of the second half of each video, and how many videos have two."""
+def _searched(
+    config: EvaluateConfig, gallery: Vectors
+) -> tuple[NearestIndex, dict[str, Any] | None]:
+    """An index, and its recall against the exact search where it is an approximate one."""
+    index = build_index(gallery, config, config.device, "Adding")
+    exact = index_kind(len(gallery), config) == "flat"
+    return index, None if exact else stated_recall(index, gallery, config.device)
+
+
+def _halves(
+    config: EvaluateConfig, queried: Features
+) -> tuple[dict[int, float], int, dict[str, Any] | None]:
+    """R@k of the second half of each video, how many videos have two, and the index's recall."""
     rows = np.flatnonzero(queried.frames >= 2)
     if not len(rows):
-        return {}, 0
-    index = build_index(Vectors(queried.halves[:, 1], rows), config, config.device, "Adding")
+        return {}, 0, None
+    index, recall = _searched(config, Vectors(queried.halves[:, 1], rows))
     first = Vectors(queried.halves[:, 0], rows)
     _, found = index.search(first, max(SAME_VIDEO_KS), "R@k of halves")
-    return _recalls(found == np.arange(len(rows))[:, None], SAME_VIDEO_KS), len(rows)
+    return _recalls(found == np.arange(len(rows))[:, None], SAME_VIDEO_KS), len(rows), recall
 
 
 def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[TrainTest], list[str]]:

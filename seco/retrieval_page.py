@@ -21,7 +21,7 @@ from seco.query import (
 from seco.retrieve_config import QueryConfig
 from seco.thumbnails import FramesOf, frames_of, thumbnail
 from seco.vectors import Vectors
-from shards.atomic import write_text
+from shards.atomic import require_writable, write_text
 from shards.errors import InputError
 from shards.opening import open_shards
 
@@ -45,6 +45,8 @@ def write_query_page(config: QueryConfig, decode: DecodeFile) -> Path:
         raise InputError("give one of them", "--video KEY, --file PATH")
     if config.file is None and config.checkpoint is not None:
         raise InputError("is for --file", "--checkpoint", "leave it out")
+    path = Path(config.html)
+    require_writable(path.parent)  # before anything that takes long
     features = read_features(config.features)
     shards = open_shards(config.shards or tuple(features.meta.get("shards", ())))
     pictures = frames_of(shards)
@@ -60,7 +62,6 @@ def write_query_page(config: QueryConfig, decode: DecodeFile) -> Path:
         nearest = query_vector(features, vector, config.neighbours, index)
         shown = [frames[len(frames) * n // FRAMES_OF_QUERY] for n in range(FRAMES_OF_QUERY)]
         html = render_file_page(features, file, shown, nearest, pictures)
-    path = Path(config.html)
     write_text(path, html)
     return path
 

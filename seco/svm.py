@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seco.device import exact_products
-from seco.feature_rows import FeatureRows
+from seco.feature_rows import FeatureRows, FeaturesTooLarge
 from seco.svm_newton import Newton
 from seco.svm_rounds import WorkingSets
 from seco.svm_rows import OneVsRest, Products
@@ -107,7 +107,7 @@ def fit_svm(
     with exact_products():
         products = Products(rows, torch.device(device))
         if not products.largest_square < float("inf"):
-            raise ValueError("features are not finite, or too large for float32")
+            raise FeaturesTooLarge("features are not finite, or too large for float32")
         target = torch.from_numpy(targets.astype(np.int64)).to(products.device)
         newton = Newton(products, c, gap)
         size = max(1, _GROUP_BYTES // (2 * 8 * products.count))

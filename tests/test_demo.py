@@ -52,7 +52,7 @@ def test_a_folder_without_labels_gets_pages_and_no_figures(
     shown = capsys.readouterr()
     assert "nothing to probe" in shown.err
     assert "–" in shown.out
-    (report,) = out.rglob("report.html")
+    (report,) = out.glob("*/report.html")
     assert "random initialisation" in report.read_text()
     (summary,) = out.rglob("demo.json")
     rows = json.loads(summary.read_text())["rows"]

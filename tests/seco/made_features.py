@@ -54,9 +54,11 @@ def write_clusters(
     spread: float = 0.3,
     rows: list[dict[str, Any]] | None = None,
     sha256: str = "ab" * 32,
+    shift: float = 0.0,
 ) -> NDArray[np.float32]:
     """A folder of clusters, two thirds of every class in train; returns the features."""
     features, labels = clusters(videos, dimension, classes, spread)
+    features += np.float32(shift)
     if rows is None:
         values = ["test" if n // classes % 3 == 0 else "train" for n in range(videos)]
         rows = made_rows(labels.tolist(), [{"1": value} for value in values])

@@ -257,6 +257,8 @@ def test_two_folders_and_what_is_refused(tmp_path: Path) -> None:
         duplicates(DuplicatesConfig(features=a, test_features=b))
     with pytest.raises(InputError, match="needs frames"):
         duplicates(DuplicatesConfig(features=a, test_features=b, features_only=True, html="x"))
+    with pytest.raises(InputError, match="--threshold: must be a cosine"):
+        duplicates(DuplicatesConfig(features=a, features_only=True, threshold=float("nan")))
     with pytest.raises(InputError, match="candidates"):
         duplicates(DuplicatesConfig(features=a, test_features=b, candidates=0))
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,10 +290,54 @@ def test_unreadable_videos_are_named_and_change_no_other(
     assert found.keys == [whole.keys[row] for row in rows]
     np.testing.assert_array_equal(found.features, whole.features[rows])
     np.testing.assert_array_equal(found.frames_of(20), whole.frames_of(rows[20]))
-    assert not (tmp_path / "out" / "parts").exists()
-    # Another time they might be read.
-    extract(manifest, tmp_path / "out", per_frame=True, max_failures=10)
-    assert "left out: video_0018" in capsys.readouterr().err
+
+
+def test_shards_that_lack_videos_are_tried_again_and_no_other(
+    damaged: tuple[str, list[str]],
+    undisturbed: dict[str, bytes],
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest, lost = damaged
+    tried: list[list[int]] = []
+    compute = seco.extract.shard_features
+
+    def counted(shard_set: Any, numbers: Any, *others: Any) -> Any:
+        tried.append(list(numbers))
+        return compute(shard_set, numbers, *others)
+
+    monkeypatch.setattr(seco.extract, "shard_features", counted)
+    out = extract(manifest, tmp_path / "out", per_frame=True, max_failures=10)
+    before = {path.name: path.stat() for path in out.iterdir() if path.is_file()}
+    (out / "probe.json").write_text("{}")
+    extract(manifest, out, per_frame=True, max_failures=10)
+    said = capsys.readouterr().err
+    assert "nothing has changed" in said
+    assert all(f"left out: {key}: " in said for key in lost)
+    assert (out / "probe.json").exists()
+    assert all((out / name).stat().st_mtime_ns == old.st_mtime_ns for name, old in before.items())
+    # Mended.
+    for tar in Path(shards).parent.glob("*.tar"):
+        shutil.copy(tar, Path(manifest).parent)
+    extract(manifest, out, per_frame=True)
+    assert tried == [[*range(9)], [1, 4, 6], [1, 4, 6]]
+    assert not (out / "probe.json").exists()
+    assert not (out / "parts").exists()
+    whole = extract(shards, tmp_path / "whole", per_frame=True)
+    for name in ("features.npy", "halves.npy", "frames.npy", "videos.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_features_of_another_encoder_are_not_replaced_unasked(shards: str, tmp_path: Path) -> None:
+    out = extract(shards, tmp_path)
+    before = (out / "features.npy").read_bytes()
+    with pytest.raises(InputError, match=r"holds features of resnet18 random .*--overwrite"):
+        extract(shards, tmp_path, seed=5)
+    assert (out / "features.npy").read_bytes() == before
+    extract(shards, tmp_path, seed=5, overwrite=True)
+    assert (out / "features.npy").read_bytes() != before
 
 
 def test_two_processes_of_other_workers_and_threads_write_the_same_bytes(
@@ -306,7 +351,8 @@ def test_two_processes_of_other_workers_and_threads_write_the_same_bytes(
     with pytest.raises(TooManyExcluded):
         extract(damaged[0], tmp_path / "one")
     assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert len(files(tmp_path / "one")) == 5
+    names = {name for name in files(tmp_path / "one") if not name.startswith("parts/")}
+    assert names == {"features.npy", "halves.npy", "videos.csv", "errors.csv", "meta.json"}
 
 
 def test_a_set_of_which_nothing_can_be_read(tmp_path: Path) -> None:

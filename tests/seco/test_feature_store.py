@@ -285,7 +285,7 @@ def test_train_and_test_in_two_folders(tmp_path: Path) -> None:
     labels: list[int | None] = [n % 3 for n in range(60)]
     rows = made_rows(labels, [{"official": "val"}] * 60)
     write_clusters(tmp_path / "train", rows=made_rows(labels, [{"official": "train"}] * 60))
-    write_clusters(tmp_path / "val", rows=rows)
+    write_clusters(tmp_path / "val", rows=rows, shift=0.1)
     folders = (str(tmp_path / "train"), str(tmp_path / "val"))
     chosen = read_train_test(*folders)
     assert (chosen.train_split, chosen.test_split) == ("official train", "official val")

@@ -15,12 +15,14 @@ from PIL import Image
 from cli import run
 from seco.eval_config import ProbeConfig
 from seco.feature_rows import FeatureRows, fit_scaling
+from seco.feature_store import write_features
 from seco.linear_sgd import fit_linear
 from seco.probe import accuracies, probe
 from seco.report_records import parse_probe
+from seco.report_sources import find_results
 from seco.validation import held_out, recordings
 from shards.errors import InputError
-from tests.seco.made_features import clusters, made_rows, write_clusters
+from tests.seco.made_features import META, clusters, made_rows, write_clusters
 
 
 def test_separated_clusters_are_found(tmp_path: Path) -> None:
@@ -294,8 +296,59 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder = ("--features", str(tmp_path / "train"))
     assert "--lr" in complaint(*folder, "--lr", "0")
     assert "--weight-decay" in complaint(*folder, "--weight-decay", "-1")
+    assert "--sweep: holds no number" in complaint(*folder, "--sweep", ",")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(*folder, "--out", str(tmp_path / "file" / "x"))
+
+
+def test_nothing_is_tested_that_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clusters(tmp_path / "a")
+    folder = ["probe", "--features", str(tmp_path / "a")]
+    for same in (["--train-split", "test"], ["--test-features", str(tmp_path / "a"),
+                 "--test-split", "train"]):  # fmt: skip
+        assert run([*folder, *same]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "videos would be trained on and tested (v00" in line
+    assert not (tmp_path / "a" / "probe.json").exists()
+
+
+def test_methods_and_splits_do_not_replace_each_other(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    splits = [{n: str(rng.choice(["train", "test"])) for n in ("1", "2")} for _ in range(60)]
+    write_clusters(tmp_path, rows=made_rows([n % 3 for n in range(60)], splits))
+    folder = str(tmp_path)
+    first = probe(ProbeConfig(features=folder, split="1"))
+    before = (tmp_path / "probe.json").read_bytes()
+    probe(ProbeConfig(features=folder, split="2"))
+    knn = probe(ProbeConfig(features=folder, method="knn"))
+    assert (tmp_path / "probe.json").read_bytes() == before
+    written = {path.parent.name for path in tmp_path.glob("*/probe.json")}
+    assert written == {"probe-svm-2-train-2-test", "probe-knn-1-train-1-test"}
+    assert str(tmp_path / "probe-knn-1-train-1-test") in knn.table()
+    found = find_results([folder])
+    assert [item.probe.method for item in found.features if item.probe] == ["svm", "knn", "svm"]
+    assert first.n_test == found.features[0].probe.n_test  # type: ignore[union-attr]
+    # New features take all of them away.
+    write_clusters(tmp_path)
+    assert not list(tmp_path.rglob("probe*"))
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_values_of_any_size_are_classified_or_refused(tmp_path: Path, scale: float) -> None:
+    features, labels = clusters(60, 16, 3, 0.3)
+    splits = [{"1": "test" if n // 3 % 3 == 0 else "train"} for n in range(60)]
+    rows = made_rows(labels.tolist(), splits)
+    scaled = (features * scale).astype(np.float32)
+    write_features(tmp_path, scaled, np.stack([scaled] * 2, 1), rows, META)
+    for settings in ({"normalise": "l2"}, {"normalise": "standard"}, {"method": "knn"}):
+        config = ProbeConfig(features=str(tmp_path), **settings)  # type: ignore[arg-type]
+        assert probe(config).top1 == 1, settings
+    if scale > 1:
+        for method in ("svm", "linear"):
+            with pytest.raises(InputError, match="too large for float32 — use --normalise"):
+                probe(ProbeConfig(features=str(tmp_path), method=method))
 
 
 def test_names_cannot_redraw_the_terminal_or_break_the_picture(tmp_path: Path) -> None:

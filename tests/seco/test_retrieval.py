@@ -82,8 +82,9 @@ def test_unrelated_halves_are_not_found(tmp_path: Path) -> None:
 
 def test_two_folders(tmp_path: Path) -> None:
     labels: list[int | None] = [n % 3 for n in range(60)]
-    for name, value in (("a", "train"), ("b", "val")):
-        write_clusters(tmp_path / name, rows=made_rows(labels, [{"official": value}] * 60))
+    for name, value, shift in (("a", "train", 0.0), ("b", "val", 0.01)):
+        rows = made_rows(labels, [{"official": value}] * 60)
+        write_clusters(tmp_path / name, rows=rows, shift=shift)  # the same keys, other videos
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     result = evaluate(EvaluateConfig(features=a, test_features=b))
     assert (result.queries, result.gallery, result.label[1]) == (60, 60, 1.0)
@@ -242,3 +243,25 @@ def test_an_approximate_evaluation_states_its_recall(tmp_path: Path) -> None:
     assert "recall@10" in result.table()
     assert exact.splits[0].recall is None
     assert result.label[50] == pytest.approx(exact.label[50], abs=0.05)
+    # The halves are searched in an index of their own.
+    coarse = {"ivfpq_above": 300, "probes": 1, "rerank": 0}
+    rough = evaluate(EvaluateConfig(features=str(tmp_path), **coarse))  # type: ignore[arg-type]
+    assert rough.same_video_recall is not None
+    assert rough.same_video_recall["recall@1"] < 0.9
+    assert "IVF-PQ, halves, against the exact" in rough.table()
+    assert json.loads((tmp_path / "retrieval.json").read_text())["same_video_recall"] is not None
+    assert exact.same_video_recall is None
+
+
+def test_mistakes_are_found_before_the_search(tmp_path: Path) -> None:
+    write_clusters(tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        evaluate(EvaluateConfig(features=str(tmp_path / "a"), out=str(tmp_path / "file")))
+    rows = made_rows([n % 3 for n in range(60)], [{}] * 60)
+    write_clusters(tmp_path / "none", rows=rows)
+    with pytest.raises(InputError, match="has no split '7'"):
+        evaluate(EvaluateConfig(features=str(tmp_path / "none"), split="7"))
+    with pytest.raises(InputError, match=r"60 videos would be trained on and tested \("):
+        none = str(tmp_path / "none")
+        evaluate(EvaluateConfig(features=none, test_features=none))

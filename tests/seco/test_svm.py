@@ -273,7 +273,10 @@ def test_knn_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         nearest = sorted(range(40), key=lambda i: -cosine[i])[:7]
         expected = dict.fromkeys((0, 10, 20), 0.0)
         for i in nearest:
-            expected[int(y[i])] += math.exp((cosine[i] - 1) / 0.1)
+            expected[int(y[i])] += math.exp((cosine[i] - cosine[nearest[0]]) / 0.1)
         np.testing.assert_allclose(given, list(expected.values()), rtol=1e-4)
     _, all_vote = knn_scores(train, y, test, neighbours=1000)
     assert (all_vote > 0).all()
+    _, cold = knn_scores(train, y, test, neighbours=7, temperature=1e-9)
+    _, nearest_alone = knn_scores(train, y, test, neighbours=1)
+    assert cold.argmax(1).tolist() == nearest_alone.argmax(1).tolist()
