@@ -12,9 +12,13 @@ import cli
 from tests.data import ROOT
 
 
+DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+
+
 def commands_of(document: str) -> list[str]:
-    text = (ROOT / "docs" / document).read_text("utf-8")
-    return re.findall(r"^    (seco .*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    """Commands on lines of their own; one that ends in a backslash goes on in the next."""
+    text = (ROOT / document).read_text("utf-8").replace("\\\n", " ")
+    return re.findall(r"^    (seco [\w-]+ .*?)(?:\s+#.*)?$", text, re.MULTILINE)
 
 
 def require_known(line: str) -> None:
@@ -28,11 +32,15 @@ def require_known(line: str) -> None:
     assert {word for word in words if word.startswith("-")} <= known, line
 
 
-def test_commands_of_the_reproduction_exist() -> None:
-    lines = commands_of("reproduce.md")
-    assert len(lines) >= 20
-    for line in lines:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_the_documents_exist(document: str) -> None:
+    for line in commands_of(document):
         require_known(line)
+
+
+def test_the_documents_hold_commands() -> None:
+    assert len(commands_of("docs/reproduce.md")) >= 20
+    assert sum(len(commands_of(document)) for document in DOCUMENTS) >= 50
 
 
 def test_unknown_commands_and_options_are_found() -> None:
