@@ -117,11 +117,17 @@ class PairStep:
         features: Tensor = self._model.backbone(normalise(to_device(crops, self._device)))
         return features
 
-    def moments(self, searches: Tensor) -> Tensor:
-        """(2, C) float64 means, over images and cells, of the features and of their squares."""
-        with self._precision():
-            features = self.features(searches).double()
-        return torch.stack([features.mean((0, 2, 3)), features.square().mean((0, 2, 3))])
+    def moments(self, exemplars: Tensor, searches: Tensor) -> Tensor:
+        """(2, C) float64 means, over images and cells, of the features and of their squares.
+
+        Both kinds of crops weigh one half: a channel may be silent in one of them.
+        """
+        moments = []
+        for crops in (exemplars, searches):
+            with self._precision():
+                features = self.features(crops).double()
+            moments.append(torch.stack([features, features.square()]).mean((1, 3, 4)))
+        return torch.stack(moments).mean(0)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
@@ -215,14 +221,15 @@ class TrackTraining(TrainingRun):
                 self._tell_unusable(batch)
                 if self._stopping(batch, "sequence", counted=False) or batch is None:
                     raise self._saved_and_stopped(stop)
-                moments.append(self.step.moments(batch.searches))
+                moments.append(self.step.moments(batch.exemplars, batch.searches))
                 measured = [batch]
         total = self.ranks.mean(torch.stack(moments).mean(0).flatten()).view(2, -1)
         mean, square = total[0], total[1]
         head = self.model.head
         head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
+        head.bias.data.zero_()  # a run that was stopped before its first step is measured again
         responses = self.step.responses(measured[0].exemplars, measured[0].searches)
-        head.bias.data.sub_(self.ranks.mean(responses.mean().view(1))[0])
+        head.bias.data.copy_(-self.ranks.mean(responses.mean().view(1))[0])
 
     def _steps(
         self, batches: Iterator[PairBatch], log: RunLog | None, stop: StopRequest, shown: Progress

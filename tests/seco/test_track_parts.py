@@ -227,6 +227,19 @@ def test_the_head_standardises_and_scales(separate: bool) -> None:
     torch.testing.assert_close(raw.search(search), raw.exemplar_convolution(search))
 
 
+def test_a_channel_that_hardly_moves_is_not_magnified() -> None:
+    head = SiameseHead(4, 3, 1.0)
+    head.measure(torch.zeros(4), torch.tensor([2.0, 2.0, 2.0, 1e-9]))
+    assert head.std.tolist() == pytest.approx([2, 2, 2, 0.05 * 3**0.5], rel=1e-6)
+    # Where it moves after all, as the others do, it stays within 20 times what they are.
+    found = head.search(torch.full((1, 4, 1, 1), 2.0)) - head.search(torch.zeros(1, 4, 1, 1))
+    weight = head.exemplar_convolution.weight.detach()[:, :, 0, 0].abs()
+    assert bool((found[0, :, 0, 0].abs() < weight.sum(1) * 24).all())
+    same = SiameseHead(4, 3, 1.0)
+    same.measure(torch.ones(4), torch.zeros(4))
+    assert same.search(torch.ones(1, 4, 2, 2)).isfinite().all()
+
+
 # Labels and loss
 
 
