@@ -87,7 +87,7 @@ class Tracker:
                 responses = self._model.head.correlation(self._exemplar, search)
             found = peak(responses, self._penalty, self._window, self._config.window)
         number, down, across, response = found.tolist()
-        self.score = 1 / (1 + math.exp(-response - self._bias))
+        self.score = (1 + math.tanh((response + self._bias) / 2)) / 2  # sigmoid; exp overflows
         factor = self._factors[int(number)]
         # From cells of the upsampled response to px of the frame.
         px = STRIDE / self._config.upsampling * side * factor / SEARCH_PX

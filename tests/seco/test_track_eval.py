@@ -163,6 +163,20 @@ def test_first_boxes_that_hold_nothing_are_refused(
         following(tracker).init(patch_frames(3, 1)[0][0], box)
 
 
+@pytest.mark.parametrize(("response", "score"), [(-2000.0, 0.0), (0.0, 0.5), (2000.0, 1.0)])
+def test_scores_of_responses_of_any_size(
+    tracker: Path, monkeypatch: pytest.MonkeyPatch, response: float, score: float
+) -> None:
+    follow = following(tracker, scales=1)
+    follow._bias = 0.0
+    frame = patch_frames(3, 1)[0][0]
+    follow.init(frame, [50, 50, 20, 20])
+    found = torch.tensor([0, 136, 136, response], dtype=torch.float64)
+    monkeypatch.setattr("seco.tracker.peak", lambda *_: found)
+    follow.update(frame)
+    assert follow.score == score
+
+
 def test_a_static_target_stays(tracker: Path) -> None:
     frames, boxes = patch_frames(5, 1)
     follow = following(tracker, scales=1)
@@ -528,6 +542,9 @@ def test_run_keeps_what_came_before_damage(
         ({"--tracker": __file__}, "test_track_eval.py: "),
         ({"--scales": "2"}, "--scales: must be odd"),
         ({"--out-video": "clip.mp4"}, "would be written over"),
+        ({"--out": "one", "--out-video": "./one"}, "one: is given for boxes and video"),
+        ({"--out": "."}, "is a folder — give --out the name of a file"),
+        ({"--out-video": ".."}, "is a folder — give --out-video the name of a file"),
     ],
 )
 def test_mistakes_of_run_are_one_line(
