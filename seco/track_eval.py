@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,11 @@ _INFERENCE = (
     *("scales", "scale_step", "scale_penalty", "scale_update", "window", "upsampling"),
     "precision",
 )
-_TRAINED = ("feature_layer", "channels", "convolutions", "raw_features", "epochs")
+_TRAINED = (
+    *("feature_layer", "channels", "convolutions", "raw_features", "response_scale"),
+    *("batch_size", "lr", "final_lr", "momentum", "weight_decay"),
+    *("pairs_per_sequence", "max_gap", "max_stretch", "positive_radius"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
         config.name,
         {"tracker": tensors_sha256(model.state_dict()), **settings},
     )
-    settings |= {name: said["config"][name] for name in _TRAINED if name in said["config"]}
+    settings |= _training_of(said)
     found = Evaluation(dataset, config.name, said["encoder"], settings, len(shards))
     tracker = Tracker(model, config, resolve_device(config.device))
     total = int(shards.frame_counts.sum())
@@ -118,6 +123,19 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
     sequences = dict(zip(found.names, found.curves, strict=True))
     write_plots(out, config.name, found.mean, sequences)
     found.notes.append(f"written to {out}")
+    return found
+
+
+def _training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """How a tracker was trained, as far as its checkpoint tells."""
+    config = checkpoint["config"]
+    found = {name: config[name] for name in _TRAINED if name in config}
+    for name, recorded in (("train_shards", "shards"), ("epochs_planned", "epochs")):
+        if recorded in config:
+            found[name] = config[recorded]
+    if checkpoint.get("steps_per_epoch"):
+        epochs = round(checkpoint["step"] / checkpoint["steps_per_epoch"], 2)
+        found["epochs"] = int(epochs) if epochs.is_integer() else epochs
     return found
 
 

@@ -85,7 +85,14 @@ class ResultFolder:
             write_text(mark, text)
 
     def finished(self, name: str, truth: Floats) -> Tracked | None:
-        """A sequence that an earlier, interrupted evaluation has done; (F, 4) are its boxes."""
+        """A sequence that an earlier, interrupted evaluation has done; (F, 4) are its boxes.
+
+        One with unreadable frames is not: they are named again, or have been mended.
+        """
+        found = self._written(name, truth)
+        return None if found is not None and (found.seconds[1:] == 0).any() else found
+
+    def _written(self, name: str, truth: Floats) -> Tracked | None:
         frames = len(truth)
         try:
             boxes = np.loadtxt(self._boxes(name), delimiter=",", ndmin=2)
@@ -105,7 +112,7 @@ class ResultFolder:
             self._boxes(name),
             "".join(",".join(f"{value:.3f}" for value in box) + "\n" for box in boxes),
         )
-        found = self.finished(name, boxes)
+        found = self._written(name, boxes)
         assert found is not None
         return found
 

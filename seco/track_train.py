@@ -179,7 +179,11 @@ class TrackTraining(TrainingRun):
             self.stream.digest(),
             writes=ranks.first,
             may_differ=MAY_DIFFER,
-            about={TRACKER: True, "encoder": self.backbone.record(config.seed)},
+            about={
+                TRACKER: True,
+                "encoder": self.backbone.record(config.seed),
+                "steps_per_epoch": self.steps_per_epoch,
+            },
         )
         if checkpoint is not None:
             _require_backbone(checkpoint, self.backbone)

@@ -221,10 +221,39 @@ def test_result_files_are_read_by_the_toolkit(tracker: Path, cheap: None, tmp_pa
     assert (found["dataset"], found["frames"]) == ("otb100", 678)
     assert found["encoder"]["arch"] == "resnet18"
     assert found["settings"]["feature_layer"] == "layer2"
+    assert (found["settings"]["epochs"], found["settings"]["epochs_planned"]) == (2, 2)
     for plot in ("success.png", "precision.png"):
         with Image.open(out / plot) as picture:
             assert min(picture.size) > 400
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+@pytest.mark.parametrize(
+    ("step", "steps_per_epoch", "epochs"), [(2, 1, 2), (3, 2, 1.5), (1, 3, 0.33), (2, None, None)]
+)
+def test_how_far_a_tracker_was_trained_is_told(
+    tracker: Path,
+    cheap: None,
+    tmp_path: Path,
+    step: int,
+    steps_per_epoch: int | None,
+    epochs: float | None,
+) -> None:
+    content = {**load_checkpoint(tracker), "step": step, "steps_per_epoch": steps_per_epoch}
+    if steps_per_epoch is None:
+        del content["steps_per_epoch"]  # as older ones
+    save_checkpoint(tmp_path / "some.pt", content)
+    spec = make_sequences(tmp_path / "set", 1, 2)
+    settings = evaluate(spec, tmp_path / "some.pt", tmp_path / "out")["settings"]
+    assert settings.get("epochs") == epochs
+    assert settings["epochs_planned"] == 2
+    assert [Path(shards).name for shards in settings["train_shards"]] == ["patches.json"]
+    expected = {
+        **{"batch_size": 8, "lr": 1e-2, "final_lr": 1e-5, "momentum": 0.9, "weight_decay": 5e-4},
+        **{"pairs_per_sequence": 1, "max_gap": 100, "max_stretch": 0.05},
+        **{"positive_radius": 16, "response_scale": 1e-3, "feature_layer": "layer2"},
+    }
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_a_real_tracker_on_real_sequences(tracker: Path, tmp_path: Path) -> None:
@@ -331,6 +360,7 @@ def test_an_unreadable_frame_keeps_the_box_before(
     for name in (b"patch_000.0002.jpg", b"patch_001.0000.jpg"):
         at = data.index(name) + 512
         data[at : at + 200] = bytes(200)
+    whole = tar.read_bytes()
     tar.write_bytes(data)
     found = evaluate(spec, tracker, tmp_path / "out")
     rows = np.loadtxt(tmp_path / "out" / "patches" / "seco" / "patch_000.txt", delimiter=",")
@@ -338,6 +368,14 @@ def test_an_unreadable_frame_keeps_the_box_before(
     assert found["notes"][0].startswith("patch_000: frame 2 cannot be read: ")
     assert found["notes"][1].startswith("left out: patch_001: the first frame cannot be read: ")
     assert found["sequences"] == 1
+    again = evaluate(spec, tracker, tmp_path / "out")
+    assert again["notes"] == found["notes"]
+    tar.write_bytes(whole)
+    mended = evaluate(spec, tracker, tmp_path / "out")
+    assert mended["notes"] == []
+    assert mended["sequences"] == 2
+    rows = np.loadtxt(tmp_path / "out" / "patches" / "seco" / "patch_000.txt", delimiter=",")
+    assert rows[2].tolist() != rows[1].tolist()
 
 
 def test_a_single_frame_is_the_given_box(tracker: Path, cheap: None, tmp_path: Path) -> None:
