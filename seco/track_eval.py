@@ -159,6 +159,8 @@ def _sequence(shards: ShardSet, video: int) -> _Sequence:
         raise _LeftOut(f"{record.key!r} is no file name")
     if record.dataset == OTB and not record.splits:
         raise _LeftOut("is not of OTB-100")
+    if record.dataset == OTB and record.source_frames not in (None, frames):
+        raise _LeftOut(f"{frames} of its {record.source_frames} frames are stored, OTB-100 has all")
     if len(truth) != frames:
         raise _LeftOut(f"{len(truth)} boxes for {frames} frames")
     counted = np.ones(frames, dtype=np.bool_)

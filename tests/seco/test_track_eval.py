@@ -279,13 +279,19 @@ def test_targets_of_shared_sequences_have_the_toolkits_names(
             fields["splits"] = {}
         if number == 6:
             fields["key"] = "../../Elsewhere"
+        if number == 7:
+            fields["source_frames"] = 81
+        if number == 4:
+            fields["source_frames"] = None
 
     keys = ["Jogging-1", "Jogging-2", "Skating2-1", "Human4-2", "David", "David_old", "Other"]
-    spec = make_sequences(tmp_path / "set", 7, 3, dataset="otb100", keys=keys, change=change)
+    keys.append("Skiing")
+    spec = make_sequences(tmp_path / "set", 8, 3, dataset="otb100", keys=keys, change=change)
     found = evaluate(spec, tracker, tmp_path / "out")
     assert found["notes"] == [
         "left out: David_old: is not of OTB-100",
         "left out: ../../Elsewhere: '../../Elsewhere' is no file name",
+        "left out: Skiing: 3 of its 81 frames are stored, OTB-100 has all",
     ]
     folder = tmp_path / "out" / "OTB2015" / "seco"
     expected = {"Jogging.1", "Jogging.2", "Skating2.1", "Human4", "David"}
