@@ -20,6 +20,7 @@ from seco.track_frames import frames_ahead
 from seco.track_model import load_tracker
 from seco.track_plots import write_plots
 from seco.track_results import (
+    MOST_NAMED,
     Evaluation,
     Floats,
     ResultFolder,
@@ -34,7 +35,7 @@ from shards.access import UnreadableFrame
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import open_shards
-from shards.pairs import boxes_of
+from shards.pairs import boxes_of, require_boxes
 from shards.progress import Progress, progress
 from shards.reader import ShardSet
 
@@ -80,6 +81,7 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
     if not is_file_name(config.name):
         raise InputError(f"{config.name!r} is no file name", "--name")
     shards = open_shards(config.shards)
+    require_boxes(shards)
     model, said = load_tracker(Path(config.tracker))
     out = Path(config.out or Path(config.tracker).parent / f"eval-{shards.name}")
     require_writable(out)
@@ -109,10 +111,12 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
                     path = out / "videos" / f"{sequence.name}.mp4"
                     write_video(path, sequence.fps, _annotated(shards, sequence, tracked))
             except _LeftOut as why:
-                key = shards.key(video)
-                found.left_out[key] = str(why)
-                print(f"seco: left out: {key}: {why}", file=sys.stderr)
+                found.left_out[shards.key(video)] = str(why)
+                if len(found.left_out) <= MOST_NAMED:
+                    print(f"seco: {found.lines_of_left_out()[-1]}", file=sys.stderr)
             shown.advance(done + shards.frame_count(video) - shown.done)
+    if len(found.left_out) > MOST_NAMED:
+        print(f"seco: {found.lines_of_left_out(MOST_NAMED)[-1]}", file=sys.stderr)
     if not found.names:
         raise InputError(
             f"none of the {len(shards)} sequences can be evaluated",

@@ -22,6 +22,8 @@ _FILE_NAME = re.compile(r"\w[\w.-]*")
 _ROUNDING = 1e-3  # of three decimals
 _IDENTITY = "tracking.json"  # whose results lie in a folder
 
+MOST_NAMED = 10  # sequences that are left out; track.json names all
+
 Floats = NDArray[np.float64]
 
 
@@ -171,7 +173,6 @@ class Evaluation:
                 self.names, self.curves, self.frames, self.rates, strict=True
             )
         ]
-        left = [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         content = {
             "dataset": self.dataset,
             "tracker": self.tracker,
@@ -184,10 +185,16 @@ class Evaluation:
             "frames": sum(self.frames),
             "encoder": self.encoder,
             "settings": self.settings,
-            "notes": [*self.notes, *left],
+            "notes": [*self.notes, *self.lines_of_left_out()],
             "per_sequence": rows,
         }
         write_json(out / RESULT, content)
+
+    def lines_of_left_out(self, most: int | None = None) -> list[str]:
+        """One a sequence; of more than ``most`` their number at the end."""
+        lines = [f"left out: {name}: {why}" for name, why in self.left_out.items()]
+        rest = len(lines[most:]) if most is not None else 0
+        return [*lines[:most], f"left out: {rest} more"] if rest else lines
 
     def table(self) -> str:
         """What is shown."""
@@ -203,7 +210,7 @@ class Evaluation:
         whole = f"{len(self.names)} of {self.of_sequences} sequences, {sum(self.frames)} frames"
         lines.append(f"{self.dataset}: {whole}, one pass, means over sequences")
         lines += self.notes
-        lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
+        lines += self.lines_of_left_out(MOST_NAMED)
         return "\n".join(lines)
 
 

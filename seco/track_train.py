@@ -32,13 +32,11 @@ from seco.track_model import TRACKER, SiamFC
 from seco.track_pairs import PairBatch, PairLoader
 from seco.training_run import TrainingRun, Waiting, one_voice
 from seco.weights import Backbone, load_backbone, tensors_sha256
-from shards.access import UnreadableFrame
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, chosen_window, open_shards
-from shards.pairs import PairStream
+from shards.pairs import PairStream, require_boxes
 from shards.progress import Progress
-from shards.reader import ShardSet
 
 _MEASURED_PAIRS = 64  # whose features are standardised with
 
@@ -144,7 +142,7 @@ class TrackTraining(TrainingRun):
             require_writable(Path(config.out))  # before anything that takes long
         cache = CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None
         shards = open_shards(config.shards, cache)
-        _require_boxes(shards)
+        require_boxes(shards)
         window = chosen_window(shards, cache, config.window_shards)
         self.stream = PairStream(
             shards,
@@ -300,18 +298,6 @@ class TrackTraining(TrainingRun):
     def _require_frozen(self) -> None:
         digest = tensors_sha256(self.model.backbone.network.state_dict())
         assert digest == self.backbone.sha256, "the frozen backbone has changed"
-
-
-def _require_boxes(shards: ShardSet) -> None:
-    """Raises InputError when this is no tracking set."""
-    try:
-        has_boxes = bool(shards.record(0).boxes)
-    except UnreadableFrame:
-        return  # the loader counts it
-    if not has_boxes:
-        raise InputError(
-            "has no boxes", shards.addresses[0], "prepare a tracking set, such as got10k"
-        )
 
 
 def _require_backbone(checkpoint: Path, backbone: Backbone) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shards.access import UnreadableFrame
 from shards.draws import sample_starts, uniforms
+from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.reader import ShardSet
 from shards.stream import IndexedStream
@@ -94,6 +95,22 @@ def boxes_of(record: VideoRecord) -> NDArray[np.float64]:
     if not np.isfinite(boxes).all():
         raise ValueError("boxes that are not finite")
     return boxes
+
+
+def require_boxes(shards: ShardSet) -> None:
+    """Look at the first record.
+
+    Raises:
+        InputError: this is no tracking set.
+    """
+    try:
+        has_boxes = bool(shards.record(0).boxes)
+    except UnreadableFrame:
+        return  # whoever reads the frames will say so
+    if not has_boxes:
+        raise InputError(
+            "has no boxes", shards.addresses[0], "prepare a tracking set, such as got10k"
+        )
 
 
 def _flags(values: Any, name: str, frames: int) -> NDArray[np.float64]:

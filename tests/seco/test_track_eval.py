@@ -393,13 +393,34 @@ def test_a_single_frame_is_the_given_box(tracker: Path, cheap: None, tmp_path: P
 def test_sets_without_boxes_are_one_line(
     tracker: Path, cheap: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    videos = make_set(tmp_path / "videos", videos=2)
+    videos = make_set(tmp_path / "videos", videos=20)
     arguments = ["track", "eval", "--shards", videos, "--out", str(tmp_path / "out")]
     assert run([*arguments, "--tracker", str(tracker), "--device", "cpu"]) == 1
-    assert (
-        "none of the 2 sequences can be evaluated — 0 boxes for 6 frames"
-        in (capsys.readouterr().err.splitlines()[-1])
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no boxes — prepare a tracking set" in line
+
+
+def test_of_many_sequences_that_are_left_out_a_few_are_shown(
+    tracker: Path, cheap: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(number: int, fields: dict[str, Any]) -> None:
+        if number:
+            fields["boxes"] = fields["boxes"][:1]
+
+    spec = make_sequences(tmp_path / "set", 14, 2, change=change)
+    arguments = ["track", "eval", "--shards", spec, "--out", str(tmp_path / "out")]
+    assert run([*arguments, "--tracker", str(tracker), "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.err, shown.out):
+        assert [line for line in text.splitlines() if "left out: " in line] == [
+            f"{'seco: ' if text == shown.err else ''}left out: {what}"
+            for what in (
+                *(f"patch_{number:03d}: 1 boxes for 2 frames" for number in range(1, 11)),
+                "3 more",
+            )
+        ]
+    notes = json.loads((tmp_path / "out" / "track.json").read_text())["notes"]
+    assert sum(note.startswith("left out: patch_") for note in notes) == 13
 
 
 # Trees that people have
