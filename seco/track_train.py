@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seco.augment import normalise
+from seco.backbone_guard import BackboneGuard
 from seco.checkpoint import load_checkpoint
 from seco.device import resolve_device, to_device, uses_bf16
 from seco.distributed import distributed
@@ -31,7 +32,7 @@ from seco.track_loss import balanced_loss, response_labels
 from seco.track_model import TRACKER, SiamFC
 from seco.track_pairs import PairBatch, PairLoader
 from seco.training_run import TrainingRun, Waiting, one_voice
-from seco.weights import Backbone, load_backbone, tensors_sha256
+from seco.weights import Backbone, load_backbone
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, chosen_window, open_shards
@@ -46,7 +47,7 @@ def track_train(config: TrackTrainConfig) -> Path:
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
-            longer finite; too many samples cannot be read.
+            longer finite; too many samples cannot be read; the backbone has changed.
         Stopped: a signal came; everything is saved.
         PeerLost: another process ended, and has said why.
     """
@@ -167,6 +168,9 @@ class TrackTraining(TrainingRun):
         self.steps_per_epoch = config.pairs_per_sequence * self.stream.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
+        self._guard = BackboneGuard(
+            self.backbone, "while the tracker was trained; its end is not saved"
+        )
         self.model = SiamFC(self.backbone.network, config).to(device)
         self.step = PairStep(self.model, config, ranks, device)
         self.state = RunState(
@@ -199,7 +203,6 @@ class TrackTraining(TrainingRun):
                     self._steps(pairs, log, stop, shown)
             finally:
                 self.state.finish()
-        self._require_frozen()
         return self.state.last
 
     def _batches(self, first: int, last: int) -> Generator[PairBatch, None, None]:
@@ -254,6 +257,8 @@ class TrackTraining(TrainingRun):
             keeping = rest == 0 and epoch % config.keep_every_epochs == 0
             if due or logged or keeping:
                 metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
+            if last:
+                self._guard.require_unchanged()
             if due:
                 state.save()
             if logged:
@@ -294,10 +299,6 @@ class TrackTraining(TrainingRun):
             "found": found,
             "unreadable": self.state.unreadable,
         }
-
-    def _require_frozen(self) -> None:
-        digest = tensors_sha256(self.model.backbone.network.state_dict())
-        assert digest == self.backbone.sha256, "the frozen backbone has changed"
 
 
 def _require_backbone(checkpoint: Path, backbone: Backbone) -> None:
