@@ -181,7 +181,10 @@ class PairStream(IndexedStream):
         videos = self.videos(epoch, positions).tolist()
         keys = [self.shards.key(video) for video in videos]
         drawn = uniforms(sample_starts(self.seed, epoch, keys, "pair"), DRAWS)[:, 0]
-        chosen = [self._choose(*row) for row in zip(videos, keys, drawn.tolist(), strict=True)]
+        records = self.shards.records(videos)
+        chosen = [
+            self._choose(*row) for row in zip(videos, keys, records, drawn.tolist(), strict=True)
+        ]
         pairs = [pair for pair in chosen if not isinstance(pair, NoPair)]
         read = iter(
             self.shards.read_frames([(video, n) for video, frames, _ in pairs for n in frames])
@@ -200,15 +203,16 @@ class PairStream(IndexedStream):
         return samples
 
     def _choose(
-        self, video: int, key: str, uniform: float
+        self, video: int, key: str, record: VideoRecord | UnreadableFrame, uniform: float
     ) -> NoPair | tuple[int, tuple[int, int], tuple[Box, Box]]:
         """(video, its two frames, their boxes)."""
+        if isinstance(record, UnreadableFrame):
+            return NoPair(key, str(record), unreadable=True)
         try:
-            record = self.shards.record(video)
             if len(record.boxes or []) > self.shards.frame_count(video):
                 raise ValueError("more boxes than frames")
             pair = draw_pair(uniform, usable_frames(record), self._max_gap)
-        except (UnreadableFrame, ValueError) as error:
+        except ValueError as error:
             return NoPair(key, str(error), unreadable=True)
         if pair is None or record.boxes is None:
             few = f"no two frames within {self._max_gap} have boxes that can be trained on"
