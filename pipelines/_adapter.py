@@ -81,11 +81,13 @@ class Adapter:
         discover: finds its videos and annotations.
         default_frames: frames a video when the user names no number; None for all.
         default_short_edge: px when the user names none; None leaves frames as they are.
+        stored_whole: why frames may be neither thinned nor shrunk; None where they may.
     """
 
     discover: Callable[[PrepareConfig], Discovery]
     default_frames: int | None
     default_short_edge: int | None = 256  # the authors' stored frames
+    stored_whole: str | None = None
 
 
 def source_bytes(video: Video) -> int:

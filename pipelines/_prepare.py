@@ -66,6 +66,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     """
     validate(config)
     dataset = adapter(config.dataset)
+    _require_whole(config, dataset)
     binary = ffmpeg_binary(config.ffmpeg)
     found = dataset.discover(config)
     choice = _choice(config, dataset)
@@ -111,6 +112,13 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             "the sets are written; see *.errors.csv",
         )
     return PrepareReport(sets=sets)
+
+
+def _require_whole(config: PrepareConfig, dataset: Adapter) -> None:
+    """Raises InputError where options would thin or shrink what has to stay as it is."""
+    for name in ("frames", "fps", "short_edge"):
+        if dataset.stored_whole is not None and getattr(config, name) is not None:
+            raise InputError(dataset.stored_whole, f"--{name.replace('_', '-')}", "leave it out")
 
 
 def _choice(config: PrepareConfig, dataset: Adapter) -> FrameChoice:

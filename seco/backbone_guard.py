@@ -10,7 +10,7 @@ from shards.errors import InputError
 
 
 class BackboneChanged(InputError):
-    """The weights are not those that were loaded: features would be of nobody knows what."""
+    """The weights are not those that were loaded: results would be of nobody knows what."""
 
 
 class BackboneGuard:
@@ -18,10 +18,16 @@ class BackboneGuard:
 
     Args:
         backbone: as loaded.
+        meanwhile: when it must not move, and what becomes of the results if it does.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        meanwhile: str = "while features were extracted; none of these is kept",
+    ) -> None:
         self._backbone = backbone
+        self._meanwhile = meanwhile
         self._statistics = self._of_buffers()
 
     def require_same_statistics(self) -> None:
@@ -47,7 +53,7 @@ class BackboneGuard:
 
     def _changed(self, what: str) -> BackboneChanged:
         return BackboneChanged(
-            f"its {what} changed while features were extracted; none of these is kept",
+            f"its {what} changed {self._meanwhile}",
             self._backbone.source,
             "please report this",
         )

@@ -152,7 +152,7 @@ def _training(
     searches = torch.randint(256, (n, 3, TRAIN_SEARCH_PX, TRAIN_SEARCH_PX), dtype=torch.uint8)
     step = PairStep(model, config, Ranks(), device)
     # As a run does: saturated responses have gradients too small for quick arithmetic.
-    mean, square = step.moments(searches)
+    mean, square = step.moments(exemplars, searches)
     model.head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
     plain = PlainStep(model, device, config.response_scale)
     rate = 1e-9  # the weights stay as they are

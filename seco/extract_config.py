@@ -20,9 +20,11 @@ class ExtractConfig:
     shards: tuple[str, ...] = setting((), "shards: pattern, glob, manifest or folder")
     checkpoint: str = setting("", "checkpoint, ResNet state dict, or 'random'")
     out: str | None = setting(None, "feature folder [default: features/SET]")
-    arch: str | None = setting(None, "torchvision ResNet; needed for 'random' alone")
     overwrite: bool = setting(
         False, "replace features of another encoder or other settings in --out, and their results"
+    )
+    arch: str | None = setting(
+        None, "torchvision ResNet of 'random' [default: resnet50]; else the checkpoint says"
     )
     frames: int | None = setting(
         None,

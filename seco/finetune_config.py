@@ -47,7 +47,9 @@ class FinetuneConfig(FinetuneTestConfig):
     checkpoint: str = setting("", "pre-trained checkpoint, ResNet state dict, or 'random'")
     out: str | None = setting(None, "folder of the run [default: runs/DATASET-finetune-SPLIT]")
     split: str = setting("1", "official split")
-    arch: str | None = setting(None, "torchvision ResNet; needed for 'random' alone")
+    arch: str | None = setting(
+        None, "torchvision ResNet of 'random' [default: resnet50]; else the checkpoint says"
+    )
     epochs: int = setting(_EPOCHS, "epochs", source="authors' code")
     batch_size: int = setting(256, "global batch, in videos", source="authors' code: 16 x 4 x 4")
     lr: float = setting(1e-3, "learning rate at the start", source="authors' code")

@@ -99,7 +99,13 @@ TRACKING = (
     Reference("batch", ("batch_size",), 8, _SIAMFC),
     Reference("learning rate", ("lr",), 1e-2, _SIAMFC),
     Reference("learning rate at the end", ("final_lr",), 1e-5, _SIAMFC),
+    Reference("SGD momentum", ("momentum",), 0.9, _SIAMFC),
     Reference("weight decay", ("weight_decay",), 5e-4, _SIAMFC),
+    Reference("pairs of a sequence", ("pairs_per_sequence",), 1, _SIAMFC),
+    Reference("frames between a pair", ("max_gap",), 100, _SIAMFC),
+    Reference("change of scale in training", ("max_stretch",), 0.05, _SIAMFC),
+    Reference("radius of the target, px", ("positive_radius",), 16, _SIAMFC),
+    Reference("factor of the response", ("response_scale",), 1e-3, _SIAMFC),
     Reference("scales searched", ("scales",), 3, _SIAMFC),
     Reference("scale step", ("scale_step",), 1.0375, _SIAMFC),
     Reference("scale penalty", ("scale_penalty",), 0.9745, _SIAMFC),
@@ -183,6 +189,9 @@ def evaluation_protocol(
         here = f"{words(item.n_test)} {sequences}".strip() or NOT_RECORDED
         whole = UNKNOWN if item.n_test is None else SAME if item.n_test == 100 else DIFFERS
         yield Compared(stage, "sequences", "100", "paper §5.1", here, whole)
+        yield _tracking_data(stage, item.settings.get("train_shards"))
+        if "epochs_planned" not in item.settings:
+            recorded.pop("epochs", None)  # older files name those planned; reached may be fewer
         references = TRACKING
     for reference in references:
         yield _compared(stage, reference, recorded)
@@ -195,8 +204,7 @@ def in_state(protocol: Sequence[Compared], state: str) -> list[Compared]:
 
 def _pretraining_data(stage: str, run: Run) -> Iterator[Compared]:
     shards = run.config.get("shards")
-    specs = [shards] if isinstance(shards, str) else shards if isinstance(shards, list) else []
-    names = [_set_name(words(spec)) for spec in specs]
+    names = _set_names(shards)
     trained = bool(names) and all(
         known_dataset(name) == "kinetics400" and "val" not in name for name in names
     )
@@ -209,6 +217,20 @@ def _pretraining_data(stage: str, run: Run) -> Iterator[Compared]:
         state = SAME if is_whole(videos, whole) else DIFFERS
         here = f"about {videos:,}, by its steps"
         yield Compared(stage, "videos", f"{whole:,}", "paper §5.1", here, state)
+
+
+def _tracking_data(stage: str, shards: Any) -> Compared:
+    names = _set_names(shards)
+    whole = all(name.lower() in ("got10k", "got10k-train") for name in names)
+    state = UNKNOWN if not names else SAME if whole else DIFFERS
+    here = ", ".join(names) or NOT_RECORDED
+    return Compared(stage, "training set", "GOT-10k", _PAPER, here, state)
+
+
+def _set_names(shards: Any) -> list[str]:
+    """Of a recorded ``shards``, whatever it is."""
+    specs = [shards] if isinstance(shards, str) else shards if isinstance(shards, list) else []
+    return [_set_name(words(spec)) for spec in specs]
 
 
 def _set_name(spec: str) -> str:

@@ -34,7 +34,9 @@ class TrackTrainConfig:
     shards: tuple[str, ...] = setting((), "tracking shards to train on, for example GOT-10k's")
     checkpoint: str = setting("", "backbone: checkpoint, ResNet state dict, or 'random'")
     out: str | None = setting(None, "folder of the run [default: runs/track-SET]")
-    arch: str | None = setting(None, "torchvision ResNet; needed for 'random' alone")
+    arch: str | None = setting(
+        None, "torchvision ResNet of 'random' [default: resnet50]; else the checkpoint says"
+    )
     feature_layer: str = setting(
         "layer4", "stage whose features are used", source="paper §5.2", choices=FEATURE_LAYERS
     )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from seco.track_frames import frames_ahead
 from seco.track_model import load_tracker
 from seco.track_plots import write_plots
 from seco.track_results import (
+    MOST_NAMED,
     Evaluation,
     Floats,
     ResultFolder,
@@ -33,7 +35,7 @@ from shards.access import UnreadableFrame
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import open_shards
-from shards.pairs import boxes_of
+from shards.pairs import boxes_of, require_boxes
 from shards.progress import Progress, progress
 from shards.reader import ShardSet
 
@@ -42,7 +44,11 @@ _INFERENCE = (
     *("scales", "scale_step", "scale_penalty", "scale_update", "window", "upsampling"),
     "precision",
 )
-_TRAINED = ("feature_layer", "channels", "convolutions", "raw_features", "epochs")
+_TRAINED = (
+    *("feature_layer", "channels", "convolutions", "raw_features", "response_scale"),
+    *("batch_size", "lr", "final_lr", "momentum", "weight_decay"),
+    *("pairs_per_sequence", "max_gap", "max_stretch", "positive_radius"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
     if not is_file_name(config.name):
         raise InputError(f"{config.name!r} is no file name", "--name")
     shards = open_shards(config.shards)
+    require_boxes(shards)
     model, said = load_tracker(Path(config.tracker))
     out = Path(config.out or Path(config.tracker).parent / f"eval-{shards.name}")
     require_writable(out)
@@ -86,7 +93,7 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
         config.name,
         {"tracker": tensors_sha256(model.state_dict()), **settings},
     )
-    settings |= {name: said["config"][name] for name in _TRAINED if name in said["config"]}
+    settings |= _training_of(said)
     found = Evaluation(dataset, config.name, said["encoder"], settings, len(shards))
     tracker = Tracker(model, config, resolve_device(config.device))
     total = int(shards.frame_counts.sum())
@@ -104,10 +111,12 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
                     path = out / "videos" / f"{sequence.name}.mp4"
                     write_video(path, sequence.fps, _annotated(shards, sequence, tracked))
             except _LeftOut as why:
-                key = shards.key(video)
-                found.left_out[key] = str(why)
-                print(f"seco: left out: {key}: {why}", file=sys.stderr)
+                found.left_out[shards.key(video)] = str(why)
+                if len(found.left_out) <= MOST_NAMED:
+                    print(f"seco: {found.lines_of_left_out()[-1]}", file=sys.stderr)
             shown.advance(done + shards.frame_count(video) - shown.done)
+    if len(found.left_out) > MOST_NAMED:
+        print(f"seco: {found.lines_of_left_out(MOST_NAMED)[-1]}", file=sys.stderr)
     if not found.names:
         raise InputError(
             f"none of the {len(shards)} sequences can be evaluated",
@@ -118,6 +127,19 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
     sequences = dict(zip(found.names, found.curves, strict=True))
     write_plots(out, config.name, found.mean, sequences)
     found.notes.append(f"written to {out}")
+    return found
+
+
+def _training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """How a tracker was trained, as far as its checkpoint tells."""
+    config = checkpoint["config"]
+    found = {name: config[name] for name in _TRAINED if name in config}
+    for name, recorded in (("train_shards", "shards"), ("epochs_planned", "epochs")):
+        if recorded in config:
+            found[name] = config[recorded]
+    if checkpoint.get("steps_per_epoch"):
+        epochs = round(checkpoint["step"] / checkpoint["steps_per_epoch"], 2)
+        found["epochs"] = int(epochs) if epochs.is_integer() else epochs
     return found
 
 
@@ -141,6 +163,8 @@ def _sequence(shards: ShardSet, video: int) -> _Sequence:
         raise _LeftOut(f"{record.key!r} is no file name")
     if record.dataset == OTB and not record.splits:
         raise _LeftOut("is not of OTB-100")
+    if record.dataset == OTB and record.source_frames not in (None, frames):
+        raise _LeftOut(f"{frames} of its {record.source_frames} frames are stored, OTB-100 has all")
     if len(truth) != frames:
         raise _LeftOut(f"{len(truth)} boxes for {frames} frames")
     counted = np.ones(frames, dtype=np.bool_)

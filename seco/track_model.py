@@ -16,7 +16,10 @@ from seco.track_config import TrackTrainConfig
 from shards.errors import InputError
 
 TRACKER = "tracker"  # where a checkpoint of `seco track train` says what it is
-_LEAST_STD = 1e-6  # of a channel that is always the same
+# Of the deviations' root mean square: a channel that hardly moved while it was measured would
+# else be magnified without limit where it does move, and the loss diverge.
+_LEAST_SHARE = 0.05
+_LEAST_STD = 1e-6  # of features that are all the same
 
 
 def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
@@ -80,10 +83,14 @@ class SiameseHead(nn.Module):
         self._standardise = standardise
 
     def measure(self, mean: Tensor, std: Tensor) -> None:
-        """Take the (C,) mean and standard deviation of the features."""
+        """Take the (C,) mean and standard deviation of the features.
+
+        Deviations below a twentieth of their root mean square are raised to that.
+        """
         if self._standardise:
+            least = (_LEAST_SHARE * std.square().mean().sqrt()).clamp(min=_LEAST_STD)
             self.mean.copy_(mean)
-            self.std.copy_(std.clamp(min=_LEAST_STD))
+            self.std.copy_(std.maximum(least))
 
     def exemplar(self, features: Tensor) -> Tensor:
         """(N, C, h, w) → (N, D, h, w)."""

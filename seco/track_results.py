@@ -22,6 +22,8 @@ _FILE_NAME = re.compile(r"\w[\w.-]*")
 _ROUNDING = 1e-3  # of three decimals
 _IDENTITY = "tracking.json"  # whose results lie in a folder
 
+MOST_NAMED = 10  # sequences that are left out; track.json names all
+
 Floats = NDArray[np.float64]
 
 
@@ -85,7 +87,14 @@ class ResultFolder:
             write_text(mark, text)
 
     def finished(self, name: str, truth: Floats) -> Tracked | None:
-        """A sequence that an earlier, interrupted evaluation has done; (F, 4) are its boxes."""
+        """A sequence that an earlier, interrupted evaluation has done; (F, 4) are its boxes.
+
+        One with unreadable frames is not: they are named again, or have been mended.
+        """
+        found = self._written(name, truth)
+        return None if found is not None and (found.seconds[1:] == 0).any() else found
+
+    def _written(self, name: str, truth: Floats) -> Tracked | None:
         frames = len(truth)
         try:
             boxes = np.loadtxt(self._boxes(name), delimiter=",", ndmin=2)
@@ -105,7 +114,7 @@ class ResultFolder:
             self._boxes(name),
             "".join(",".join(f"{value:.3f}" for value in box) + "\n" for box in boxes),
         )
-        found = self.finished(name, boxes)
+        found = self._written(name, boxes)
         assert found is not None
         return found
 
@@ -164,7 +173,6 @@ class Evaluation:
                 self.names, self.curves, self.frames, self.rates, strict=True
             )
         ]
-        left = [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         content = {
             "dataset": self.dataset,
             "tracker": self.tracker,
@@ -177,10 +185,16 @@ class Evaluation:
             "frames": sum(self.frames),
             "encoder": self.encoder,
             "settings": self.settings,
-            "notes": [*self.notes, *left],
+            "notes": [*self.notes, *self.lines_of_left_out()],
             "per_sequence": rows,
         }
         write_json(out / RESULT, content)
+
+    def lines_of_left_out(self, most: int | None = None) -> list[str]:
+        """One a sequence; of more than ``most`` their number at the end."""
+        lines = [f"left out: {name}: {why}" for name, why in self.left_out.items()]
+        rest = len(lines[most:]) if most is not None else 0
+        return [*lines[:most], f"left out: {rest} more"] if rest else lines
 
     def table(self) -> str:
         """What is shown."""
@@ -196,7 +210,7 @@ class Evaluation:
         whole = f"{len(self.names)} of {self.of_sequences} sequences, {sum(self.frames)} frames"
         lines.append(f"{self.dataset}: {whole}, one pass, means over sequences")
         lines += self.notes
-        lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
+        lines += self.lines_of_left_out(MOST_NAMED)
         return "\n".join(lines)
 
 

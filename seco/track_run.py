@@ -25,13 +25,18 @@ def output_paths(config: TrackRunConfig) -> tuple[Path, Path]:
     """(boxes, video) that will be written.
 
     Raises:
-        InputError: the video would be written over its source.
+        InputError: one would be written over the source or over the other, or is a folder.
     """
     stem = Path(config.video).stem
     boxes = Path(config.out or f"{stem}.boxes.csv")
     video = Path(config.out_video or f"{stem}.tracked.mp4")
     if Path(config.video).resolve() in (video.resolve(), boxes.resolve()):
         raise InputError("would be written over", config.video, "choose another --out")
+    if boxes.resolve() == video.resolve():
+        raise InputError("is given for boxes and video", boxes, "choose another --out-video")
+    for option, path in (("--out", boxes), ("--out-video", video)):
+        if path.is_dir():
+            raise InputError("is a folder", path, f"give {option} the name of a file")
     return boxes, video
 
 

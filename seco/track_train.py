@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seco.augment import normalise
+from seco.backbone_guard import BackboneGuard
 from seco.checkpoint import load_checkpoint
 from seco.device import resolve_device, to_device, uses_bf16
 from seco.distributed import distributed
@@ -31,14 +32,12 @@ from seco.track_loss import balanced_loss, response_labels
 from seco.track_model import TRACKER, SiamFC
 from seco.track_pairs import PairBatch, PairLoader
 from seco.training_run import TrainingRun, Waiting, one_voice
-from seco.weights import Backbone, load_backbone, tensors_sha256
-from shards.access import UnreadableFrame
+from seco.weights import Backbone, load_backbone
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, chosen_window, open_shards
-from shards.pairs import PairStream
+from shards.pairs import PairStream, require_boxes
 from shards.progress import Progress
-from shards.reader import ShardSet
 
 _MEASURED_PAIRS = 64  # whose features are standardised with
 
@@ -48,7 +47,7 @@ def track_train(config: TrackTrainConfig) -> Path:
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
-            longer finite; too many samples cannot be read.
+            longer finite; too many samples cannot be read; the backbone has changed.
         Stopped: a signal came; everything is saved.
         PeerLost: another process ended, and has said why.
     """
@@ -117,11 +116,17 @@ class PairStep:
         features: Tensor = self._model.backbone(normalise(to_device(crops, self._device)))
         return features
 
-    def moments(self, searches: Tensor) -> Tensor:
-        """(2, C) float64 means, over images and cells, of the features and of their squares."""
-        with self._precision():
-            features = self.features(searches).double()
-        return torch.stack([features.mean((0, 2, 3)), features.square().mean((0, 2, 3))])
+    def moments(self, exemplars: Tensor, searches: Tensor) -> Tensor:
+        """(2, C) float64 means, over images and cells, of the features and of their squares.
+
+        Both kinds of crops weigh one half: a channel may be silent in one of them.
+        """
+        moments = []
+        for crops in (exemplars, searches):
+            with self._precision():
+                features = self.features(crops).double()
+            moments.append(torch.stack([features, features.square()]).mean((1, 3, 4)))
+        return torch.stack(moments).mean(0)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
@@ -138,7 +143,7 @@ class TrackTraining(TrainingRun):
             require_writable(Path(config.out))  # before anything that takes long
         cache = CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None
         shards = open_shards(config.shards, cache)
-        _require_boxes(shards)
+        require_boxes(shards)
         window = chosen_window(shards, cache, config.window_shards)
         self.stream = PairStream(
             shards,
@@ -163,6 +168,9 @@ class TrackTraining(TrainingRun):
         self.steps_per_epoch = config.pairs_per_sequence * self.stream.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
+        self._guard = BackboneGuard(
+            self.backbone, "while the tracker was trained; its end is not saved"
+        )
         self.model = SiamFC(self.backbone.network, config).to(device)
         self.step = PairStep(self.model, config, ranks, device)
         self.state = RunState(
@@ -173,7 +181,11 @@ class TrackTraining(TrainingRun):
             self.stream.digest(),
             writes=ranks.first,
             may_differ=MAY_DIFFER,
-            about={TRACKER: True, "encoder": self.backbone.record(config.seed)},
+            about={
+                TRACKER: True,
+                "encoder": self.backbone.record(config.seed),
+                "steps_per_epoch": self.steps_per_epoch,
+            },
         )
         if checkpoint is not None:
             _require_backbone(checkpoint, self.backbone)
@@ -191,7 +203,6 @@ class TrackTraining(TrainingRun):
                     self._steps(pairs, log, stop, shown)
             finally:
                 self.state.finish()
-        self._require_frozen()
         return self.state.last
 
     def _batches(self, first: int, last: int) -> Generator[PairBatch, None, None]:
@@ -215,14 +226,15 @@ class TrackTraining(TrainingRun):
                 self._tell_unusable(batch)
                 if self._stopping(batch, "sequence", counted=False) or batch is None:
                     raise self._saved_and_stopped(stop)
-                moments.append(self.step.moments(batch.searches))
+                moments.append(self.step.moments(batch.exemplars, batch.searches))
                 measured = [batch]
         total = self.ranks.mean(torch.stack(moments).mean(0).flatten()).view(2, -1)
         mean, square = total[0], total[1]
         head = self.model.head
         head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
+        head.bias.data.zero_()  # a run that was stopped before its first step is measured again
         responses = self.step.responses(measured[0].exemplars, measured[0].searches)
-        head.bias.data.sub_(self.ranks.mean(responses.mean().view(1))[0])
+        head.bias.data.copy_(-self.ranks.mean(responses.mean().view(1))[0])
 
     def _steps(
         self, batches: Iterator[PairBatch], log: RunLog | None, stop: StopRequest, shown: Progress
@@ -245,6 +257,8 @@ class TrackTraining(TrainingRun):
             keeping = rest == 0 and epoch % config.keep_every_epochs == 0
             if due or logged or keeping:
                 metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
+            if last:
+                self._guard.require_unchanged()
             if due:
                 state.save()
             if logged:
@@ -285,22 +299,6 @@ class TrackTraining(TrainingRun):
             "found": found,
             "unreadable": self.state.unreadable,
         }
-
-    def _require_frozen(self) -> None:
-        digest = tensors_sha256(self.model.backbone.network.state_dict())
-        assert digest == self.backbone.sha256, "the frozen backbone has changed"
-
-
-def _require_boxes(shards: ShardSet) -> None:
-    """Raises InputError when this is no tracking set."""
-    try:
-        has_boxes = bool(shards.record(0).boxes)
-    except UnreadableFrame:
-        return  # the loader counts it
-    if not has_boxes:
-        raise InputError(
-            "has no boxes", shards.addresses[0], "prepare a tracking set, such as got10k"
-        )
 
 
 def _require_backbone(checkpoint: Path, backbone: Backbone) -> None:

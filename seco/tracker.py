@@ -83,11 +83,11 @@ class Tracker:
             crops = self._crops(frame, [side * factor for factor in self._factors], SEARCH_PX)
             with self._precision():
                 search = self._model.head.search(self._model.backbone(normalise(crops)))
-                # Without the learnt bias: a factor on it would be no penalty where it is negative.
+                # Without the learnt bias: a factor on a negative one would be a reward.
                 responses = self._model.head.correlation(self._exemplar, search)
             found = peak(responses, self._penalty, self._window, self._config.window)
         number, down, across, response = found.tolist()
-        self.score = 1 / (1 + math.exp(-response - self._bias))
+        self.score = (1 + math.tanh((response + self._bias) / 2)) / 2  # sigmoid; exp overflows
         factor = self._factors[int(number)]
         # From cells of the upsampled response to px of the frame.
         px = STRIDE / self._config.upsampling * side * factor / SEARCH_PX

@@ -43,7 +43,7 @@ def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbo
 
     Args:
         source: a file of any layout of :mod:`seco.foreign_checkpoints`, or ``random``.
-        arch: needed for ``random``; checked against a file when given.
+        arch: of ``random``, resnet50 when not given; checked against a file when given.
         seed: of the random weights.
 
     Raises:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shards.access import UnreadableFrame
 from shards.draws import sample_starts, uniforms
+from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.reader import ShardSet
 from shards.stream import IndexedStream
@@ -96,6 +97,22 @@ def boxes_of(record: VideoRecord) -> NDArray[np.float64]:
     return boxes
 
 
+def require_boxes(shards: ShardSet) -> None:
+    """Look at the first record.
+
+    Raises:
+        InputError: this is no tracking set.
+    """
+    try:
+        has_boxes = bool(shards.record(0).boxes)
+    except UnreadableFrame:
+        return  # whoever reads the frames will say so
+    if not has_boxes:
+        raise InputError(
+            "has no boxes", shards.addresses[0], "prepare a tracking set, such as got10k"
+        )
+
+
 def _flags(values: Any, name: str, frames: int) -> NDArray[np.float64]:
     try:
         flags = np.array(values, dtype=np.float64)
@@ -164,7 +181,10 @@ class PairStream(IndexedStream):
         videos = self.videos(epoch, positions).tolist()
         keys = [self.shards.key(video) for video in videos]
         drawn = uniforms(sample_starts(self.seed, epoch, keys, "pair"), DRAWS)[:, 0]
-        chosen = [self._choose(*row) for row in zip(videos, keys, drawn.tolist(), strict=True)]
+        records = self.shards.records(videos)
+        chosen = [
+            self._choose(*row) for row in zip(videos, keys, records, drawn.tolist(), strict=True)
+        ]
         pairs = [pair for pair in chosen if not isinstance(pair, NoPair)]
         read = iter(
             self.shards.read_frames([(video, n) for video, frames, _ in pairs for n in frames])
@@ -183,15 +203,16 @@ class PairStream(IndexedStream):
         return samples
 
     def _choose(
-        self, video: int, key: str, uniform: float
+        self, video: int, key: str, record: VideoRecord | UnreadableFrame, uniform: float
     ) -> NoPair | tuple[int, tuple[int, int], tuple[Box, Box]]:
         """(video, its two frames, their boxes)."""
+        if isinstance(record, UnreadableFrame):
+            return NoPair(key, str(record), unreadable=True)
         try:
-            record = self.shards.record(video)
             if len(record.boxes or []) > self.shards.frame_count(video):
                 raise ValueError("more boxes than frames")
             pair = draw_pair(uniform, usable_frames(record), self._max_gap)
-        except (UnreadableFrame, ValueError) as error:
+        except ValueError as error:
             return NoPair(key, str(error), unreadable=True)
         if pair is None or record.boxes is None:
             few = f"no two frames within {self._max_gap} have boxes that can be trained on"

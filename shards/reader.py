@@ -148,23 +148,42 @@ class ShardSet:
         Raises:
             UnreadableFrame: the shard no longer holds it, or it is damaged.
         """
+        (found,) = self.records([video])
+        if isinstance(found, UnreadableFrame):
+            raise found
+        return found
+
+    def records(self, videos: Sequence[int]) -> list[VideoRecord | UnreadableFrame]:
+        """``KEY.json`` of each, read at once; in its place why it cannot be had."""
+        places = [self._record_at(video) for video in videos]
+        read = iter(self.access.read([at for _, at in places if at.size]))
+        return [_record(key, at, next(read) if at.size else b"") for key, at in places]
+
+    def _record_at(self, video: int) -> tuple[str, ByteRange]:
+        """A video's key, and where its record is; of no bytes in a foreign tar."""
         shard, row = self._locate(video)
         index = self.indexes[shard]
-        key, size = index.key(row), int(index.record_size[row])
-        if size == 0:
-            return VideoRecord(key=key, dataset="", source=key)
-        at = ByteRange(self.addresses[shard], int(index.record_offset[row]), size)
-        (data,) = self.access.read([at])
-        try:
-            return VideoRecord.from_json(readable(data))
-        except (ValueError, TypeError) as error:
-            raise UnreadableFrame(f"{at.address}: {key}.json: {error}") from error
+        offset, size = int(index.record_offset[row]), int(index.record_size[row])
+        return index.key(row), ByteRange(self.addresses[shard], offset, size)
 
     def _locate(self, video: int) -> tuple[int, int]:
         if not 0 <= video < len(self):
             raise IndexError(f"no video {video} in a set of {len(self)}")
         shard = bisect.bisect_right(self._ends, video)
         return shard, video - (self._ends[shard - 1] if shard else 0)
+
+
+def _record(
+    key: str, at: ByteRange, data: bytes | UnreadableFrame
+) -> VideoRecord | UnreadableFrame:
+    if not at.size:
+        return VideoRecord(key=key, dataset="", source=key)
+    if isinstance(data, UnreadableFrame):
+        return data
+    try:
+        return VideoRecord.from_json(data)
+    except (ValueError, TypeError) as error:
+        return UnreadableFrame(f"{at.address}: {key}.json: {error}")
 
 
 def set_name(address: str) -> str:

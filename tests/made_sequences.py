@@ -19,11 +19,16 @@ SIZE = (160, 240)  # height, width
 
 
 def patch_frames(
-    number: int, frames: int, size: tuple[int, int] = SIZE, growth: float = 0.35
+    number: int,
+    frames: int,
+    size: tuple[int, int] = SIZE,
+    growth: float = 0.35,
+    grows_to: float | None = None,
 ) -> tuple[list[NDArray[np.uint8]], list[list[float]]]:
     """A sequence's frames (H, W, 3) and its boxes: a patch that moves and changes its size.
 
-    Texture, colours and path depend on ``number``.
+    Texture, colours and path depend on ``number``. The size goes up and down by ``growth``, or
+    steadily to ``grows_to`` times the first.
     """
     height, width = size
     rng = np.random.default_rng(number)
@@ -32,7 +37,10 @@ def patch_frames(
     phases = rng.uniform(0, 2 * math.pi, 3)
     pictures, boxes = [], []
     for frame in range(frames):
-        side = round(36 * (1 + growth * math.sin(phases[0] + frame / 8)))
+        if grows_to is None:
+            side = round(36 * (1 + growth * math.sin(phases[0] + frame / 8)))
+        else:
+            side = round(36 * grows_to ** (frame / (frames - 1)))
         x = round(width / 2 + 0.3 * width * math.sin(phases[1] + frame / 11) - side / 2)
         y = round(height / 2 + 0.25 * height * math.sin(phases[2] + frame / 14) - side / 2)
         picture = np.broadcast_to(plain, (height, width, 3)).copy()
@@ -53,6 +61,7 @@ def make_sequences(
     keys: Sequence[str] | None = None,
     change: Callable[[int, dict[str, object]], None] = lambda number, fields: None,
     per_shard: int = 3,
+    grows_to: float | None = None,
 ) -> str:
     """Write a set of such sequences; returns the manifest's path.
 
@@ -63,7 +72,7 @@ def make_sequences(
     for shard, begin in enumerate(range(0, sequences, per_shard)):
         with ShardWriter(folder / f"{name}-{shard:03d}.tar", "digest") as writer:
             for number in range(begin, min(begin + per_shard, sequences)):
-                pictures, boxes = patch_frames(first + number, frames)
+                pictures, boxes = patch_frames(first + number, frames, grows_to=grows_to)
                 fields: dict[str, object] = {
                     "key": keys[number] if keys else f"patch_{first + number:03d}",
                     "dataset": dataset,

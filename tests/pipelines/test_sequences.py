@@ -79,51 +79,65 @@ def test_otb100_range_is_cut_once(tmp_path: Path, start: int, frames: int) -> No
     assert shards.read_frame(0, 0) == first
 
 
+@pytest.mark.parametrize("option", ["frames", "fps", "short_edge"])
+def test_otb100_is_stored_whole(tmp_path: Path, option: str) -> None:
+    sequence(tmp_path / "raw" / "Crossing")
+    name = option.replace("_", "-")
+    with pytest.raises(InputError, match=f"^--{name}: OTB-100 is evaluated on all frames at their"):
+        run(tmp_path / "raw", tmp_path / "out", dataset="otb100", **{"frames": None, option: 64})
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "raw", tmp_path / "out", dataset="otb100", frames=None, all_frames=True)
+    assert open_shards(str(tmp_path / "out" / "otb100.json")).frame_count(0) == 4
+
+
 def test_boxes_go_with_the_frames_that_are_picked(tmp_path: Path) -> None:
-    folder = sequence(tmp_path / "raw" / "Crossing", frames=9)
-    (folder / "groundtruth_rect.txt").write_text("".join(f"{n} 2 3 4\n" for n in range(9)))
-    run(tmp_path / "raw", tmp_path / "out", dataset="otb100", frames=3)
-    shards = open_shards(str(tmp_path / "out" / "otb100.json"))
+    folder = sequence(tmp_path / "raw" / "GOT-10k_Train_000001", frames=9, images="")
+    (folder / "groundtruth.txt").write_text("".join(f"{n} 2 3 4\n" for n in range(9)))
+    run(tmp_path / "raw", tmp_path / "out", dataset="got10k", frames=3)
+    shards = open_shards(str(tmp_path / "out" / "got10k.json"))
     assert shards.record(0).boxes == [[0, 2, 3, 4], [4, 2, 3, 4], [8, 2, 3, 4]]
     assert shards.record(0).frame_times == pytest.approx([0, 4 / 30, 8 / 30], abs=1e-6)
     for stored, number in enumerate((1, 5, 9)):
-        source = folder / "img" / f"{number:04d}.jpg"
+        source = folder / f"{number:04d}.jpg"
         assert shards.read_frame(0, stored) == source.read_bytes()
 
 
-@pytest.mark.parametrize("short_edge", [None, 100])
+@pytest.mark.parametrize(("dataset", "short_edge"), [("otb100", None), ("got10k", 100)])
 def test_damaged_frames_are_named_and_the_rest_goes_on(
-    tmp_path: Path, short_edge: int | None
+    tmp_path: Path, dataset: str, short_edge: int | None
 ) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
-    sequence(raw / "Crossing")
-    cut = sequence(raw / "Toy") / "img" / "0002.jpg"
+    images = "img" if dataset == "otb100" else ""
+    names = ["Crossing", "Toy", "Vase", "Trans", "Woman"]
+    if dataset == "got10k":
+        names = [f"GOT-10k_Train_{number:06d}" for number in range(1, 6)]
+    made_of = [sequence(raw / name, images=images) for name in names]
+    cut = made_of[1] / images / "0002.jpg"
     cut.write_bytes(cut.read_bytes()[:3000])
-    zeros = sequence(raw / "Vase") / "img" / "0003.jpg"  # as a disk leaves it that was full
+    zeros = made_of[2] / images / "0003.jpg"  # as a disk leaves it that was full
     zeros.write_bytes(zeros.read_bytes()[:3000] + bytes(3000))
-    sequence(raw / "Trans")
-    shutil.copy(shared("otb/Jumping/img/0001.jpg"), raw / "Trans" / "img" / "0004.jpg")
-    blank = sequence(raw / "Woman") / "groundtruth_rect.txt"
+    shutil.copy(shared("otb/Jumping/img/0001.jpg"), made_of[3] / images / "0004.jpg")
+    (blank,) = made_of[4].glob("groundtruth*.txt")
     blank.write_text("1,2,3,4\n\n1,2,3,4\n1,2,3\n1,2,3,4\n")
     settings = {"frames": None, "short_edge": short_edge, "max_failures": 80}
-    (made,) = run(raw, out, dataset="otb100", **settings).sets
+    (made,) = run(raw, out, dataset=dataset, **settings).sets
     assert {row.source: (row.kind, row.message) for row in made.excluded} == {
-        "Toy": ("unreadable", "0002.jpg is cut short"),
-        "Vase": ("unreadable", "0003.jpg is cut short"),
-        "Trans": ("unreadable", "0004.jpg is 352x288, the first is not"),
-        "Woman": ("bad-annotation", "groundtruth_rect.txt line 4: '1,2,3' is not x,y,w,h"),
+        names[1]: ("unreadable", "0002.jpg is cut short"),
+        names[2]: ("unreadable", "0003.jpg is cut short"),
+        names[3]: ("unreadable", "0004.jpg is 352x288, the first is not"),
+        names[4]: ("bad-annotation", f"{blank.name} line 4: '1,2,3' is not x,y,w,h"),
     }
-    assert open_shards(str(out / "otb100.json")).keys == ["Crossing"]
+    assert open_shards(str(out / f"{dataset}.json")).keys == [names[0]]
 
 
 def test_a_frame_that_only_its_decoder_refuses(tmp_path: Path) -> None:
-    sequence(tmp_path / "raw" / "Crossing")
-    spoiled = sequence(tmp_path / "raw" / "Toy") / "img" / "0002.jpg"
+    sequence(tmp_path / "raw" / "GOT-10k_Train_000001", images="")
+    spoiled = sequence(tmp_path / "raw" / "GOT-10k_Train_000002", images="") / "0002.jpg"
     whole = spoiled.read_bytes()
     half = len(whole) // 2
     spoiled.write_bytes(whole[:half] + b"\xff\xd8" + whole[half:])  # a picture in the picture
     settings = {"frames": None, "short_edge": 100, "max_failures": 80}
-    (made,) = run(tmp_path / "raw", tmp_path / "out", dataset="otb100", **settings).sets
+    (made,) = run(tmp_path / "raw", tmp_path / "out", dataset="got10k", **settings).sets
     ((kind, message),) = [(row.kind, row.message) for row in made.excluded]
     assert kind == "unreadable"
     assert message.startswith("0002.jpg cannot be decoded")

@@ -226,7 +226,45 @@ def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> N
         "tracking: batch",
     ]
     assert found["tracking: learning rate"].state == SAME
+    for name in ("training set", "epochs", "SGD momentum", "frames between a pair"):
+        setting = found[f"tracking: {name}"]
+        assert (setting.here, setting.state) == ("not recorded", UNKNOWN)
     assert content.evaluations[0].facts == ["4 of 100 sequences", "2,000 frames", "31.5 frames/s"]
+
+
+@pytest.mark.parametrize(
+    ("shards", "here", "state"),
+    [
+        (["shards/got10k.json"], "got10k", SAME),
+        (["s3://b/got10k-{000..038}.tar"], "got10k", SAME),
+        ("shards/got10k.json", "got10k", SAME),
+        (["shards/got10k.json", "shards/got10k-val.json"], "got10k, got10k-val", DIFFERS),
+        (["shards/otb100.json"], "otb100", DIFFERS),
+        ([], "not recorded", UNKNOWN),
+        ({"a": 1}, "not recorded", UNKNOWN),
+    ],
+)
+def test_what_a_tracker_was_trained_on_is_compared(
+    tmp_path: Path, shards: Any, here: str, state: str
+) -> None:
+    settings = {"train_shards": shards, "epochs": 20, "epochs_planned": 50, "max_gap": 100}
+    run = write_tuning(tmp_path / "run", "epochs = 50\n")
+    encoder = {"arch": "resnet50", "checkpoint": "x.pt", "tasks": TASKS}
+    figures = {"success_auc": 0.5, "encoder": encoder, "settings": settings}
+    write_evaluation(run / "eval", "track", dataset="otb100", **figures)
+    found = protocol(tmp_path)
+    setting = found["tracking: training set"]
+    assert (setting.paper, setting.here, setting.state) == ("GOT-10k", here, state)
+    reached = found["tracking: epochs"]
+    assert (reached.paper, reached.here, reached.state) == ("50", "20", DIFFERS)
+    assert found["tracking: frames between a pair"].state == SAME
+
+
+def test_an_older_result_names_the_epochs_that_were_planned(tmp_path: Path) -> None:
+    encoder = {"arch": "resnet50", "checkpoint": "x.pt", "tasks": TASKS}
+    figures = {"success_auc": 0.5, "encoder": encoder, "settings": {"epochs": 50}}
+    write_evaluation(tmp_path / "eval", "track", dataset="otb100", **figures)
+    assert protocol(tmp_path)["tracking: epochs"].state == UNKNOWN
 
 
 def test_ablation_compares_like_with_like(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cli import run
 from pipelines._ffmpeg import run_ffmpeg
 from pipelines._video_files import open_video, write_video
 from seco.checkpoint import load_checkpoint, save_checkpoint
+from seco.otb_metrics import curves, mean_curves
 from seco.track_config import TrackerConfig, TrackEvalConfig, TrackTrainConfig
 from seco.track_eval import track_eval
 from seco.track_model import load_tracker
@@ -29,6 +30,8 @@ from seco.track_train import track_train
 from seco.track_video import with_boxes
 from seco.tracker import Tracker
 from shards.errors import InputError
+from shards.opening import open_shards
+from shards.pairs import boxes_of
 from tests.data import shared
 from tests.made_sequences import SIZE, make_sequences, patch_frames
 from tests.made_shards import make_set
@@ -90,16 +93,16 @@ def evaluate(shards: str, tracker: Path, out: Path, **changed: Any) -> dict[str,
 
 
 def test_a_patch_that_moves_and_grows_is_followed(tracker: Path, tmp_path: Path) -> None:
-    spec = make_sequences(tmp_path / "set", sequences=1, frames=24, first=100)
-    sides = [box[2] for box in patch_frames(100, 24)[1]]
-    assert max(sides) > 1.4 * min(sides)
+    spec = make_sequences(tmp_path / "set", sequences=1, frames=40, first=100, grows_to=1.7)
     found = evaluate(spec, tracker, tmp_path / "out")
     assert found["success_auc"] > 0.7
     assert found["precision_20"] == 1
-    assert found["frames"] == 24
+    assert found["frames"] == 40
     assert found["fps"] > 0
     rows = np.loadtxt(tmp_path / "out" / "patches" / "seco" / "patch_100.txt", delimiter=",")
-    assert rows[-1][2] != rows[0][2]  # the size was followed, too
+    assert rows[-1][2] == pytest.approx(1.7 * 36, rel=0.2)
+    fixed = evaluate(spec, tracker, tmp_path / "fixed", scales=1)  # of one size for ever
+    assert fixed["success_auc"] < found["success_auc"] - 0.1
 
 
 def following(tracker: Path, **settings: Any) -> Tracker:
@@ -163,6 +166,20 @@ def test_first_boxes_that_hold_nothing_are_refused(
         following(tracker).init(patch_frames(3, 1)[0][0], box)
 
 
+@pytest.mark.parametrize(("response", "score"), [(-2000.0, 0.0), (0.0, 0.5), (2000.0, 1.0)])
+def test_scores_of_responses_of_any_size(
+    tracker: Path, monkeypatch: pytest.MonkeyPatch, response: float, score: float
+) -> None:
+    follow = following(tracker, scales=1)
+    follow._bias = 0.0
+    frame = patch_frames(3, 1)[0][0]
+    follow.init(frame, [50, 50, 20, 20])
+    found = torch.tensor([0, 136, 136, response], dtype=torch.float64)
+    monkeypatch.setattr("seco.tracker.peak", lambda *_: found)
+    follow.update(frame)
+    assert follow.score == score
+
+
 def test_a_static_target_stays(tracker: Path) -> None:
     frames, boxes = patch_frames(5, 1)
     follow = following(tracker, scales=1)
@@ -207,14 +224,43 @@ def test_result_files_are_read_by_the_toolkit(tracker: Path, cheap: None, tmp_pa
     assert (found["dataset"], found["frames"]) == ("otb100", 678)
     assert found["encoder"]["arch"] == "resnet18"
     assert found["settings"]["feature_layer"] == "layer2"
+    assert (found["settings"]["epochs"], found["settings"]["epochs_planned"]) == (2, 2)
     for plot in ("success.png", "precision.png"):
         with Image.open(out / plot) as picture:
             assert min(picture.size) > 400
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
+@pytest.mark.parametrize(
+    ("step", "steps_per_epoch", "epochs"), [(2, 1, 2), (3, 2, 1.5), (1, 3, 0.33), (2, None, None)]
+)
+def test_how_far_a_tracker_was_trained_is_told(
+    tracker: Path,
+    cheap: None,
+    tmp_path: Path,
+    step: int,
+    steps_per_epoch: int | None,
+    epochs: float | None,
+) -> None:
+    content = {**load_checkpoint(tracker), "step": step, "steps_per_epoch": steps_per_epoch}
+    if steps_per_epoch is None:
+        del content["steps_per_epoch"]  # as older ones
+    save_checkpoint(tmp_path / "some.pt", content)
+    spec = make_sequences(tmp_path / "set", 1, 2)
+    settings = evaluate(spec, tmp_path / "some.pt", tmp_path / "out")["settings"]
+    assert settings.get("epochs") == epochs
+    assert settings["epochs_planned"] == 2
+    assert [Path(shards).name for shards in settings["train_shards"]] == ["patches.json"]
+    expected = {
+        **{"batch_size": 8, "lr": 1e-2, "final_lr": 1e-5, "momentum": 0.9, "weight_decay": 5e-4},
+        **{"pairs_per_sequence": 1, "max_gap": 100, "max_stretch": 0.05},
+        **{"positive_radius": 16, "response_scale": 1e-3, "feature_layer": "layer2"},
+    }
+    assert {name: settings[name] for name in expected} == expected
+
+
 def test_a_real_tracker_on_real_sequences(tracker: Path, tmp_path: Path) -> None:
-    raw, frames = tmp_path / "raw", 4
+    raw, frames = tmp_path / "raw", 16
     for name in SEQUENCES:
         (raw / name / "img").mkdir(parents=True)
         for image in sorted((shared("otb") / name / "img").iterdir())[:frames]:
@@ -225,7 +271,11 @@ def test_a_real_tracker_on_real_sequences(tracker: Path, tmp_path: Path) -> None
     spec, out = str(tmp_path / "shards" / "otb100.json"), tmp_path / "out"
     found = evaluate(spec, tracker, out, scales=1)
     require_the_toolkits_figures(found, reported("seco", out, tmp_path / "reports", raw))
-    assert found["success_auc"] > 0.3
+    shards = open_shards(spec)
+    truths = [boxes_of(shards.record(number)) for number in range(len(SEQUENCES))]
+    still = mean_curves([curves(np.tile(truth[:1], (frames, 1)), truth) for truth in truths])
+    assert found["success_auc"] > still.success_auc + 0.1
+    assert found["precision_auc"] > still.precision_auc
 
 
 def test_targets_of_shared_sequences_have_the_toolkits_names(
@@ -236,13 +286,19 @@ def test_targets_of_shared_sequences_have_the_toolkits_names(
             fields["splits"] = {}
         if number == 6:
             fields["key"] = "../../Elsewhere"
+        if number == 7:
+            fields["source_frames"] = 81
+        if number == 4:
+            fields["source_frames"] = None
 
     keys = ["Jogging-1", "Jogging-2", "Skating2-1", "Human4-2", "David", "David_old", "Other"]
-    spec = make_sequences(tmp_path / "set", 7, 3, dataset="otb100", keys=keys, change=change)
+    keys.append("Skiing")
+    spec = make_sequences(tmp_path / "set", 8, 3, dataset="otb100", keys=keys, change=change)
     found = evaluate(spec, tracker, tmp_path / "out")
     assert found["notes"] == [
         "left out: David_old: is not of OTB-100",
         "left out: ../../Elsewhere: '../../Elsewhere' is no file name",
+        "left out: Skiing: 3 of its 81 frames are stored, OTB-100 has all",
     ]
     folder = tmp_path / "out" / "OTB2015" / "seco"
     expected = {"Jogging.1", "Jogging.2", "Skating2.1", "Human4", "David"}
@@ -317,6 +373,7 @@ def test_an_unreadable_frame_keeps_the_box_before(
     for name in (b"patch_000.0002.jpg", b"patch_001.0000.jpg"):
         at = data.index(name) + 512
         data[at : at + 200] = bytes(200)
+    whole = tar.read_bytes()
     tar.write_bytes(data)
     found = evaluate(spec, tracker, tmp_path / "out")
     rows = np.loadtxt(tmp_path / "out" / "patches" / "seco" / "patch_000.txt", delimiter=",")
@@ -324,6 +381,14 @@ def test_an_unreadable_frame_keeps_the_box_before(
     assert found["notes"][0].startswith("patch_000: frame 2 cannot be read: ")
     assert found["notes"][1].startswith("left out: patch_001: the first frame cannot be read: ")
     assert found["sequences"] == 1
+    again = evaluate(spec, tracker, tmp_path / "out")
+    assert again["notes"] == found["notes"]
+    tar.write_bytes(whole)
+    mended = evaluate(spec, tracker, tmp_path / "out")
+    assert mended["notes"] == []
+    assert mended["sequences"] == 2
+    rows = np.loadtxt(tmp_path / "out" / "patches" / "seco" / "patch_000.txt", delimiter=",")
+    assert rows[2].tolist() != rows[1].tolist()
 
 
 def test_a_single_frame_is_the_given_box(tracker: Path, cheap: None, tmp_path: Path) -> None:
@@ -335,13 +400,34 @@ def test_a_single_frame_is_the_given_box(tracker: Path, cheap: None, tmp_path: P
 def test_sets_without_boxes_are_one_line(
     tracker: Path, cheap: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    videos = make_set(tmp_path / "videos", videos=2)
+    videos = make_set(tmp_path / "videos", videos=20)
     arguments = ["track", "eval", "--shards", videos, "--out", str(tmp_path / "out")]
     assert run([*arguments, "--tracker", str(tracker), "--device", "cpu"]) == 1
-    assert (
-        "none of the 2 sequences can be evaluated — 0 boxes for 6 frames"
-        in (capsys.readouterr().err.splitlines()[-1])
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no boxes — prepare a tracking set" in line
+
+
+def test_of_many_sequences_that_are_left_out_a_few_are_shown(
+    tracker: Path, cheap: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(number: int, fields: dict[str, Any]) -> None:
+        if number:
+            fields["boxes"] = fields["boxes"][:1]
+
+    spec = make_sequences(tmp_path / "set", 14, 2, change=change)
+    arguments = ["track", "eval", "--shards", spec, "--out", str(tmp_path / "out")]
+    assert run([*arguments, "--tracker", str(tracker), "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.err, shown.out):
+        assert [line for line in text.splitlines() if "left out: " in line] == [
+            f"{'seco: ' if text == shown.err else ''}left out: {what}"
+            for what in (
+                *(f"patch_{number:03d}: 1 boxes for 2 frames" for number in range(1, 11)),
+                "3 more",
+            )
+        ]
+    notes = json.loads((tmp_path / "out" / "track.json").read_text())["notes"]
+    assert sum(note.startswith("left out: patch_") for note in notes) == 13
 
 
 # Trees that people have
@@ -528,6 +614,9 @@ def test_run_keeps_what_came_before_damage(
         ({"--tracker": __file__}, "test_track_eval.py: "),
         ({"--scales": "2"}, "--scales: must be odd"),
         ({"--out-video": "clip.mp4"}, "would be written over"),
+        ({"--out": "one", "--out-video": "./one"}, "one: is given for boxes and video"),
+        ({"--out": "."}, "is a folder — give --out the name of a file"),
+        ({"--out-video": ".."}, "is a folder — give --out-video the name of a file"),
     ],
 )
 def test_mistakes_of_run_are_one_line(

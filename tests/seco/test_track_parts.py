@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +16,27 @@ from torch.nn import functional as F
 
 from seco.dilate import DilatedBackbone
 from seco.encoder import build_backbone
-from seco.track_config import TrackTrainConfig, response_cells
+from seco.ranks import Ranks
+from seco.track_config import (
+    CONTEXT,
+    EXEMPLAR_PX,
+    SEARCH_PX,
+    STRIDE,
+    TRAIN_SEARCH_PX,
+    TrackerConfig,
+    TrackTrainConfig,
+    response_cells,
+)
 from seco.track_crops import box_of, mean_colour, square_crops, target_of
 from seco.track_loss import balanced_loss, response_labels
 from seco.track_model import SiameseHead, SiamFC, cross_correlation
-from seco.track_pairs import training_crop
+from seco.track_pairs import PairMaker, training_crop
+from seco.track_train import PairStep
 from seco.tracker import peak
 from seco.weights import random_backbone, tensors_sha256
+from shards.opening import open_shards
+from shards.pairs import PairStream
+from tests.made_sequences import make_sequences
 
 # Backbone
 
@@ -34,8 +50,10 @@ def stages(network: torch.nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
 def test_every_fourth_cell_is_what_the_network_had_before(arch: str) -> None:
-    network = random_backbone(arch, 0).eval()
-    images = torch.randn(1, 3, 128, 96, generator=torch.Generator().manual_seed(0))
+    # In float64: sums are taken in another order.
+    network = random_backbone(arch, 0).eval().double()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, 128, 96, generator=generator, dtype=torch.float64)
     before_sha = tensors_sha256(network.state_dict())
     with torch.no_grad():
         before = stages(network, images)
@@ -43,7 +61,7 @@ def test_every_fourth_cell_is_what_the_network_had_before(arch: str) -> None:
         after = dilated(images)
     assert after.shape == (1, before.shape[1], 16, 12)
     assert dilated.width == before.shape[1]
-    torch.testing.assert_close(after[..., ::4, ::4], before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[..., ::4, ::4], before, rtol=1e-9, atol=1e-9)
     assert tensors_sha256(network.state_dict()) == before_sha
 
 
@@ -227,6 +245,19 @@ def test_the_head_standardises_and_scales(separate: bool) -> None:
     torch.testing.assert_close(raw.search(search), raw.exemplar_convolution(search))
 
 
+def test_a_channel_that_hardly_moves_is_not_magnified() -> None:
+    head = SiameseHead(4, 3, 1.0)
+    head.measure(torch.zeros(4), torch.tensor([2.0, 2.0, 2.0, 1e-9]))
+    assert head.std.tolist() == pytest.approx([2, 2, 2, 0.05 * 3**0.5], rel=1e-6)
+    # Where it moves after all, as the others do, it stays within 20 times what they are.
+    found = head.search(torch.full((1, 4, 1, 1), 2.0)) - head.search(torch.zeros(1, 4, 1, 1))
+    weight = head.exemplar_convolution.weight.detach()[:, :, 0, 0].abs()
+    assert bool((found[0, :, 0, 0].abs() < weight.sum(1) * 24).all())
+    same = SiameseHead(4, 3, 1.0)
+    same.measure(torch.ones(4), torch.zeros(4))
+    assert same.search(torch.ones(1, 4, 2, 2)).isfinite().all()
+
+
 # Labels and loss
 
 
@@ -254,6 +285,67 @@ def test_the_loss_weighs_both_kinds_one_half() -> None:
                 counts[label] += 1
         total += sum(sums[label] / counts[label] for label in sums) / 2
     assert float(balanced_loss(responses, labels)) == pytest.approx(total / 2, rel=1e-6)
+
+
+# Defaults and where they go
+
+
+def test_the_defaults_are_siamfcs() -> None:
+    training = {
+        **{"feature_layer": "layer4", "channels": 256, "convolutions": "shared"},
+        **{"raw_features": False, "response_scale": 0.001, "epochs": 50},
+        **{"pairs_per_sequence": 1, "max_gap": 100, "batch_size": 8, "lr": 0.01},
+        **{"final_lr": 0.00001, "momentum": 0.9, "weight_decay": 0.0005},
+        **{"positive_radius": 16.0, "max_stretch": 0.05},
+    }
+    inference = {
+        **{"scales": 3, "scale_step": 1.0375, "scale_penalty": 0.9745, "scale_update": 0.59},
+        **{"window": 0.176, "upsampling": 16},
+    }
+    for config, expected in ((TrackTrainConfig(), training), (TrackerConfig(), inference)):
+        assert {name: getattr(config, name) for name in expected} == expected
+    assert (STRIDE, EXEMPLAR_PX, SEARCH_PX, TRAIN_SEARCH_PX, CONTEXT) == (8, 127, 255, 239, 0.5)
+    assert (response_cells(SEARCH_PX), response_cells(TRAIN_SEARCH_PX)) == (17, 15)
+
+
+def test_the_optimizer_has_the_settings() -> None:
+    config = TrackTrainConfig(
+        feature_layer="layer2", lr=0.5, momentum=0.75, weight_decay=0.25, positive_radius=8
+    )
+    model = SiamFC(build_backbone("resnet18"), config)
+    step = PairStep(model, config, Ranks(), torch.device("cpu"))
+    (group,) = step.optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.75, 0.25)
+    assert len(group["params"]) == 3  # weight and bias of the convolution, bias of the response
+    assert torch.equal(step._labels, response_labels(15, 8))
+
+
+def test_pairs_are_stretched_and_shifted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def recorded(
+        frame: object, box: object, size: int, scale: float, moved: Sequence[int] = (0, 0)
+    ) -> Tensor:
+        given.append((size, scale, tuple(moved)))
+        return torch.zeros(3, size, size, dtype=torch.uint8)
+
+    monkeypatch.setattr("seco.track_pairs.training_crop", recorded)
+    spec = make_sequences(tmp_path, sequences=8, frames=3)
+    maker = PairMaker(PairStream(open_shards(spec), 8, 0, 100), 0.05)
+    for step in range(12):
+        maker[step]
+    for size in (127, 239):
+        scales = [scale for crop, scale, _ in given if crop == size]
+        assert len(scales) == 96
+        assert 0.95 <= min(scales) < 0.96
+        assert 1.04 < max(scales) <= 1.05
+    exemplars, searches = ([m for crop, _, m in given if crop == size] for size in (127, 239))
+    assert set(exemplars) == {(0, 0)}
+    for axis in (0, 1):
+        assert {moved[axis] for moved in searches} == set(range(-4, 5))
+    assert len(set(searches)) > 40
+    pairs = zip(given[::2], given[1::2], strict=True)
+    assert sum(one[1] == other[1] for one, other in pairs) == 0  # drawn for each
 
 
 # Inference

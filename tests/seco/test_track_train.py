@@ -16,11 +16,13 @@ import torch
 
 import seco.track_train
 from cli import run
+from seco.backbone_guard import BackboneChanged
 from seco.checkpoint import load_checkpoint
+from seco.ranks import Ranks
 from seco.track_config import TrackTrainConfig
-from seco.track_model import load_tracker
-from seco.track_train import track_train
-from seco.weights import load_backbone, tensors_sha256
+from seco.track_model import SiamFC, load_tracker
+from seco.track_train import PairStep, track_train
+from seco.weights import load_backbone, random_backbone, tensors_sha256
 from shards.errors import InputError, Stopped
 from tests.data import ROOT
 from tests.made_sequences import make_sequences
@@ -94,14 +96,83 @@ def test_a_run_that_changed_its_backbone_does_not_end_well(
         return step(self, *given)
 
     monkeypatch.setattr(seco.track_train.TrackTraining, "_train_step", careless)
-    with pytest.raises(AssertionError, match="the frozen backbone has changed"):
+    with pytest.raises(BackboneChanged, match="its weights changed while the tracker was trained"):
         train(shards, tmp_path, epochs=1)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 2  # the last before the end
+    assert not (tmp_path / "epoch-0001.pt").exists()
 
 
 def test_the_loss_falls(shards: str, tmp_path: Path) -> None:
     train(shards, tmp_path, epochs=3, final_lr=5e-3, raw_features=False)
     losses = [row["loss"] for row in lines(tmp_path)]
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_res5_of_a_random_resnet50_does_not_diverge(tmp_path: Path) -> None:
+    """Some of its channels are silent in search crops and not in exemplars."""
+    spec = make_sequences(tmp_path / "set", sequences=4)
+    settings = {"arch": "resnet50", "feature_layer": "layer4", "channels": 16}
+    train(spec, tmp_path / "run", final_lr=5e-3, **settings)
+    losses = [row["loss"] for row in lines(tmp_path / "run")]
+    assert len(losses) == 4
+    assert max(losses) < 1
+    assert sum(losses[2:]) < sum(losses[:2])
+
+
+def test_both_kinds_of_crops_are_measured() -> None:
+    config = TrackTrainConfig(feature_layer="layer2", device="cpu")
+    model = SiamFC(random_backbone("resnet18", 0), config)
+    step = PairStep(model, config, Ranks(), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    crops = [
+        torch.randint(0, 256, (2, 3, side, side), generator=generator, dtype=torch.uint8)
+        for side in (127, 239)
+    ]
+    exemplars, searches = (step.features(one).transpose(0, 1).flatten(1) for one in crops)
+    mean, square = step.moments(*crops)
+    torch.testing.assert_close(
+        mean.float(), (exemplars.mean(1) + searches.mean(1)) / 2, rtol=1e-4, atol=1e-5
+    )
+    squares = (exemplars.square().mean(1) + searches.square().mean(1)) / 2
+    torch.testing.assert_close(square.float(), squares, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_response_starts_at_zero(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = seco.track_train.TrackTraining._measure
+    found = []
+
+    def measured(self: Any, stop: Any) -> None:
+        measure(self, stop)
+        (batch,) = self._batches(5, 6)  # the last that was measured
+        responses = self.step.responses(batch.exemplars, batch.searches)
+        found.append((float(responses.mean()), self.model.head.bias.item()))
+
+    monkeypatch.setattr(seco.track_train.TrackTraining, "_measure", measured)
+    train(shards, tmp_path)
+    ((mean, bias),) = found
+    assert abs(bias) > 0.01
+    assert abs(mean) < 1e-3 * abs(bias)
+
+
+def test_stopped_after_measuring_and_resumed(
+    shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = seco.track_train.TrackTraining._measure
+
+    def signalled(self: Any, stop: Any) -> None:
+        measure(self, stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(seco.track_train.TrackTraining, "_measure", signalled)
+    with pytest.raises(Stopped, match=r"saved step 0 of 6"):
+        train(shards, tmp_path)
+    monkeypatch.undo()
+    train(shards, tmp_path, resume="auto")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    one, other = (load_checkpoint(f / "last.pt")["model"] for f in (tmp_path, undisturbed))
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_killed_and_resumed(shards: str, undisturbed: Path, tmp_path: Path) -> None:

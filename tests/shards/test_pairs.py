@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.access import ByteRange, RangeAccess, UnreadableFrame
 from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.opening import open_shards
@@ -139,6 +143,40 @@ def test_frames_and_boxes_belong_together(spec: str) -> None:
             assert jpeg in [
                 shards.read_frame(sample.video, n) for n, b in enumerate(boxes) if b == box
             ]
+
+
+def test_a_remote_batch_is_two_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = make_sequences(tmp_path / "set", sequences=9, frames=12)
+    fsspec.filesystem("memory").put(f"{tmp_path / 'set'}/", "/pairs/", recursive=True)
+    far, near = stream("memory://pairs/patches.json"), stream(local)
+    read, calls = RangeAccess.read, []
+
+    def counted(self: RangeAccess, ranges: Sequence[ByteRange]) -> Any:
+        calls.append(len(ranges))
+        return read(self, ranges)
+
+    monkeypatch.setattr(RangeAccess, "read", counted)
+    for epoch, step in ((0, 0), (0, 1), (1, 0)):
+        calls.clear()
+        assert far.read(epoch, step, range(4)) == near.read(epoch, step, range(4))
+        assert calls == [4, 8]  # records, then two frames of each
+
+
+def test_records_are_read_together_and_each_for_itself(tmp_path: Path) -> None:
+    shards = open_shards(make_sequences(tmp_path, sequences=4, per_shard=2))
+    wanted = [3, 0, 2, 3]
+    assert shards.records(wanted) == [shards.record(video) for video in wanted]
+    assert shards.records([]) == []
+    tar = tmp_path / "patches-000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'"format_version"', b"\"format_version'", 1))
+    damaged, *others = shards.records([0, 1, 2])
+    assert isinstance(damaged, UnreadableFrame)
+    assert "patch_000.json: " in str(damaged)
+    assert [one.key for one in others if isinstance(one, VideoRecord)] == ["patch_001", "patch_002"]
+    with pytest.raises(UnreadableFrame, match=re.escape(str(damaged))):
+        shards.record(0)
+    found = {s.key: s for s in stream(str(tmp_path / "patches.json")).read(0, 0, range(4))}
+    assert found["patch_000"] == NoPair("patch_000", str(damaged), unreadable=True)
 
 
 def test_what_cannot_be_paired_says_why(tmp_path: Path) -> None:
