@@ -266,7 +266,10 @@ def test_extracting_again_removes_the_results_of_the_features_before(
     assert cli.run(["extract-features", *random, *out, *SMALL_FEATURES]) == 0
     assert cli.run(["retrieve", "evaluate", "--features", str(tmp_path / "f")]) == 0
     assert (tmp_path / "f" / "retrieval.json").is_file()
-    assert cli.run(["extract-features", *random, *out, *SMALL_FEATURES, "--seed", "1"]) == 0
+    again = ["extract-features", *random, *out, *SMALL_FEATURES, "--seed", "1"]
+    assert cli.run(again) == 1
+    assert (tmp_path / "f" / "retrieval.json").is_file()
+    assert cli.run([*again, "--overwrite"]) == 0
     assert not (tmp_path / "f" / "retrieval.json").exists()
 
 

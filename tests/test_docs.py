@@ -11,7 +11,6 @@ import pytest
 import cli
 from tests.data import ROOT
 
-
 DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 
 
