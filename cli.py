@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +33,18 @@ from shards.errors import (
     TooManyExcluded,
 )
 
-_TYPES = {"int": int, "float": float, "str": str}
+
+class _Finite(click.types.FloatParamType):
+    """A number that is one: comparisons with NaN would let it pass every check."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
+
+
+_TYPES = {"int": click.IntRange(-(2**63), 2**63 - 1), "float": _Finite(), "str": click.STRING}
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -81,6 +93,8 @@ def _option(field: dataclasses.Field[Any], required: bool) -> Callable[[_Command
         arguments |= {"is_flag": True}
     elif base.startswith("tuple"):
         arguments |= {"multiple": True, "metavar": "SPEC"}
+    elif field.name == "seed":
+        arguments["type"] = click.IntRange(0, 2**63 - 1)  # what all generators take
     else:
         arguments["type"] = click.Choice(meta["choices"]) if meta.get("choices") else _TYPES[base]
     if required:
@@ -511,6 +525,9 @@ def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path |
     """
     from seco.report import write_report
 
+    paths = [path.resolve() for path in (out, markdown, json) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise InputError("would be written over each other", "--out, --markdown, --json")
     found = write_report(runs, out, markdown, json)
     for item in found.unread:
         print(f"seco: could not be read: {item.path}: {item.reason}", file=sys.stderr)

@@ -39,7 +39,7 @@ class Scale:
     frames: int = 16
     batch: int = 32
     bn_group: int = 16
-    lr: float = 0.06
+    lr: float = 0.02
     temperature: float = 0.2
     ema: float = 0.99
     queue_share: float = 0.2  # of 3 keys a video: beyond it a query's own video is a negative

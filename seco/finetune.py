@@ -57,7 +57,7 @@ def finetune(config: FinetuneConfig) -> str:
         run.train()
         if config.skip_test:
             return str(run.state.last) if ranks.first else ""
-        return written(run.test(), run.out, ranks)
+        return written(run.test(), run.config, run.out, ranks)
 
 
 def _adopted(config: FinetuneConfig) -> FinetuneConfig:

@@ -27,6 +27,9 @@ class FinetuneTestConfig:
     test_size: int = setting(
         256, "side of the crops and short edge of the frames, px", source="authors' code"
     )
+    max_failures: float = setting(
+        5.0, "exit with code 3 if more than this percentage of the test videos cannot be read"
+    )
     test_frames: int = setting(32, "frames of a test video whose crops make one forward")
     precision: str = setting(
         "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
@@ -119,7 +122,7 @@ class FinetuneConfig(FinetuneTestConfig):
 RESUMABLE_DIFFERENCES = frozenset(
     {
         *("shards", "checkpoint", "out", "dataset", "device", "processes", "workers", "accumulate"),
-        *("clips", "clip_frames", "crops", "test_size", "test_frames", "skip_test"),
+        *("clips", "clip_frames", "crops", "test_size", "test_frames", "skip_test", "max_failures"),
         *("max_unreadable", "log_every", "resume", "checkpoint_every_steps"),
         *("validate_every_epochs", "arch"),  # the checkpoint's own is taken
     }
@@ -146,6 +149,8 @@ def resolve(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
         f"{config.batch_size} does not divide over {processes} processes",
     )
     share = config.batch_size // processes
+    for name in ("bn_group", "accumulate"):
+        require(getattr(config, name) != 0, name, "must be 1 or more")
     group = config.bn_group or largest_part(share, min(_BN_CLIPS, share))
     parts = config.accumulate or max(1, share // group)
     _require_ranges(config)

@@ -44,6 +44,7 @@ class FinetuneResult:
     encoder: dict[str, Any]
     n_train: int
     n_test: int
+    unreadable: int  # test videos that are left out
     classes: int
     notes: list[str]
     per_class: list[ClassAccuracy]
@@ -101,6 +102,8 @@ def finetune_result(
     every, confusion = confusions(row_labels, found)
     class_names = [names.get(label, videos.class_name(label)) for label in every.tolist()]
     notes = split_notes(videos.unlabelled, row_labels, labels, videos.class_name)
+    if videos.empty:
+        notes.append(f"{videos.empty} training videos without frames are left out")
     if not known.all():
         notes.append(f"{int((~known).sum())} test videos could not be read and are left out")
     top1, top5, mean_class = found.accuracies()
@@ -116,6 +119,7 @@ def finetune_result(
         encoder=encoder,
         n_train=len(videos.train),
         n_test=len(labels),
+        unreadable=int((~known).sum()),
         classes=len(classes.labels),
         notes=notes,
         per_class=class_accuracies(every, class_names, confusion),

@@ -20,13 +20,13 @@ from seco.training_run import one_voice
 from seco.video_classifier import Classes, VideoClassifier, load_finetuned
 from seco.video_scores import ClipProtocol, VideoScores
 from shards.atomic import require_writable
-from shards.errors import InputError, Stopped
+from shards.errors import InputError, PeerLost, Stopped, TooManyExcluded
 from shards.progress import progress
 
 # What a result says of the training before it.
 _TRAINING = (
-    *("segments", "epochs", "batch_size", "lr", "lr_decay_epochs", "dropout", "freeze_bn"),
-    *("bn_group", "crop_size", "seed"),
+    *("segments", "epochs", "batch_size", "lr", "lr_decay_epochs", "momentum", "weight_decay"),
+    *("clip_norm", "dropout", "freeze_bn", "bn_group", "crop_size", "min_crop_area", "seed"),
 )
 
 
@@ -49,6 +49,7 @@ def finetune_eval(config: FinetuneTestConfig) -> str:
 
     Raises:
         InputError: the checkpoint or the shards cannot be used, or do not go together.
+        TooManyExcluded: all is written, but more than ``max_failures`` percent could not be read.
         Stopped: a signal came.
     """
     device = resolve_device(config.device)
@@ -66,7 +67,7 @@ def finetune_eval(config: FinetuneTestConfig) -> str:
         fine_tuned = FineTuned(
             model.to(device), classes, said["encoder"], said["dataset"], settings
         )
-        return written(tested(fine_tuned, videos, config, device, ranks), out, ranks)
+        return written(tested(fine_tuned, videos, config, device, ranks), config, out, ranks)
 
 
 def tested(
@@ -124,9 +125,26 @@ def scorer_of(
     )
 
 
-def written(result: FinetuneResult, out: Path, ranks: Ranks) -> str:
-    """Write a result, on the first rank; returns what to show the user, there."""
-    return f"{result.table()}\n{result.write(out)}" if ranks.first else ""
+def written(result: FinetuneResult, config: FinetuneTestConfig, out: Path, ranks: Ranks) -> str:
+    """Write a result, on the first rank; returns what to show the user, there.
+
+    Raises:
+        TooManyExcluded: all is written, but more than ``max_failures`` percent could not be read.
+        PeerLost: the same, on the other ranks.
+    """
+    shown = f"{result.table()}\n{result.write(out)}" if ranks.first else ""
+    wanted = result.n_test + result.unreadable
+    if result.unreadable * 100 <= config.max_failures * wanted:
+        return shown
+    if not ranks.first:
+        raise PeerLost
+    print(shown)
+    raise TooManyExcluded(
+        f"{result.unreadable} of {wanted} test videos could not be read, more than "
+        f"--max-failures {config.max_failures:g}",
+        out,
+        "prepare or copy the shards again",
+    )
 
 
 def _require_same_classes(videos: LabelledVideos, classes: Classes, path: Path) -> None:

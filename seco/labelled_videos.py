@@ -30,6 +30,7 @@ class LabelledVideos:
         labels: (V,) -1 for none.
         train: (N,) numbers of the labelled training videos.
         test: (M,) numbers of the labelled test videos.
+        empty: labelled training videos that are left out because they have no frame.
         unlabelled: videos of the split that have no label.
 
     Raises:
@@ -47,6 +48,7 @@ class LabelledVideos:
         self.split = name
         train, without = labelled_rows(self, name, "train")
         self.train = train[self.shards.frame_counts[train] > 0]
+        self.empty = len(train) - len(self.train)
         self.test, also = labelled_rows(self, name, _TEST)
         self.unlabelled = without + also
 

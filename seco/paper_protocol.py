@@ -69,6 +69,9 @@ PRETRAINING = (
     Reference("SGD momentum", ("momentum",), 0.9, _AUTHORS),
     Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
     Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
+    Reference("temperature of intra", ("intra_temperature",), 0.1),
+    Reference("queue at the start", ("queue_init",), "unit", "not stated; MoCo's"),
+    Reference("same video masked", ("mask_same_video",), "False", "paper Eq. 2, which masks none"),
 )
 FEATURES = (
     Reference("short edge, px", ("short_edge",), 256),
@@ -91,6 +94,11 @@ FINETUNING = (
     Reference("frozen BatchNorm", ("freeze_bn",), "all-but-first", _AUTHORS),
     Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
     Reference("training view, px", ("crop_size",), 224, _AUTHORS),
+    Reference("learning rate falls after", ("lr_decay_epochs",), "50,100", _AUTHORS),
+    Reference("SGD momentum", ("momentum",), 0.9, _AUTHORS),
+    Reference("largest gradient norm", ("clip_norm",), 40, _AUTHORS),
+    Reference("BatchNorm group, clips", ("bn_group",), 16, _AUTHORS),
+    Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
 )
 TRACKING = (
     Reference("feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"),

@@ -69,6 +69,8 @@ class Measured:
     note: str
     results: tuple[int, ...] = ()  # the numbers of what it is a figure of, on the page
     split: str = ""  # of fine-tuning
+    alike: str = ""  # equal for runs that differ in nothing but the split
+    size: str = ""  # what a set lacks
 
 
 @dataclass

@@ -34,6 +34,7 @@ FIGURE_WORDS = {
     "precision_auc": "precision, mean of the curve",
     "success_auc": "success, mean of the curve",
 }
+_SPLITS = 3  # of UCF101 and of HMDB51
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _add_evaluation(
                 note=", ".join(note for note in (what, size) if note),
                 results=(number,),
                 split=item.split if item.kind == "finetune" else "",
+                alike=_alike(item),
+                size=size,
             )
         )
     run = run_of(item.encoder, found.runs)
@@ -129,6 +132,20 @@ def _add_evaluation(
     results.append(Result(number, folder, encoder_name(item.encoder), what, protocol, item.notes))
 
 
+def _alike(item: Evaluation) -> str:
+    """Equal for figures of one encoder by one training and test, whatever the split and seed."""
+    of_split = ("split", "seed", "out", "training", "n_test", "frames")
+    settings = {n: words(v) for n, v in item.settings.items() if n not in of_split}
+    return repr((words(item.encoder.get("sha256")), sorted(settings.items())))
+
+
+def _partly(figures: Sequence[Measured]) -> list[str]:
+    """What a mean over splits lacks: splits, and videos of these."""
+    splits = {figure.split for figure in figures}
+    missing = [f"{len(splits)} of {_SPLITS} splits"] if len(splits) < _SPLITS else []
+    return missing + list(dict.fromkeys(figure.size for figure in figures if figure.size))
+
+
 def _split_words(item: Evaluation) -> str:
     return f"split {item.split}" if item.split else ""
 
@@ -140,13 +157,16 @@ def _arch_of_table(metric: str, arch: str) -> str:
 
 
 def _means_over_splits(measured: Sequence[Measured]) -> list[Measured]:
-    """The mean of an encoder fine-tuned on several splits of a set, beside the single figures."""
-    encoders: dict[tuple[str, str], list[Measured]] = {}
+    """The mean of an encoder fine-tuned on several splits of a set, beside the single figures.
+
+    Only of runs that differ in nothing but the split.
+    """
+    runs: dict[tuple[str, str, str], list[Measured]] = {}
     for figure in measured:
         if figure.split:
-            encoders.setdefault((figure.metric, figure.encoder), []).append(figure)
+            runs.setdefault((figure.metric, figure.encoder, figure.alike), []).append(figure)
     means = []
-    for figures in encoders.values():
+    for figures in runs.values():
         splits = sorted({figure.split for figure in figures})
         if len(splits) > 1:
             of_split = [
@@ -157,7 +177,7 @@ def _means_over_splits(measured: Sequence[Measured]) -> list[Measured]:
                 dataclasses.replace(
                     figures[0],
                     percent=mean(of_split),
-                    note=f"mean of splits {', '.join(splits)}",
+                    note=", ".join([f"mean of splits {', '.join(splits)}", *_partly(figures)]),
                     results=tuple(number for figure in figures for number in figure.results),
                 )
             )

@@ -6,6 +6,7 @@ never stops the rest.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from seco.feature_format import PROBES
 from seco.pages import printable
 from seco.report_records import (
     Demo,
@@ -163,6 +165,10 @@ class _Folder:
         if probe is None and retrieval is None:
             return
         meta = self._try("meta.json", _read_object) or {}
+        if not meta and self._folder.name.startswith(PROBES):
+            # Of another method or split: the features are those of the folder around it.
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                meta = _read_object(self._folder.parent / "meta.json")
         self._found.features.append(
             Features(
                 folder=self._folder,

@@ -40,6 +40,9 @@ PAPER_CONFIG: dict[str, Any] = {
     "sampling": "uniform",
     "crop_size": 224,
     "min_crop_area": 0.2,
+    "intra_temperature": 0.1,
+    "queue_init": "unit",
+    "mask_same_video": False,
     "bn_group": 128,
     "seed": 0,
 }

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from seco.paper_protocol import DIFFERS, SAME, UNKNOWN, Compared
+from seco.config import PretrainConfig
+from seco.finetune_config import FinetuneConfig
+from seco.paper_protocol import (
+    DIFFERS,
+    FINETUNING,
+    PRETRAINING,
+    SAME,
+    UNKNOWN,
+    Compared,
+    Reference,
+)
 from seco.report_content import ReportContent, report_content
 from seco.report_origin import short_name
 from seco.report_sources import find_results
@@ -39,7 +51,7 @@ def test_the_papers_own_settings_differ_in_nothing_but_the_start(tmp_path: Path)
     run = write_paper_run(tmp_path / "run", TASKS, init="moco.pt")
     write_probe(tmp_path, str(run / "last.pt"))
     found = protocol(tmp_path)
-    assert len(found) == 28
+    assert len(found) == 31
     unknown = {name: s.here for name, s in found.items() if s.state != SAME}
     assert unknown == {"pre-training: start from": "moco.pt, as named"}
 
@@ -199,8 +211,54 @@ def test_splits_have_a_mean(tmp_path: Path) -> None:
         )
     (cell,) = (row.ours[1] for row in content_of(tmp_path).tables[2].rows if row.method == "SeCo")
     assert [round(figure.percent) for figure in cell] == [80, 90, 70, 80]
-    assert cell[-1].note == "mean of splits 1, 2, 3"
+    assert cell[-1].note == "mean of splits 1, 2, 3, number of videos unknown"
     assert cell[-1].results == (1, 2, 3)
+
+
+def test_a_mean_over_splits_says_what_it_lacks_and_mixes_nothing(tmp_path: Path) -> None:
+    def written(name: str, split: int, top1: float, epochs: int, sha256: str) -> None:
+        encoder = {"arch": "resnet50", "checkpoint": "a.pt", "tasks": TASKS, "sha256": sha256}
+        training = {"epochs": epochs, "seed": split}
+        write_evaluation(
+            *(tmp_path / name, "finetune"), dataset="ucf101", split=split, top1=top1,
+            encoder=encoder, protocol={"training": training}, n_test=300, classes=101,
+        )  # fmt: skip
+
+    written("1", 1, 0.8, 150, "aa")
+    written("2", 2, 0.9, 150, "aa")
+    written("3", 3, 0.1, 12, "aa")
+    written("other", 3, 0.2, 150, "bb")
+    (cell,) = (row.ours[0] for row in content_of(tmp_path).tables[2].rows if row.method == "SeCo")
+    means = [figure for figure in cell if "mean of splits" in figure.note]
+    assert [round(figure.percent) for figure in means] == [85]
+    assert means[0].note.startswith("mean of splits 1, 2, 2 of 3 splits, partial set: 300 of ")
+
+
+@pytest.mark.parametrize(
+    ("config", "compared", "apart"),
+    [
+        (
+            PretrainConfig,
+            PRETRAINING,
+            {"shards", "epochs", "init", "tasks", "arch"},  # compared on their own
+        ),
+        (FinetuneConfig, FINETUNING, {"split", "arch", "checkpoint", "dataset", "shards"}),
+    ],
+)
+def test_every_setting_is_compared_or_of_no_consequence(
+    config: type, compared: Sequence[Reference], apart: set[str]
+) -> None:
+    """A new setting of the method has to be compared with the paper's."""
+    of_no_consequence = {
+        *("out", "preset", "seed", "device", "processes", "workers", "decode", "views_on", "keep"),
+        *("channels_last", "compile", "precision", "accumulate", "resume", "log_every", "cache_gb"),
+        *("window_shards", "cache_dir", "steps_per_epoch", "knn_shards", "knn_every_epochs"),
+        *("max_unreadable", "max_failures", "checkpoint_every_steps", "keep_every_epochs"),
+        *("validate_every_epochs", "skip_test", "test_frames"),
+    }
+    names = {name for reference in compared for name in reference.names}
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert fields - names - of_no_consequence == apart
 
 
 def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> None:
