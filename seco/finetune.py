@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seco.backbone_guard import BackboneChanged
 from seco.clip_loader import ClipBatch, ClipStream, clip_batches
 from seco.device import resolve_device
 from seco.finetune_config import RESUMABLE_DIFFERENCES, FinetuneConfig, resolve
@@ -46,6 +47,7 @@ def finetune(config: FinetuneConfig) -> str:
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
             longer finite; too many videos cannot be read.
+        TooManyExcluded: all is written, but too many test videos could not be read.
         Stopped: a signal came; everything is saved.
         PeerLost: another process ended, and has said why.
     """
@@ -249,7 +251,10 @@ class Finetuning(TrainingRun):
         return {"val_top1": right, "val_loss": float(F.cross_entropy(chosen, targets))}
 
     def _require_frozen(self) -> None:
-        assert self.model.frozen_sha256() == self._frozen, "a frozen BatchNorm layer has changed"
+        if self.model.frozen_sha256() != self._frozen:
+            raise BackboneChanged(
+                "a frozen BatchNorm layer has changed", self.out, "please report this"
+            )
 
 
 def _status(metrics: dict[str, Any], speed: dict[str, float]) -> str:

@@ -438,3 +438,38 @@ def test_verify_and_index(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert cli.run(["verify", manifest]) == 0
     assert cli.run(["verify", str(tmp_path / "none")]) == 1
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("probe", ["--features", "x", "--method", "linear"]),
+        ("finetune", ["--checkpoint", "random", "--shards", "x"]),
+        ("extract-features", ["--checkpoint", "random", "--shards", "x"]),
+        ("pretrain", ["--shards", "x"]),
+        ("track train", ["--checkpoint", "random", "--shards", "x"]),
+    ],
+)
+@pytest.mark.parametrize("seed", ["99999999999999999999999", "-1"])
+def test_seeds_that_no_generator_takes(
+    command: str, options: list[str], seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([*command.split(), *options, "--seed", seed]) == 2
+    assert f"Invalid value for '--seed': {seed} is not in the range" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_none(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["finetune", "--checkpoint", "random", "--shards", "x", "--max-unreadable", value]
+    assert cli.run(command) == 2
+    assert "--max-unreadable" in capsys.readouterr().err
+
+
+def test_a_report_is_not_written_over_itself(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "r.html")
+    command = ["report", str(run_folder), "--out", out, "--markdown", str(tmp_path / "./r.html")]
+    assert cli.run(command) == 1
+    assert "would be written over each other" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import cli
 import seco.finetune
 from pipelines._config import PrepareConfig
 from pipelines._prepare import prepare
+from seco.backbone_guard import BackboneChanged
 from seco.batchnorm import GroupedBatchNorm2d
 from seco.checkpoint import load_checkpoint
 from seco.clip_loader import ClipBatch, ClipStream, clip_batches
@@ -41,7 +43,7 @@ from seco.video_classifier import VideoClassifier, load_finetuned
 from seco.video_scores import ClipProtocol, VideoScores
 from seco.view_parameters import ViewConfig
 from seco.weights import load_backbone
-from shards.errors import InputError, Stopped
+from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import VideoRecord
 from shards.writer import ShardWriter
 from tests.data import ROOT, shared
@@ -199,7 +201,7 @@ def test_frozen_layers_stay_as_they_are(
         return run(self, *given)
 
     monkeypatch.setattr(Finetuning, "_train_step", spoiled)
-    with pytest.raises(AssertionError, match="frozen BatchNorm"):
+    with pytest.raises(BackboneChanged, match="a frozen BatchNorm layer has changed"):
         finetune(FinetuneConfig(shards=(shards,), out=str(tmp_path), **SMALL))
 
 
@@ -367,7 +369,7 @@ def test_unreadable_videos_are_named_counted_and_survived(
     damage(tmp_path / "s" / "made-000.tar", "video_0002")  # of the test videos
     out = tmp_path / "run"
     settings = {**SMALL, "batch_size": 5, "bn_group": None, "epochs": 2, "shards": (shards,)}
-    finetune(FinetuneConfig(out=str(out), **settings))
+    finetune(FinetuneConfig(out=str(out), max_failures=12, **settings))
     said = capsys.readouterr().err
     assert "unreadable, replaced by another video: video_0004" in said
     assert "left out: video_0002" in said
@@ -375,6 +377,14 @@ def test_unreadable_videos_are_named_counted_and_survived(
     found = result(out)
     assert found["n_test"] == 8
     assert found["notes"] == ["1 test videos could not be read and are left out"]
+    again = FinetuneTestConfig(
+        shards=(shards,), checkpoint=str(out / "last.pt"), out=str(tmp_path / "again"),
+        device="cpu", workers=0, test_size=SMALL["test_size"],
+    )  # fmt: skip
+    with pytest.raises(TooManyExcluded, match=r"1 of 9 test videos could not be read.*11"):
+        finetune_eval(dataclasses.replace(again, max_failures=11))
+    assert "top-1" in capsys.readouterr().out
+    assert (tmp_path / "again" / "finetune.json").is_file()
     with pytest.raises(InputError, match=r"samples could not be read.*--max-unreadable"):
         finetune(FinetuneConfig(out=str(tmp_path / "b"), max_unreadable=0.0, **settings))
 
@@ -392,6 +402,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards: str, tmp_path: Path) ->
         ({"dataset": "ucf101"}, "holds made, not ucf101"),
         ({"checkpoint": "nowhere.pt"}, "nowhere.pt: cannot be read"),
         ({"arch": "vgg16"}, "unknown architecture 'vgg16'"),
+        ({"bn_group": 0}, "--bn-group: must be 1 or more"),
+        ({"accumulate": 0}, "--accumulate: must be 1 or more"),
         ({"bn_group": 3}, "--bn-group: must divide a process's part of 4"),
         ({"accumulate": 3}, "--accumulate: must divide a process's share of 8"),
         ({"crops": 2}, "--crops: must be 1 or 3"),
