@@ -44,7 +44,20 @@ class _Finite(click.types.FloatParamType):
         return number
 
 
-_TYPES = {"int": click.IntRange(-(2**63), 2**63 - 1), "float": _Finite(), "str": click.STRING}
+class _Whole(click.types.IntParamType):
+    """A whole number from ``least`` on that 64 bits hold."""
+
+    def __init__(self, least: int = -(2**63)) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = super().convert(value, param, ctx)
+        if not self._least <= number < 2**63:
+            self.fail(f"{value} is not from {self._least} to {2**63 - 1}.", param, ctx)
+        return number
+
+
+_TYPES = {"int": _Whole(), "float": _Finite(), "str": click.STRING}
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -94,7 +107,7 @@ def _option(field: dataclasses.Field[Any], required: bool) -> Callable[[_Command
     elif base.startswith("tuple"):
         arguments |= {"multiple": True, "metavar": "SPEC"}
     elif field.name == "seed":
-        arguments["type"] = click.IntRange(0, 2**63 - 1)  # what all generators take
+        arguments["type"] = _Whole(0)  # what all generators take
     else:
         arguments["type"] = click.Choice(meta["choices"]) if meta.get("choices") else _TYPES[base]
     if required:
