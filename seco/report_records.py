@@ -60,6 +60,7 @@ class Evaluation:
     figures: dict[str, float]  # those of FIGURES that are there
     n_test: int | None  # videos, or sequences
     classes: int | None
+    per_class: list[tuple[str, float, int | None]]  # of fine-tuning: (name, accuracy, videos)
     frames_per_second: float | None  # of a tracker
     settings: dict[str, Any]  # of training and test
     notes: tuple[str, ...]
@@ -80,12 +81,7 @@ def parse_probe(raw: Mapping[str, Any]) -> Probe:
     Raises:
         ValueError: an accuracy is not a fraction, or there is none at all.
     """
-    classes = []
-    for row in _rows(raw, "per_class"):
-        accuracy = fraction(row, "accuracy")
-        if accuracy is not None:
-            name = words(row.get("label_name", row.get("label")))
-            classes.append((name, accuracy, count(row.get("count"))))
+    classes = _per_class(raw)
     probe = Probe(
         method=words(raw.get("method")),
         c=_number(raw.get("C")),
@@ -149,6 +145,7 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
         figures=figures,
         n_test=count(raw.get("n_test", raw.get("sequences"))),
         classes=count(raw.get("classes")),
+        per_class=_per_class(raw),
         frames_per_second=_number(raw.get("fps")),
         settings={
             **counts,
@@ -215,6 +212,16 @@ def extraction_words(meta: Mapping[str, Any]) -> list[str]:
 def _present(raw: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
     found = {name: fraction(raw, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _per_class(raw: Mapping[str, Any]) -> list[tuple[str, float, int | None]]:
+    classes = []
+    for row in _rows(raw, "per_class"):
+        accuracy = fraction(row, "accuracy")
+        if accuracy is not None:
+            name = words(row.get("label_name", row.get("label")))
+            classes.append((name, accuracy, count(row.get("count"))))
+    return classes
 
 
 def _notes(raw: Mapping[str, Any]) -> tuple[str, ...]:

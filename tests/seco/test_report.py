@@ -160,10 +160,24 @@ def test_class_table_and_confusion_picture(tmp_path: Path) -> None:
     assert 'src="data:image/png;base64,iVBOR' in text
 
 
+def test_classes_of_a_fine_tuned_network_are_folded_away(tmp_path: Path) -> None:
+    rows = [("b", 0.75, 4), ("a", 0.5, 8)]
+    per_class = [{"label_name": n, "accuracy": a, "count": c} for n, a, c in rows]
+    values = {"dataset": "x", "split": "2", "top1": 0.6, "mean_class": 0.625}
+    write_evaluation(tmp_path / "f", "finetune", **values, per_class=per_class)
+    text = page(tmp_path)
+    assert '<a href="#classes">' in text
+    assert "fine-tuned on x, split 2</h3>" in text
+    assert "mean over the classes 62.5" in text
+    assert "<details><summary>Accuracy by class (2), the lowest first</summary>" in text
+    assert [row[:3] for row in rows_of(text)[-2:]] == [["a", "8", "50.0"], ["b", "4", "75.0"]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("probe.json", '{"top1": 61.9}', "not a fraction"),
+        ("finetune.json", '{"top1": 0.5, "per_class": [3]}', "per_class is not a list"),
         ("probe.json", "[]", "not a JSON object"),
         ("probe.json", "{}", "holds no accuracy"),
         ("probe.json", '{"top1": 0.5, "per_class": [3]}', "per_class is not a list"),
