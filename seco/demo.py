@@ -186,8 +186,8 @@ class _Demo:
         else:
             # Measured over seeds: benchmarks/results/demo.md.
             lines.append(
-                "(so short a run moves same-video retrieval, which it trains for; its SVM differs by "
-                "8 points from seed to seed)"
+                "(so short a run moves same-video retrieval, which it trains for; its SVM differs "
+                "by 8 points from seed to seed)"
             )
         lines += [f"report: {report}", f"nearest videos: {nearest}", f"took {self._clock()}"]
         return "\n" + "\n".join(lines)
