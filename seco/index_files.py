@@ -77,17 +77,17 @@ def build(config: BuildConfig) -> BuiltIndex:
     validate_index(config)
     features = read_features(config.features)
     path = Path(config.out or config.features) / INDEX
-    # The description is written last: without it the index is not used.
-    discard(_description(path))
     vectors = Vectors(features.features)
     told = {**_identity(features), "kind": index_kind(len(vectors), config)}
     began = time.monotonic()
     if told["kind"] == "flat":
+        _withdraw(path)
         _write_flat(vectors, path)
         seconds = time.monotonic() - began
     else:
         index = train_ivfpq(vectors, config, config.device)
         seconds = time.monotonic() - began
+        _withdraw(path)
         _write_ivfpq(index, path)
         ivf: Any = faiss.downcast_index(index.index)
         searched = ApproximateIndex(index, vectors, config.rerank, config.device)
@@ -101,6 +101,14 @@ def build(config: BuildConfig) -> BuiltIndex:
     told["bytes"] = path.stat().st_size
     write_json(_description(path), told)
     return BuiltIndex(path, told, seconds)
+
+
+def _withdraw(path: Path) -> None:
+    """Take an earlier index out of use, once there is one to take its place.
+
+    The description is written last: without it an index is not used.
+    """
+    discard(_description(path))
 
 
 def stated_recall(index: NearestIndex, vectors: Vectors, device: str) -> dict[str, Any]:

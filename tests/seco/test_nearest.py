@@ -226,6 +226,16 @@ def test_a_saved_index_is_of_these_features_only(tmp_path: Path, above: int) -> 
         open_index(path, features)
 
 
+def test_a_build_that_is_refused_leaves_the_index_before(tmp_path: Path) -> None:
+    write_clusters(tmp_path, videos=111)
+    path = build(BuildConfig(features=str(tmp_path))).path
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="too few for an approximate index"):
+        build(BuildConfig(features=str(tmp_path), ivfpq_above=50))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    open_index(path, read_features(tmp_path))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_file_that_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
