@@ -252,8 +252,10 @@ class Finetuning(TrainingRun):
 
     def _require_frozen(self) -> None:
         if self.model.frozen_sha256() != self._frozen:
-            raise BackboneChanged(
-                "a frozen BatchNorm layer has changed", self.out, "please report this"
+            raise self._told_once(
+                BackboneChanged(
+                    "a frozen BatchNorm layer has changed", self.out, "please report this"
+                )
             )
 
 

@@ -70,7 +70,7 @@ PRETRAINING = (
     Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
     Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
     Reference("temperature of intra", ("intra_temperature",), 0.1),
-    Reference("queue at the start", ("queue_init",), "unit", "not stated; MoCo's"),
+    Reference("queue at the start", ("queue_init",), "unit", "MoCo; the paper is silent"),
     Reference("same video masked", ("mask_same_video",), "False", "paper Eq. 2, which masks none"),
 )
 FEATURES = (
