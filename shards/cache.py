@@ -128,16 +128,16 @@ class ShardCache:
         """Bytes booked by the processes that are fetching; what dead ones left is cleared away."""
         coming = 0
         for lock_path in self.folder.glob("*.tar.lock"):
-            if lock_path == _lock_of(path):
+            # To hold a lock that nobody has booked with would turn away who is about to fetch.
+            if lock_path == _lock_of(path) or not _booked(lock_path):
                 continue
             with _locked(lock_path, False) as lock:
                 if lock is None:
-                    with suppress(OSError):
-                        coming += int(lock_path.read_text() or 0)
+                    coming += _booked(lock_path)
                 else:
-                    os.ftruncate(lock, 0)
                     for left in self.folder.glob(f"{lock_path.stem}.*.part"):
                         left.unlink(missing_ok=True)
+                    os.ftruncate(lock, 0)
         return coming
 
 
@@ -227,6 +227,14 @@ class CachedAccess(LocalAccess):
 
 def _lock_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
+
+
+def _booked(lock_path: Path) -> int:
+    """Bytes of room booked with a lock file."""
+    try:
+        return int(lock_path.read_text() or 0)
+    except FileNotFoundError:
+        return 0
 
 
 def _touch(path: Path) -> bool:

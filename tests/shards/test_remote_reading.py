@@ -279,6 +279,32 @@ def test_ranges_close_together_are_fetched_as_one() -> None:
     assert RangeAccess().read([]) == []
 
 
+def test_who_looks_for_room_turns_nobody_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (put(f"{n}.tar", 1000) for n in range(2))
+    held = ShardCache(tmp_path, 2000, {a: info(1000, "d") for a in (one, other)})
+    cache._lock_of(held.path(one)).touch()  # of a thread that is about to fetch it ...
+    acquired, fetched = cache._acquired, []
+
+    def acquired_then_wanted(path: Path, wait: bool) -> int | None:
+        lock = acquired(path, wait)
+        if not wait and threading.current_thread() is looking:
+            fetcher = threading.Thread(
+                target=lambda: fetched.append(held.fetch(one, wait=False))
+            )  # ... just when another looks for room
+            fetcher.start()
+            fetcher.join(5)
+        return lock
+
+    looking = threading.Thread(target=lambda: held._coming(held.path(other)))
+    monkeypatch.setattr(cache, "_acquired", acquired_then_wanted)
+    looking.start()
+    looking.join(30)
+    assert None not in fetched
+    assert held.fetch(one, wait=False) == held.path(one)
+
+
 def test_who_needs_a_shard_waits_for_room(tmp_path: Path) -> None:
     addresses = [put(f"{n}.tar", 1000) for n in range(2)]
     held = ShardCache(tmp_path, 1000, {a: info(1000, "d") for a in addresses})
