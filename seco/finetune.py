@@ -125,12 +125,15 @@ class Finetuning(TrainingRun):
             videos.digest(),
             writes=ranks.first,
             may_differ=RESUMABLE_DIFFERENCES,
-            about=about(
-                self.fine_tuned.classes,
-                dataset=videos.dataset,
-                encoder=self.fine_tuned.encoder,
-                frozen_sha256=self._frozen,
-            ),
+            about={
+                **about(
+                    self.fine_tuned.classes,
+                    dataset=videos.dataset,
+                    encoder=self.fine_tuned.encoder,
+                    frozen_sha256=self._frozen,
+                ),
+                "steps_per_epoch": self.steps_per_epoch,
+            },
         )
         if checkpoint is not None:
             self.state.restore(checkpoint)
@@ -146,9 +149,7 @@ class Finetuning(TrainingRun):
                     "has BatchNorm layers that are not as they were frozen", checkpoint
                 )
             model.dropout = config.dropout
-            return FineTuned(
-                model, classes, said["encoder"], self.videos.dataset, as_settings(config)
-            )
+            return self._fine_tuned(config, model, classes, said["encoder"])
         backbone = load_backbone(config.checkpoint, config.arch, config.seed)
         labels = np.unique(self.videos.labels[self.videos.train]).tolist()
         classes = Classes(labels, [self.videos.class_name(label) for label in labels])
@@ -157,7 +158,18 @@ class Finetuning(TrainingRun):
         encoder = backbone.record(config.seed)
         if backbone.source == RANDOM and config.freeze_bn != "none":
             self._say("random weights with frozen BatchNorm hardly learn: give --freeze-bn none")
-        return FineTuned(model, classes, encoder, self.videos.dataset, as_settings(config))
+        return self._fine_tuned(config, model, classes, encoder)
+
+    def _fine_tuned(
+        self,
+        config: FinetuneConfig,
+        model: VideoClassifier,
+        classes: Classes,
+        encoder: dict[str, Any],
+    ) -> FineTuned:
+        """As it is to be tested: when all epochs are over."""
+        settings = as_settings(config)
+        return FineTuned(model, classes, encoder, self.videos.dataset, settings, config.epochs)
 
     def train(self) -> None:
         """Train to the end; see :func:`finetune`."""

@@ -16,16 +16,16 @@ _EPOCHS, _DECAY_EPOCHS = 150, (50, 100)  # authors' code
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneTestConfig:
-    """``seco finetune-eval``: the test protocol (authors' code), on a fine-tuned checkpoint."""
+    """``seco finetune-eval``: a test protocol, by default its run's, on a fine-tuned checkpoint."""
 
     shards: tuple[str, ...] = setting((), "shards: pattern, glob, manifest or folder")
     checkpoint: str = setting("", "a checkpoint of `seco finetune`")
     out: str | None = setting(None, "folder of the results [default: the checkpoint's]")
-    clips: int = setting(20, "clips of a test video", source="authors' code")
-    clip_frames: int = setting(16, "consecutive frames of a clip", source="authors' code")
-    crops: int = setting(3, "crops of a clip: 1 or 3", source="authors' code")
-    test_size: int = setting(
-        256, "side of the crops and short edge of the frames, px", source="authors' code"
+    clips: int | None = setting(None, "clips of a test video [default: the run's]")
+    clip_frames: int | None = setting(None, "consecutive frames of a clip [default: the run's]")
+    crops: int | None = setting(None, "crops of a clip: 1 or 3 [default: the run's]")
+    test_size: int | None = setting(
+        None, "side of the crops and short edge of the frames, px [default: the run's]"
     )
     max_failures: float = setting(
         5.0, "exit with code 3 if more than this percentage of the test videos cannot be read"
@@ -83,6 +83,12 @@ class FinetuneConfig(FinetuneTestConfig):
         None, "cut a process's share into so many parts, for memory [default: parts of a BN group]"
     )
     crop_size: int = setting(224, "side of a training view in px", source="authors' code")
+    clips: int = setting(20, "clips of a test video", source="authors' code")
+    clip_frames: int = setting(16, "consecutive frames of a clip", source="authors' code")
+    crops: int = setting(3, "crops of a clip: 1 or 3", source="authors' code")
+    test_size: int = setting(
+        256, "side of the crops and short edge of the frames, px", source="authors' code"
+    )
     min_crop_area: float = setting(
         0.2, "smallest area of a random crop, of the frame's", source="authors' code"
     )
@@ -118,11 +124,13 @@ class FinetuneConfig(FinetuneTestConfig):
         return tuple(sorted(set(epochs)))
 
 
+PROTOCOL = ("clips", "clip_frames", "crops", "test_size")  # of a test
+
 # What two runs must share for one to go on from the other's checkpoint.
 RESUMABLE_DIFFERENCES = frozenset(
     {
         *("shards", "checkpoint", "out", "dataset", "device", "processes", "workers", "accumulate"),
-        *("clips", "clip_frames", "crops", "test_size", "test_frames", "skip_test", "max_failures"),
+        *(*PROTOCOL, "test_frames", "skip_test", "max_failures"),
         *("max_unreadable", "log_every", "resume", "checkpoint_every_steps"),
         *("validate_every_epochs", "arch"),  # the checkpoint's own is taken
     }
@@ -171,14 +179,15 @@ def resolve(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
 
 
 def require_test_ranges(config: FinetuneTestConfig) -> None:
-    """Refuse values of the test protocol that cannot work.
+    """Refuse values of the test protocol that cannot work; those not given yet are not looked at.
 
     Raises:
         InputError: a value out of range, named by its option.
     """
-    for name in ("clips", "clip_frames", "test_size", "test_frames"):
-        require(getattr(config, name) >= 1, name, "must be 1 or more")
-    require(config.crops in (1, 3), "crops", "must be 1 or 3")
+    for name in (*PROTOCOL, "test_frames"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, name, "must be 1 or more")
+    require(config.crops in (None, 1, 3), "crops", "must be 1 or 3")
     require(config.workers >= 0, "workers", "must not be negative")
     require(config.processes is None or config.processes >= 1, "processes", "must be 1 or more")
 

@@ -102,6 +102,10 @@ def finetune_result(
     every, confusion = confusions(row_labels, found)
     class_names = [names.get(label, videos.class_name(label)) for label in every.tolist()]
     notes = split_notes(videos.unlabelled, row_labels, labels, videos.class_name)
+    training = protocol["training"]
+    epochs, planned = training["epochs"], training["epochs_planned"]
+    if epochs is not None and epochs != planned:
+        notes.append(f"its training stopped after {epochs:g} of {planned} epochs")
     if videos.empty:
         notes.append(f"{videos.empty} training videos without frames are left out")
     if not known.all():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import torch
 
 from seco.device import resolve_device, uses_bf16
-from seco.finetune_config import FinetuneTestConfig, require_test_ranges
-from seco.finetune_result import FinetuneResult, finetune_result
+from seco.finetune_config import PROTOCOL, FinetuneTestConfig, require_test_ranges
+from seco.finetune_result import RESULT, FinetuneResult, finetune_result
 from seco.labelled_videos import LabelledVideos
 from seco.ranks import Ranks, joined
 from seco.stopping import StopRequest
@@ -39,6 +41,7 @@ class FineTuned:
     encoder: dict[str, Any]  # the pre-trained one
     dataset: str
     settings: Mapping[str, Any]  # of its run
+    epochs: float | None  # reached; None where nobody wrote them down
 
 
 def finetune_eval(config: FinetuneTestConfig) -> str:
@@ -58,14 +61,16 @@ def finetune_eval(config: FinetuneTestConfig) -> str:
             require_test_ranges(config)
             path = Path(config.checkpoint)
             model, classes, said, settings = load_finetuned(path)
+            config = _as_its_run(config, settings)
             videos = LabelledVideos(config.shards, settings.get("split"))
             videos.require("test")
             _require_same_classes(videos, classes, path)
             out = Path(config.out or path.parent)
+            _require_other_protocols_elsewhere(config, out)
             if ranks.first:
                 require_writable(out)
         fine_tuned = FineTuned(
-            model.to(device), classes, said["encoder"], said["dataset"], settings
+            model.to(device), classes, said["encoder"], said["dataset"], settings, said["epochs"]
         )
         return written(tested(fine_tuned, videos, config, device, ranks), config, out, ranks)
 
@@ -83,7 +88,7 @@ def tested(
         Stopped: a signal came.
         InputError: no test video could be read.
     """
-    protocol = ClipProtocol(config.clips, config.clip_frames, config.crops, config.test_size)
+    protocol = _protocol(config)
     scorer = scorer_of(videos, protocol, config, device, ranks)
     mine = len(videos.test[ranks.rank :: ranks.size])
     with StopRequest() as stop, progress("Testing", mine, "videos", quiet=not ranks.first) as shown:
@@ -100,7 +105,10 @@ def tested(
     said = dataclasses.asdict(protocol)
     del said["middles"]
     said["precision"] = "bf16" if uses_bf16(config.precision, device) else "fp32"
-    said["training"] = {name: fine_tuned.settings.get(name) for name in _TRAINING}
+    said["training"] = {name: fine_tuned.settings.get(name) for name in _TRAINING} | {
+        "epochs": fine_tuned.epochs,
+        "epochs_planned": fine_tuned.settings.get("epochs"),
+    }
     return finetune_result(
         videos, fine_tuned.classes, scores, said, fine_tuned.encoder, fine_tuned.dataset
     )
@@ -145,6 +153,40 @@ def written(result: FinetuneResult, config: FinetuneTestConfig, out: Path, ranks
         out,
         "prepare or copy the shards again",
     )
+
+
+def _as_its_run(config: FinetuneTestConfig, settings: Mapping[str, Any]) -> FinetuneTestConfig:
+    """With the run's test protocol where nothing else is said."""
+    of_run: dict[str, Any] = {
+        name: settings.get(name) for name in PROTOCOL if getattr(config, name) is None
+    }
+    if not all(isinstance(value, int) for value in of_run.values()):
+        raise InputError("is a damaged checkpoint of `seco finetune`", config.checkpoint)
+    resolved = dataclasses.replace(config, **of_run)
+    require_test_ranges(resolved)
+    return resolved
+
+
+def _protocol(config: FinetuneTestConfig) -> ClipProtocol:
+    clips, frames, crops, size = (getattr(config, name) for name in PROTOCOL)
+    return ClipProtocol(clips, frames, crops, size)
+
+
+def _require_other_protocols_elsewhere(config: FinetuneTestConfig, out: Path) -> None:
+    """A result by another test protocol is not replaced unless its folder is named."""
+    if config.out is not None:
+        return
+    there: Any = None
+    with suppress(OSError, ValueError):  # no result, or none that anybody can read
+        there = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    there = there.get("protocol") if isinstance(there, dict) else None
+    for name, here in dataclasses.asdict(_protocol(config)).items():
+        if isinstance(there, dict) and there.get(name, here) != here:
+            raise InputError(
+                f"is of another test protocol ({name} {there[name]}, not {here})",
+                out / RESULT,
+                "give --out",
+            )
 
 
 def _require_same_classes(videos: LabelledVideos, classes: Classes, path: Path) -> None:

@@ -177,6 +177,15 @@ class RunState:
             old.unlink()
 
 
+def epochs_reached(checkpoint: Mapping[str, Any]) -> float | None:
+    """How many epochs, in hundredths, a checkpoint was trained for; None if it does not say."""
+    steps, steps_per_epoch = checkpoint.get("step"), checkpoint.get("steps_per_epoch")
+    if not isinstance(steps, int) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
+        return None
+    epochs = round(steps / steps_per_epoch, 2)
+    return int(epochs) if epochs.is_integer() else epochs
+
+
 def resumed_setting(folder: str | None, resume: str | None, name: str) -> Any:
     """A setting of the run that is gone on with; None for a new run, or where it says nothing."""
     if resume is None or folder is None:

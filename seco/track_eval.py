@@ -15,6 +15,7 @@ import numpy as np
 from seco.crops import Pixels
 from seco.device import resolve_device
 from seco.otb_metrics import curves
+from seco.run_state import epochs_reached
 from seco.track_config import OTB, TrackEvalConfig, check_tracker
 from seco.track_frames import frames_ahead
 from seco.track_model import load_tracker
@@ -137,10 +138,8 @@ def _training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     for name, recorded in (("train_shards", "shards"), ("epochs_planned", "epochs")):
         if recorded in config:
             found[name] = config[recorded]
-    if checkpoint.get("steps_per_epoch"):
-        epochs = round(checkpoint["step"] / checkpoint["steps_per_epoch"], 2)
-        found["epochs"] = int(epochs) if epochs.is_integer() else epochs
-    return found
+    epochs = epochs_reached(checkpoint)
+    return found if epochs is None else {**found, "epochs": epochs}
 
 
 def _dataset(shards: ShardSet) -> str:

@@ -13,6 +13,7 @@ from seco.batchnorm import GroupedBatchNorm2d, group_order, set_groups
 from seco.checkpoint import FINETUNED, load_checkpoint
 from seco.device import to_device
 from seco.encoder import build_backbone, feature_dim
+from seco.run_state import epochs_reached
 from seco.weights import tensors_sha256
 from shards.errors import InputError
 
@@ -113,8 +114,8 @@ def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any]
     """A classifier out of a checkpoint of ``seco finetune``.
 
     Returns:
-        it; what it tells apart; what else the checkpoint says of it (dataset, split, encoder); and
-        the settings of its run.
+        it; what it tells apart; what else the checkpoint says of it (dataset, split, encoder, and
+        ``epochs`` reached, or None); and the settings of its run.
 
     Raises:
         InputError: it is no such checkpoint.
@@ -131,4 +132,4 @@ def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any]
         if isinstance(error, InputError):
             raise
         raise InputError("is a damaged checkpoint of `seco finetune`", path) from error
-    return model, classes, said, config
+    return model, classes, {**said, "epochs": epochs_reached(content)}, config

@@ -253,8 +253,38 @@ def test_a_run_leaves_its_records(undisturbed: Path) -> None:
     assert found["encoder"]["checkpoint"] == "random" and found["encoder"]["arch"] == "resnet18"
     right = sum(row["accuracy"] * row["count"] for row in found["per_class"])
     assert found["top1"] == pytest.approx(right / 12)
-    assert found["protocol"]["training"]["freeze_bn"] == "all-but-first"
+    training = found["protocol"]["training"]
+    assert training["freeze_bn"] == "all-but-first"
+    assert (training["epochs"], training["epochs_planned"]) == (3, 3)
     assert (undisturbed / "finetune-confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_is_tested_again_as_its_run_says(shards: str, undisturbed: Path, tmp_path: Path) -> None:
+    last = str(undisturbed / "last.pt")
+    again = FinetuneTestConfig(shards=(shards,), checkpoint=last, device="cpu", workers=0)
+    before = (undisturbed / "finetune.json").read_bytes()
+    finetune_eval(again)
+    assert (undisturbed / "finetune.json").read_bytes() == before
+    other = dataclasses.replace(again, crops=1)
+    with pytest.raises(InputError, match=r"finetune\.json: .*\(crops 3, not 1\) — give --out"):
+        finetune_eval(other)
+    assert (undisturbed / "finetune.json").read_bytes() == before
+    finetune_eval(dataclasses.replace(other, out=str(tmp_path)))
+    assert (result(tmp_path)["crops"], result(tmp_path)["clips"]) == (1, 3)
+
+
+def test_a_test_of_a_run_that_stopped_says_so(
+    shards: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    content = load_torch_file(undisturbed / "last.pt")
+    save_torch_file(tmp_path / "last.pt", {**content, "step": 3})
+    stopped = FinetuneTestConfig(
+        shards=(shards,), checkpoint=str(tmp_path / "last.pt"), device="cpu", workers=0
+    )
+    finetune_eval(stopped)
+    found = result(tmp_path)
+    assert found["protocol"]["training"]["epochs"] == 1.5
+    assert "its training stopped after 1.5 of 3 epochs" in found["notes"]
 
 
 def test_killed_and_stopped_it_goes_on_exactly(
