@@ -17,7 +17,7 @@ from seco import __version__
 from seco.device import uses_bf16
 from seco.extract_config import ExtractConfig, frames_of, validate
 from seco.extract_parts import Parts, ShardFeatures, digest_of, part_digests
-from seco.feature_format import ERRORS, FEATURES, FRAMES, HALVES, META, VIDEOS
+from seco.feature_format import ERRORS, FEATURES, FRAMES, HALVES, META, PARTS, VIDEOS
 from seco.feature_store import encoder_name
 from seco.feature_writer import write_feature_parts
 from seco.forwards import Forwards
@@ -28,7 +28,6 @@ from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.opening import open_shards
 from shards.reader import ShardSet
 
-_PARTS = "parts"
 _BATCH_ON_GPU, _BATCH_ON_CPU = 256, 16
 _MOST_NAMED = 3
 
@@ -58,7 +57,7 @@ class Extraction:
         indexes = self.shards.indexes
         self.digests = part_digests(self.config, self.backbone, device.type, indexes)
         self.digest = digest_of(self.digests)
-        self.parts = Parts(self.out / _PARTS, self.names, self.digests)
+        self.parts = Parts(self.out / PARTS, self.names, self.digests)
         other = self._other_features()
         if other is not None and not config.overwrite:
             raise InputError(
@@ -111,7 +110,7 @@ class Extraction:
         finished = self.finished()
         return Stopped(
             f"{why}: {sum(finished)} of {len(finished)} shards are done and kept in "
-            f"{self.out / _PARTS}; go on with the same command"
+            f"{self.out / PARTS}; go on with the same command"
         )
 
     def keep(self, shard: int, part: ShardFeatures) -> None:

@@ -13,6 +13,7 @@ from shards.errors import InputError
 
 FORMAT_VERSION = 1
 FEATURES, HALVES, FRAMES = "features.npy", "halves.npy", "frames.npy"
+PARTS = "parts"  # the folder in it of an extraction that is under way
 VIDEOS, META, ERRORS = "videos.csv", "meta.json", "errors.csv"
 # What other modules write beside the features they measured.
 RESULTS = (

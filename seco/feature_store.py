@@ -27,6 +27,7 @@ from seco.feature_format import (
     FRAMES,
     HALVES,
     META,
+    PARTS,
     SPLIT,
     VIDEOS,
     discard,
@@ -202,7 +203,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         begun = any(
             (folder / (name + end)).exists()
-            for name in (FEATURES, HALVES, VIDEOS)
+            for name in (FEATURES, HALVES, VIDEOS, PARTS)
             for end in ("", ".part")
         )
         if begun:

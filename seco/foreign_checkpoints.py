@@ -286,7 +286,9 @@ def _is_safetensors(path: Path) -> bool:
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", path) from error
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
 
 
@@ -295,6 +297,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         # Through memory: a mapped file that is cut while it is read would kill the process.
         return safetensors.torch.load(path.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", path) from error
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
     except Exception as error:  # damaged bytes, or a number type that torch lacks
         raise InputError("is a damaged safetensors file", path) from error

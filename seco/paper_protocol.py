@@ -102,7 +102,7 @@ FINETUNING = (
 )
 TRACKING = (
     Reference("feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"),
-    Reference("features as they are", ("raw_features",), "True", "paper §5.2 names nothing else"),
+    Reference("raw features", ("raw_features",), "True", "paper §5.2 names nothing else"),
     Reference("epochs", ("epochs",), 50, _SIAMFC),
     Reference("batch", ("batch_size",), 8, _SIAMFC),
     Reference("learning rate", ("lr",), 1e-2, _SIAMFC),

@@ -196,9 +196,9 @@ def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[Tra
         splits = [*sorted(name for name in features.splits if name.isdigit())]
         if len(splits) < 2:
             raise InputError(
-                f"has no numbered splits to take the mean of: {', '.join(features.splits)}",
+                f"a mean needs two numbered splits, here is {', '.join(features.splits)}",
                 features.folder,
-                "choose one with --split",
+                "leave --split out, or choose one with it",
             )
     found = [
         read_train_test(

@@ -29,13 +29,16 @@ FRAMES_OF_QUERY = 5
 FRAMES_OF_NEIGHBOUR = 3
 
 
-def write_query_page(config: QueryConfig, decode: DecodeFile) -> Path:
+def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
     """Write the page of the videos nearest to ``config.video`` or ``config.file``.
 
     An index saved by ``seco retrieve build`` is used if there is one.
 
     Args:
         decode: gives the frames of a video file.
+
+    Returns:
+        What to show the user: the videos, the nearest first, and where the page is.
 
     Raises:
         InputError: no such video, a file that cannot be decoded, another encoder, an index of
@@ -63,7 +66,11 @@ def write_query_page(config: QueryConfig, decode: DecodeFile) -> Path:
         shown = [frames[len(frames) * n // FRAMES_OF_QUERY] for n in range(FRAMES_OF_QUERY)]
         html = render_file_page(features, file, shown, nearest, pictures)
     write_text(path, html)
-    return path
+    lines = [
+        f"{rank:>4}  {n.similarity:6.3f}  {printable(n.key)}  {printable(n.label_name)}".rstrip()
+        for rank, n in enumerate(nearest, start=1)
+    ]
+    return "\n".join([*lines, str(path)])
 
 
 def render_query_page(

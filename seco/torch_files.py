@@ -45,7 +45,9 @@ def load_torch_file(path: Path) -> Any:
         with settings:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", path) from error
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
     except pickle.UnpicklingError as error:
         # torch's text goes on to recommend weights_only=False, which runs whatever is in the file.
         reason = str(error).split("Please file an issue")[0].strip().splitlines()

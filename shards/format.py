@@ -121,7 +121,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return parse_manifest(path.read_bytes(), path)
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
+        raise InputError(
+            f"cannot be read ({error.strerror})", path, "check the path; `seco prepare` makes it"
+        ) from error
 
 
 def parse_manifest(content: bytes, where: object) -> Manifest:

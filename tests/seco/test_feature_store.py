@@ -226,6 +226,9 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         read_features(tmp_path / "absent")
     with pytest.raises(InputError, match="is not a feature folder"):
         read_features(tmp_path)
+    (tmp_path / "parts").mkdir()  # what a stopped extraction leaves
+    with pytest.raises(InputError, match=r"unfinished.*run `seco extract-features` again"):
+        read_features(tmp_path)
 
 
 def test_features_that_are_not_finite_are_not_written(tmp_path: Path) -> None:

@@ -47,12 +47,17 @@ def test_its_feature_is_the_sets(prepared: Path) -> None:
         )
 
 
-def test_the_page_of_a_file(prepared: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_file(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, page = tmp_path / "mine <b>.mp4", tmp_path / "near.html"
     shutil.copy(prepared / "raw/v2.mp4", file)
     command = ["retrieve", "query", "--features", str(prepared / "features")]
     command += ["--file", str(file), "--html", str(page), "--neighbours", "3"]
     assert run(command) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split()[:3] == ["1", "1.000", "v2"]
+    assert [line.split()[0] for line in shown] == ["1", "2", "3", str(page)]
     opened = open_page(page)
     assert opened.faults() == []
     assert len(opened.images) == 5 + 3 * 3

@@ -280,7 +280,7 @@ def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> N
     differing = [name for name, setting in found.items() if setting.state == DIFFERS]
     assert differing == [
         "tracking: sequences",
-        "tracking: features as they are",
+        "tracking: raw features",
         "tracking: batch",
     ]
     assert found["tracking: learning rate"].state == SAME

@@ -227,7 +227,7 @@ def test_all_splits_are_averaged(tmp_path: Path) -> None:
     assert [s["label"]["1"] for s in written["splits"]] == [r.label[1] for r in one.values()]
     assert parse_retrieval(written).label == result.label
     write_clusters(tmp_path / "one")
-    with pytest.raises(InputError, match="no numbered splits"):
+    with pytest.raises(InputError, match="a mean needs two numbered splits"):
         evaluate(EvaluateConfig(features=str(tmp_path / "one"), split="all"))
 
 
