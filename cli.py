@@ -14,14 +14,14 @@ import click
 
 from pipelines._config import PrepareConfig
 from seco import __version__
+from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
 from seco.config import PretrainConfig
-from seco.demo_config import DemoConfig
-from seco.eval_config import ProbeConfig
-from seco.exchange_config import ExportConfig, ImportConfig
-from seco.extract_config import ExtractConfig
-from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
-from seco.retrieve_config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
-from seco.track_config import FEATURE_LAYERS, TrackEvalConfig, TrackRunConfig, TrackTrainConfig
+from seco.demo.config import DemoConfig
+from seco.extract.config import ExtractConfig
+from seco.finetune.config import FinetuneConfig, FinetuneTestConfig
+from seco.probe.config import ProbeConfig
+from seco.retrieve.config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
+from seco.track.config import FEATURE_LAYERS, TrackEvalConfig, TrackRunConfig, TrackTrainConfig
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -216,7 +216,7 @@ def pretrain(context: click.Context, /, **settings: Any) -> None:
             "leave one of them out",
         )
     from seco.config import resolve
-    from seco.launch import launch
+    from seco.processes.launch import launch
 
     again = "go on with the same command and --resume auto"
     if code := launch(PretrainConfig(**settings), pretrain_here, resolve, again=again):
@@ -227,7 +227,7 @@ def pretrain_here(config: PretrainConfig) -> int:
     """One process of a pre-training: its exit code. The first one tells where the checkpoint is."""
 
     def work() -> None:
-        from seco.trainer import pretrain as run
+        from seco.pretrain.trainer import pretrain as run
 
         checkpoint = run(config)
         if os.environ.get("RANK", "0") == "0":
@@ -245,16 +245,16 @@ def extract_features(**settings: Any) -> None:
     Example: seco extract-features --shards shards/k400-val.json \\
                --checkpoint runs/k400/last.pt --out features/k400-val
     """
-    from seco.extract_config import validate
+    from seco.extract.config import validate
 
     config = ExtractConfig(**settings)
     validate(config)
     if config.engine == "ray":
-        from seco.extract_ray import extract_on_cluster
+        from seco.extract.ray_engine import extract_on_cluster
 
         print(extract_on_cluster(config))
         return
-    from seco.launch import launch
+    from seco.processes.launch import launch
 
     if code := launch(config, extract_here):
         raise click.exceptions.Exit(code)
@@ -264,7 +264,7 @@ def extract_here(config: ExtractConfig) -> int:
     """One process of an extraction: its exit code. The first one tells where the features are."""
 
     def work() -> None:
-        from seco.extract import extract_features as run
+        from seco.extract.extract import extract_features as run
 
         folder = run(config)
         if os.environ.get("RANK", "0") == "0":
@@ -285,7 +285,7 @@ def import_(**settings: Any) -> None:
     \b
     Example: seco import moco_v2_200ep_pretrain.pth.tar --out moco.pt
     """
-    from seco.exchange import import_checkpoint
+    from seco.checkpoints.exchange import import_checkpoint
 
     print(import_checkpoint(ImportConfig(**settings)))
 
@@ -302,7 +302,7 @@ def export(**settings: Any) -> None:
     \b
     Example: seco export runs/k400/last.pt --format torchvision --out k400-resnet50.pth
     """
-    from seco.exchange import export_checkpoint
+    from seco.checkpoints.exchange import export_checkpoint
 
     print(export_checkpoint(ExportConfig(**settings)))
 
@@ -316,7 +316,7 @@ def probe(**settings: Any) -> None:
     Example: seco probe --features features/ucf101 --split 1
     Example: seco probe --features features/ucf101 --sweep 0.01,0.1,1,10
     """
-    from seco.probe import probe as run
+    from seco.probe.probe import probe as run
 
     print(run(ProbeConfig(**settings)).table())
 
@@ -331,8 +331,8 @@ def finetune(**settings: Any) -> None:
     Example: seco finetune ucf101 --shards shards/ucf101.json \\
                --checkpoint runs/k400/last.pt --split 1
     """
-    from seco.finetune_config import resolve
-    from seco.launch import launch
+    from seco.finetune.config import resolve
+    from seco.processes.launch import launch
 
     again = "go on with the same command and --resume auto"
     if code := launch(FinetuneConfig(**settings), finetune_here, resolve, again=again):
@@ -343,7 +343,7 @@ def finetune_here(config: FinetuneConfig) -> int:
     """One process of a fine-tuning: its exit code."""
 
     def work() -> None:
-        from seco.finetune import finetune as run
+        from seco.finetune.finetune import finetune as run
 
         if text := run(config):
             print(text)
@@ -360,8 +360,8 @@ def finetune_eval(**settings: Any) -> None:
     Example: seco finetune-eval --shards shards/ucf101.json \\
                --checkpoint runs/ucf101-finetune-1/last.pt
     """
-    from seco.finetune_config import require_test_ranges
-    from seco.launch import launch
+    from seco.finetune.config import require_test_ranges
+    from seco.processes.launch import launch
 
     config = FinetuneTestConfig(**settings)
     if code := launch(config, finetune_eval_here, lambda given, _: require_test_ranges(given)):
@@ -372,7 +372,7 @@ def finetune_eval_here(config: FinetuneTestConfig) -> int:
     """One process of the test of a fine-tuned checkpoint: its exit code."""
 
     def work() -> None:
-        from seco.finetune_testing import finetune_eval as run
+        from seco.finetune.testing import finetune_eval as run
 
         if text := run(config):
             print(text)
@@ -393,7 +393,7 @@ def retrieve_evaluate(**settings: Any) -> None:
     \b
     Example: seco retrieve evaluate --features features/ucf101 --split all
     """
-    from seco.retrieval import evaluate
+    from seco.retrieve.retrieval import evaluate
 
     print(evaluate(EvaluateConfig(**settings)).table())
 
@@ -406,7 +406,7 @@ def retrieve_build(**settings: Any) -> None:
     \b
     Example: seco retrieve build --features features/k400 --ivfpq-above 100000
     """
-    from seco.index_files import build
+    from seco.retrieve.index_files import build
 
     print(build(BuildConfig(**settings)).table())
 
@@ -421,7 +421,7 @@ def retrieve_query(**settings: Any) -> None:
              seco retrieve query --features features/ucf101 --file mine.mp4 --checkpoint last.pt
     """
     from pipelines._one_file import decode_file
-    from seco.retrieval_page import write_query_page
+    from seco.retrieve.retrieval_page import write_query_page
 
     print(write_query_page(QueryConfig(**settings), decode_file))
 
@@ -434,7 +434,7 @@ def retrieve_duplicates(**settings: Any) -> None:
     \b
     Example: seco retrieve duplicates --features features/ucf101 --html duplicates.html
     """
-    from seco.duplicates import duplicates
+    from seco.retrieve.duplicates import duplicates
 
     print(duplicates(DuplicatesConfig(**settings)).table())
 
@@ -453,8 +453,8 @@ def track_train(**settings: Any) -> None:
     Example: seco track train --shards "shards/got10k-{000..038}.tar" \\
                --checkpoint runs/k400/last.pt
     """
-    from seco.launch import launch
-    from seco.track_config import check_training
+    from seco.processes.launch import launch
+    from seco.track.config import check_training
 
     again = "go on with the same command and --resume auto"
     if code := launch(TrackTrainConfig(**settings), track_train_here, check_training, again=again):
@@ -465,7 +465,7 @@ def track_train_here(config: TrackTrainConfig) -> int:
     """One process of a tracker's training: its exit code."""
 
     def work() -> None:
-        from seco.track_train import track_train as run
+        from seco.track.train import track_train as run
 
         checkpoint = run(config)
         if os.environ.get("RANK", "0") == "0":
@@ -483,7 +483,7 @@ def track_eval(**settings: Any) -> None:
     Example: seco track eval --shards shards/otb100.json --tracker runs/track-got10k/last.pt
     """
     from pipelines._video_files import write_video
-    from seco.track_eval import track_eval as run
+    from seco.track.eval import track_eval as run
 
     print(run(TrackEvalConfig(**settings), write_video).table())
 
@@ -498,7 +498,7 @@ def track_run(**settings: Any) -> None:
                --tracker runs/track-got10k/last.pt
     """
     from pipelines._video_files import open_video, write_video
-    from seco.track_run import track_run as run
+    from seco.track.run import track_run as run
 
     config = TrackRunConfig(**settings)
     with open_video(Path(config.video)) as video:
@@ -518,7 +518,7 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
     \b
     Example: seco inspect "shards/ucf101-*.tar" --html ucf101.html
     """
-    from seco.inspection import inspect_set
+    from seco.inspect.inspection import inspect_set
 
     print(inspect_set(shards, html=html, png=png))
 
@@ -536,7 +536,7 @@ def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path |
     \b
     Example: seco report runs/ features/ --out report.html
     """
-    from seco.report import write_report
+    from seco.report.report import write_report
 
     paths = [path.resolve() for path in (out, markdown, json) if path is not None]
     if len(set(paths)) < len(paths):
@@ -555,7 +555,7 @@ def demo(**settings: Any) -> None:
     \b
     Example: seco demo --src raw/ --dataset hmdb51
     """
-    from seco.demo import demo as run_demo
+    from seco.demo.demo import demo as run_demo
 
     print(run_demo(DemoConfig(**settings), command=run))
 
@@ -605,9 +605,9 @@ def bench_loader(
     Example: seco bench loader --shards shards/k400.json
     """
     counts = _whole_numbers(workers, "--workers")
-    from seco.bench_loader import bench_loader as run
-    from seco.bench_tables import as_json as to_json
-    from seco.bench_tables import loader_table
+    from seco.bench.loader import bench_loader as run
+    from seco.bench.tables import as_json as to_json
+    from seco.bench.tables import loader_table
 
     found = run(shards, triplets, repeats, workers=counts, start=not only_costs)
     print(to_json(found) if as_json else loader_table(found))
@@ -627,9 +627,9 @@ def bench_views(
     \b
     Example: seco bench views --shards shards/k400.json
     """
-    from seco.bench_tables import as_json as to_json
-    from seco.bench_tables import views_table
-    from seco.bench_views import bench_views as run
+    from seco.bench.tables import as_json as to_json
+    from seco.bench.tables import views_table
+    from seco.bench.views import bench_views as run
 
     found = run(shards, repeats, device=device, batch=batch)
     print(to_json(found) if as_json else views_table(found))
@@ -655,9 +655,9 @@ def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) ->
     \b
     Example: seco bench step --arch resnet18 --crop-size 112 --batch-size 64
     """
-    from seco.bench_step import bench_step as run
-    from seco.bench_tables import as_json as to_json
-    from seco.bench_tables import step_table
+    from seco.bench.step import bench_step as run
+    from seco.bench.tables import as_json as to_json
+    from seco.bench.tables import step_table
 
     whole = not only_step
     found = run(PretrainConfig(**settings), repeats, switches=whole, plain=whole)
@@ -676,9 +676,9 @@ def bench_extract(repeats: int, as_json: bool, **settings: Any) -> None:
     \b
     Example: seco bench extract --shards shards/ucf101.json
     """
-    from seco.bench_extract import bench_extract as run
-    from seco.bench_tables import as_json as to_json
-    from seco.bench_tables import extract_table
+    from seco.bench.extract import bench_extract as run
+    from seco.bench.tables import as_json as to_json
+    from seco.bench.tables import extract_table
 
     settings["checkpoint"] = settings["checkpoint"] or "random"
     found = run(ExtractConfig(**settings), repeats)
@@ -702,9 +702,9 @@ def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: A
     \b
     Example: seco bench probe --rows 9537 --classes 101
     """
-    from seco.bench_probe import bench_probe as run
-    from seco.bench_tables import as_json as to_json
-    from seco.bench_tables import probe_table
+    from seco.bench.probe import bench_probe as run
+    from seco.bench.tables import as_json as to_json
+    from seco.bench.tables import probe_table
 
     found = run(features, rivals=not only_ours, **sizes)
     print(to_json(found) if as_json else probe_table(found))
@@ -731,9 +731,9 @@ def bench_track(as_json: bool, arch: str, feature_layer: str, **settings: Any) -
     \b
     Example: seco bench track --arch resnet18 --shards shards/otb100.json
     """
-    from seco.bench_tables import as_json as to_json
-    from seco.bench_tables import track_table
-    from seco.bench_track import bench_track as run
+    from seco.bench.tables import as_json as to_json
+    from seco.bench.tables import track_table
+    from seco.bench.track import bench_track as run
 
     found = run(arch, feature_layer, **settings)
     print(to_json(found) if as_json else track_table(found))

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "seco/__init__.py").read_text()).group(1)
@@ -16,11 +16,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # Listed, not found: the layout puts four names on the top level and nothing else may join them.
-    packages=["seco", "pipelines", "shards"],
+    # Named, not found: the layout puts four names on the top level and nothing else may join them.
+    packages=[*find_packages(include=["seco", "seco.*"]), "pipelines", "shards"],
     py_modules=["cli"],
     package_data={
-        "seco": ["py.typed", "templates/*.j2"],
+        "seco": ["py.typed", "pages/templates/*.j2"],
         "pipelines": ["py.typed"],
         "shards": ["py.typed"],
     },

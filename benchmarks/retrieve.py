@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from seco.feature_format import FORMAT_VERSION  # noqa: E402
-from seco.feature_store import FEATURES, HALVES, META, VIDEOS, read_features  # noqa: E402
-from seco.index_files import INDEX, open_index  # noqa: E402
-from seco.ivfpq import ApproximateIndex  # noqa: E402
-from seco.nearest import ExactIndex, NearestIndex  # noqa: E402
-from seco.vectors import Vectors  # noqa: E402
+from seco.features.format import FORMAT_VERSION  # noqa: E402
+from seco.features.store import FEATURES, HALVES, META, VIDEOS, read_features  # noqa: E402
+from seco.features.vectors import Vectors  # noqa: E402
+from seco.retrieve.index_files import INDEX, open_index  # noqa: E402
+from seco.retrieve.ivfpq import ApproximateIndex  # noqa: E402
+from seco.retrieve.nearest import ExactIndex, NearestIndex  # noqa: E402
 from shards.atomic import write_json  # noqa: E402
 from shards.measuring import machine  # noqa: E402
 from shards.progress import progress  # noqa: E402

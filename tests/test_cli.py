@@ -21,16 +21,16 @@ import pytest
 import torch
 
 import cli
-import seco.forwards
+import seco.extract.forwards
 from pipelines._config import PrepareConfig
+from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
 from seco.config import PretrainConfig
-from seco.demo_config import DemoConfig
-from seco.eval_config import ProbeConfig
-from seco.exchange_config import ExportConfig, ImportConfig
-from seco.extract_config import ExtractConfig
-from seco.finetune_config import FinetuneConfig, FinetuneTestConfig
-from seco.retrieve_config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
-from seco.track_config import TrackEvalConfig, TrackRunConfig, TrackTrainConfig
+from seco.demo.config import DemoConfig
+from seco.extract.config import ExtractConfig
+from seco.finetune.config import FinetuneConfig, FinetuneTestConfig
+from seco.probe.config import ProbeConfig
+from seco.retrieve.config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
+from seco.track.config import TrackEvalConfig, TrackRunConfig, TrackTrainConfig
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -342,7 +342,7 @@ def test_ctrl_c_while_extracting(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    normalise, batches = seco.forwards.normalise, 0
+    normalise, batches = seco.extract.forwards.normalise, 0
 
     def interrupted(images: torch.Tensor) -> torch.Tensor:
         nonlocal batches
@@ -351,7 +351,7 @@ def test_ctrl_c_while_extracting(
             raise KeyboardInterrupt
         return normalise(images)
 
-    monkeypatch.setattr(seco.forwards, "normalise", interrupted)
+    monkeypatch.setattr(seco.extract.forwards, "normalise", interrupted)
     options = ["--checkpoint", "random", "--arch", "resnet18", "--out", str(tmp_path / "out")]
     command = ["extract-features", "--shards", shards, *options, *SMALL_FEATURES]
     assert "same again" in complaint([*command, "--workers", "1"], capsys, code=75)

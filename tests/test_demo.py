@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import cli
-from seco.demo import demo
-from seco.demo_config import DemoConfig
+from seco.demo.config import DemoConfig
+from seco.demo.demo import demo
 from shards.errors import InputError, Stopped, TooManyExcluded
 from tests.pipelines.made_videos import draw_video
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
         assert not imports(file) & others, f"{file.relative_to(ROOT)} imports from another room"
         if room != "seco":
             assert not imports(file) & {"torch", "torchvision"}, f"{file.name} imports torch"
+
+
+def test_the_folders_of_seco_stand_on_each_other_and_never_in_a_circle() -> None:
+    above: dict[str, set[str]] = {}
+    for file in sorted((ROOT / "seco").glob("*/*.py")):
+        folder = file.parent.name
+        named = (
+            node.module.split(".")[1]
+            for node in ast.walk(ast.parse(file.read_text("utf-8")))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seco.")
+        )
+        above.setdefault(folder, set()).update(set(named) - {folder})
+    assert len(above) > 10 and "views" in above["loading"]
+    # Raises CycleError, which names the circle.
+    assert set(TopologicalSorter(above).static_order()) >= set(above)
 
 
 def test_the_command_line_imports_nothing_heavy_at_module_level() -> None:

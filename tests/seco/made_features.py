@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.feature_store import write_features
+from seco.features.store import write_features
 
 META: dict[str, Any] = {
     "encoder": {"arch": "resnet18", "checkpoint": "random", "sha256": "ab" * 32, "seed": 0},

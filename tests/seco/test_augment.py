@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from seco.augment import apply_views, box_kernels, normalise
-from seco.view_parameters import (
+from seco.views.augment import apply_views, box_kernels, normalise
+from seco.views.view_parameters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     VIEW_DRAWS,
@@ -251,7 +251,8 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 def test_large_batches_are_cut_into_blocks_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
     images, views = textures(23, 32), drawn(23)
     whole = apply_views(images, views)
-    monkeypatch.setattr("seco.augment._CPU_BLOCK_PX", 5 * 32 * 32 - 1)  # 5, 5, 5, 5 and 3 images
+    # 5, 5, 5, 5 and 3 images
+    monkeypatch.setattr("seco.views.augment._CPU_BLOCK_PX", 5 * 32 * 32 - 1)
     torch.testing.assert_close(apply_views(images, views), whole, atol=1e-5, rtol=0)
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import cli
-from seco import bench_extract
-from seco import bench_reference as reference
-from seco.augment import normalise
-from seco.bench_step import _loss_memory, peak_bytes
+from seco.bench import extract as bench_extract
+from seco.bench import loader_reference as reference
+from seco.bench.step import _loss_memory, peak_bytes
 from seco.config import PretrainConfig
-from seco.extract_config import ExtractConfig
-from seco.features import VideoFrames
-from seco.view_parameters import ViewConfig
+from seco.extract.config import ExtractConfig
+from seco.views.augment import normalise
+from seco.views.video_frames import VideoFrames
+from seco.views.view_parameters import ViewConfig
 from shards import measuring
 from shards.opening import open_shards
 from tests.made_shards import drawn_frame, make_set

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from seco.augment import apply_views
-from seco.clips import clip_views
-from seco.crops import BrokenJpeg, decode_jpeg
-from seco.view_parameters import ViewConfig
+from seco.views.augment import apply_views
+from seco.views.clips import clip_views
+from seco.views.crops import BrokenJpeg, decode_jpeg
+from seco.views.view_parameters import ViewConfig
 from shards.draws import sample_starts
 from tests.made_shards import drawn_frame
 

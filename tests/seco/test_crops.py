@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from seco.crop_resize import crop_resize
-from seco.crops import (
+from seco.views.crop_resize import crop_resize
+from seco.views.crops import (
     CROP_DRAWS,
     CROP_SCALE,
     BrokenJpeg,
@@ -171,5 +171,5 @@ def test_broken_jpegs_are_told_apart() -> None:
 
 
 def test_crops_do_not_load_torch() -> None:
-    code = "import sys, seco.crops; sys.exit('torch' in sys.modules)"
+    code = "import sys, seco.views.crops; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

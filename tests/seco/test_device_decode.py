@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from seco import device_decode
-from seco.crops import CROP_DRAWS, decode_jpeg, draw_crops
-from seco.device_decode import crop_resize_batch, decode_frames
+from seco.views import device_decode
+from seco.views.crops import CROP_DRAWS, decode_jpeg, draw_crops
+from seco.views.device_decode import crop_resize_batch, decode_frames
 from tests.seco.test_crops import jpeg, mean_difference, texture
 
 

@@ -12,10 +12,10 @@ import pytest
 from cli import run
 from pipelines._ffmpeg import local_url, run_ffmpeg
 from pipelines._rendered import render_demo_set
-from seco.duplicates import duplicates
-from seco.feature_store import write_features
-from seco.fingerprints import COPY, NEAR, Fingerprint, compare, fingerprint
-from seco.retrieve_config import DuplicatesConfig
+from seco.features.store import write_features
+from seco.retrieve.config import DuplicatesConfig
+from seco.retrieve.duplicates import duplicates
+from seco.retrieve.fingerprints import COPY, NEAR, Fingerprint, compare, fingerprint
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.reader import ShardSet

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seco import feature_writer
-from seco.eval_splits import read_train_test
-from seco.feature_format import ERRORS
-from seco.feature_store import (
+from seco.evaluation.splits import read_train_test
+from seco.features import writer as feature_writer
+from seco.features.format import ERRORS
+from seco.features.store import (
     FEATURES,
     FRAMES,
     HALVES,
@@ -25,7 +25,7 @@ from seco.feature_store import (
     require_same_encoder,
     write_features,
 )
-from seco.feature_writer import FeaturePart, write_feature_parts
+from seco.features.writer import FeaturePart, write_feature_parts
 from shards.errors import InputError
 from tests.seco import made_features
 from tests.seco.made_features import made_rows, write_clusters

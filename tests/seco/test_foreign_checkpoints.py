@@ -22,12 +22,12 @@ import torchvision
 from torch import Tensor
 
 import cli
+from seco.checkpoints.foreign_checkpoints import read_weights
+from seco.checkpoints.torch_files import load_torch_file
+from seco.checkpoints.weights import load_backbone
 from seco.config import PretrainConfig, resolve
-from seco.foreign_checkpoints import read_weights
-from seco.initialise import initialise
-from seco.method import SeCo
-from seco.torch_files import load_torch_file
-from seco.weights import load_backbone
+from seco.model.method import SeCo
+from seco.pretrain.initialise import initialise
 from shards.errors import InputError
 from tests.made_shards import make_set
 

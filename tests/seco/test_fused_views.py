@@ -15,10 +15,10 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
-from seco import fused_views as fused
-from seco.augment import apply_views, normalise
-from seco.fused_views import blur_radius, dense_views, fused_views, pack
-from seco.view_parameters import IMAGENET_STD, ViewConfig, ViewParameters, draw_views
+from seco.views import fused_views as fused
+from seco.views.augment import apply_views, normalise
+from seco.views.fused_views import blur_radius, dense_views, fused_views, pack
+from seco.views.view_parameters import IMAGENET_STD, ViewConfig, ViewParameters, draw_views
 from tests.data import lacking
 from tests.seco.test_augment import (
     ADJUST,

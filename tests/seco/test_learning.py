@@ -33,7 +33,7 @@ from typing import NamedTuple
 import pytest
 
 from seco.config import PretrainConfig
-from seco.trainer import pretrain
+from seco.pretrain.trainer import pretrain
 from tests import learning_sets
 from tests.learning_sets import CARPETS, SWING, Course, make_learning_set
 

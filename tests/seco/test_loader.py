@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-import seco.loader
-from seco.augment import apply_views
-from seco.chunks import FRAME_OF_VIEW
-from seco.crop_resize import crop_resize
-from seco.crops import decode_jpeg
-from seco.device_views import DeviceViews
-from seco.loader import Batch, TripletLoader
-from seco.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
+import seco.loading.loader
+from seco.loading.device_views import DeviceViews
+from seco.loading.loader import Batch, TripletLoader
+from seco.views.augment import apply_views
+from seco.views.chunks import FRAME_OF_VIEW
+from seco.views.crop_resize import crop_resize
+from seco.views.crops import decode_jpeg
+from seco.views.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_shards, open_stream
 from shards.stream import Stream, TripletFrames
@@ -41,7 +41,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a batch has several, of unequal sizes."""
-    monkeypatch.setattr(seco.loader, "_CHUNK_ROWS", 5)
+    monkeypatch.setattr(seco.loading.loader, "_CHUNK_ROWS", 5)
 
 
 def stream_of(spec: str, rank: int = 0, world_size: int = 1, **options: Any) -> Stream:
@@ -369,8 +369,8 @@ RAISING = """
 import sys
 from shards.opening import open_stream
 from shards.stream import TripletStream
-from seco.loader import TripletLoader
-from seco.view_parameters import ViewConfig
+from seco.loading.loader import TripletLoader
+from seco.views.view_parameters import ViewConfig
 if __name__ == "__main__":
     read = TripletStream.read
     def broken(self, epoch, step, rows):

@@ -12,15 +12,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from seco.batchnorm import GroupedBatchNorm2d, group_order
 from seco.config import PretrainConfig, resolve
-from seco.device_views import DeviceViews
-from seco.encoder import Encoder, build_backbone, feature_dim
-from seco.key_shuffle import KEYS, KeyShuffle
-from seco.method import SeCo, StepResult
-from seco.ranks import Ranks
-from seco.step import GlobalRows, TrainingStep, step_seed
-from seco.view_parameters import VIEW_DRAWS, ViewConfig
+from seco.loading.device_views import DeviceViews
+from seco.model.batchnorm import GroupedBatchNorm2d, group_order
+from seco.model.encoder import Encoder, build_backbone, feature_dim
+from seco.model.key_shuffle import KEYS, KeyShuffle
+from seco.model.method import SeCo, StepResult
+from seco.pretrain.step import GlobalRows, TrainingStep, step_seed
+from seco.processes.ranks import Ranks
+from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from seco import ivfpq, nearest, vectors
-from seco.feature_store import read_features
-from seco.index_files import build, open_index
-from seco.ivfpq import ApproximateIndex, build_index, measure_recall
-from seco.nearest import ExactIndex
-from seco.query import query
-from seco.retrieve_config import BuildConfig, IndexSettings
-from seco.vectors import Vectors
+from seco.features import vectors
+from seco.features.store import read_features
+from seco.features.vectors import Vectors
+from seco.retrieve import ivfpq, nearest
+from seco.retrieve.config import BuildConfig, IndexSettings
+from seco.retrieve.index_files import build, open_index
+from seco.retrieve.ivfpq import ApproximateIndex, build_index, measure_recall
+from seco.retrieve.nearest import ExactIndex
+from seco.retrieve.query import query
 from shards.errors import InputError
 from tests.seco.made_features import clusters, write_clusters
 

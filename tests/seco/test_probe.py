@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from cli import run
-from seco.eval_config import ProbeConfig
-from seco.feature_rows import FeatureRows, fit_scaling
-from seco.feature_store import write_features
-from seco.linear_sgd import fit_linear
-from seco.probe import accuracies, probe
-from seco.report_records import parse_probe
-from seco.report_sources import find_results
-from seco.validation import held_out, recordings
+from seco.features.rows import FeatureRows, fit_scaling
+from seco.features.store import write_features
+from seco.probe.config import ProbeConfig
+from seco.probe.linear_sgd import fit_linear
+from seco.probe.probe import accuracies, probe
+from seco.probe.validation import held_out, recordings
+from seco.report.records import parse_probe
+from seco.report.sources import find_results
 from shards.errors import InputError
 from tests.seco.made_features import META, clusters, made_rows, write_clusters
 
@@ -158,7 +158,7 @@ def test_scaling_is_of_the_training_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     array[:, 2], array[7] = 0.1, 0.0  # a constant that no sum of it is exact for
     array[7, 2] = 0.1
     train = FeatureRows(array, np.arange(0, 50, 3))
-    monkeypatch.setattr("seco.feature_rows.BLOCK_BYTES", 4 * 5 * 4)
+    monkeypatch.setattr("seco.features.rows.BLOCK_BYTES", 4 * 5 * 4)
     chosen = array[::3].astype(np.float64)
     scaling = fit_scaling(train, "standard")
     np.testing.assert_allclose(scaling.mean, chosen.mean(0), rtol=1e-12)

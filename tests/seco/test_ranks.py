@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from seco.checkpoint import load_checkpoint
+from seco.checkpoints.checkpoint import load_checkpoint
 from seco.config import PretrainConfig, resolve
-from seco.device import resolve_device
-from seco.key_shuffle import KEYS, KeyShuffle
-from seco.method import SeCo
+from seco.model.key_shuffle import KEYS, KeyShuffle
+from seco.model.method import SeCo
+from seco.processes.device import resolve_device
 from shards.errors import InputError
 from tests.data import ROOT
 from tests.made_shards import make_set
@@ -225,7 +225,7 @@ import os, signal, sys
 from shards.stream import TripletStream
 import cli
 from seco.config import PretrainConfig
-from seco.launch import launch
+from seco.processes.launch import launch
 from shards.access import UnreadableFrame
 from shards.stream import UnreadableTriplet
 read = TripletStream.read
@@ -236,9 +236,9 @@ if sys.argv[3:] == ["1", "hangs"]:
     lost = None
     failing = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[4] == "hangs":
-    import datetime, seco.peer_watch, seco.ranks
-    seco.ranks._SILENCE = datetime.timedelta(seconds=4)
-    seco.peer_watch._GRACE = 1.0
+    import datetime, seco.processes.peer_watch, seco.processes.ranks
+    seco.processes.ranks._SILENCE = datetime.timedelta(seconds=4)
+    seco.processes.peer_watch._GRACE = 1.0
 if sys.argv[3] == "1" and sys.argv[4] != "disagrees":
     TripletStream.read = failing
     TripletStream.substitute = lambda self, *given: lost
@@ -444,13 +444,13 @@ def test_what_cannot_work_is_said_once_and_before_anything_starts(
 
 def test_a_crash_of_a_process_is_seen(small: str, tmp_path: Path) -> None:
     program = f"""
-import seco.launch
+import seco.processes.launch
 from seco.config import PretrainConfig
 def crash(config):
     raise AssertionError("a fault of ours")
 if __name__ == "__main__":
     config = PretrainConfig(shards=({small!r},), batch_size=8, device="cpu", processes=2)
-    raise SystemExit(seco.launch.launch(config, crash))
+    raise SystemExit(seco.processes.launch.launch(config, crash))
 """
     path = tmp_path / "crash.py"
     path.write_text(program)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from seco.report import render_report, write_report
-from seco.report_charts import chance_levels, draw_charts
-from seco.report_content import report_content
-from seco.report_sources import find_results
+from seco.report.charts import chance_levels, draw_charts
+from seco.report.content import report_content
+from seco.report.report import render_report, write_report
+from seco.report.sources import find_results
 from shards.errors import InputError
 from tests.seco.made_results import (
     CONFIG,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seco.report import write_report
+from seco.report.report import write_report
 from tests.browser import DESKTOP_PX, PHONE_PX, open_page
 from tests.seco.made_results import HOSTILE, write_everything, write_features
 

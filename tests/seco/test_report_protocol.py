@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from seco.config import PretrainConfig
-from seco.finetune_config import FinetuneConfig
-from seco.paper_protocol import (
+from seco.finetune.config import FinetuneConfig
+from seco.report.content import ReportContent, report_content
+from seco.report.origin import short_name
+from seco.report.paper_protocol import (
     DIFFERS,
     FINETUNING,
     PRETRAINING,
@@ -20,9 +22,7 @@ from seco.paper_protocol import (
     Compared,
     Reference,
 )
-from seco.report_content import ReportContent, report_content
-from seco.report_origin import short_name
-from seco.report_sources import find_results
+from seco.report.sources import find_results
 from tests.seco.made_results import write_evaluation, write_features, write_paper_run
 
 TASKS = "inter,intra,order"

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from cli import run
-from seco.crops import decode_jpeg
-from seco.feature_store import read_features, write_features
-from seco.nearest import ExactIndex
-from seco.query import query
-from seco.report_records import parse_retrieval
-from seco.retrieval import evaluate
-from seco.retrieval_page import render_query_page
-from seco.retrieve_config import EvaluateConfig
-from seco.thumbnails import frames_of
-from seco.vectors import Vectors
+from seco.features.store import read_features, write_features
+from seco.features.vectors import Vectors
+from seco.pages.thumbnails import frames_of
+from seco.report.records import parse_retrieval
+from seco.retrieve.config import EvaluateConfig
+from seco.retrieve.nearest import ExactIndex
+from seco.retrieve.query import query
+from seco.retrieve.retrieval import evaluate
+from seco.retrieve.retrieval_page import render_query_page
+from seco.views.crops import decode_jpeg
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests.browser import DESKTOP_PX, PHONE_PX, open_page

@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seco.contact_sheet import TILE_PX, compose, contact_sheet, draw_strips, write_contact_sheet
-from seco.set_page import render_set_page, write_set_page
-from seco.set_summary import human_bytes, lines, summarise
+from seco.inspect.contact_sheet import (
+    TILE_PX,
+    compose,
+    contact_sheet,
+    draw_strips,
+    write_contact_sheet,
+)
+from seco.inspect.set_page import render_set_page, write_set_page
+from seco.inspect.set_summary import human_bytes, lines, summarise
 from shards.format import VideoRecord
 from shards.opening import open_shards
 from shards.reader import ShardSet

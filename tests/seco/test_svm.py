@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.svm import LinearSVC
 
-from seco import feature_rows, svm_newton, svm_rounds, svm_rows
-from seco import svm as svm_module
-from seco.feature_rows import FeatureRows, Scaling, fit_scaling
-from seco.knn import knn_scores
-from seco.svm import fit_svm
+from seco.features import rows as feature_rows
+from seco.features.rows import FeatureRows, Scaling, fit_scaling
+from seco.probe import svm as svm_module
+from seco.probe import svm_newton, svm_rounds, svm_rows
+from seco.probe.knn import knn_scores
+from seco.probe.svm import fit_svm
 from tests.seco.made_features import clusters
 
 
@@ -261,8 +262,8 @@ def test_a_gpu_gives_the_same() -> None:
 def test_knn_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     x, labels = clusters(60, 5, 3, 2.0)
     train, test, y = x[:40], x[40:], labels[:40] * 10
-    monkeypatch.setattr("seco.knn._BLOCK_BYTES", 4 * 18 * 3)  # three test rows a block
-    monkeypatch.setattr("seco.feature_rows.BLOCK_BYTES", 4 * 5 * 11)  # eleven training rows
+    monkeypatch.setattr("seco.probe.knn._BLOCK_BYTES", 4 * 18 * 3)  # three test rows a block
+    monkeypatch.setattr("seco.features.rows.BLOCK_BYTES", 4 * 5 * 11)  # eleven training rows
     classes, votes = knn_scores(train, y, test, neighbours=7, temperature=0.1)
     assert classes.tolist() == [0, 10, 20]
     for row, given in zip(test, votes, strict=True):

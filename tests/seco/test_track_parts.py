@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from seco.dilate import DilatedBackbone
-from seco.encoder import build_backbone
-from seco.ranks import Ranks
-from seco.track_config import (
+from seco.checkpoints.weights import random_backbone, tensors_sha256
+from seco.model.encoder import build_backbone
+from seco.processes.ranks import Ranks
+from seco.track.config import (
     CONTEXT,
     EXEMPLAR_PX,
     SEARCH_PX,
@@ -27,13 +27,13 @@ from seco.track_config import (
     TrackTrainConfig,
     response_cells,
 )
-from seco.track_crops import box_of, mean_colour, square_crops, target_of
-from seco.track_loss import balanced_loss, response_labels
-from seco.track_model import SiameseHead, SiamFC, cross_correlation
-from seco.track_pairs import PairMaker, training_crop
-from seco.track_train import PairStep
-from seco.tracker import peak
-from seco.weights import random_backbone, tensors_sha256
+from seco.track.crops import box_of, mean_colour, square_crops, target_of
+from seco.track.dilate import DilatedBackbone
+from seco.track.loss import balanced_loss, response_labels
+from seco.track.model import SiameseHead, SiamFC, cross_correlation
+from seco.track.pairs import PairMaker, training_crop
+from seco.track.tracker import peak
+from seco.track.train import PairStep
 from shards.opening import open_shards
 from shards.pairs import PairStream
 from tests.made_sequences import make_sequences
@@ -329,7 +329,7 @@ def test_pairs_are_stretched_and_shifted(tmp_path: Path, monkeypatch: pytest.Mon
         given.append((size, scale, tuple(moved)))
         return torch.zeros(3, size, size, dtype=torch.uint8)
 
-    monkeypatch.setattr("seco.track_pairs.training_crop", recorded)
+    monkeypatch.setattr("seco.track.pairs.training_crop", recorded)
     spec = make_sequences(tmp_path, sequences=8, frames=3)
     maker = PairMaker(PairStream(open_shards(spec), 8, 0, 100), 0.05)
     for step in range(12):

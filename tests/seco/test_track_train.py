@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-import seco.track_train
+import seco.track.train
 from cli import run
-from seco.backbone_guard import BackboneChanged
-from seco.checkpoint import load_checkpoint
-from seco.ranks import Ranks
-from seco.track_config import TrackTrainConfig
-from seco.track_model import SiamFC, load_tracker
-from seco.track_train import PairStep, track_train
-from seco.weights import load_backbone, random_backbone, tensors_sha256
+from seco.checkpoints.backbone_guard import BackboneChanged
+from seco.checkpoints.checkpoint import load_checkpoint
+from seco.checkpoints.weights import load_backbone, random_backbone, tensors_sha256
+from seco.processes.ranks import Ranks
+from seco.track.config import TrackTrainConfig
+from seco.track.model import SiamFC, load_tracker
+from seco.track.train import PairStep, track_train
 from shards.errors import InputError, Stopped
 from tests.data import ROOT
 from tests.made_sequences import make_sequences
@@ -89,13 +89,13 @@ def test_a_run_leaves_its_log_and_a_frozen_backbone(undisturbed: Path) -> None:
 def test_a_run_that_changed_its_backbone_does_not_end_well(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = seco.track_train.TrackTraining._train_step
+    step = seco.track.train.TrackTraining._train_step
 
     def careless(self: Any, *given: Any) -> Any:
         next(self.model.backbone.parameters()).data.mul_(1.001)
         return step(self, *given)
 
-    monkeypatch.setattr(seco.track_train.TrackTraining, "_train_step", careless)
+    monkeypatch.setattr(seco.track.train.TrackTraining, "_train_step", careless)
     with pytest.raises(BackboneChanged, match="its weights changed while the tracker was trained"):
         train(shards, tmp_path, epochs=1)
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 2  # the last before the end
@@ -140,7 +140,7 @@ def test_both_kinds_of_crops_are_measured() -> None:
 def test_the_mean_response_starts_at_zero(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = seco.track_train.TrackTraining._measure
+    measure = seco.track.train.TrackTraining._measure
     found = []
 
     def measured(self: Any, stop: Any) -> None:
@@ -149,7 +149,7 @@ def test_the_mean_response_starts_at_zero(
         responses = self.step.responses(batch.exemplars, batch.searches)
         found.append((float(responses.mean()), self.model.head.bias.item()))
 
-    monkeypatch.setattr(seco.track_train.TrackTraining, "_measure", measured)
+    monkeypatch.setattr(seco.track.train.TrackTraining, "_measure", measured)
     train(shards, tmp_path)
     ((mean, bias),) = found
     assert abs(bias) > 0.01
@@ -159,13 +159,13 @@ def test_the_mean_response_starts_at_zero(
 def test_stopped_after_measuring_and_resumed(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = seco.track_train.TrackTraining._measure
+    measure = seco.track.train.TrackTraining._measure
 
     def signalled(self: Any, stop: Any) -> None:
         measure(self, stop)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(seco.track_train.TrackTraining, "_measure", signalled)
+    monkeypatch.setattr(seco.track.train.TrackTraining, "_measure", signalled)
     with pytest.raises(Stopped, match=r"saved step 0 of 6"):
         train(shards, tmp_path)
     monkeypatch.undo()
@@ -200,14 +200,14 @@ def test_killed_and_resumed(shards: str, undisturbed: Path, tmp_path: Path) -> N
 def test_sigterm_saves(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = seco.track_train.TrackTraining._train_step
+    step = seco.track.train.TrackTraining._train_step
 
     def signalled(self: Any, *given: Any) -> Any:
         if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *given)
 
-    monkeypatch.setattr(seco.track_train.TrackTraining, "_train_step", signalled)
+    monkeypatch.setattr(seco.track.train.TrackTraining, "_train_step", signalled)
     with pytest.raises(Stopped, match=r"saved step 4 of 6.*--resume auto"):
         train(shards, tmp_path)
     monkeypatch.undo()

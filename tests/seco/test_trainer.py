@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-import seco.trainer
-from seco.checkpoint import load_checkpoint
+import seco.pretrain.trainer
+from seco.checkpoints.checkpoint import load_checkpoint
 from seco.config import PretrainConfig
-from seco.trainer import pretrain
+from seco.pretrain.trainer import pretrain
 from shards.errors import InputError, Stopped
 from tests.made_shards import make_set
 
@@ -123,14 +123,14 @@ def test_killed_at_a_random_step_and_resumed(
 def test_sigterm_saves_and_says_how_to_go_on(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_of_trainer = seco.trainer.Trainer._train_step
+    step_of_trainer = seco.pretrain.trainer.Trainer._train_step
 
     def signalled(self: Any, *given: Any) -> Any:
         if self.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of_trainer(self, *given)
 
-    monkeypatch.setattr(seco.trainer.Trainer, "_train_step", signalled)
+    monkeypatch.setattr(seco.pretrain.trainer.Trainer, "_train_step", signalled)
     config = PretrainConfig(shards=(shards,), out=str(tmp_path), **SMALL)
     with pytest.raises(Stopped, match=r"saved step 6 of 12.*--resume auto"):
         pretrain(config)
@@ -232,7 +232,7 @@ def test_init_takes_an_earlier_runs_backbone(
     config = PretrainConfig(
         shards=(shards,), out=str(tmp_path), init=str(undisturbed / "last.pt"), **SMALL
     )
-    trainer = seco.trainer.Trainer(seco.trainer.resolve(config))
+    trainer = seco.pretrain.trainer.Trainer(seco.pretrain.trainer.resolve(config))
     trained = load_checkpoint(undisturbed / "last.pt")["model"]
     for side in ("query", "key"):
         encoder = getattr(trainer.model, f"{side}_encoder").backbone.state_dict()
@@ -241,7 +241,7 @@ def test_init_takes_an_earlier_runs_backbone(
 
 
 def test_the_blur_scales_with_the_view() -> None:
-    assert seco.trainer.view_config(PretrainConfig()).blur_sigma == (0.1, 2.0)
-    small = seco.trainer.view_config(PretrainConfig(crop_size=56, min_crop_area=0.5))
+    assert seco.pretrain.trainer.view_config(PretrainConfig()).blur_sigma == (0.1, 2.0)
+    small = seco.pretrain.trainer.view_config(PretrainConfig(crop_size=56, min_crop_area=0.5))
     assert small.blur_sigma == pytest.approx((0.025, 0.5))
     assert small.crop_scale == (0.5, 1.0)

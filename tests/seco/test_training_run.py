@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from seco.ranks import Ranks
-from seco.training_run import TrainingRun
+from seco.processes.ranks import Ranks
+from seco.runs.training_run import TrainingRun
 from shards.errors import InputError
 
 

@@ -1,0 +1,1 @@
+"""``seco bench``: what the parts cost, beside their physical limits and the plain ways."""

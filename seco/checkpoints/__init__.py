@@ -1,0 +1,1 @@
+"""Weights on disk: this toolkit's checkpoints and those of others, read without running code."""

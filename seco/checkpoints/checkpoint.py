@@ -1,0 +1,98 @@
+"""Checkpoints: tensors and plain values only, written whole or not at all, loaded without code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seco.checkpoints.torch_files import load_torch_file, save_torch_file
+from shards.errors import InputError
+
+FORMAT = "seco-checkpoint"
+VERSION = 1
+FINETUNED = "finetuned"  # where a checkpoint of `seco finetune` says what it tells apart
+_NEEDED = {"arch"}  # settings that every reader relies on
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` under ``path`` atomically."""
+    save_torch_file(path, {"format": FORMAT, "version": VERSION, **content})
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one after the other, while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, path: Path, content: dict[str, Any]) -> None:
+        """Copy the tensors now and write them soon.
+
+        Raises:
+            InputError: the checkpoint before could not be written.
+        """
+        self.finish()  # two copies in memory would be too many
+        self._pending = self._thread.submit(save_checkpoint, path, _copied(content))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do this when what was saved is on disk, and only if it is."""
+        written = self._pending
+
+        def when_written() -> None:
+            if written is not None:
+                written.result()
+            action()
+
+        self._pending = self._thread.submit(when_written)
+
+    def check(self) -> None:
+        """Raises what went wrong with the last one, if that is known yet."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last one; raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _copied(value: Any) -> Any:
+    """Tensors as copies on the CPU, so that training may change its own."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(part) for part in value)
+    return value
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this toolkit.
+
+    Raises:
+        InputError: it is not one, or of another version.
+    """
+    return checked_checkpoint(load_torch_file(path), path)
+
+
+def checked_checkpoint(content: Any, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of this toolkit, with the parts that every reader relies on.
+
+    Raises:
+        InputError: it is something else, of another version, or a part is missing.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError("is not a checkpoint of this toolkit", path, "give a last.pt of a run")
+    if content.get("version") != VERSION:
+        raise InputError(f"has checkpoint version {content.get('version')}, not {VERSION}", path)
+    config, model = content.get("config"), content.get("model")
+    if not isinstance(model, dict) or not isinstance(config, dict) or not set(config) >= _NEEDED:
+        raise InputError("is a checkpoint with parts missing", path)
+    return content

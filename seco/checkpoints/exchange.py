@@ -1,0 +1,182 @@
+"""``seco import`` and ``seco export``: this toolkit's checkpoints and those of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from seco import __version__
+from seco.checkpoints.checkpoint import save_checkpoint
+from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
+from seco.checkpoints.foreign_checkpoints import (
+    SHARED,
+    EncoderWeights,
+    Layer,
+    Weights,
+    read_weights,
+)
+from seco.checkpoints.torch_files import save_torch_file
+from seco.config import TASKS
+from shards.atomic import atomic_path
+from shards.errors import InputError
+from shards.index import sha256_of
+
+
+def import_checkpoint(config: ImportConfig) -> str:
+    """Write a checkpoint of this toolkit; returns one line that says what is in it.
+
+    Raises:
+        InputError: the file cannot be used, or the output cannot be written.
+    """
+    source, out = _paths(config.file, config.out)
+    weights = read_weights(source)
+    heads = weights.query.heads
+    settings = {
+        "arch": weights.arch,
+        "tasks": weights.tasks or "",  # MoCo's are not SeCo's
+        "heads": "shared" if SHARED in heads or not heads else "separate",
+    }
+    imported: dict[str, Any] = {
+        "layout": weights.layout,
+        "description": weights.description(),
+        "file": source.name,
+        "sha256": sha256_of(source),
+        "left": list(weights.left),
+        "toolkit": __version__,
+    }
+    if weights.epoch is not None:
+        imported["epoch"] = weights.epoch
+    save_checkpoint(
+        out, {"config": settings, "step": 0, "model": _own_state(weights), "imported": imported}
+    )
+    left = f"; left its {', '.join(weights.left)}" if weights.left else ""
+    return f"{out}: {_contents(weights)} of {source.name} ({weights.description()}){left}"
+
+
+def export_checkpoint(config: ExportConfig) -> str:
+    """Write the layout of ``config.format``; returns one line that says what is in it.
+
+    Raises:
+        InputError: the checkpoint cannot be used or lacks what the layout needs, or the output
+            cannot be written.
+    """
+    source, out = _paths(config.file, config.out)
+    weights = read_weights(source)
+    if config.format == "safetensors":
+        metadata = {"format": "pt", "arch": weights.arch}  # the first as transformers has it
+        whole = safetensors.torch.save(weights.query.backbone, metadata)
+        with atomic_path(out) as temporary:
+            temporary.write_bytes(whole)
+    elif config.format == "torchvision":
+        save_torch_file(out, weights.query.backbone)
+    elif config.format == "moco":
+        save_torch_file(out, _moco(weights, source))
+    else:
+        save_torch_file(out, _authors(weights, source))
+    whole_model = config.format in ("moco", "seco-authors")
+    held = _contents(weights) if whole_model else "query backbone"
+    return f"{out}: {held} of {source.name} ({weights.arch}) as {config.format}"
+
+
+def _paths(file: str, out: str) -> tuple[Path, Path]:
+    source, target = Path(file), Path(out)
+    if target.is_dir():
+        raise InputError("is a folder", target, "name the file to write")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError("is the file itself, which holds more", target, "choose another --out")
+    return source, target
+
+
+def _own_state(weights: Weights) -> Layer:
+    """The names of :class:`seco.model.method.SeCo`; parts that the file lacks are left out."""
+    state: Layer = {}
+    sides = (("query_encoder.", "", weights.query), ("key_encoder.", "key_", weights.key))
+    for side, classifier_of, encoder in sides:
+        if encoder is not None:
+            state |= _prefixed(f"{side}backbone.", encoder.backbone)
+            for name, head in encoder.heads.items():
+                state |= _prefixed(f"{side}heads.{name}.", head)
+            state |= _prefixed(f"{classifier_of}order_classifier.", encoder.order_classifier or {})
+    if weights.queue is not None:
+        state["queue.rows"] = weights.queue
+        state["queue.next_slot"] = torch.tensor(weights.next_slot)
+    return state
+
+
+def _moco(weights: Weights, source: Path) -> dict[str, Any]:
+    """MoCo v2's layout; of several heads the one whose keys are in the queue.
+
+    Three keys on the top: SeCo's own training code takes exactly such files for MoCo's.
+    """
+    name = SHARED if SHARED in weights.query.heads else "inter"
+    if name not in weights.query.heads:
+        raise _lacks("no two-layer head", source)
+    state: Layer = {}
+    for side, encoder in (("encoder_q", weights.query), ("encoder_k", weights.key)):
+        if encoder is not None:
+            state |= _prefixed(f"module.{side}.", encoder.backbone)
+            state |= _prefixed(f"module.{side}.fc.", encoder.heads[name])
+    if weights.queue is not None:
+        state["module.queue"] = weights.queue.t().contiguous()  # (D, K)
+        state["module.queue_ptr"] = torch.tensor([weights.next_slot])
+    return {"epoch": weights.epoch or 0, "arch": weights.arch, "state_dict": state}
+
+
+def _authors(weights: Weights, source: Path) -> dict[str, Any]:
+    """The authors' layout without optimizer; ``opt`` is a plain dictionary, so no code loads it."""
+    content: dict[str, Any] = {
+        "opt": {"arch": weights.arch, "toolkit": __version__},
+        "model": _prefixed("module.", _authors_encoder(weights.query, None, source)),
+        "epoch": weights.epoch or 0,
+        # Their code takes a file of three keys for MoCo's: never fewer than four.
+        "toolkit": __version__,
+    }
+    if weights.key is not None:
+        content["model_ema"] = _authors_encoder(weights.key, weights.query, source)
+    if weights.queue is not None:
+        # They keep no pointer and go on at row 0: the oldest key has to lie there.
+        memory = torch.roll(weights.queue, -weights.next_slot, dims=0)
+        content["contrast"] = {"params": torch.tensor([-1]), "memory": memory}
+    return content
+
+
+def _authors_encoder(
+    encoder: EncoderWeights, trained: EncoderWeights | None, source: Path
+) -> Layer:
+    """``trained``: whose order classifier is used where the key encoder has none (as here)."""
+    state = dict(encoder.backbone)
+    for task in TASKS:
+        head = encoder.heads.get(task, encoder.heads.get(SHARED))
+        if head is None:
+            raise _lacks(f"no head for {task}", source)
+        state |= _prefixed(f"fc_{task}.", head)
+    classifier = encoder.order_classifier or (trained and trained.order_classifier)
+    if not classifier:
+        raise _lacks("no order classifier", source)
+    return state | _prefixed("fc_order_classifier.", classifier)
+
+
+def _lacks(what: str, source: Path) -> InputError:
+    return InputError(
+        f"has {what}, which this layout needs", source, "export it as torchvision or safetensors"
+    )
+
+
+def _contents(weights: Weights) -> str:
+    """For people: ``backbone, heads inter/intra/order, order classifier, key encoder, queue``."""
+    parts = ["backbone"]
+    if weights.query.heads:
+        names = "/".join(weights.query.heads)
+        parts.append(f"head {names}" if len(weights.query.heads) == 1 else f"heads {names}")
+    parts += ["order classifier"] if weights.query.order_classifier else []
+    parts += ["key encoder"] if weights.key is not None else []
+    parts += [f"queue of {len(weights.queue)}"] if weights.queue is not None else []
+    return ", ".join(parts)
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}

@@ -1,0 +1,304 @@
+"""Checkpoints of every layout that this toolkit reads, told apart and taken by name, strictly.
+
+MoCo v1 and v2 (``facebookresearch/moco``), SeCo of its authors and what they fine-tuned
+(``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), torchvision ResNets (torch files and
+safetensors), and the toolkit's own. Nothing in a file is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from seco.checkpoints.checkpoint import FINETUNED, FORMAT, checked_checkpoint
+from seco.checkpoints.named_tensors import NamedTensors, take_backbone, take_linear, take_mlp
+from seco.checkpoints.torch_files import load_torch_file
+from seco.config import TASKS
+from shards.errors import InputError
+
+SECO, MOCO_V1, MOCO_V2, TORCHVISION = "seco", "moco-v1", "moco-v2", "torchvision"
+AUTHORS, AUTHORS_FINETUNED = "seco-authors", "seco-authors-finetuned"
+SECO_FINETUNED = "seco-finetuned"
+SHARED = "shared"  # the one head of a model that does not have one for each task
+
+DESCRIPTIONS = {
+    SECO: "a checkpoint of this toolkit",
+    MOCO_V1: "MoCo v1",
+    MOCO_V2: "MoCo v2",
+    AUTHORS: "SeCo of its authors",
+    AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
+    SECO_FINETUNED: "fine-tuned by this toolkit",
+    TORCHVISION: "a torchvision ResNet",
+}
+
+Layer = dict[str, Tensor]
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors allows no more
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderWeights:
+    """One encoder: the backbone by torchvision's names, and what follows it.
+
+    Args:
+        backbone: float32, and the int64 counters of BatchNorm.
+        heads: ``{0,2}.{weight,bias}`` of C → C → D, by task or ``shared``.
+        order_classifier: ``weight`` (2, 3D) and ``bias`` (2,).
+    """
+
+    backbone: Layer
+    heads: dict[str, Layer]
+    order_classifier: Layer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a file holds.
+
+    Args:
+        layout: which of the module's names; of an imported file, what it was imported from.
+        arch: torchvision's name of the ResNet.
+        query: the encoder that was trained.
+        key: its moving average.
+        queue: (K, D) keys, one a row.
+        next_slot: the row that the next key replaces.
+        tasks: SeCo's tasks it was pre-trained on, when it was.
+        epoch: how many epochs, when the file says.
+        left: parts of the file that nothing here has a place for.
+    """
+
+    layout: str
+    arch: str
+    query: EncoderWeights
+    key: EncoderWeights | None = None
+    queue: Tensor | None = None
+    next_slot: int = 0
+    tasks: str | None = None
+    epoch: int | None = None
+    left: tuple[str, ...] = ()
+
+    def description(self) -> str:
+        """For people: ``MoCo v2, resnet50, epoch 200``."""
+        epoch = [] if self.epoch is None else [f"epoch {self.epoch}"]
+        return ", ".join([DESCRIPTIONS[self.layout], self.arch, *epoch])
+
+
+def read_weights(path: Path) -> Weights:
+    """Everything of use in a file of any of the layouts.
+
+    Raises:
+        InputError: it is of none of them, would run code, or a tensor is missing, left over, has
+            another shape or holds NaN.
+    """
+    if _is_safetensors(path):
+        return _torchvision(_read_safetensors(path), path)
+    content = load_torch_file(path)
+    if not isinstance(content, Mapping):
+        raise _unknown(path)
+    if content.get("format") == FORMAT:
+        return _own(checked_checkpoint(content, path), path)
+    if "state_dict" in content:
+        return _moco(content, path)
+    if "model" in content and "opt" in content:
+        return _authors(content, path)
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise _unknown(path)
+    return _torchvision(content, path)
+
+
+def _unknown(path: Path) -> InputError:
+    return InputError(
+        "is neither a checkpoint of this toolkit, MoCo or SeCo's authors nor a ResNet state dict",
+        path,
+    )
+
+
+def _torchvision(content: object, path: Path) -> Weights:
+    tensors = NamedTensors(content, path).unwrapped()
+    arch, backbone = take_backbone(tensors)
+    classified = any(name.startswith("fc.") for name in tensors.names())
+    if classified:
+        take_linear(tensors.under("fc."), _width(backbone))
+    tensors.require_empty()
+    return Weights(
+        layout=TORCHVISION,
+        arch=arch,
+        query=EncoderWeights(backbone=backbone, heads={}),
+        left=("classifier",) if classified else (),
+    )
+
+
+def _moco(content: Mapping[str, Any], path: Path) -> Weights:
+    tensors = NamedTensors(content["state_dict"], path).unwrapped()
+    left: tuple[str, ...] = ()
+    layout = MOCO_V2
+    dim: int | None = None
+    encoders: list[EncoderWeights] = []
+    arch = content.get("arch")
+    for side in ("encoder_q.", "encoder_k."):
+        encoder = tensors.under(side)
+        if encoders and not len(encoder):
+            continue  # published for the query alone
+        arch, backbone = take_backbone(encoder, arch)
+        head = encoder.under("fc.")
+        if "weight" in head.names():
+            dim = len(take_linear(head, _width(backbone), dim)["bias"])
+            layout, left = MOCO_V1, ("one-layer head",)
+            heads = {}
+        else:
+            heads = {SHARED: take_mlp(head, _width(backbone), dim)}
+            dim = len(heads[SHARED]["2.bias"])
+        encoder.require_empty()
+        encoders.append(EncoderWeights(backbone=backbone, heads=heads))
+    queue, next_slot = None, 0
+    if len(tensors):
+        queue = tensors.take("queue", (dim, None)).t().contiguous()  # (D, K) in the file
+        next_slot = int(tensors.take("queue_ptr", (1,), whole_numbers=True))
+    tensors.require_empty()
+    return Weights(
+        layout=layout,
+        arch=str(arch),
+        query=encoders[0],
+        key=encoders[1] if len(encoders) > 1 else None,
+        queue=queue,
+        next_slot=next_slot,
+        epoch=_epoch(content),
+        left=left,
+    )
+
+
+def _authors(content: Mapping[str, Any], path: Path) -> Weights:
+    tensors = NamedTensors(content["model"], path).unwrapped()
+    if not any(name.startswith("fc_") for name in tensors.names()):
+        arch, backbone = take_backbone(tensors)
+        take_linear(tensors.under("fc."), _width(backbone))
+        tensors.require_empty()
+        query = EncoderWeights(backbone=backbone, heads={})
+        return Weights(
+            layout=AUTHORS_FINETUNED,
+            arch=arch,
+            query=query,
+            epoch=_epoch(content),
+            left=("classifier",),
+        )
+    arch, query = _authors_encoder(tensors)
+    key, queue = None, None
+    if "model_ema" in content:
+        # ``model.`` would be taken for a part of the names.
+        arch, key = _authors_encoder(NamedTensors(content["model_ema"], path, "model_ema: "), arch)
+    if "contrast" in content:
+        contrast = NamedTensors(content["contrast"], path, "contrast: ")
+        contrast.take("params", (1,), whole_numbers=True)  # unused in their code
+        queue = contrast.take("memory", (None, len(query.heads["inter"]["2.bias"])))
+        contrast.require_empty()
+    return Weights(
+        layout=AUTHORS,
+        arch=arch,
+        query=query,
+        key=key,
+        queue=queue,
+        tasks=",".join(TASKS),
+        epoch=_epoch(content),
+    )
+
+
+def _authors_encoder(
+    tensors: NamedTensors, stated: str | None = None
+) -> tuple[str, EncoderWeights]:
+    arch, backbone = take_backbone(tensors, stated)
+    heads = {task: take_mlp(tensors.under(f"fc_{task}."), _width(backbone)) for task in TASKS}
+    sequence = 3 * len(heads["order"]["2.bias"])
+    classifier = take_linear(tensors.under("fc_order_classifier."), sequence, rows=2)
+    tensors.require_empty()
+    return arch, EncoderWeights(backbone=backbone, heads=heads, order_classifier=classifier)
+
+
+def _own(content: Mapping[str, Any], path: Path) -> Weights:
+    """A run's, or one that ``seco import`` wrote: then parts may be missing, but whole ones."""
+    tensors = NamedTensors(content["model"], path)
+    if FINETUNED in content:
+        return _own_finetuned(tensors, str(content["config"]["arch"]))
+    imported = content.get("imported")
+    imported = imported if isinstance(imported, dict) else {}
+    classifiers = [tensors.under("order_classifier."), tensors.under("key_order_classifier.")]
+    encoders: list[EncoderWeights] = []
+    arch = str(content["config"]["arch"])
+    for side, classifier in zip(("query_encoder.", "key_encoder."), classifiers, strict=True):
+        encoder = tensors.under(side)
+        if encoders and imported and not len(encoder):
+            continue
+        arch, backbone = take_backbone(encoder.under("backbone."), arch)
+        names = dict.fromkeys(n.split(".")[1] for n in encoder.names() if n.startswith("heads."))
+        heads = {n: take_mlp(encoder.under(f"heads.{n}."), _width(backbone)) for n in names}
+        encoder.require_empty()
+        encoders.append(
+            EncoderWeights(
+                backbone=backbone,
+                heads=heads,
+                order_classifier=take_linear(classifier, None, 2) if len(classifier) else None,
+            )
+        )
+    queue, next_slot = None, 0
+    queued = tensors.under("queue.")
+    if len(queued):
+        queue = queued.take("rows", (None, None))
+        next_slot = int(queued.take("next_slot", (), whole_numbers=True))
+    tensors.require_empty()
+    layout = imported.get("layout", SECO)
+    return Weights(
+        layout=layout if layout in DESCRIPTIONS else SECO,
+        arch=arch,
+        query=encoders[0],
+        key=encoders[1] if len(encoders) > 1 else None,
+        queue=queue,
+        next_slot=next_slot,
+        tasks=str(content["config"].get("tasks") or "") or None,
+        epoch=_epoch(imported),
+    )
+
+
+def _own_finetuned(tensors: NamedTensors, arch: str) -> Weights:
+    arch, backbone = take_backbone(tensors.under("backbone."), arch)
+    take_linear(tensors.under("classifier."), _width(backbone))
+    tensors.require_empty()
+    query = EncoderWeights(backbone=backbone, heads={})
+    return Weights(layout=SECO_FINETUNED, arch=arch, query=query, left=("classifier",))
+
+
+def _width(backbone: Layer) -> int:
+    """C, the width of the pooled feature: the channels of the last BatchNorm."""
+    return len(backbone[[name for name in backbone if name.endswith("running_var")][-1]])
+
+
+def _epoch(content: Mapping[str, Any]) -> int | None:
+    epoch = content.get("epoch")
+    return epoch if isinstance(epoch, int) else None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes: the length of a JSON header, and its opening brace."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Through memory: a mapped file that is cut while it is read would kill the process.
+        return safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
+    except Exception as error:  # damaged bytes, or a number type that torch lacks
+        raise InputError("is a damaged safetensors file", path) from error

@@ -1,0 +1,1 @@
+"""What probe, retrieval and fine-tuning share: splits, predictions, classes."""

@@ -1,0 +1,1 @@
+"""Feature folders, and feature arrays that may be larger than memory."""

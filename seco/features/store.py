@@ -1,0 +1,276 @@
+"""Feature folders: what ``extract-features`` writes and every evaluation reads.
+
+``features.npy`` (V, D) float32, ``halves.npy`` (V, 2, D) float32 (the means over the first and the
+second half of a video's frames), ``videos.csv`` (one row a video, in the same order) and
+``meta.json`` (the encoder and how frames were taken), which is written last: a folder without it
+is unfinished. With ``--per-frame`` also ``frames.npy`` (F, D) float32, the features of all frames,
+video after video. What cannot be read is in ``errors.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seco.features.format import (
+    COLUMNS,
+    FEATURES,
+    FORMAT_VERSION,
+    FRAMES,
+    HALVES,
+    META,
+    PARTS,
+    SPLIT,
+    VIDEOS,
+    discard,
+    require_finite,
+)
+from seco.features.writer import write_features
+from shards.errors import InputError
+
+# Reader and writer are to be had from one place.
+__all__ = [
+    "FEATURES",
+    "FRAMES",
+    "HALVES",
+    "META",
+    "UNLABELLED",
+    "VIDEOS",
+    "Features",
+    "discard",
+    "encoder_name",
+    "read_features",
+    "require_same_encoder",
+    "write_features",
+]
+
+UNLABELLED = -1
+
+_EXTRACT_AGAIN = "run `seco extract-features` again"
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature folder; arrays are memory-mapped and read-only."""
+
+    folder: Path
+    features: NDArray[np.float32]  # (V, D)
+    halves: NDArray[np.float32]  # (V, 2, D)
+    keys: list[str]
+    sources: list[str]
+    labels: NDArray[np.int64]  # (V,) UNLABELLED for none
+    label_names: list[str]  # of each video; "" for none
+    frames: NDArray[np.int64]  # (V,) frames the means are over
+    shards: list[str]
+    splits: dict[str, list[str]]  # for each split name, (V,) values; "" for none
+    meta: dict[str, Any]
+    all_frames: NDArray[np.float32] | None = None  # (F, D) with --per-frame
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """arch, dimension, checkpoint, sha256 and seed of the encoder."""
+        encoder: dict[str, Any] = self.meta["encoder"]
+        return encoder
+
+    @property
+    def dataset(self) -> str:
+        """The set's name, or the folder's where ``meta.json`` has none."""
+        return str(self.meta.get("dataset") or self.folder.resolve().name)
+
+    @cached_property
+    def frame_offsets(self) -> NDArray[np.int64]:
+        """(V + 1,) the frames of video v are rows offset[v] … offset[v + 1] - 1 of all frames."""
+        return np.concatenate([[0], np.cumsum(self.frames)]).astype(np.int64)
+
+    def frames_of(self, row: int) -> NDArray[np.float32]:
+        """(f, D) the features of a video's frames, in time order.
+
+        Raises:
+            InputError: they were not kept.
+        """
+        if self.all_frames is None:
+            raise InputError(
+                "holds no features of single frames", self.folder, "extract with --per-frame"
+            )
+        return self.all_frames[self.frame_offsets[row] : self.frame_offsets[row + 1]]
+
+    def find(self, key: str) -> int:
+        """The row of a video.
+
+        Raises:
+            InputError: there is none.
+        """
+        try:
+            return self.keys.index(key)
+        except ValueError:
+            raise InputError(
+                f"holds no video {key!r}", self.folder, f"see the key column of {VIDEOS}"
+            ) from None
+
+    def class_names(self) -> dict[int, str]:
+        """The name of every label that has one."""
+        pairs = zip(self.labels.tolist(), self.label_names, strict=True)
+        return {label: name for label, name in pairs if label != UNLABELLED and name}
+
+
+def read_features(folder: str | Path) -> Features:
+    """Open a feature folder.
+
+    Raises:
+        InputError: missing, not a feature folder, unfinished, or its files do not fit together.
+    """
+    folder = Path(folder)
+    meta = _read_meta(folder)
+    columns = _read_table(folder / VIDEOS)
+    keys = columns["key"]
+    features = _read_array(folder / FEATURES, 2)
+    halves = _read_array(folder / HALVES, 3)
+    if not len(keys) == len(features) == len(halves):
+        raise InputError(
+            f"{VIDEOS} has {len(keys)} rows, {FEATURES} {len(features)}, {HALVES} {len(halves)}",
+            folder,
+            _EXTRACT_AGAIN,
+        )
+    dimension = features.shape[1]
+    if halves.shape[1:] != (2, dimension) or meta["encoder"].get("dimension") != dimension:
+        raise InputError(
+            f"{FEATURES} is {features.shape}, {HALVES} {halves.shape}, and {META} says "
+            f"{meta['encoder'].get('dimension')} values a video",
+            folder,
+            _EXTRACT_AGAIN,
+        )
+    for array in (features, halves):
+        require_finite(array, keys, folder)
+    found = Features(
+        folder=folder,
+        features=features,
+        halves=halves,
+        keys=keys,
+        sources=columns["source"],
+        labels=_integers(folder / VIDEOS, "label", columns["label"], empty=UNLABELLED),
+        label_names=columns["label_name"],
+        frames=_integers(folder / VIDEOS, "frames", columns["frames"]),
+        shards=columns["shard"],
+        splits={n.removeprefix(SPLIT): c for n, c in columns.items() if n.startswith(SPLIT)},
+        meta=meta,
+        all_frames=_read_array(folder / FRAMES, 2) if (folder / FRAMES).exists() else None,
+    )
+    expected = (int(found.frame_offsets[-1]), dimension)
+    if found.all_frames is not None and found.all_frames.shape != expected:
+        raise InputError(
+            f"{FRAMES} is {found.all_frames.shape}, {VIDEOS} says {expected}",
+            folder,
+            _EXTRACT_AGAIN,
+        )
+    return found
+
+
+def require_same_encoder(a: Features, b: Features) -> None:
+    """Features of two encoders lie in different spaces and must not be compared.
+
+    Raises:
+        InputError: the folders are of different encoders.
+    """
+    if a.encoder["sha256"] != b.encoder["sha256"]:
+        raise InputError(
+            f"is of another encoder ({encoder_name(b.encoder)}) than {a.folder} "
+            f"({encoder_name(a.encoder)})",
+            b.folder,
+            "extract both with the same checkpoint",
+        )
+
+
+def encoder_name(encoder: Mapping[str, Any]) -> str:
+    """A short name for messages: arch, checkpoint and the digest's first digits."""
+    return f"{encoder.get('arch')} {encoder.get('checkpoint')} {str(encoder.get('sha256'))[:8]}"
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError("no such feature folder", folder, "run `seco extract-features` first")
+    path = folder / META
+    if not path.is_file():
+        begun = any(
+            (folder / (name + end)).exists()
+            for name in (FEATURES, HALVES, VIDEOS, PARTS)
+            for end in ("", ".part")
+        )
+        if begun:
+            raise InputError("is unfinished: it has no meta.json", folder, _EXTRACT_AGAIN)
+        raise InputError("is not a feature folder", folder, "give --out of `seco extract-features`")
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError("cannot be read", path, _EXTRACT_AGAIN) from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("encoder"), dict):
+        raise InputError("does not describe features", path, _EXTRACT_AGAIN)
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"has format version {meta.get('format_version')}; this toolkit reads {FORMAT_VERSION}",
+            path,
+            _EXTRACT_AGAIN,
+        )
+    if not isinstance(meta["encoder"].get("sha256"), str):
+        raise InputError("does not name its encoder's sha256", path, _EXTRACT_AGAIN)
+    return meta
+
+
+def _read_table(path: Path) -> dict[str, list[str]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = list(csv.reader(file, strict=True)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"cannot be read ({error})", path, _EXTRACT_AGAIN) from error
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise InputError(f"has no column {missing[0]}", path, _EXTRACT_AGAIN)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise InputError(
+                f"row {number} has {len(row)} of {len(header)} fields", path, _EXTRACT_AGAIN
+            )
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    if len(set(columns["key"])) != len(rows):
+        raise InputError("names a video twice", path, _EXTRACT_AGAIN)
+    return columns
+
+
+def _read_array(path: Path, dimensions: int) -> NDArray[np.float32]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError("is missing or damaged", path, _EXTRACT_AGAIN) from error
+    if array.dtype != np.float32 or array.ndim != dimensions:
+        raise InputError(
+            f"holds {array.dtype} {array.shape}, not {dimensions}-dimensional float32",
+            path,
+            _EXTRACT_AGAIN,
+        )
+    return np.asarray(array)
+
+
+def _integers(
+    path: Path, column: str, values: Sequence[str], empty: int | None = None
+) -> NDArray[np.int64]:
+    out = np.empty(len(values), dtype=np.int64)
+    for row, value in enumerate(values):
+        if value == "" and empty is not None:
+            out[row] = empty
+        elif value.isascii() and value.isdigit() and len(value) < 19:
+            out[row] = int(value)
+        else:
+            raise InputError(
+                f"row {row + 1}: {value!r} is no {column}", path, "give a number of 0 or more"
+            )
+    return out

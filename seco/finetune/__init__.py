@@ -1,0 +1,1 @@
+"""``seco finetune`` and ``seco finetune-eval``."""

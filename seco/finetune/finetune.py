@@ -1,0 +1,280 @@
+"""``seco finetune``: train encoder and classifier on labelled videos, then test (paper §5.2)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seco.checkpoints.backbone_guard import BackboneChanged
+from seco.checkpoints.weights import RANDOM, load_backbone
+from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
+from seco.finetune.config import RESUMABLE_DIFFERENCES, FinetuneConfig, resolve
+from seco.finetune.labelled_videos import LabelledVideos
+from seco.finetune.result import FinetuneResult
+from seco.finetune.step import FinetuneStep
+from seco.finetune.testing import FineTuned, scorer_of, tested, written
+from seco.finetune.video_classifier import Classes, VideoClassifier, about, load_finetuned
+from seco.finetune.video_scores import ClipProtocol
+from seco.processes.device import resolve_device
+from seco.processes.ranks import Ranks, joined
+from seco.processes.stopping import StopRequest
+from seco.runs.metrics import RunLog
+from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_setting
+from seco.runs.schedule import step_decay
+from seco.runs.training_run import TrainingRun, Waiting, one_voice
+from seco.views.view_parameters import view_config
+from shards.atomic import require_writable
+from shards.errors import InputError
+from shards.progress import Progress
+from shards.settings import as_settings
+
+
+def finetune(config: FinetuneConfig) -> str:
+    """Run or resume a fine-tuning on the processes there are, and test it.
+
+    Returns:
+        What to show the user; nothing on all ranks but the first.
+
+    Raises:
+        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
+            longer finite; too many videos cannot be read.
+        TooManyExcluded: all is written, but too many test videos could not be read.
+        Stopped: a signal came; everything is saved.
+        PeerLost: another process ended, and has said why.
+    """
+    device = resolve_device(config.device)
+    with joined(device) as ranks:
+        with one_voice():
+            resolved = resolve(_adopted(config), ranks.size)
+            run = Finetuning(resolved, ranks, device)
+        run.train()
+        if config.skip_test:
+            return str(run.state.last) if ranks.first else ""
+        return written(run.test(), run.config, run.out, ranks)
+
+
+def _adopted(config: FinetuneConfig) -> FinetuneConfig:
+    """BatchNorm's groups of the run that is gone on with, where nothing is said of them."""
+    if config.bn_group is not None:
+        return config
+    group = resumed_setting(config.out, config.resume, "bn_group")
+    return dataclasses.replace(config, bn_group=group)
+
+
+class Finetuning(TrainingRun):
+    """Everything of one process of a fine-tuning.
+
+    Args:
+        config: resolved settings.
+        ranks: the processes of the run.
+        device: this rank's.
+    """
+
+    command = "finetune"
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks, device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+        if config.out and ranks.first:
+            require_writable(Path(config.out))  # before anything that takes long
+        self.videos = videos = LabelledVideos(config.shards, config.split)
+        videos.require("train")
+        videos.require("test")
+        if config.dataset not in (None, videos.dataset):
+            raise InputError(f"holds {videos.dataset}, not {config.dataset}", videos.folder)
+        self.out = Path(config.out or f"runs/{videos.dataset}-finetune-{videos.split}")
+        if ranks.first:
+            require_writable(self.out)
+        checkpoint = checkpoint_to_resume(self.out, config.resume)
+        torch.manual_seed(config.seed)
+        self.fine_tuned = self._model(config, checkpoint)
+        self.model = model = self.fine_tuned.model.to(device)
+        self.config = config = dataclasses.replace(
+            config, out=str(self.out), arch=self.fine_tuned.encoder["arch"]
+        )
+        self.views = view_config(config)
+        self.stream = ClipStream(
+            videos,
+            config.batch_size,
+            config.segments,
+            config.crop_size,
+            self.views,
+            config.seed,
+            ranks.rank,
+            ranks.size,
+        )
+        self.steps_per_epoch = self.stream.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.step = FinetuneStep(
+            model, self.fine_tuned.classes.labels, config, self.views, videos, ranks, device
+        )
+        self._frozen = model.frozen_sha256()
+        self.state = RunState(
+            self.out,
+            config,
+            model,
+            self.step.optimizer,
+            videos.digest(),
+            writes=ranks.first,
+            may_differ=RESUMABLE_DIFFERENCES,
+            about={
+                **about(
+                    self.fine_tuned.classes,
+                    dataset=videos.dataset,
+                    encoder=self.fine_tuned.encoder,
+                    frozen_sha256=self._frozen,
+                ),
+                "steps_per_epoch": self.steps_per_epoch,
+            },
+        )
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+            self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
+        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+
+    def _model(self, config: FinetuneConfig, checkpoint: Path | None) -> FineTuned:
+        """New, on the pre-trained backbone, or that of the run that is gone on with."""
+        if checkpoint is not None:
+            model, classes, said, _ = load_finetuned(checkpoint)
+            if model.frozen_sha256() != said.get("frozen_sha256"):
+                raise InputError(
+                    "has BatchNorm layers that are not as they were frozen", checkpoint
+                )
+            model.dropout = config.dropout
+            return self._fine_tuned(config, model, classes, said["encoder"])
+        backbone = load_backbone(config.checkpoint, config.arch, config.seed)
+        labels = np.unique(self.videos.labels[self.videos.train]).tolist()
+        classes = Classes(labels, [self.videos.class_name(label) for label in labels])
+        model = VideoClassifier(backbone.arch, len(labels), config.freeze_bn, config.dropout)
+        model.backbone.load_state_dict(backbone.network.state_dict(), strict=True)
+        encoder = backbone.record(config.seed)
+        if backbone.source == RANDOM and config.freeze_bn != "none":
+            self._say("random weights with frozen BatchNorm hardly learn: give --freeze-bn none")
+        return self._fine_tuned(config, model, classes, encoder)
+
+    def _fine_tuned(
+        self,
+        config: FinetuneConfig,
+        model: VideoClassifier,
+        classes: Classes,
+        encoder: dict[str, Any],
+    ) -> FineTuned:
+        """As it is to be tested: when all epochs are over."""
+        settings = as_settings(config)
+        return FineTuned(model, classes, encoder, self.videos.dataset, settings, config.epochs)
+
+    def train(self) -> None:
+        """Train to the end; see :func:`finetune`."""
+        with self._under_way("Fine-tuning") as (log, stop, shown):
+            first, last = self.state.step, self.total_steps
+            batches = clip_batches(self.stream, first, last, self.config.workers)
+            try:
+                with contextlib.closing(batches):
+                    self._steps(batches, log, stop, shown)
+            finally:
+                self.state.finish()
+        self._require_frozen()
+
+    def test(self) -> FinetuneResult:
+        """The test protocol on the network as it is."""
+        return tested(self.fine_tuned, self.videos, self.config, self.device, self.ranks)
+
+    def _steps(
+        self, batches: Iterator[ClipBatch], log: RunLog | None, stop: StopRequest, shown: Progress
+    ) -> None:
+        config, state = self.config, self.state
+        waiting, logged_step = Waiting(), state.step
+        while state.step < self.total_steps:
+            batch = waiting.next(batches, stop)
+            if self._stopping(batch) or batch is None:
+                raise self._saved_and_stopped(stop)
+            lr = self._learning_rate()
+            figures = self._train_step(batch, lr)
+            state.step += 1
+            state.check()
+            epoch, rest = divmod(state.step, self.steps_per_epoch)
+            last = state.step == self.total_steps
+            validating = rest == 0 and (last or epoch % config.validate_every_epochs == 0)
+            due = state.step % config.checkpoint_every_steps == 0 or last
+            if due or validating or state.step % config.log_every == 0:
+                metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
+            if validating or last or state.step % config.log_every == 0:
+                images = (state.step - logged_step) * config.batch_size * config.segments
+                speed = waiting.speed(images)
+                if validating:
+                    metrics |= self._validation()
+                if log is not None:
+                    log.log(state.step, metrics, speed)
+                waiting.restart()
+                logged_step = state.step
+                shown.advance(0, _status(metrics, speed))
+            if due:
+                state.save()  # after the line: a run that goes on from here does not write it again
+            shown.advance()
+
+    def _train_step(self, batch: ClipBatch, lr: float) -> Tensor:
+        return self.step.run(batch, self.state.step // self.steps_per_epoch, lr)
+
+    def _learning_rate(self) -> float:
+        return step_decay(
+            self.state.step,
+            base_lr=self.config.lr,
+            decay_epochs=self.config.decay_epochs(),
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _metrics(self, figures: Tensor, lr: float) -> dict[str, Any]:
+        """The step's figures of all ranks; refuses to go on when the loss is no number."""
+        loss, right, norm = self.ranks.mean(figures).tolist()
+        if not math.isfinite(loss):
+            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
+        return {
+            "epoch": (self.state.step - 1) // self.steps_per_epoch,
+            "loss": loss,
+            "lr": lr,
+            "acc": right,
+            "grad_norm": norm,
+            "unreadable": self.state.unreadable,
+        }
+
+    def _validation(self) -> dict[str, float]:
+        """``val_top1`` and ``val_loss``: one clip of the segments' middles, centre crop."""
+        self._require_frozen()
+        protocol = ClipProtocol(1, self.config.segments, 1, self.config.test_size, middles=True)
+        scorer = scorer_of(self.videos, protocol, self.config, self.device, self.ranks)
+        scores = scorer.of(self.model, self.videos.test)
+        labels = self.videos.labels[self.videos.test]
+        rows = np.searchsorted(self.fine_tuned.classes.labels, labels)
+        rows = rows.clip(max=len(self.fine_tuned.classes.labels) - 1)
+        taught = np.array(self.fine_tuned.classes.labels)[rows] == labels
+        counted = taught & np.isfinite(scores).all(axis=1)
+        if not counted.any():
+            return {}
+        chosen, targets = torch.from_numpy(scores[counted]), torch.from_numpy(rows[counted])
+        right = float((chosen.argmax(1) == targets).double().mean())
+        return {"val_top1": right, "val_loss": float(F.cross_entropy(chosen, targets))}
+
+    def _require_frozen(self) -> None:
+        if self.model.frozen_sha256() != self._frozen:
+            raise self._told_once(
+                BackboneChanged(
+                    "a frozen BatchNorm layer has changed", self.out, "please report this"
+                )
+            )
+
+
+def _status(metrics: dict[str, Any], speed: dict[str, float]) -> str:
+    """The end of the progress line."""
+    validated = f", validation {metrics['val_top1']:.1%}" if "val_top1" in metrics else ""
+    return (
+        f"loss {metrics['loss']:.3f}, right {metrics['acc']:.0%}{validated}, "
+        f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
+    )

@@ -1,0 +1,135 @@
+"""The fine-tuned network: a backbone over the frames of a clip, and a linear classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seco.checkpoints.checkpoint import FINETUNED, load_checkpoint
+from seco.checkpoints.weights import tensors_sha256
+from seco.model.batchnorm import GroupedBatchNorm2d, group_order, set_groups
+from seco.model.encoder import build_backbone, feature_dim
+from seco.processes.device import to_device
+from seco.runs.run_state import epochs_reached
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a classifier of K rows tells apart."""
+
+    labels: list[int]  # (K,) in increasing order
+    names: list[str]  # (K,)
+
+
+class VideoClassifier(nn.Module):
+    """The score of a clip is the mean of its frames' scores (authors' code).
+
+    The classifier is linear, so it is applied to the mean of the frames' features; dropout of this
+    mean is the same dropout for all frames of the clip.
+
+    Args:
+        arch: torchvision's name of the ResNet.
+        classes: K.
+        frozen: BatchNorm layers that keep statistics, weight and bias: ``all-but-first`` (authors'
+            code), ``all`` or ``none``. The others normalise over groups of clips.
+        dropout: share of the feature that is dropped.
+    """
+
+    def __init__(
+        self, arch: str, classes: int, frozen: str = "all-but-first", dropout: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.backbone = build_backbone(arch)
+        self.classifier = nn.Linear(feature_dim(arch), classes)
+        self.dropout = dropout
+        layers = [m for m in self.backbone.modules() if isinstance(m, GroupedBatchNorm2d)]
+        self.frozen = {"all": layers, "all-but-first": layers[1:], "none": []}[frozen]
+        for layer in self.frozen:
+            layer.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> VideoClassifier:
+        """Training mode, in which frozen layers still normalise by their running statistics."""
+        super().train(mode)
+        for layer in self.frozen:
+            layer.eval()
+        return self
+
+    def forward(self, images: Tensor, uniform: Tensor, group: int, first: bool = True) -> Tensor:
+        """The scores of training clips.
+
+        Args:
+            images: (n, T, 3, S, S) views.
+            uniform: (n, C) numbers in [0, 1) that the dropout is drawn from.
+            group: clips normalised together; divides n. Clips g·group … are group g.
+            first: of the micro-batches of a step: the running statistics follow its first group.
+
+        Returns:
+            (n, K) float32.
+        """
+        n, frames = images.shape[:2]
+        groups = n // group
+        flat = images.flatten(0, 1)
+        set_groups(self.backbone, groups, passes=int(first))
+        if groups > 1:
+            order = to_device(group_order(torch.arange(len(flat)), groups), images.device)
+            features = self.backbone(flat[order])[torch.argsort(order)]
+        else:
+            features = self.backbone(flat)
+        mean = features.float().view(n, frames, -1).mean(1)
+        kept = (uniform >= self.dropout).to(mean.dtype) / (1 - self.dropout)
+        return self.scores(mean * kept)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(…, C) mean features to (…, K) float32, even under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            scores: Tensor = self.classifier(features.float())
+        return scores
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All but those of frozen layers."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def frozen_sha256(self) -> str:
+        """Of everything in the frozen layers: it must never change."""
+        state = {
+            f"{number}.{name}": tensor
+            for number, layer in enumerate(self.frozen)
+            for name, tensor in layer.state_dict().items()
+        }
+        return tensors_sha256(state)
+
+
+def about(classes: Classes, **more: Any) -> dict[str, Any]:
+    """What a checkpoint says of its classifier."""
+    return {FINETUNED: {"labels": classes.labels, "label_names": classes.names, **more}}
+
+
+def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any], dict[str, Any]]:
+    """A classifier out of a checkpoint of ``seco finetune``.
+
+    Returns:
+        it; what it tells apart; what else the checkpoint says of it (dataset, split, encoder, and
+        ``epochs`` reached, or None); and the settings of its run.
+
+    Raises:
+        InputError: it is no such checkpoint.
+    """
+    content = load_checkpoint(path)
+    said, config = content.get(FINETUNED), content["config"]
+    if not isinstance(said, dict):
+        raise InputError("has no classifier", path, "give a checkpoint of `seco finetune`")
+    try:
+        classes = Classes([int(n) for n in said["labels"]], [str(n) for n in said["label_names"]])
+        model = VideoClassifier(config["arch"], len(classes.labels), config["freeze_bn"])
+        model.load_state_dict(content["model"], strict=True)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("is a damaged checkpoint of `seco finetune`", path) from error
+    return model, classes, {**said, "epochs": epochs_reached(content)}, config

@@ -1,0 +1,1 @@
+"""``seco inspect``: what shards hold."""

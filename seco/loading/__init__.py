@@ -1,0 +1,1 @@
+"""Loader processes and the batches they make."""

@@ -1,0 +1,208 @@
+"""Batches of centre crops for a backbone, made ahead by loader processes.
+
+A batch holds frames of several videos and never of two shards: frames b·B … (b+1)·B-1 of a shard,
+video after video. Which frame lies where depends on the shard alone, not on what can be read, who
+reads it, or where an earlier run was stopped; so the same features come out to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from seco.loading.batch_ring import BatchRing
+from seco.loading.forked_loader import forked_loader
+from seco.views.video_frames import VideoFrames
+from shards.access import UnreadableFrame
+
+_CHUNK_FRAMES = 32  # of 224 px some 40 ms of decoding and 5 MB
+_CHUNKS_AHEAD = 2  # of each loader process
+
+Row = dict[str, Any]  # of videos.csv
+
+
+class _Task(NamedTuple):
+    """Frames ``first`` … ``last`` - 1 of a shard, to be written to a place of the ring."""
+
+    shard: int
+    first: int
+    last: int
+    place: int
+
+
+class _Chunk(NamedTuple):
+    """What is known of a task that was done, but for the pixels."""
+
+    task: _Task
+    rows: dict[int, Row]  # of the videos that begin here
+    failures: dict[int, str]  # why a video cannot be read
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """Frames of one shard.
+
+    ``parts`` is memory of the loader: valid until the batch is given to
+    :meth:`FrameLoader.release`.
+    """
+
+    shard: int
+    first: int  # its first frame's number among those of the shard
+    parts: list[NDArray[np.uint8]]  # (n, S, S, 3) each, in order
+    rows: dict[int, Row]  # by the video's number in the set
+    failures: dict[int, str]
+    ends_shard: bool
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+class _Chunks(Dataset[_Chunk]):
+    """Item task: writes its crops to the ring."""
+
+    def __init__(self, frames: VideoFrames, ring: BatchRing) -> None:
+        self._frames = frames
+        self._ring = ring
+        self._shard = -1
+        self._ends: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, task: _Task) -> _Chunk:
+        frames, shards = self._frames, self._frames.shards
+        if task.shard != self._shard:
+            self._shard, self._ends = task.shard, np.cumsum(frames.counts(task.shard))
+        first_video = int(shards.counts[: task.shard].sum())
+        positions = np.arange(task.first, task.last)
+        rows = np.searchsorted(self._ends, positions, side="right")
+        begins = np.concatenate([[0], self._ends])[rows]
+        numbers = {row: frames.numbers(first_video + row) for row in np.unique(rows).tolist()}
+        wanted = [
+            (first_video + row, numbers[row][place])
+            for row, place in zip(rows.tolist(), (positions - begins).tolist(), strict=True)
+        ]
+        out = self._ring[task.place][: len(wanted)].view(np.uint8)
+        reasons = frames.crop_into(out, wanted)
+        failures: dict[int, str] = {}
+        for (video, _), reason in zip(wanted, reasons, strict=True):
+            if reason:
+                failures.setdefault(video, reason)
+        table: dict[int, Row] = {}
+        for row in np.unique(rows[positions == begins]).tolist():
+            try:
+                table[first_video + row] = self._row(first_video + row, task.shard)
+            except UnreadableFrame as error:
+                failures.setdefault(first_video + row, str(error))
+        return _Chunk(task, table, failures)
+
+    def _row(self, video: int, shard: int) -> Row:
+        shards = self._frames.shards
+        record = shards.record(video)
+        return {
+            "key": shards.key(video),
+            "dataset": record.dataset,
+            "source": record.source,
+            "label": record.label,
+            "label_name": record.label_name,
+            "frames": len(self._frames.numbers(video)),
+            "shard": Path(shards.addresses[shard]).name,
+            "splits": record.splits,
+        }
+
+
+class FrameLoader:
+    """Iterates over the batches of some shards, in their order. To be iterated over once.
+
+    Args:
+        frames: which, and how they are cropped.
+        shards: their numbers in the set.
+        batch_size: B.
+        workers: loader processes; 0: the batches are made when they are asked for.
+        kept: batches that are used at a time, at most.
+        pin: let a GPU read the batches' memory by itself.
+    """
+
+    def __init__(
+        self,
+        frames: VideoFrames,
+        shards: Sequence[int],
+        batch_size: int,
+        *,
+        workers: int,
+        kept: int,
+        pin: bool = False,
+    ) -> None:
+        self._frames = frames
+        self._shards = shards
+        self._batch_size = batch_size
+        self._workers = workers
+        self._pin = pin
+        self._chunk = min(batch_size, _CHUNK_FRAMES)
+        chunks_a_batch = math.ceil(batch_size / self._chunk)
+        ahead = _CHUNKS_AHEAD * workers if workers else 1
+        self._places = ahead + (kept + 1) * chunks_a_batch
+        size = frames.crop_size
+        self._ring = BatchRing(self._places, (self._chunk, size, size, 3), np.uint8)
+        self._handed_out = 0  # chunks
+        self._released = 0
+
+    def __enter__(self) -> FrameLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._frames.shards.access.close()
+        self._ring.close()
+
+    def release(self, batch: FrameBatch) -> None:
+        """Its memory may be written again; batches are released in their order."""
+        self._released += len(batch.parts)
+
+    def __iter__(self) -> Generator[FrameBatch, None, None]:
+        chunks_of = _Chunks(self._frames, self._ring)
+        ahead = _CHUNKS_AHEAD if self._workers else None
+        with forked_loader(chunks_of, self.tasks, self._workers, ahead) as chunks:
+            # The processes are there: before this one has threads that compute.
+            if self._pin:
+                self._ring.pin()
+            for shard, first, last, ends_shard in self._batches():
+                found = [next(chunks) for _ in range(first, last, self._chunk)]
+                yield FrameBatch(
+                    shard=shard,
+                    first=first,
+                    parts=[
+                        self._ring[c.task.place][: c.task.last - c.task.first].view(np.uint8)
+                        for c in found
+                    ],
+                    rows={video: row for c in found for video, row in c.rows.items()},
+                    failures={v: why for c in reversed(found) for v, why in c.failures.items()},
+                    ends_shard=ends_shard,
+                )
+
+    def tasks(self) -> Iterator[_Task]:
+        """All chunks in order; torch asks for them as it hands them out."""
+        for shard, first, last, _ in self._batches():
+            for begin in range(first, last, self._chunk):
+                if self._handed_out - self._released >= self._places:
+                    raise RuntimeError("frames would be overwritten while they are read")
+                place = self._handed_out % self._places
+                self._handed_out += 1
+                yield _Task(shard, begin, min(begin + self._chunk, last), place)
+
+    def _batches(self) -> Iterator[tuple[int, int, int, bool]]:
+        """(shard, first, last, whether it ends the shard) of every batch."""
+        for shard in self._shards:
+            count = int(self._frames.counts(shard).sum())
+            for first in range(0, count, self._batch_size):
+                last = min(first + self._batch_size, count)
+                yield shard, first, last, last == count

@@ -1,0 +1,184 @@
+"""Batches of triplets for a trainer, made ahead by loader processes.
+
+A batch is made in chunks of rows, so that all processes work on the batch that is needed next, and
+the first batch after a start or resume is there after one chunk's time. Draws depend on the
+sample alone: batches are the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from seco.loading.batch_ring import BatchRing
+from seco.loading.forked_loader import forked_loader
+from seco.views.chunks import VIEWS, Chunk, ChunkMaker
+from seco.views.view_parameters import ViewConfig
+from shards.errors import InputError
+from shards.stream import Stream
+
+_CHUNK_ROWS = 32  # at 224 px 19 MB of crops and some 50 ms of work
+_BATCHES_AHEAD = 2
+
+
+@dataclass
+class Batch:
+    """One step's input on this rank: N samples.
+
+    ``images`` is memory of the loader: valid until the next batch but one is asked for.
+    """
+
+    images: Tensor | None  # (4, N, 3, S, S) uint8 crops, or finished float32 views
+    uniform: NDArray[np.float64]  # (4, N, 13) what the views' parameters are drawn from
+    order: Tensor  # (N,) 0 anchor before, 1 after
+    videos: Tensor  # (N,) numbers in the set
+    unreadable: list[str]  # why each sample that had to be replaced could not be read
+    jpegs: list[tuple[bytes, bytes, bytes]]  # (N,) anchor, second, third; when images is None
+    boxes: Tensor  # (4, N, 4) left, top, width, height of the crops in their frames, px
+
+
+class _Task(NamedTuple):
+    step: int  # counted over epochs
+    first: int  # row
+    last: int  # the row after
+    slot: int
+
+
+class _Chunks(Dataset[Chunk]):
+    """Item (step, rows, slot): writes these rows of the batch to the ring."""
+
+    def __init__(self, stream: Stream, maker: ChunkMaker, ring: BatchRing | None) -> None:
+        self._stream = stream
+        self._maker = maker
+        self._ring = ring
+        self._entered = False
+
+    def __getitem__(self, task: _Task) -> Chunk:
+        worker = get_worker_info()
+        if worker is not None and not self._entered:
+            self._stream.enter(worker.id, worker.num_workers)
+            self._entered = True
+        epoch, step = divmod(task.step, self._stream.steps_per_epoch)
+        rows = range(task.first, task.last)
+        out = self._ring[task.slot][:, task.first : task.last] if self._ring is not None else None
+        return self._maker.make(out, epoch, step, rows)
+
+
+class TripletLoader:
+    """Iterates over the batches of steps ``first_step`` … ``last_step`` - 1, in order.
+
+    Args:
+        stream: gives the samples of this rank.
+        crop_size: S, side of a view, px.
+        views: how they are drawn.
+        workers: loader processes; 0: the batches are made when they are asked for.
+        first_step: counted over epochs.
+        last_step: the one after the last.
+        decode: ``cpu``, or ``nvjpeg``: the batch holds JPEG bytes and boxes instead of crops.
+        views_on: ``device``: the images are crops; ``workers``: they are finished views.
+        pin: let a GPU read the batches' memory by itself.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        crop_size: int,
+        views: ViewConfig,
+        *,
+        workers: int,
+        first_step: int,
+        last_step: int,
+        decode: str = "cpu",
+        views_on: str = "device",
+        pin: bool = False,
+    ) -> None:
+        self._stream = stream
+        self._workers = workers
+        self._steps = range(first_step, last_step)
+        self._decode = decode == "cpu"
+        self._finish = views_on == "workers"
+        self._chunks = math.ceil(stream.rows / _CHUNK_ROWS)
+        self._pin = pin
+        ahead = math.ceil(_BATCHES_AHEAD * self._chunks / workers) if workers else 0
+        self._prefetch = max(2, ahead) if workers else None
+        in_flight = math.ceil((self._prefetch or 0) * workers / self._chunks)
+        self._ring: BatchRing | None = None
+        if self._decode:
+            size = (crop_size, crop_size)
+            pixels = (3, *size) if self._finish else (*size, 3)
+            shape = (VIEWS, stream.rows, *pixels)
+            # One batch being read, one that may still be on its way to a device.
+            self._ring = BatchRing(in_flight + 2, shape, np.float32 if self._finish else np.uint8)
+        maker = ChunkMaker(stream, crop_size, views, decode=self._decode, finish=self._finish)
+        self._dataset = _Chunks(stream, maker, self._ring)
+        self._read = first_step - 1  # the last step whose batch was handed out
+
+    def __enter__(self) -> TripletLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        if self._ring is not None:
+            self._ring.close()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Raises InputError when samples cannot be read nor replaced."""
+        with forked_loader(self._dataset, self.tasks, self._workers, self._prefetch) as chunks:
+            # The processes are there: before shards are fetched ahead in threads.
+            if self._pin and self._ring is not None:
+                self._ring.pin()
+            for step in self._steps:
+                self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
+                parts = [_sound(next(chunks)) for _ in range(self._chunks)]
+                self._read = step
+                yield self._batch(step, parts)
+
+    def tasks(self) -> Iterator[_Task]:
+        """All chunks in order, each with the slot its batch is written to."""
+        rows = self._stream.rows
+        for step in self._steps:
+            slot = step % self._ring.slots if self._ring is not None else 0
+            if self._ring is not None and step - self._read >= self._ring.slots:
+                raise RuntimeError("a batch would be overwritten while it is read")
+            for first in range(0, rows, _CHUNK_ROWS):
+                yield _Task(step, first, min(first + _CHUNK_ROWS, rows), slot)
+
+    def _batch(self, step: int, parts: list[Chunk]) -> Batch:
+        uniform = np.concatenate([part.uniform for part in parts], axis=1)
+        images = None
+        if self._ring is not None:
+            images = torch.from_numpy(self._ring[step % self._ring.slots])
+            images = images if self._finish else images.permute(0, 1, 4, 2, 3)
+        return Batch(
+            images=images,
+            uniform=uniform,
+            order=torch.from_numpy(np.concatenate([part.order for part in parts])),
+            videos=torch.from_numpy(np.concatenate([part.videos for part in parts])),
+            unreadable=[reason for part in parts for reason in part.unreadable],
+            jpegs=[row for part in parts for row in part.jpegs],
+            boxes=torch.from_numpy(np.concatenate([part.boxes for part in parts], axis=1)),
+        )
+
+
+def _sound(chunk: Chunk) -> Chunk:
+    """The chunk; raises InputError when the run cannot go on."""
+    if chunk.fatal:
+        raise InputError(chunk.fatal, "--shards", "are they whole? See `seco verify`")
+    return chunk

@@ -1,0 +1,1 @@
+"""SeCo itself: encoder, heads, queue and the three losses (paper §4)."""

@@ -1,0 +1,1 @@
+"""``seco probe``: SVM, kNN and linear classifier on frozen features."""

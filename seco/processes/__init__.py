@@ -1,0 +1,1 @@
+"""The processes of a run: devices, ranks, launching, stopping."""

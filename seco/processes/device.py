@@ -1,0 +1,86 @@
+"""Which device computes, and how many of the processor's cores."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from seco.processes.ranks import local_rank, local_size
+from shards.cpus import usable_cpus
+from shards.errors import InputError
+
+
+def resolve_device(name: str, *, spare_cores: int = 1) -> torch.device:
+    """The device of ``--device``; ``auto`` is a GPU when there is one.
+
+    Of several processes on a machine each takes the GPU of its number, or its share of the cores.
+    On the CPU one core is left to the loader: computing threads that wait for each other at every
+    layer lose far more than that core to a loader process which takes turns with them. How many
+    threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
+    because the number of threads may change the last bits of a sum.
+
+    Args:
+        spare_cores: left to the loader; 0 for work that has none.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}", "--device", "cpu or cuda")
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        named: int | None = device.index
+        if named is None:
+            # A scheduler may show each process its own GPU alone, as number 0.
+            device = torch.device("cuda", local_rank() if gpus > 1 else 0)
+        if (device.index or 0) >= gpus:
+            there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
+            raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (usable_cpus() - spare_cores) // local_size()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """What ``--precision`` means there: ``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def wall_milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long ``work`` takes, until the device has done it too."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) * 1e3
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within the block, float32 matrix products are of float32: no TF32, no bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device: that takes pinned memory."""
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""``seco report``: results beside the paper's tables."""

@@ -1,0 +1,1 @@
+"""``seco retrieve``: nearest videos, indexes, near-duplicates."""

@@ -1,0 +1,114 @@
+"""Exact nearest neighbours by cosine, with faiss, of vectors that may exceed the memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from seco.features.vectors import Vectors
+from shards.errors import InputError
+from shards.progress import progress
+
+_QUERIES_AT_ONCE = 8192
+
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+class NearestIndex(Protocol):
+    """Finds the nearest of the vectors it was made of."""
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+        """Cosines and positions (Q, k) of the nearest to each query, the nearest first.
+
+        k is at most the size of the index; position -1 is nothing found (approximate ones only).
+
+        Args:
+            title: shown with a progress bar, if given.
+        """
+
+
+class ExactIndex:
+    """Compares with every vector, read block by block: nothing has to be built or kept.
+
+    Args:
+        vectors: what is searched in.
+        device: ``auto`` takes a GPU when faiss can use one.
+
+    Raises:
+        InputError: a GPU is asked for and faiss can use none.
+    """
+
+    def __init__(self, vectors: Vectors, device: str = "auto") -> None:
+        self._vectors = vectors
+        self._gpu = gpus_for(device) > 0
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+        """See :class:`NearestIndex`; of equal cosines the one in the earlier block comes first."""
+        k = min(k, len(self))
+        cosines, found = nothing_found(len(queries), k)
+        passes = -(-len(queries) // _QUERIES_AT_ONCE)
+        with progress(title, passes * len(self), "comparisons", quiet=not title) as shown:
+            for first in range(0, len(queries), _QUERIES_AT_ONCE):
+                some = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
+                asked = queries.take(np.arange(some.start, some.stop))
+                for start, block in self._vectors.blocks():
+                    near, at = self._compare(asked, block, min(k, len(block)))
+                    _merge(cosines[some], found[some], near, at + start)
+                    shown.advance(len(block))
+        return cosines, found
+
+    def _compare(self, queries: NDArray[np.float32], block: NDArray[np.float32], k: int) -> Found:
+        compare = functools.partial(faiss.knn_gpu, _gpu_resources()) if self._gpu else faiss.knn
+        cosines, found = compare(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return np.asarray(cosines), np.asarray(found)
+
+
+def nothing_found(queries: int, k: int) -> Found:
+    """The result to begin with: position -1, and a cosine below all, in every place."""
+    return (
+        np.full((queries, k), -np.inf, dtype=np.float32),
+        np.full((queries, k), -1, dtype=np.int64),
+    )
+
+
+def gpus_for(device: str) -> int:
+    """How many GPUs faiss is to use.
+
+    Raises:
+        InputError: an unknown device, or a GPU is asked for and faiss can use none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}", "--device", "cpu or cuda")
+    # faiss-cpu and faiss-gpu share a name; only the second has the resources.
+    there = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    if device == "cuda" and not there:
+        raise InputError("faiss can use no GPU here", "--device", "install faiss-gpu or give cpu")
+    return 0 if device == "cpu" else there
+
+
+@functools.lru_cache
+def _gpu_resources() -> Any:
+    return faiss.StandardGpuResources()  # holds gigabytes of the GPU: once
+
+
+def _merge(
+    cosines: NDArray[np.float32],
+    found: NDArray[np.int64],
+    near: NDArray[np.float32],
+    at: NDArray[np.int64],
+) -> None:
+    """Put the k best of both into ``cosines`` and ``found`` (Q, k)."""
+    k = cosines.shape[1]
+    both = np.concatenate([cosines, near], axis=1)
+    order = np.argsort(-both, axis=1, kind="stable")[:, :k]
+    cosines[:] = np.take_along_axis(both, order, axis=1)
+    found[:] = np.take_along_axis(np.concatenate([found, at], axis=1), order, axis=1)

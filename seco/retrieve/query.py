@@ -1,0 +1,163 @@
+"""``seco retrieve query``: the videos nearest to one of the set, or to a video file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seco.checkpoints.weights import RANDOM, load_backbone
+from seco.features.store import UNLABELLED, Features, encoder_name
+from seco.features.vectors import Vectors
+from seco.processes.device import resolve_device
+from seco.retrieve.nearest import NearestIndex
+from seco.views.augment import normalise
+from seco.views.crops import BrokenJpeg, center_crop, decode_jpeg
+from shards.errors import InputError
+from shards.format import read_manifest
+from shards.reader import ShardSet
+
+_FRAMES_AT_ONCE = 64
+# What `seco prepare` stores when it is told nothing; the manifest of a set says what it was told.
+_SHORT_EDGE_PX, _QUALITY = 256, 90
+
+
+class DecodeFile(Protocol):
+    """Evenly spaced frames of a video file as JPEGs (``pipelines/``, which is another room)."""
+
+    def __call__(
+        self, path: Path, *, frames: int, short_edge: int, quality: int, timeout_seconds: float
+    ) -> list[bytes]: ...
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A video near another; ``right`` is None where one of the two has no label."""
+
+    row: int
+    key: str
+    similarity: float
+    label_name: str
+    right: bool | None
+
+
+def query(features: Features, key: str, neighbours: int, index: NearestIndex) -> list[Neighbour]:
+    """The videos nearest to one of them, itself left out, the nearest first.
+
+    Args:
+        index: of all rows of ``features``.
+
+    Raises:
+        InputError: there is no such video.
+    """
+    row = features.find(key)
+    asked = Vectors(features.features, np.array([row]))
+    return _neighbours(features, asked, neighbours, index, row)
+
+
+def query_vector(
+    features: Features, vector: NDArray[np.float32], neighbours: int, index: NearestIndex
+) -> list[Neighbour]:
+    """The videos nearest to a feature (D,) of the same encoder, the nearest first."""
+    return _neighbours(features, Vectors(vector[None]), neighbours, index, None)
+
+
+def frames_of_file(
+    path: Path, features: Features, shards: ShardSet, decode: DecodeFile, timeout_seconds: float
+) -> list[bytes]:
+    """The file's frames (JPEG), taken and stored as those of the features' set were.
+
+    Raises:
+        InputError: the file cannot be decoded.
+    """
+    stored = _prepared_with(shards)
+    count = _whole(features, "frames")
+    if isinstance(stored.get("frames"), int):
+        count = min(count, stored["frames"])
+    short_edge, quality = stored.get("short_edge"), stored.get("quality")
+    return decode(
+        path,
+        frames=count,
+        short_edge=short_edge if isinstance(short_edge, int) else _SHORT_EDGE_PX,
+        quality=quality if isinstance(quality, int) else _QUALITY,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def encode_frames(
+    jpegs: Sequence[bytes], features: Features, checkpoint: str | None, device: str = "auto"
+) -> NDArray[np.float32]:
+    """The feature (D,) of a video's frames, by the encoder and crops ``features`` were made with.
+
+    Args:
+        checkpoint: a file of this encoder; by default the path the features name.
+
+    Raises:
+        InputError: it is another encoder, or a frame does not decode.
+    """
+    encoder = features.encoder
+    source = str(checkpoint or encoder.get("checkpoint"))
+    if checkpoint is None and source != RANDOM and not Path(source).is_file():
+        raise InputError("is not where it was", source, "name the encoder with --checkpoint")
+    seed = encoder.get("seed")
+    arch = str(encoder["arch"]) if source == RANDOM else None
+    backbone = load_backbone(source, arch, seed if isinstance(seed, int) else 0)
+    if backbone.sha256 != encoder["sha256"]:
+        own = {"arch": backbone.arch, "checkpoint": source, "sha256": backbone.sha256}
+        raise InputError(
+            f"is another encoder ({encoder_name(own)}) than that of {features.folder} "
+            f"({encoder_name(encoder)})",
+            "--checkpoint",
+            "give the features' own",
+        )
+    short_edge, crop_size = _whole(features, "short_edge"), _whole(features, "crop_size")
+    try:
+        crops = [center_crop(decode_jpeg(jpeg), short_edge, crop_size) for jpeg in jpegs]
+    except BrokenJpeg as error:  # of our own encoder: the memory or disk is at fault
+        raise InputError(f"a decoded frame is damaged ({error})", "--file") from error
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    on = resolve_device(device)
+    network = backbone.network.to(on).eval()
+    with torch.inference_mode():
+        parts = [
+            network(normalise(part.to(on))).float().cpu() for part in images.split(_FRAMES_AT_ONCE)
+        ]
+    mean: NDArray[np.float32] = torch.cat(parts).numpy().mean(0)
+    return mean
+
+
+def _neighbours(
+    features: Features, asked: Vectors, count: int, index: NearestIndex, row: int | None
+) -> list[Neighbour]:
+    if count < 1:
+        raise InputError("must be 1 or more", "--neighbours")
+    similarity, found = index.search(asked, count + 1)
+    label = UNLABELLED if row is None else features.labels[row]
+    nearest = []
+    for other, s in zip(found[0].tolist(), similarity[0].tolist(), strict=True):
+        if other in (row, -1):
+            continue
+        labelled = UNLABELLED not in (label, features.labels[other])
+        right = bool(label == features.labels[other]) if labelled else None
+        name = features.label_names[other]
+        nearest.append(Neighbour(other, features.keys[other], s, name, right))
+    return nearest[:count]
+
+
+def _prepared_with(shards: ShardSet) -> dict[str, Any]:
+    """The settings in the set's manifest, where it lies beside the shards."""
+    first = Path(shards.addresses[0])
+    manifest = first.with_name(f"{shards.name}.json")
+    return read_manifest(manifest).settings if manifest.is_file() else {}
+
+
+def _whole(features: Features, name: str) -> int:
+    value = features.meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"does not say its {name}", features.folder, "extract the features again")
+    return value

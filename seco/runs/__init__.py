@@ -1,0 +1,1 @@
+"""What every training run has: state, log, schedule, the loop's common part."""

@@ -1,0 +1,1 @@
+"""``seco track``: SiamFC on frozen features."""
