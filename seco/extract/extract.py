@@ -1,7 +1,7 @@
 """``extract-features``: frozen features of a set, one vector a video (paper §5.2).
 
 The unit of work is a shard. Processes share the shards, each keeps what it has finished
-(``extract_parts.py``), and the first one puts all together. What comes out depends on shards,
+(``parts.py``), and the first one puts all together. What comes out depends on shards,
 weights and settings alone: not on how many processes there were, nor on interruptions.
 """
 
