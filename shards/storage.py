@@ -111,7 +111,7 @@ class LocalStorage:
 
     @contextmanager
     def writer_lock(self, name: str) -> Iterator[None]:
-        """Also clears away what a killed writer of this set has left.
+        """Also clears away what killed writers of this set have left, before and after.
 
         Raises:
             InputError: another process is writing it.
@@ -119,14 +119,20 @@ class LocalStorage:
         path = self._folder / f".{name}.lock"
         lock = self._lock(path, name)
         try:
-            leftover = re.compile(re.escape(name) + r"(-\d{3,})?\.[a-z.]+\.[0-9a-f]{8}\.part")
-            for entry in self._folder.iterdir():
-                if leftover.fullmatch(entry.name):
-                    entry.unlink(missing_ok=True)
+            self._clear(name)
             yield
         finally:
+            # A worker that is ended while it clears up after itself does not get to the end of it.
+            with suppress(OSError):
+                self._clear(name)
             path.unlink(missing_ok=True)
             os.close(lock)
+
+    def _clear(self, name: str) -> None:
+        leftover = re.compile(re.escape(name) + r"(-\d{3,})?\.[a-z.]+\.[0-9a-f]{8}\.part")
+        for entry in self._folder.iterdir():
+            if leftover.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
 
     def _lock(self, path: Path, name: str) -> int:
         while True:

@@ -187,7 +187,7 @@ def kill_at(process: subprocess.Popen[str], log: Path, lines_: int, number: int)
             os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=150)[1]
 
 
 @pytest.mark.timeout(900)  # it starts more than twenty processes
@@ -278,7 +278,7 @@ def two_ranks(shards: str, out: Path, how: str) -> list[subprocess.Popen[str]]:
 
 def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -> None:
     ranks = two_ranks(small, tmp_path, "cannot load")
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    errors = [process.communicate(timeout=150)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1], errors
     assert "21 videos in a row cannot be read, the last: a video: its disk is gone" in errors[1]
     assert "Traceback" not in errors[0] + errors[1]
@@ -287,7 +287,7 @@ def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -
 def test_one_rank_that_hangs_ends_the_others(small: str, tmp_path: Path) -> None:
     first, second = two_ranks(small, tmp_path, "hangs")
     try:
-        error = first.communicate(timeout=60)[1]
+        error = first.communicate(timeout=150)[1]
         assert second.poll() is None  # it hangs still
     finally:
         second.kill()
@@ -297,7 +297,7 @@ def test_one_rank_that_hangs_ends_the_others(small: str, tmp_path: Path) -> None
 
 
 def test_ranks_that_would_do_different_things_do_not_begin(small: str, tmp_path: Path) -> None:
-    errors = [p.communicate(timeout=60)[1] for p in two_ranks(small, tmp_path, "disagrees")]
+    errors = [p.communicate(timeout=150)[1] for p in two_ranks(small, tmp_path, "disagrees")]
     said = [line for error in errors for line in error.splitlines() if line.startswith("seco: ")]
     assert len(said) == 1 and "the processes do not see the same run" in said[0]
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -382,7 +382,7 @@ def test_one_rank_killed_stops_the_others_and_the_run_goes_on(
 def test_one_rank_told_to_stop_stops_all_with_everything_saved(small: str, tmp_path: Path) -> None:
     process = start(small, tmp_path, processes=2, **SMALL)
     os.kill(until_logged(process, tmp_path)[1], signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=150)
     assert process.returncode == 75, error
     assert "another process was stopped: saved step" in error
     assert load_checkpoint(tmp_path / "last.pt")["step"] == len(lines(tmp_path))
@@ -394,7 +394,7 @@ def test_a_stop_that_cannot_save_is_a_failure(small: str, tmp_path: Path) -> Non
     until_logged(process, tmp_path)
     (tmp_path / "last.pt").mkdir()  # nothing can be renamed to it
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=150)
     assert process.returncode == 1, error
     assert "not everything could be saved" in error and "Traceback" not in error
 
@@ -436,7 +436,7 @@ def test_what_cannot_work_is_said_once_and_before_anything_starts(
         ({"processes": 2, "device": "cuda"}, "2 processes, but 0 GPUs can be used here"),
     ):
         process = start(small, tmp_path / "out", **{**SMALL, **changes})
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=150)
         said = [line for line in error.splitlines() if line.startswith("seco: ")]
         assert process.returncode == 1 and len(said) == 1 and message in said[0], error
         assert "Traceback" not in error
