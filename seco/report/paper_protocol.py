@@ -187,6 +187,7 @@ def evaluation_protocol(
     references: tuple[Reference, ...]
     if item.kind == "finetune":
         stage = "fine-tuning"
+        yield _videos(stage, "training videos", TRAIN_VIDEOS[dataset], item.n_train)
         yield _videos(stage, "test videos", TEST_VIDEOS[dataset], item.n_test)
         split = item.split or NOT_RECORDED
         yield Compared(stage, "split", "not stated", "paper §5.1, §5.4", split, UNKNOWN)

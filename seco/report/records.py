@@ -58,6 +58,7 @@ class Evaluation:
     encoder: dict[str, Any]
     split: str
     figures: dict[str, float]  # those of FIGURES that are there
+    n_train: int | None  # videos of a fine-tuning
     n_test: int | None  # videos, or sequences
     classes: int | None
     per_class: list[tuple[str, float, int | None]]  # of fine-tuning: (name, accuracy, videos)
@@ -143,6 +144,7 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
         encoder=mapping(raw.get("encoder")),
         split=words(raw.get("split")),
         figures=figures,
+        n_train=count(raw.get("n_train")),
         n_test=count(raw.get("n_test", raw.get("sequences"))),
         classes=count(raw.get("classes")),
         per_class=_per_class(raw),

@@ -165,6 +165,7 @@ def test_fine_tuning_takes_settings_of_result_and_of_its_run(tmp_path: Path) -> 
         dataset="ucf101",
         split=2,
         top1=0.8,
+        n_train=300,
         n_test=3_734,
         encoder=encoder,
         protocol=protocol_of,
@@ -173,6 +174,7 @@ def test_fine_tuning_takes_settings_of_result_and_of_its_run(tmp_path: Path) -> 
     differing = {name: s.here for name, s in found.items() if s.state == DIFFERS}
     assert differing == {
         "pre-training: start from": "random weights",
+        "fine-tuning: training videos": "300",
         "fine-tuning: crops of a clip": "1",
         "fine-tuning: epochs": "20",
         "fine-tuning: dropout": "0.5",
