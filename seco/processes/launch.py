@@ -125,6 +125,14 @@ def _launched(
     return 0
 
 
+def _wait_until_all_have_stopped() -> None:
+    """The launcher ends the others when the first has ended, also one that has yet to say it."""
+    waited_until = time.monotonic() + _LAUNCHER_LOOKS_WITHIN
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    while not _all_stopped(os.environ[_MARK], processes) and time.monotonic() < waited_until:
+        time.sleep(0.02)
+
+
 def _all_stopped(scratch: str, processes: int) -> bool:
     return all(Path(scratch, str(rank)).is_file() for rank in range(processes))
 
@@ -149,6 +157,7 @@ def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
         sys.exit(EXIT_FAILED)
     if code == EXIT_STOPPED:
         Path(os.environ[_MARK], os.environ["RANK"]).touch()
+        _wait_until_all_have_stopped()
     if code == EXIT_PEER_LOST:
         # The launcher tells of the first failure it sees, and that has to be the other's: it will
         # end this process as soon as it has seen it.

@@ -22,14 +22,17 @@ Clips = tuple[Path, dict[str, str]]
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     try:
         from ray.cluster_utils import Cluster
     except ImportError:
         lacking("ray is not installed")
+    # Ray waits for half a minute, which is little on a busy machine.
+    wait = Cluster._wait_for_node
+    monkeypatch.setattr(Cluster, "_wait_for_node", lambda self, node, _=30: wait(self, node, 180))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     made.add_node(num_cpus=2)
-    made.wait_for_nodes()
+    made.wait_for_nodes(timeout=180)
     yield made
     made.shutdown()
 

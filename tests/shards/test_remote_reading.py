@@ -332,13 +332,15 @@ from shards import cache
 from shards.format import ShardInfo
 def download(address, path, size):
     print("fetching", flush=True)
+    begun.set()
     time.sleep(600)
+begun = threading.Event()
 cache._download = download
 info = ShardInfo(file="x", bytes=10, sha256="d", videos=1, frames=1)
 held = cache.ShardCache(Path({str(tmp_path)!r}), 1000, {{"s3://b/x.tar": info}})
 access = cache.CachedAccess(held)
 access.want(["s3://b/x.tar"])
-time.sleep(0.5)
+assert begun.wait(50)
 access.close()
 """
     done = subprocess.run(
