@@ -233,7 +233,7 @@ def _booked(lock_path: Path) -> int:
     """Bytes of room booked with a lock file."""
     try:
         return int(lock_path.read_text() or 0)
-    except FileNotFoundError:
+    except OSError:  # its shard has made way
         return 0
 
 

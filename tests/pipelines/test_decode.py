@@ -164,4 +164,4 @@ def test_a_stuck_video_ends_at_the_time_limit(tmp_path: Path) -> None:
     with pytest.raises(DecodeError) as caught:
         decode(tmp_path / "stuck.mp4", timeout_seconds=0.5)
     assert caught.value.kind == "timeout"
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 10

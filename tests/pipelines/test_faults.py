@@ -70,8 +70,8 @@ def test_a_driver_killed_at_twenty_random_moments(clips: Clips, tmp_path: Path) 
         time.sleep(moments.uniform(0.1, 1.0) * duration)
         process.kill()
         process.communicate()
-        wait_until(lambda pid=process.pid: not processes_of(pid))  # type: ignore[misc]
-        wait_until(lambda: not programs_naming(raw))
+        wait_until(lambda pid=process.pid: not processes_of(pid), 10)  # type: ignore[misc]
+        wait_until(lambda: not programs_naming(raw), 10)
         if out.exists():
             unfinished += not (out / "raw.json").exists()
             require_whole_shards(out)
@@ -104,7 +104,7 @@ def test_a_killed_workers_shard_is_built_again(clips: Clips, tmp_path: Path) -> 
     said, complaints = process.communicate(timeout=60)
     assert said == "done\n", complaints
     assert "a worker was killed: its shard is built again" in complaints
-    wait_until(lambda: not processes_of(process.pid))
+    wait_until(lambda: not processes_of(process.pid), 10)
     require_done(driver(raw, out, 2))  # clears away what the killed one left
     assert hashes(out) == whole
 

@@ -278,7 +278,7 @@ def two_ranks(shards: str, out: Path, how: str) -> list[subprocess.Popen[str]]:
 
 def test_one_rank_that_cannot_load_ends_the_others(small: str, tmp_path: Path) -> None:
     ranks = two_ranks(small, tmp_path, "cannot load")
-    errors = [process.communicate(timeout=150)[1] for process in ranks]
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1], errors
     assert "21 videos in a row cannot be read, the last: a video: its disk is gone" in errors[1]
     assert "Traceback" not in errors[0] + errors[1]
