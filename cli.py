@@ -104,6 +104,8 @@ def _option(field: dataclasses.Field[Any], required: bool) -> Callable[[_Command
     }
     if base == "bool":
         arguments |= {"is_flag": True}
+        if base != str(field.type):  # with a third answer: what suits the device
+            flag += "/--no-" + flag.removeprefix("--")
     elif base.startswith("tuple"):
         arguments |= {"multiple": True, "metavar": "SPEC"}
     elif field.name == "seed":

@@ -11,6 +11,10 @@ from shards.settings import require as _require
 from shards.settings import setting
 
 TASKS = ("inter", "intra", "order")
+WORKERS_HELP = (
+    "loader workers per process; never changes a result [default: 2 on the CPU; on a GPU the "
+    "process's cores less two, 2 to 16]"
+)
 
 # Where the paper and its authors' code differ, a setting of None takes the preset's value.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,20 +83,23 @@ class PretrainConfig:
         source="authors' code: 4 ranks of 128",
     )
     accumulate: int = setting(
-        1,
-        "cut a process's share into so many parts, for memory; --bn-group must divide a part",
+        1, "accepted and ignored: every BatchNorm group is a micro-batch of its own"
     )
     precision: str = setting(
         "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
     )
-    channels_last: bool = setting(False, "keep images channels last in memory")
-    compile: bool = setting(False, "compile the encoders with torch.compile")
+    channels_last: bool | None = setting(
+        None, "keep images and weights channels last in memory [default: on a GPU]"
+    )
+    compile: bool | None = setting(
+        None, "compile the encoders with torch.compile [default: on a GPU]"
+    )
     device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
     processes: int | None = setting(
         None,
         "processes on this machine [default: one a visible GPU, else 1]",
     )
-    workers: int = setting(2, "loader processes of each process; never changes a result")
+    workers: int | None = setting(None, WORKERS_HELP)
     decode: str = setting(
         "cpu", "who decodes the frames: loader processes, or the GPU", choices=("cpu", "nvjpeg")
     )
@@ -122,6 +129,7 @@ class PretrainConfig:
 RESUMABLE_DIFFERENCES = frozenset(
     {
         *("out", "shards", "preset", "init", "device", "workers", "max_unreadable", "resume"),
+        *("channels_last", "compile"),  # like the device: how, not what
         *("log_every", "checkpoint_every_steps", "keep_every_epochs", "keep"),
         *("cache_dir", "cache_gb", "processes", "accumulate", "knn_shards", "knn_every_epochs"),
     }
@@ -160,11 +168,17 @@ def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
         for name, value in PRESETS[config.preset].items()
         if getattr(config, name) is None
     }
-    part = _part(config, processes)
+    _require(config.batch_size >= 2, "batch_size", "must be 2 or more: BatchNorm needs two images")
+    _require(
+        config.batch_size % processes == 0,
+        "batch_size",
+        f"{config.batch_size} does not divide over {processes} processes",
+    )
+    share = config.batch_size // processes
     if config.bn_group is None:
-        chosen["bn_group"] = _default_group(config.batch_size, config.batch_size // processes)
+        chosen["bn_group"] = _default_group(config.batch_size, share)
     resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
-    _require_ranges(resolved, part)
+    _require_ranges(resolved, share)
     return resolved
 
 
@@ -178,20 +192,7 @@ def largest_part(share: int, most: int) -> int:
     return next((size for size in range(most, 1, -1) if share % size == 0), share)
 
 
-def _part(config: PretrainConfig, processes: int) -> int:
-    """Rows of the batch that a process works on at a time."""
-    _require(config.batch_size >= 2, "batch_size", "must be 2 or more: BatchNorm needs two images")
-    _require(config.accumulate >= 1, "accumulate", "must be 1 or more")
-    _require(
-        config.batch_size % (processes * config.accumulate) == 0,
-        "batch_size",
-        f"{config.batch_size} does not divide over {processes} processes"
-        + (f" and {config.accumulate} parts" if config.accumulate > 1 else ""),
-    )
-    return config.batch_size // (processes * config.accumulate)
-
-
-def _require_ranges(config: PretrainConfig, part: int) -> None:
+def _require_ranges(config: PretrainConfig, share: int) -> None:
     for name in ("epochs", "queue_size", "crop_size", "embedding_dim", "log_every", "keep"):
         _require(getattr(config, name) >= 1, name, "must be 1 or more")
     for name in ("checkpoint_every_steps", "keep_every_epochs", "knn_every_epochs"):
@@ -210,11 +211,12 @@ def _require_ranges(config: PretrainConfig, part: int) -> None:
         "must be device when the GPU decodes",
     )
     _require(config.weight_decay >= 0, "weight_decay", "must not be negative")
-    _require(config.workers >= 0, "workers", "must not be negative")
+    _require((config.workers or 0) >= 0, "workers", "must not be negative")
+    _require(config.accumulate >= 1, "accumulate", "must be 1 or more")
     _require(0 < config.min_crop_area <= 1, "min_crop_area", "must be above 0 and at most 1")
     _require(config.processes is None or config.processes >= 1, "processes", "must be 1 or more")
     group = config.bn_group or 0
-    whole = f"the batch of {part}" if part == config.batch_size else f"a process's part of {part}"
-    _require(group >= 2 and part % group == 0, "bn_group", f"must be 2 or more and divide {whole}")
+    whole = f"the batch of {share}" if share == config.batch_size else f"a process's {share} rows"
+    _require(group >= 2 and share % group == 0, "bn_group", f"must be 2 or more and divide {whole}")
     warmup = config.warmup_epochs or 0
     _require(0 <= warmup <= config.epochs, "warmup_epochs", "must not exceed --epochs")

@@ -22,8 +22,8 @@ from seco.loading.device_views import DeviceViews
 from seco.loading.loader import TripletLoader
 from seco.model.losses import inter_loss
 from seco.model.method import SeCo
-from seco.pretrain.step import GlobalRows, TrainingStep
-from seco.processes.device import resolve_device, uses_bf16, wall_milliseconds
+from seco.pretrain.step import GlobalRows, TrainingStep, for_device
+from seco.processes.device import loader_workers, resolve_device, wall_milliseconds
 from seco.processes.ranks import Ranks
 from seco.runs.run_state import RunState
 from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
@@ -63,8 +63,8 @@ def bench_step(
         raise InputError("must be 1 or more", "--repeats")
     config = resolve(config)
     device = resolve_device(config.device)
-    bf16 = uses_bf16(config.precision, device)
-    config = dataclasses.replace(config, precision="bf16" if bf16 else "fp32")
+    config = for_device(config, device)
+    bf16 = config.precision == "bf16"
     found = StepBench(machine("torch", "torchvision"), _settings(config, device))
     if device.type == "cuda":
         found.machine["gpu"] = torch.cuda.get_device_name(device)
@@ -203,7 +203,7 @@ def _end_to_end(
         stream,
         config.crop_size,
         views,
-        workers=config.workers,
+        workers=loader_workers(config.workers, device),
         first_step=0,
         last_step=10**9,
         decode=config.decode,

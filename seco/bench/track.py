@@ -164,7 +164,9 @@ def _training(
     batches = None
     if shards is not None:
         stream = PairStream(shards, n, 0, config.max_gap)
-        batches = iter(PairLoader(stream, config, first_step=0, last_step=10**9))
+        batches = iter(
+            PairLoader(stream, config, workers=config.workers or 0, first_step=0, last_step=10**9)
+        )
 
         def fed() -> None:
             assert batches is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seco.config import WORKERS_HELP
 from shards.errors import InputError
 from shards.settings import setting
 
@@ -45,7 +46,7 @@ class ExtractConfig:
     processes: int | None = setting(
         None, "processes on this machine [default: one a visible GPU, else 1]"
     )
-    workers: int = setting(2, "loader processes of each process; never changes a result")
+    workers: int | None = setting(None, WORKERS_HELP)
     engine: str = setting("local", "this machine, or a Ray cluster", choices=ENGINES)
     ray_address: str | None = setting(None, "Ray cluster [default: RAY_ADDRESS, else a new one]")
     max_failures: float = setting(
@@ -69,7 +70,7 @@ def validate(config: ExtractConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError("must be 1 or more", f"--{name.replace('_', '-')}")
-    if config.workers < 0:
+    if (config.workers or 0) < 0:
         raise InputError("must be 0 or more", "--workers")
     if config.short_edge < config.crop_size:
         raise InputError(

@@ -48,7 +48,7 @@ class Forwards:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._network = network.to(device, memory_format=self._format).eval()  # type: ignore[call-overload]
         self._network.requires_grad_(False)
-        self._device = device
+        self.device = device
         self._bf16 = uses_bf16(precision, device)
         self.on_gpu = device.type == "cuda"
         self.at_once = _ON_A_GPU if self.on_gpu else computing_threads()
@@ -62,7 +62,7 @@ class Forwards:
         if self.on_gpu:
             flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
             self._settings.enter_context(torch.backends.cudnn.flags(enabled=True, **flags))
-            torch.cuda.synchronize(self._device)  # the weights are there, for all streams
+            torch.cuda.synchronize(self.device)  # the weights are there, for all streams
         else:
             self._settings.callback(torch.set_num_threads, torch.get_num_threads())
         return self
@@ -82,8 +82,8 @@ class Forwards:
 
     def _start_thread(self) -> None:
         if self.on_gpu:
-            torch.cuda.set_device(self._device)
-            self._own.stream = torch.cuda.Stream(self._device)
+            torch.cuda.set_device(self.device)
+            self._own.stream = torch.cuda.Stream(self.device)
         else:
             torch.set_num_threads(1)
 
@@ -94,7 +94,7 @@ class Forwards:
             torch.cuda.stream(self._own.stream) if on_gpu else nullcontext(),
         ):
             images = self._images(parts)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                 features = self._network(images)
             pooled: NDArray[np.float32] = features.float().cpu().numpy()  # waits for the stream
         return pooled
@@ -102,7 +102,7 @@ class Forwards:
     def _images(self, parts: Sequence[NDArray[np.uint8]]) -> Tensor:
         """(N, 3, S, S), normalised, on the device."""
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-        crops = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        crops = torch.empty(shape, dtype=torch.uint8, device=self.device)
         begin = 0
         for part in parts:
             crops[begin : begin + len(part)].copy_(torch.from_numpy(part), non_blocking=True)

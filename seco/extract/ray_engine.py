@@ -18,7 +18,7 @@ from seco.extract.config import ExtractConfig
 from seco.extract.parts import ShardFeatures, part_digests
 from seco.extract.plan import Extraction, forwards_of, tell
 from seco.extract.shard_features import shard_features
-from seco.processes.device import resolve_device
+from seco.processes.device import loader_workers, resolve_device
 from seco.processes.stopping import StopRequest, StopWaiting
 from shards.errors import InputError
 from shards.opening import open_shards
@@ -53,7 +53,10 @@ def extract_on_cluster(config: ExtractConfig) -> Path:
         todo = [shard for shard, there in enumerate(finished) if not there]
         settings = extraction.config
         if device.type == "cuda":
-            needs, at_once = {"num_gpus": 1, "num_cpus": 1 + settings.workers}, resources["GPU"]
+            cores = int(resources.get("CPU", 1) // resources["GPU"])
+            workers = loader_workers(settings.workers, device, cores)
+            settings = dataclasses.replace(settings, workers=workers)
+            needs, at_once = {"num_gpus": 1, "num_cpus": 1 + workers}, resources["GPU"]
         else:
             # One thread computes, and decodes in between: shards are what is done side by side.
             needs, at_once = {"num_cpus": 1}, resources.get("CPU", 1)

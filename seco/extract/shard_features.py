@@ -16,6 +16,7 @@ from seco.extract.config import ExtractConfig
 from seco.extract.forwards import Forwards
 from seco.extract.parts import ShardFeatures
 from seco.loading.frame_loader import FrameBatch, FrameLoader
+from seco.processes.device import loader_workers
 from seco.processes.stopping import StopRequest
 from seco.views.video_frames import VideoFrames
 from shards.reader import ShardSet
@@ -52,7 +53,7 @@ def shard_features(
         frames,
         [number for number in numbers if number not in blank],
         config.batch_size,
-        workers=config.workers,
+        workers=loader_workers(config.workers, forwards.device),
         kept=forwards.at_once,
         pin=forwards.on_gpu,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from seco.config import largest_part
+from seco.config import WORKERS_HELP, largest_part
 from shards.errors import InputError
 from shards.settings import require, setting
 
@@ -38,7 +38,7 @@ class FinetuneTestConfig:
     processes: int | None = setting(
         None, "processes on this machine [default: one a visible GPU, else 1]"
     )
-    workers: int = setting(2, "loader processes of each process; never changes a result")
+    workers: int | None = setting(None, WORKERS_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def require_test_ranges(config: FinetuneTestConfig) -> None:
         value = getattr(config, name)
         require(value is None or value >= 1, name, "must be 1 or more")
     require(config.crops in (None, 1, 3), "crops", "must be 1 or 3")
-    require(config.workers >= 0, "workers", "must not be negative")
+    require((config.workers or 0) >= 0, "workers", "must not be negative")
     require(config.processes is None or config.processes >= 1, "processes", "must be 1 or more")
 
 

@@ -24,7 +24,7 @@ from seco.finetune.step import FinetuneStep
 from seco.finetune.testing import FineTuned, scorer_of, tested, written
 from seco.finetune.video_classifier import Classes, VideoClassifier, about, load_finetuned
 from seco.finetune.video_scores import ClipProtocol
-from seco.processes.device import resolve_device
+from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
 from seco.runs.metrics import RunLog
@@ -175,7 +175,8 @@ class Finetuning(TrainingRun):
         """Train to the end; see :func:`finetune`."""
         with self._under_way("Fine-tuning") as (log, stop, shown):
             first, last = self.state.step, self.total_steps
-            batches = clip_batches(self.stream, first, last, self.config.workers)
+            workers = loader_workers(self.config.workers, self.device)
+            batches = clip_batches(self.stream, first, last, workers)
             try:
                 with contextlib.closing(batches):
                     self._steps(batches, log, stop, shown)

@@ -17,7 +17,7 @@ from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.result import RESULT, FinetuneResult, finetune_result
 from seco.finetune.video_classifier import Classes, VideoClassifier, load_finetuned
 from seco.finetune.video_scores import ClipProtocol, VideoScores
-from seco.processes.device import resolve_device, uses_bf16
+from seco.processes.device import loader_workers, resolve_device, uses_bf16
 from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
 from seco.runs.training_run import one_voice
@@ -128,7 +128,7 @@ def scorer_of(
         device,
         ranks,
         bf16=uses_bf16(config.precision, device),
-        workers=config.workers,
+        workers=loader_workers(config.workers, device),
         frames_a_forward=config.test_frames,
     )
 

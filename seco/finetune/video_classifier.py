@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from seco.checkpoints.checkpoint import FINETUNED, load_checkpoint
 from seco.checkpoints.weights import tensors_sha256
-from seco.model.batchnorm import GroupedBatchNorm2d, group_order, set_groups
+from seco.model.batchnorm import running_statistics
 from seco.model.encoder import build_backbone, feature_dim
-from seco.processes.device import to_device
 from seco.runs.run_state import epochs_reached
 from shards.errors import InputError
 
@@ -47,7 +46,7 @@ class VideoClassifier(nn.Module):
         self.backbone = build_backbone(arch)
         self.classifier = nn.Linear(feature_dim(arch), classes)
         self.dropout = dropout
-        layers = [m for m in self.backbone.modules() if isinstance(m, GroupedBatchNorm2d)]
+        layers = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
         self.frozen = {"all": layers, "all-but-first": layers[1:], "none": []}[frozen]
         for layer in self.frozen:
             layer.requires_grad_(False)
@@ -73,15 +72,11 @@ class VideoClassifier(nn.Module):
             (n, K) float32.
         """
         n, frames = images.shape[:2]
-        groups = n // group
-        flat = images.flatten(0, 1)
-        set_groups(self.backbone, groups, passes=int(first))
-        if groups > 1:
-            order = to_device(group_order(torch.arange(len(flat)), groups), images.device)
-            features = self.backbone(flat[order])[torch.argsort(order)]
-        else:
-            features = self.backbone(flat)
-        mean = features.float().view(n, frames, -1).mean(1)
+        features = []
+        for number, clips in enumerate(images.split(group)):
+            with running_statistics(self.backbone, follow=first and number == 0):
+                features.append(self.backbone(clips.flatten(0, 1)))
+        mean = torch.cat(features).float().view(n, frames, -1).mean(1)
         kept = (uniform >= self.dropout).to(mean.dtype) / (1 - self.dropout)
         return self.scores(mean * kept)
 

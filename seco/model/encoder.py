@@ -10,7 +10,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seco.model.batchnorm import GroupedBatchNorm2d
 from shards.errors import InputError
 
 _RESNET = re.compile(r"(wide_)?resne[x]?t\d+\w*")
@@ -23,9 +22,7 @@ def build_backbone(arch: str) -> nn.Module:
         InputError: torchvision has no ResNet of this name.
     """
     _require_resnet(arch)
-    network: nn.Module = torchvision.models.get_model(
-        arch, weights=None, norm_layer=GroupedBatchNorm2d
-    )
+    network: nn.Module = torchvision.models.get_model(arch, weights=None)
     network.fc = nn.Identity()
     return network
 

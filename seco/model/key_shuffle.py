@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seco.model.batchnorm import group_order
 from seco.processes.device import to_device
 
 KEYS = 3
@@ -25,47 +24,29 @@ class KeyShuffle:
 
     Args:
         batch: N, the global batch.
-        group: images normalised together; divides a rank's share n = N / size.
         rank: this process's number of ``size`` processes.
+        size: their number; divides N.
         generator: seeded alike on all ranks.
-        forwards: 1 or 3, of the key encoder: all images at once, or a key at a time. The groups are
-            the same.
 
     Attributes:
-        forwards: as given.
-        groups: of each forward.
         wanted: (3n,) of the 3N key images (k1 of all rows, then k2, then k3) those that this rank
-            encodes, in the order in which they are stacked.
+            encodes, by key and place; n = N / size.
         sent: (3n,) of this rank's own 3n key images the order in which they leave, rank after rank.
         sent_counts: how many go to each rank.
         received_counts: how many come from each.
-        arrived: (3n,) where in what came each stacked image is.
+        arrived: (3n,) where in what came each wanted image is.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        group: int,
-        rank: int,
-        size: int,
-        generator: torch.Generator,
-        forwards: int = 1,
-    ) -> None:
+    def __init__(self, batch: int, rank: int, size: int, generator: torch.Generator) -> None:
         share = batch // size
         self._batch = batch
         self._share = share
-        permutations = torch.stack(
+        self._permutations = torch.stack(
             [torch.randperm(batch, generator=generator) for _ in range(KEYS)]
         )
-        self._permutations = permutations
-        self.forwards = forwards
-        self.groups = KEYS * (share // group) // forwards
         rows = self._permutations.numpy().reshape(KEYS, size, share)
         numbers = rows + batch * np.arange(KEYS)[:, None, None]
-        # Image i of a stack is in group i mod G (seco.model.batchnorm).
-        places = torch.arange(KEYS * share).chunk(forwards)
-        self._stack: Ints = torch.cat([group_order(part, self.groups) for part in places]).numpy()
-        self.wanted: Ints = numbers[:, rank].reshape(-1)[self._stack]
+        self.wanted: Ints = numbers[:, rank].reshape(-1)
         owners = rows // share  # (3, R, n)
         own = owners == rank
         self.sent_counts: list[int] = own.sum(axis=(0, 2)).tolist()
@@ -73,15 +54,8 @@ class KeyShuffle:
         self.sent: Ints = np.concatenate([local[:, to][own[:, to]] for to in range(size)])
         coming = owners[:, rank].reshape(-1)
         self.received_counts: list[int] = np.bincount(coming, minlength=size).tolist()
-        came = np.empty(KEYS * share, dtype=np.int64)
-        came[np.argsort(coming, kind="stable")] = np.arange(KEYS * share)
-        self.arrived: Ints = came[self._stack]
-
-    def unstacked(self, vectors: Tensor) -> Tensor:
-        """(3n, D) in the stack's order to (3n, D) by key and place."""
-        placed = torch.empty_like(vectors)
-        placed[to_device(torch.from_numpy(self._stack), vectors.device)] = vectors
-        return placed
+        self.arrived: Ints = np.empty(KEYS * share, dtype=np.int64)
+        self.arrived[np.argsort(coming, kind="stable")] = np.arange(KEYS * share)
 
     def by_row(self, vectors: Tensor) -> Tensor:
         """(R · 3n, D) by rank, key and place to (3, N, D) by key and row of the global batch."""

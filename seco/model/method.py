@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from seco.config import PretrainConfig, task_list
-from seco.model.batchnorm import group_order, set_groups
+from seco.model.batchnorm import running_statistics
 from seco.model.contrast import NegativeQueue
 from seco.model.encoder import Encoder
-from seco.model.key_shuffle import KEYS, KeyShuffle
+from seco.model.key_shuffle import KEYS
 from seco.model.losses import inter_loss, intra_loss, order_loss
-from seco.processes.device import to_device
 
 Embeddings = dict[str, Tensor]  # by head
 
@@ -24,7 +23,8 @@ Embeddings = dict[str, Tensor]  # by head
 class StepResult:
     """What one forward gives: the summed loss, and detached figures by name for the log.
 
-    Each of them is a mean over the rows, so those of all ranks are the means of theirs.
+    Each of them is a mean over the rows, so those of groups of one size, or of all ranks, are the
+    means of theirs.
     """
 
     loss: Tensor
@@ -58,18 +58,24 @@ class SeCo(nn.Module):
         )
 
     @torch.no_grad()
-    def encode_keys(self, images: Tensor, shuffle: KeyShuffle) -> Embeddings:
-        """This rank's key images (3n, 3, S, S), as ``shuffle`` stacks them, to (3n, D) by place.
+    def encode_keys(self, groups: Iterable[Tensor], per_key: int) -> Embeddings:
+        """Encode this rank's key images, one BatchNorm group at a time.
 
-        The authors' code has a forward for each key. They may be joined: no group mixes them, so
-        the statistics are the same.
+        Args:
+            groups: (g, 3, S, S) each, in the order of :class:`seco.model.key_shuffle.KeyShuffle`:
+                those of k1, then those of k2 and of k3. Taken one after the other, so that
+                a generator needs memory for one alone.
+            per_key: groups of each key. The running statistics follow the first of them, as those
+                of rank 0 do in the authors' code, which has a forward for each key.
+
+        Returns:
+            for each head unit vectors (3n, D) in the groups' order.
         """
-        set_groups(self.key_encoder, shuffle.groups, passes=KEYS // shuffle.forwards)
-        encoded = [self.key_encoder(part) for part in images.chunk(shuffle.forwards)]
-        return {
-            name: shuffle.unstacked(torch.cat([part[name] for part in encoded]))
-            for name in encoded[0]
-        }
+        encoded: list[Embeddings] = []
+        for number, images in enumerate(groups):
+            with running_statistics(self.key_encoder, follow=number % per_key == 0):
+                encoded.append(self.key_encoder(images))
+        return {name: torch.cat([group[name] for group in encoded]) for name in encoded[0]}
 
     def forward(
         self,
@@ -79,19 +85,18 @@ class SeCo(nn.Module):
         videos: Tensor,
         first: bool = True,
     ) -> StepResult:
-        """The losses of n queries.
+        """The losses of the g queries of one BatchNorm group.
 
         Args:
-            images: (n, 3, S, S) query views, in the order of :meth:`query_stack`.
-            keys: for each head (3, n, D), k1, k2, k3 of the same rows.
-            order: (n,) 0 when the anchor is before k2 and k3, 1 when after.
-            videos: (n,) numbers of the videos.
-            first: of the micro-batches of a step: BatchNorm's running statistics follow it.
+            images: (g, 3, S, S) query views.
+            keys: for each head (3, g, D), k1, k2, k3 of the same rows.
+            order: (g,) 0 when the anchor is before k2 and k3, 1 when after.
+            videos: (g,) numbers of the videos.
+            first: of the groups of a step: BatchNorm's running statistics follow it.
         """
         config = self.config
-        stack = to_device(self.query_stack(len(images)), images.device)
-        set_groups(self.query_encoder, self._groups(len(images)), passes=int(first))
-        queries = {name: _put_back(v, stack) for name, v in self.query_encoder(images).items()}
+        with running_statistics(self.query_encoder, follow=first):
+            queries: Embeddings = self.query_encoder(images)
         figures: dict[str, Tensor] = {}
         total = torch.zeros((), device=images.device)
         # Logits of unit vectors divided by 0.1 do not bear 8 bits of mantissa.
@@ -107,20 +112,13 @@ class SeCo(nn.Module):
                         query, key, config.intra_temperature, config.intra or "three-way"
                     )
                 else:
-                    sequence = torch.cat([query, key[1], key[2]], dim=1)  # (n, 3D), Eq. 4
+                    sequence = torch.cat([query, key[1], key[2]], dim=1)  # (g, 3D), Eq. 4
                     loss, accuracy = order_loss(self.order_classifier(sequence), order)
                 total = total + loss
                 figures |= {f"loss_{task}": loss.detach(), f"acc_{task}": accuracy}
         vectors = queries[self.head_of[self.tasks[0]]].detach()
         moments = torch.stack([vectors.mean(0), vectors.square().mean(0)])
         return StepResult(total, figures, moments)
-
-    def query_stack(self, count: int) -> Tensor:
-        """(n,) the order in which n queries must be stacked for their BatchNorm groups."""
-        return group_order(torch.arange(count), self._groups(count))
-
-    def _groups(self, count: int) -> int:
-        return count // (self.config.bn_group or count)
 
     def append_keys(self, keys: Mapping[str, Tensor], videos: Tensor) -> None:
         """The keys of the global batch, for each head (3, N, D), become negatives."""
@@ -148,8 +146,3 @@ def spread(moments: Tensor) -> Tensor:
     deviation: Tensor = (square - mean.square()).clamp_min(0).sqrt()
     value: Tensor = deviation.mean() * len(mean) ** 0.5
     return value
-
-
-def _put_back(vectors: Tensor, order: Tensor) -> Tensor:
-    """Undo ``images[order]``; differentiable."""
-    return vectors[torch.argsort(order)]

@@ -1,13 +1,16 @@
 """One training step, on one rank or many: what is exchanged, encoded, differentiated and updated.
 
-Gradient accumulation cuts a rank's rows into micro-batches for the memory's sake and changes
-nothing else: all keys are encoded first, all queries see the queue as it was before the step, and
-BatchNorm's groups are the same (``bn_group`` has to divide a micro-batch).
+A rank works on one BatchNorm group at a time: first the groups of its key images, without
+gradients, then those of its queries, forward and backward, whose gradients add up. So memory holds
+the activations of one group at most, every forward has the same shape, and all queries see the
+queue as it was before the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +20,15 @@ from torch import Tensor
 
 from seco.config import PretrainConfig
 from seco.loading.device_views import DeviceViews
-from seco.model.key_shuffle import KEYS, KeyShuffle
+from seco.model.key_shuffle import KeyShuffle
 from seco.model.method import SeCo, StepResult
-from seco.processes.device import to_device
+from seco.processes.compiler import compile_faults, compiler_works
+from seco.processes.device import to_device, uses_bf16
 from seco.processes.distributed import distributed, synchronised
 from seco.processes.ranks import Ranks
 from seco.views.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
+
+_BACKEND = "inductor"
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,23 @@ class GlobalRows:
     videos: Tensor  # (N,)
 
 
+def for_device(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+    """Decide what is left to the device: precision, memory format and compiling."""
+    on_gpu = device.type == "cuda"
+    return dataclasses.replace(
+        config,
+        precision="bf16" if uses_bf16(config.precision, device) else "fp32",
+        channels_last=on_gpu if config.channels_last is None else config.channels_last,
+        compile=on_gpu if config.compile is None else config.compile,
+    )
+
+
 class TrainingStep:
     """Runs steps of a model.
 
     Args:
         model: on the device, in training mode.
-        config: resolved settings.
+        config: resolved settings, decided for the device (:func:`for_device`).
         views: how views are drawn.
         device_views: makes them.
         ranks: the processes of the run.
@@ -62,14 +79,17 @@ class TrainingStep:
         self._device = device
         self._device_views = device_views
         self._share = config.batch_size // ranks.size
-        self._micro = self._share // config.accumulate
+        self._group = config.bn_group or self._share
         self._autocast = config.precision == "bf16"
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        if config.compile:
-            model.query_encoder.compile()
-            model.key_encoder.compile()
+        self._compiled = bool(config.compile) and compiler_works(device)
+        if self._compiled:
+            for encoder in (model.query_encoder, model.key_encoder):
+                encoder.compile(backend=_BACKEND, dynamic=False)  # their forward is shared code
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # a group's shape never changes
         self.optimizer = torch.optim.SGD(
             model.trained_parameters(),
             lr=config.lr,
@@ -90,21 +110,17 @@ class TrainingStep:
 
         Returns:
             loss and figures of this rank's rows.
+
+        Raises:
+            InputError: torch.compile fails on the encoders.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         order, videos = (to_device(t, self._device) for t in (known.order, known.videos))
-        keys = self._keys(crops, known, step)
-        own = slice(self._ranks.rank * self._share, (self._ranks.rank + 1) * self._share)
-        mine = {name: vectors[:, own] for name, vectors in keys.items()}
-        self.optimizer.zero_grad(set_to_none=True)
-        results = []
-        for begin in range(0, self._share, self._micro):
-            rows = slice(begin, begin + self._micro)
-            last = begin + self._micro == self._share
-            with synchronised(self._losses, last):
-                result = self._queries(crops[0, rows], mine, known, order[own], videos[own], rows)
-                results.append(result)
+        with compile_faults() if self._compiled else nullcontext():
+            keys = self._keys(crops, known, step)
+            self.optimizer.zero_grad(set_to_none=True)
+            results = self._queries(crops[0], keys, known, order, videos)
         self.optimizer.step()
         self.model.append_keys(keys, videos)
         self.model.update_key_encoder()
@@ -114,48 +130,56 @@ class TrainingStep:
         """For each head (3, N, D), the keys of the global batch."""
         config, ranks = self._config, self._ranks
         generator = torch.Generator().manual_seed(step_seed(config.seed, step))
-        group = config.bn_group or self._share
-        # A processor's caches like small batches, a GPU likes few kernels.
-        forwards = KEYS if self._device.type == "cpu" else 1
-        shuffle = KeyShuffle(config.batch_size, group, ranks.rank, ranks.size, generator, forwards)
+        shuffle = KeyShuffle(config.batch_size, ranks.rank, ranks.size, generator)
         own = crops[1:].flatten(0, 1)
         if ranks.size == 1:
-            stacked = own[_index(shuffle.wanted, self._device)]
+            places = shuffle.wanted
         else:
             leaving = own[_index(shuffle.sent, self._device)]
-            came = ranks.exchange(leaving, shuffle.sent_counts, shuffle.received_counts)
-            stacked = came[_index(shuffle.arrived, self._device)]
+            own = ranks.exchange(leaving, shuffle.sent_counts, shuffle.received_counts)
+            places = shuffle.arrived
         drawn = known.uniform[1:].reshape(-1, VIEW_DRAWS)[shuffle.wanted]
+
+        def groups() -> Iterator[Tensor]:
+            for begin in range(0, len(places), self._group):
+                rows = slice(begin, begin + self._group)
+                yield self._finished(own[_index(places[rows], self._device)], drawn[rows])
+
         with self._precision():
-            encoded = self.model.encode_keys(self._finished(stacked, drawn), shuffle)
+            encoded = self.model.encode_keys(groups(), self._share // self._group)
         return {name: shuffle.by_row(ranks.gather(vectors)) for name, vectors in encoded.items()}
 
     def _queries(
         self,
         crops: Tensor,
-        keys: Mapping[str, Tensor],
+        keys: dict[str, Tensor],
         known: GlobalRows,
         order: Tensor,
         videos: Tensor,
-        rows: slice,
-    ) -> StepResult:
-        """Forward and backward of some of this rank's rows."""
-        stack = self.model.query_stack(len(crops))
-        first = self._ranks.rank * self._share + rows.start
-        drawn = known.uniform[0, first : first + len(crops)][stack.numpy()]
-        images = self._finished(crops[to_device(stack, self._device)], drawn)
-        some = {name: vectors[:, rows] for name, vectors in keys.items()}
-        with self._precision():
-            result: StepResult = self._losses(
-                images, some, order[rows], videos[rows], first=rows.start == 0
-            )
-        with self._ranks.watched():
-            (result.loss / self._config.accumulate).backward()
-        return StepResult(result.loss.detach(), result.figures, result.moments)
+    ) -> list[StepResult]:
+        """Forward and backward of this rank's queries, a group at a time; gradients add up."""
+        results = []
+        for begin in range(0, self._share, self._group):
+            end = begin + self._group
+            first = self._ranks.rank * self._share
+            rows = slice(first + begin, first + end)  # of the global batch
+            images = self._finished(crops[begin:end], known.uniform[0, rows])
+            some = {name: vectors[:, rows] for name, vectors in keys.items()}
+            with synchronised(self._losses, last=end == self._share):
+                with self._precision():
+                    result: StepResult = self._losses(
+                        images, some, order[rows], videos[rows], first=begin == 0
+                    )
+                with self._ranks.watched():
+                    (result.loss * (self._group / self._share)).backward()
+            results.append(StepResult(result.loss.detach(), result.figures, result.moments))
+        return results
 
     def _finished(self, crops: Tensor, drawn: NDArray[np.float64]) -> Tensor:
-        """(n, 3, S, S) crops, or views that are finished already, in the model's layout."""
+        """(g, 3, S, S) crops, or views that are finished already, as the encoder wants them."""
         views = self._device_views.finished(crops, draw_views(drawn, self._views))
+        if self._autocast:
+            views = views.bfloat16()  # what the first convolution would make of them
         return views.contiguous(memory_format=self._layout)
 
     def _precision(self) -> torch.autocast:
@@ -167,7 +191,7 @@ def _index(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 def _mean(results: list[StepResult]) -> StepResult:
-    """Of micro-batches of one size."""
+    """Of groups of one size."""
     if len(results) == 1:
         return results[0]
     figures = {

@@ -19,8 +19,8 @@ from seco.model.method import SeCo, StepResult, spread
 from seco.pretrain.health import Health, status
 from seco.pretrain.initialise import initialise
 from seco.pretrain.online_knn import OnlineKnn
-from seco.pretrain.step import GlobalRows, TrainingStep
-from seco.processes.device import resolve_device, uses_bf16
+from seco.pretrain.step import GlobalRows, TrainingStep, for_device
+from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
 from seco.report.report import write_report
@@ -116,7 +116,7 @@ class Trainer(TrainingRun):
         self.knn = OnlineKnn(config, device, ranks) if config.knn_shards else None
         self.step = TrainingStep(
             model,
-            _with_precision(config, device),
+            for_device(config, device),
             self.view_config,
             self.device_views,
             ranks,
@@ -159,7 +159,7 @@ class Trainer(TrainingRun):
             self.stream,
             self.config.crop_size,
             self.view_config,
-            workers=self.config.workers,
+            workers=loader_workers(self.config.workers, self.device),
             first_step=self.state.step,
             last_step=self.total_steps,
             decode=self.config.decode,
@@ -264,8 +264,3 @@ class Trainer(TrainingRun):
         }
         named = dict(zip(names, figures, strict=True))
         return {"epoch": epoch, "loss": loss, "lr": lr, **named, **more}
-
-
-def _with_precision(config: PretrainConfig, device: torch.device) -> PretrainConfig:
-    precision = "bf16" if uses_bf16(config.precision, device) else "fp32"
-    return dataclasses.replace(config, precision=precision)

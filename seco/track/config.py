@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seco.config import WORKERS_HELP
 from shards.errors import InputError
 from shards.settings import require, setting
 
@@ -70,7 +71,7 @@ class TrackTrainConfig:
     processes: int | None = setting(
         None, "processes on this machine [default: one a visible GPU, else 1]"
     )
-    workers: int = setting(2, "loader processes of each process; never changes a result")
+    workers: int | None = setting(None, WORKERS_HELP)
     window_shards: int | None = setting(
         None, "shuffle within so many shards, 0: all [default: 64 with --cache-dir, else all]"
     )
@@ -152,7 +153,7 @@ def check_training(config: TrackTrainConfig, processes: int = 1) -> None:
         "positive_radius",
         f"must be from 0 to below {2 * half_px:g}: elsewhere than the target must remain",
     )
-    require(config.workers >= 0, "workers", "must not be negative")
+    require((config.workers or 0) >= 0, "workers", "must not be negative")
     require((config.window_shards or 0) >= 0, "window_shards", "must not be negative")
     require(config.processes is None or config.processes >= 1, "processes", "must be 1 or more")
     require(

@@ -144,13 +144,14 @@ class PairLoader:
         stream: PairStream,
         config: TrackTrainConfig,
         *,
+        workers: int,
         first_step: int,
         last_step: int,
     ) -> None:
         self._stream = stream
         self._steps = range(first_step, last_step)
         self._maker = PairMaker(stream, config.max_stretch)
-        self._workers = config.workers
+        self._workers = workers
 
     def __iter__(self) -> Generator[PairBatch, None, None]:
         """Raises InputError when samples cannot be made nor replaced."""

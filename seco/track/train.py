@@ -15,7 +15,7 @@ from torch import Tensor
 from seco.checkpoints.backbone_guard import BackboneGuard
 from seco.checkpoints.checkpoint import load_checkpoint
 from seco.checkpoints.weights import Backbone, load_backbone
-from seco.processes.device import resolve_device, to_device, uses_bf16
+from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.distributed import distributed
 from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
@@ -206,7 +206,11 @@ class TrackTraining(TrainingRun):
         return self.state.last
 
     def _batches(self, first: int, last: int) -> Generator[PairBatch, None, None]:
-        return iter(PairLoader(self.stream, self.config, first_step=first, last_step=last))
+        workers = loader_workers(self.config.workers, self.device)
+        loader = PairLoader(
+            self.stream, self.config, workers=workers, first_step=first, last_step=last
+        )
+        return iter(loader)
 
     def _measure(self, stop: StopRequest) -> None:
         """What a new run's head starts from, of its first pairs.

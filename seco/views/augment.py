@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from seco.processes.compiler import if_it_compiles
 from seco.processes.device import to_device
 from seco.views.view_parameters import (
     IMAGENET_MEAN,
@@ -77,14 +78,12 @@ def apply_views(
         raise ValueError(f"{len(images)} images but parameters of {len(views)}")
     config = config or ViewConfig()
     if fused or (fused is None and images.device.type == "cuda"):
-        from seco.views.fused_views import (  # which import this module
-            fused_if_compiled,
-            fused_views,
-        )
+        from seco.views.fused_views import fused_views  # which imports this module
 
-        if fused:
+        def compiled() -> Tensor:
             return fused_views(images, views, config)
-        done = fused_if_compiled(images, views, config)
+
+        done = compiled() if fused else if_it_compiles(compiled)
         if done is not None:
             return done
     block = _CPU_BLOCK_PX // images[0, 0].numel() + 1 if len(images) else 1

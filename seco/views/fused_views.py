@@ -14,7 +14,6 @@ and write 1 + 1 + 4, 8 and 8 bytes, 6.8 GB for 2048 images of 224² px.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -72,37 +71,6 @@ def fused_views(
         torch._dynamo.maybe_mark_dynamic(batched, 0)
     with torch.no_grad():  # the caller's mode would be one more reason to compile anew
         return _compiled()(images, parameters, config.mean, config.std)
-
-
-def fused_if_compiled(
-    images: Tensor, views: ViewParameters, config: ViewConfig | None = None
-) -> Tensor | None:
-    """``fused_views``, or None, with one line on stderr for all calls, where it cannot compile.
-
-    Triton wants a C compiler on the machine, which not everyone has.
-    """
-    if _failures:
-        return None
-    try:
-        return fused_views(images, views, config)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except (
-        RuntimeError,
-        ImportError,
-        OSError,
-    ) as error:  # dynamo's and inductor's are RuntimeErrors
-        reason = str(error).strip().partition("\n")[0][:200]
-        _failures.append(f"{type(error).__name__}: {reason}")
-        print(
-            f"seco: slower views, as torch.compile failed ({_failures[0]})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return None
-
-
-_failures: list[str] = []  # not tried again: each try costs seconds
 
 
 def blur_radius(config: ViewConfig) -> int:

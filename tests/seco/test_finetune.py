@@ -20,6 +20,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import cli
@@ -39,7 +40,6 @@ from seco.finetune.segments import clip_starts, segment_frames, segment_middles
 from seco.finetune.testing import finetune_eval
 from seco.finetune.video_classifier import VideoClassifier, load_finetuned
 from seco.finetune.video_scores import ClipProtocol, VideoScores
-from seco.model.batchnorm import GroupedBatchNorm2d
 from seco.processes.ranks import Ranks
 from seco.runs.schedule import step_decay
 from seco.views.view_parameters import ViewConfig
@@ -183,7 +183,7 @@ def test_frozen_layers_stay_as_they_are(
 ) -> None:
     before = load_backbone("random", "resnet18", 0).network.state_dict()
     after, *_ = load_finetuned(undisturbed / "last.pt")
-    names = [n for n, m in after.backbone.named_modules() if isinstance(m, GroupedBatchNorm2d)]
+    names = [n for n, m in after.backbone.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert names[0] == "bn1" and len(names) == 20
     state = after.backbone.state_dict()
     for name in names:
@@ -208,7 +208,7 @@ def test_frozen_layers_stay_as_they_are(
 @pytest.mark.parametrize(("frozen", "trained"), [("all", 0), ("all-but-first", 1), ("none", 20)])
 def test_which_layers_are_frozen(frozen: str, trained: int) -> None:
     model = VideoClassifier("resnet18", 5, frozen)
-    layers = [m for m in model.modules() if isinstance(m, GroupedBatchNorm2d)]
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(layer.training for layer in layers) == trained
     assert sum(layer.weight.requires_grad for layer in layers) == trained
     assert not any(layer.training for layer in model.eval().train().frozen)

@@ -15,6 +15,7 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
+from seco.processes import compiler
 from seco.views import fused_views as fused
 from seco.views.augment import apply_views, normalise
 from seco.views.fused_views import blur_radius, dense_views, fused_views, pack
@@ -189,13 +190,14 @@ def test_without_a_compiler_views_come_regrouped_after_one_warning(
     def no_compiler() -> fused.Core:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
 
-    monkeypatch.setattr(fused, "_failures", [])
+    monkeypatch.setattr(compiler, "_failures", [])
     monkeypatch.setattr(fused, "_compiled", no_compiler)
     images, views = textures(4, 16), drawn(4)
     for _ in range(2):
-        assert fused.fused_if_compiled(images, views, PLAIN) is None
+        done = compiler.if_it_compiles(lambda: fused_views(images, views, PLAIN))
+        assert done is None
     assert capsys.readouterr().err.splitlines() == [
-        "seco: slower views, as torch.compile failed (RuntimeError: Failed to find C compiler.)"
+        "seco: slower, as torch.compile failed (RuntimeError: Failed to find C compiler.)"
     ]
     apply_views(images, views, PLAIN)  # needs none on the CPU
 
@@ -210,4 +212,4 @@ def test_a_gpu_gives_the_same_fused_views() -> None:
         assert torch.equal(apply_views(interleaved, views, PLAIN).cpu(), ours)
         regrouped = apply_views(interleaved, views, PLAIN, fused=False).cpu()
         assert_equal_views(regrouped, apply_views(images, views, PLAIN), views)
-    assert not fused._failures
+    assert not compiler._failures

@@ -12,15 +12,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import seco.pretrain.step
 from seco.config import PretrainConfig, resolve
 from seco.loading.device_views import DeviceViews
-from seco.model.batchnorm import GroupedBatchNorm2d, group_order
+from seco.model.batchnorm import running_statistics
 from seco.model.encoder import Encoder, build_backbone, feature_dim
-from seco.model.key_shuffle import KEYS, KeyShuffle
+from seco.model.key_shuffle import KeyShuffle
 from seco.model.method import SeCo, StepResult
-from seco.pretrain.step import GlobalRows, TrainingStep, step_seed
+from seco.pretrain.step import GlobalRows, TrainingStep, _mean, for_device, step_seed
 from seco.processes.ranks import Ranks
 from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
+from tests.seco.grouped_batchnorm import joined_forward, with_grouped_layers
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
 
@@ -60,14 +62,24 @@ def forward(
     model: SeCo, views: Tensor, order: Tensor, videos: Tensor, generator: torch.Generator
 ) -> StepResult:
     """Keys, queries and queue of one step on finished views, as a training step calls them."""
-    shuffle = KeyShuffle(N, GROUP, 0, 1, generator, KEYS)
-    stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
-    encoded = model.encode_keys(stacked, shuffle)
+    shuffle = KeyShuffle(N, 0, 1, generator)
+    images = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
+    encoded = model.encode_keys(images.split(GROUP), N // GROUP)
     keys = {name: shuffle.by_row(vectors) for name, vectors in encoded.items()}
-    result: StepResult = model(views[0][model.query_stack(N)], keys, order, videos)
-    result.loss.backward()
+    results: list[StepResult] = []
+    for begin in range(0, N, GROUP):
+        rows = slice(begin, begin + GROUP)
+        some = {name: vectors[:, rows] for name, vectors in keys.items()}
+        results.append(model(views[0][rows], some, order[rows], videos[rows], first=begin == 0))
+        (results[-1].loss * GROUP / N).backward()
     model.append_keys(keys, videos)
-    return result
+    return _mean(results)
+
+
+def step_of(model: SeCo, config: PretrainConfig) -> TrainingStep:
+    device = torch.device("cpu")
+    views = DeviceViews(device, config.crop_size, ViewConfig())
+    return TrainingStep(model, for_device(config, device), ViewConfig(), views, Ranks(), device)
 
 
 @pytest.mark.parametrize("preset", ["paper", "authors"])
@@ -139,22 +151,14 @@ def test_one_step_equals_the_reference(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["paper", "authors"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_whole_steps_equal_plain_ones(preset: str, accumulate: int) -> None:
+def test_two_whole_steps_equal_plain_ones(preset: str) -> None:
     """Gradient, SGD, queue and Eq. 6, written out parameter by parameter in float64."""
-    config = settings(preset=preset, warmup_epochs=0, accumulate=accumulate, ema=0.9)
+    config = settings(preset=preset, warmup_epochs=0, ema=0.9)
     torch.manual_seed(0)
     model = SeCo(config).double().train()
     plain = copy.deepcopy(model)
     views, order, videos = made_input()
-    step = TrainingStep(
-        model,
-        dataclasses.replace(config, precision="fp32"),
-        ViewConfig(),
-        DeviceViews(torch.device("cpu"), SIZE, ViewConfig()),
-        Ranks(),
-        torch.device("cpu"),
-    )
+    step = step_of(model, config)
     known = GlobalRows(np.random.default_rng(0).random((4, N, VIEW_DRAWS)), order, videos)
     velocity: dict[str, Tensor] = {}
     for number, lr in ((0, 0.05), (1, 0.03)):
@@ -182,43 +186,117 @@ def test_two_whole_steps_equal_plain_ones(preset: str, accumulate: int) -> None:
         torch.testing.assert_close(tensor, other[name], atol=1e-9, rtol=1e-6, msg=name)
 
 
-def test_keys_may_be_encoded_at_once_or_one_after_the_other() -> None:
+@pytest.mark.parametrize("preset", ["paper", "authors"])
+def test_a_group_at_a_time_equals_all_groups_in_one_forward(preset: str) -> None:
+    """Losses, gradients, keys and running statistics, in float64; half a step a forward, too."""
+    config = settings(preset=preset, batch_size=8, queue_size=40)
     torch.manual_seed(0)
-    model, (views, _, _) = SeCo(settings()).double().train(), made_input()
-    found = []
-    for forwards in (1, KEYS):
-        apart = copy.deepcopy(model)
-        shuffle = KeyShuffle(N, GROUP, 0, 1, torch.Generator().manual_seed(2), forwards)
-        stacked = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
-        keys = shuffle.by_row(apart.encode_keys(stacked, shuffle)["shared"])
-        found.append((keys, apart.key_encoder.state_dict()))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-9, rtol=1e-7)
-    for name, tensor in found[0][1].items():
-        torch.testing.assert_close(tensor, found[1][1][name], atol=1e-9, rtol=1e-7, msg=name)
+    model = SeCo(config).double().train()
+    generator = torch.Generator().manual_seed(2)
+    views = torch.randn(4, 8, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    order, videos = torch.arange(8) % 2, torch.arange(8)
+    known = GlobalRows(np.zeros((4, 8, VIEW_DRAWS)), order, videos)
+    joined, halves = copy.deepcopy(model), copy.deepcopy(model)
+    result = step_of(model, config).run(views, known, 3, 0.0)
+    shuffle = KeyShuffle(8, 0, 1, torch.Generator().manual_seed(step_seed(config.seed, 3)))
+    for other, parts in ((joined, 1), (halves, 2)):
+        with torch.no_grad():
+            images = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
+            key_encoder = with_grouped_layers(other.key_encoder)
+            places = joined_forward(key_encoder, images, GROUP, passes=3)
+            keys = {name: shuffle.by_row(vectors) for name, vectors in places.items()}
+        query_encoder = with_grouped_layers(other.query_encoder)
+        total = torch.zeros((), dtype=torch.float64)
+        for part in torch.arange(8).chunk(parts):
+            before = copy.deepcopy(dict(other.query_encoder.named_buffers()))
+            embedded = joined_forward(query_encoder, views[0][part], GROUP, passes=1)
+            if part[0] > 0:  # a later part moves no running statistics
+                other.query_encoder.load_state_dict(before, strict=False)
+            other.query_encoder.forward = lambda _, found=embedded: found  # type: ignore[method-assign,assignment,misc]
+            some = {name: vectors[:, part] for name, vectors in keys.items()}
+            found = other(views[0][part], some, order[part], videos[part])
+            del other.query_encoder.forward
+            (found.loss / parts).backward()
+            total += found.loss.detach() / parts
+        torch.testing.assert_close(result.loss, total, atol=1e-12, rtol=0)
+        for (name, ours), theirs in zip(
+            model.query_encoder.named_parameters(), other.query_encoder.parameters(), strict=True
+        ):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-10, rtol=1e-8, msg=name)
+        other.append_keys(keys, videos)
+        torch.testing.assert_close(model.queue.rows, other.queue.rows, atol=1e-11, rtol=0)
+        for (name, ours), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0, msg=name)
 
 
-def test_grouped_statistics_are_those_of_separate_layers() -> None:
+def test_running_statistics_follow_the_first_group_of_a_pass() -> None:
     torch.manual_seed(0)
-    x = torch.randn(12, 5, 4, 4)
-    grouped = GroupedBatchNorm2d(5)
-    grouped.groups, grouped.passes = 6, 2  # two joined passes of three groups of two images
-    separate = [nn.BatchNorm2d(5) for _ in range(6)]
-    order = group_order(torch.arange(12), 6)
-    assert order[:6].tolist() == [0, 2, 4, 6, 8, 10]
-    out = torch.empty_like(x)
-    out[order] = grouped(x[order])
-    for group, layer in enumerate(separate):
-        rows = slice(2 * group, 2 * group + 2)
-        torch.testing.assert_close(out[rows], layer(x[rows]))
-    twice = nn.BatchNorm2d(5)  # rank 0 of the first pass, then rank 0 of the second
-    twice(x[0:2])
-    twice(x[6:8])
-    torch.testing.assert_close(grouped.running_mean, twice.running_mean)
-    torch.testing.assert_close(grouped.running_var, twice.running_var)
-    assert int(grouped.num_batches_tracked) == 2
-    grouped.eval()
-    twice.eval()
-    torch.testing.assert_close(grouped(x), twice(x))
+    layer, first = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+    groups = torch.randn(3, 4, 5, 6, 6)
+    outputs = []
+    for number, group in enumerate(groups):
+        with running_statistics(nn.Sequential(layer), follow=number == 0):
+            outputs.append(layer(group.requires_grad_()))
+    first(groups[0])
+    for ours, theirs in zip(layer.buffers(), first.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    for group, output in zip(groups, outputs, strict=True):
+        assert torch.equal(output, nn.BatchNorm2d(5)(group))
+    torch.cat(outputs).square().sum().backward()  # what was put back is no input of it
+    with pytest.raises(ZeroDivisionError), running_statistics(layer, follow=False):
+        layer(groups[1])
+        raise ZeroDivisionError
+    assert torch.equal(layer.running_mean, first.running_mean)
+
+
+def test_every_forward_of_a_step_is_one_static_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU compiles: no graph breaks, no symbolic shapes, nothing compiled anew."""
+    from torch._dynamo.utils import counters
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        assert not any(isinstance(value, torch.SymInt) for value in inputs)
+        return graph.forward
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(seco.pretrain.step, "_BACKEND", record)
+    monkeypatch.setattr(seco.pretrain.step, "compiler_works", lambda device: True)
+    config = settings(batch_size=8, compile=True, channels_last=True)
+    torch.manual_seed(0)
+    model = SeCo(config).train()
+    plain = copy.deepcopy(model)
+    generator = np.random.default_rng(0)
+    crops = torch.from_numpy(generator.integers(0, 256, (4, 8, 3, SIZE, SIZE), dtype=np.uint8))
+    known = GlobalRows(generator.random((4, 8, VIEW_DRAWS)), torch.arange(8) % 2, torch.arange(8))
+    steps = step_of(model, config), step_of(plain, dataclasses.replace(config, compile=False))
+    for number in range(3):
+        ours, theirs = (step.run(crops, known, number, 0.01) for step in steps)
+        torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2  # the keys' and the queries'
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_no_convolution_leaves_channels_last() -> None:
+    config = settings(arch="resnet50", channels_last=True)
+    model = SeCo(config).train()
+    step, formats = step_of(model, config), []
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        last = torch.channels_last
+        formats.append(all(t.is_contiguous(memory_format=last) for t in (*inputs, output)))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(look)
+    crops = torch.zeros(4, N, 3, SIZE, SIZE, dtype=torch.uint8)
+    known = GlobalRows(np.random.default_rng(0).random((4, N, VIEW_DRAWS)), *made_input()[1:])
+    step.run(crops, known, 0, 0.01)
+    assert len(formats) == 53 * 4 * (N // GROUP)
+    assert all(formats)
 
 
 def test_the_key_encoder_follows_by_equation_6() -> None:
