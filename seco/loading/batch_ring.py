@@ -8,6 +8,7 @@ forked writes its part of a batch where the trainer will read it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 
@@ -50,6 +51,9 @@ class BatchRing:
         failed = torch.cuda.cudart().cudaHostRegister(pointer, size, 0)
         self._pinned = int(failed) == 0
         if not self._pinned:
+            # The error would be reported again by the next kernel, which has done nothing wrong.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda").add_(1)
             print("seco: the loader's memory cannot be pinned; copies will wait", file=sys.stderr)
         return self._pinned
 

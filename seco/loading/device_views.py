@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from seco.loading.device_copies import DeviceCopies
 from seco.loading.loader import Batch
 from seco.views.augment import apply_views
 from seco.views.chunks import FRAME_OF_VIEW, VIEWS
 from seco.views.view_parameters import ViewConfig, ViewParameters
 from shards.errors import InputError
-
-_COPIES_UNDER_WAY = 1  # the loader keeps one batch more than the one being read
 
 
 class DeviceViews:
@@ -30,7 +27,7 @@ class DeviceViews:
         self._device = device
         self._size = crop_size
         self._config = config
-        self._copies: deque[torch.cuda.Event] = deque()
+        self._copies = DeviceCopies(device) if device.type == "cuda" else None
 
     def crops(self, batch: Batch) -> Tensor:
         """(4, N, 3, S, S) of query, k1 (both of the anchor), k2, k3: uint8, or float32 views.
@@ -38,24 +35,15 @@ class DeviceViews:
         Frames that the device cannot decode are replaced by those of the next sample; the batch's
         ``unreadable`` names them.
         """
-        return self._decoded(batch) if batch.images is None else self._copied(batch.images)
+        if batch.images is None:
+            return self._decoded(batch)
+        return batch.images if self._copies is None else self._copies.copy(batch.images)
 
     def finished(self, crops: Tensor, views: ViewParameters) -> Tensor:
         """(n, 3, S, S) crops to float32 views; those that are finished stay as they are."""
         if crops.dtype != torch.uint8:
             return crops
         return apply_views(crops, views, self._config)
-
-    def _copied(self, images: Tensor) -> Tensor:
-        copied = images.to(self._device, non_blocking=True)
-        if self._device.type == "cuda":
-            # The loader writes this memory anew two batches later: until then it must be read.
-            done = torch.cuda.Event()
-            done.record()
-            self._copies.append(done)
-            if len(self._copies) > _COPIES_UNDER_WAY:
-                self._copies.popleft().synchronize()
-        return copied
 
     def _decoded(self, batch: Batch) -> Tensor:
         """(4, N, 3, S, S) uint8."""

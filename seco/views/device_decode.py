@@ -8,6 +8,7 @@ colour edges), and its inverse DCT rounds differently. Gray values should agree 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -66,8 +67,7 @@ def _decode(
     if not numbers:
         return
     try:
-        chosen = [jpegs[number] for number in numbers]
-        frames = decode_jpeg(chosen, mode=ImageReadMode.RGB, device=device)
+        frames = _decoded([jpegs[number] for number in numbers], device)
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the files' fault
         raise
     except RuntimeError as error:
@@ -79,6 +79,27 @@ def _decode(
         yield from _decode(jpegs, numbers[half:], device, reasons)
     else:
         yield from zip(numbers, frames, strict=True)
+
+
+def _decoded(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
+    if device.type != "cuda":
+        decoded: list[Tensor] = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
+        return decoded
+    # torchvision allocates for the current stream and decodes on its own, which does not wait for
+    # that one: it could write to memory that the host has freed and queued kernels still read. The
+    # memory of a stream that does nothing else is free only when those who read it are done.
+    compute, own = torch.cuda.current_stream(device), _decoding_stream(device)
+    with torch.cuda.stream(own):
+        decoded = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
+    compute.wait_stream(own)
+    for frame in decoded:
+        frame.record_stream(compute)
+    return decoded
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _cut_short(jpeg: Tensor) -> bool:
