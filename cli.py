@@ -281,7 +281,7 @@ def extract_here(config: ExtractConfig) -> int:
 def import_(**settings: Any) -> None:
     """Make a checkpoint of this toolkit from FILE, by name and strictly.
 
-    FILE is MoCo v1 or v2, SeCo of its authors, a torchvision ResNet (.pth) or safetensors. Such
+    FILE is MoCo v1 or v2, SeCo of its authors, or a ResNet state dict (.pth or safetensors). Such
     files can be given to --init and --checkpoint as they are, too.
 
     \b
@@ -299,7 +299,7 @@ def export(**settings: Any) -> None:
     """Write the checkpoint FILE in a layout that other code reads.
 
     torchvision and safetensors hold the query backbone; moco (v2) and seco-authors hold the heads,
-    the key encoder and the queue as well.
+    the key encoder and the queue as well, and take torchvision's ResNets only.
 
     \b
     Example: seco export runs/k400/last.pt --format torchvision --out k400-resnet50.pth
@@ -714,7 +714,7 @@ def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: A
 
 @bench.command("track")
 @click.option("--shards", multiple=True, help="Tracking shards, to measure being fed from them.")
-@click.option("--arch", default="resnet50", show_default=True, help="Of the backbone.")
+@click.option("--arch", default="resnet50", show_default=True, help="Backbone.")
 @click.option(
     "--feature-layer",
     default="layer4",

@@ -49,7 +49,11 @@ class PretrainConfig:
     tasks: str = setting(
         "inter,intra,order", "proxy tasks, separated by commas", source="paper Eq. 5, Table 1"
     )
-    arch: str = setting("resnet50", "torchvision ResNet", source="paper §5.2")
+    arch: str = setting(
+        "resnet50",
+        "backbone: a torchvision ResNet, or for small images resnet10_w32, resnet18_cifar, …",
+        source="paper §5.2",
+    )
     init: str | None = setting(None, "start from this checkpoint or ResNet state dict")
     epochs: int = setting(400, "epochs", source="paper §5.2")
     batch_size: int = setting(512, "global batch, in videos", source="paper §5.2")

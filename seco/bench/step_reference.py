@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seco.config import PretrainConfig
+from seco.model.backbones import build_backbone, feature_dim
 
 
 def bare_cost(
@@ -21,7 +21,7 @@ def bare_cost(
     bf16: bool,
     layout: torch.memory_format,
 ) -> Callable[[], None]:
-    """One forward and backward, and three forwards without gradients, of torchvision's own ResNet.
+    """One forward and backward, and three forwards without gradients, of the backbone alone.
 
     Args:
         config: gives the architecture.
@@ -30,9 +30,8 @@ def bare_cost(
         bf16: under autocast.
         layout: of images and weights.
     """
-    network = torchvision.models.get_model(config.arch, weights=None)
-    network.fc = nn.Identity()
-    network = network.to(device, memory_format=layout).train()
+    network = build_backbone(config.arch).train()
+    network.to(device).to(memory_format=layout)
     query, keys = (
         part.contiguous(memory_format=layout) for part in (views[0], views[1:].flatten(0, 1))
     )
@@ -59,8 +58,8 @@ class PlainStep:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self._config = config
-        network = torchvision.models.get_model(config.arch, weights=None)
-        width = network.fc.in_features
+        network = build_backbone(config.arch)
+        width = feature_dim(config.arch)
         network.fc = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.embedding_dim)
         )

@@ -21,6 +21,7 @@ from seco.checkpoints.foreign_checkpoints import (
 )
 from seco.checkpoints.torch_files import save_torch_file
 from seco.config import TASKS
+from seco.model.backbones import TORCHVISION, backbone_spec
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import sha256_of
@@ -66,6 +67,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     """
     source, out = _paths(config.file, config.out)
     weights = read_weights(source)
+    torchvisions = backbone_spec(weights.arch).family == TORCHVISION
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # the first as transformers has it
         whole = safetensors.torch.save(weights.query.backbone, metadata)
@@ -73,13 +75,22 @@ def export_checkpoint(config: ExportConfig) -> str:
             temporary.write_bytes(whole)
     elif config.format == "torchvision":
         save_torch_file(out, weights.query.backbone)
+    elif not torchvisions:
+        raise InputError(
+            f"holds a {weights.arch}, which the code that reads this layout cannot build",
+            source,
+            "export it as torchvision or safetensors",
+        )
     elif config.format == "moco":
         save_torch_file(out, _moco(weights, source))
     else:
         save_torch_file(out, _authors(weights, source))
     whole_model = config.format in ("moco", "seco-authors")
     held = _contents(weights) if whole_model else "query backbone"
-    return f"{out}: {held} of {source.name} ({weights.arch}) as {config.format}"
+    said = f"{out}: {held} of {source.name} ({weights.arch}) as {config.format}"
+    if torchvisions:
+        return said
+    return f"{said}; build the network with seco.model.backbones.build_backbone({weights.arch!r})"
 
 
 def _paths(file: str, out: str) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors")
 class ImportConfig:
     """A file of any known layout to a checkpoint of this toolkit."""
 
-    file: str = setting("", "MoCo, SeCo of its authors, torchvision ResNet, or safetensors")
+    file: str = setting("", "MoCo, SeCo of its authors, ResNet state dict, or safetensors")
     out: str = setting("", "the checkpoint to write")
 
 

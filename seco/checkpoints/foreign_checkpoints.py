@@ -1,12 +1,13 @@
 """Checkpoints of every layout that this toolkit reads, told apart and taken by name, strictly.
 
 MoCo v1 and v2 (``facebookresearch/moco``), SeCo of its authors and what they fine-tuned
-(``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), torchvision ResNets (torch files and
-safetensors), and the toolkit's own. Nothing in a file is ever run.
+(``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), state dicts with torchvision's names (torch
+files and safetensors), and the toolkit's own. Nothing in a file is ever run.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ DESCRIPTIONS = {
     AUTHORS: "SeCo of its authors",
     AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
     SECO_FINETUNED: "fine-tuned by this toolkit",
-    TORCHVISION: "a torchvision ResNet",
+    TORCHVISION: "a ResNet state dict",
 }
 
 Layer = dict[str, Tensor]
@@ -62,7 +63,7 @@ class Weights:
 
     Args:
         layout: which of the module's names; of an imported file, what it was imported from.
-        arch: torchvision's name of the ResNet.
+        arch: name of the backbone.
         query: the encoder that was trained.
         key: its moving average.
         queue: (K, D) keys, one a row.
@@ -96,7 +97,7 @@ def read_weights(path: Path) -> Weights:
             another shape or holds NaN.
     """
     if _is_safetensors(path):
-        return _torchvision(_read_safetensors(path), path)
+        return _torchvision(*_read_safetensors(path), path)
     content = load_torch_file(path)
     if not isinstance(content, Mapping):
         raise _unknown(path)
@@ -108,7 +109,7 @@ def read_weights(path: Path) -> Weights:
         return _authors(content, path)
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise _unknown(path)
-    return _torchvision(content, path)
+    return _torchvision(content, None, path)
 
 
 def _unknown(path: Path) -> InputError:
@@ -118,9 +119,9 @@ def _unknown(path: Path) -> InputError:
     )
 
 
-def _torchvision(content: object, path: Path) -> Weights:
+def _torchvision(content: object, stated: object, path: Path) -> Weights:
     tensors = NamedTensors(content, path).unwrapped()
-    arch, backbone = take_backbone(tensors)
+    arch, backbone = take_backbone(tensors, stated)
     classified = any(name.startswith("fc.") for name in tensors.names())
     if classified:
         take_linear(tensors.under("fc."), _width(backbone))
@@ -292,10 +293,14 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
+    """The tensors, and the architecture that the file's metadata name, if they do."""
     try:
         # Through memory: a mapped file that is cut while it is read would kill the process.
-        return safetensors.torch.load(path.read_bytes())
+        whole = path.read_bytes()
+        tensors = safetensors.torch.load(whole)
+        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        return tensors, header.get("__metadata__", {}).get("arch")
     except OSError as error:
         raise InputError(
             f"cannot be read ({error.strerror or error})", path, "check the path"

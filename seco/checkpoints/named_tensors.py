@@ -7,17 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor
 
+from seco.model.backbones import build_backbone, known_archs
 from shards.errors import InputError
 
-# The likeliest first: building the others to compare with takes a second.
-ARCHS = (
-    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "wide_resnet50_2"),
-    *("resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"),
-)
 _COUNTER = "num_batches_tracked"
 _WRAPPED = "module."  # what DistributedDataParallel puts before every name
 
@@ -116,7 +110,7 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
         stated: the architecture that the file names; any other value is found by the tensors.
 
     Returns:
-        torchvision's name of the architecture, and its tensors.
+        the name of the architecture, and its tensors.
 
     Raises:
         InputError: one of its tensors is missing, left over or has another shape.
@@ -124,7 +118,7 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
     shapes = {name: tensors.shape(name) for name in tensors.names() if not name.startswith("fc")}
     # Files of torch before 0.4.1, torchvision's first weights among them, count no batches.
     uncounted = not any(name.endswith(_COUNTER) for name in shapes)
-    candidates = (str(stated),) if stated in ARCHS else ARCHS
+    candidates = (str(stated),) if stated in known_archs() else known_archs()
     closest, least = candidates[0], len(shapes) + 1_000
     for arch in candidates:
         expected = backbone_shapes(arch)
@@ -137,7 +131,7 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
             break
     if least > len(backbone_shapes(closest)) // 2:
         held = f"{tensors.prefix}* is" if tensors.prefix else "is"
-        kind = closest if len(candidates) == 1 else "torchvision ResNet"
+        kind = closest if len(candidates) == 1 else "ResNet that `--arch` knows"
         raise InputError(f"{held} not a {kind}", tensors.path)
     if least:
         more = f", {least - 1} more differ" if least > 1 else ""
@@ -183,10 +177,10 @@ def take_linear(
 
 @functools.cache
 def backbone_shapes(arch: str) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of torchvision's tensors by name, the classifier's left out."""
+    """The shapes of a backbone's tensors by name."""
     with torch.device("meta"):
-        state = torchvision.models.get_model(arch, weights=None).state_dict()
-    return {n: tuple(t.shape) for n, t in state.items() if not n.startswith("fc.")}
+        state = build_backbone(arch).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _differences(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seco.checkpoints.foreign_checkpoints import read_weights
-from seco.model.encoder import build_backbone
+from seco.model.backbones import build_backbone
 from shards.errors import InputError
 
 RANDOM = "random"

@@ -25,7 +25,7 @@ class ExtractConfig:
         False, "replace features of another encoder or other settings in --out, and their results"
     )
     arch: str | None = setting(
-        None, "torchvision ResNet of 'random' [default: resnet50]; else the checkpoint says"
+        None, "backbone of 'random' [default: resnet50]; else the checkpoint's"
     )
     frames: int | None = setting(
         None,

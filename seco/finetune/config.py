@@ -51,7 +51,7 @@ class FinetuneConfig(FinetuneTestConfig):
     out: str | None = setting(None, "folder of the run [default: runs/DATASET-finetune-SPLIT]")
     split: str = setting("1", "official split")
     arch: str | None = setting(
-        None, "torchvision ResNet of 'random' [default: resnet50]; else the checkpoint says"
+        None, "backbone of 'random' [default: resnet50]; else the checkpoint's"
     )
     epochs: int = setting(_EPOCHS, "epochs", source="authors' code")
     batch_size: int = setting(256, "global batch, in videos", source="authors' code: 16 x 4 x 4")

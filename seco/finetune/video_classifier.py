@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from seco.checkpoints.checkpoint import FINETUNED, load_checkpoint
 from seco.checkpoints.weights import tensors_sha256
+from seco.model.backbones import build_backbone, feature_dim
 from seco.model.batchnorm import running_statistics
-from seco.model.encoder import build_backbone, feature_dim
 from seco.runs.run_state import epochs_reached
 from shards.errors import InputError
 
@@ -32,7 +32,7 @@ class VideoClassifier(nn.Module):
     mean is the same dropout for all frames of the clip.
 
     Args:
-        arch: torchvision's name of the ResNet.
+        arch: name of the backbone.
         classes: K.
         frozen: BatchNorm layers that keep statistics, weight and bias: ``all-but-first`` (authors'
             code), ``all`` or ``none``. The others normalise over groups of clips.

@@ -1,56 +1,21 @@
-"""The encoder: a torchvision ResNet without its classifier, and MLP heads on the pooled feature."""
+"""The encoder: a backbone, and MLP heads on the pooled feature."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shards.errors import InputError
-
-_RESNET = re.compile(r"(wide_)?resne[x]?t\d+\w*")
-
-
-def build_backbone(arch: str) -> nn.Module:
-    """A torchvision ResNet from (N, 3, H, W) to its pooled feature (N, C), without weights.
-
-    Raises:
-        InputError: torchvision has no ResNet of this name.
-    """
-    _require_resnet(arch)
-    network: nn.Module = torchvision.models.get_model(arch, weights=None)
-    network.fc = nn.Identity()
-    return network
-
-
-def feature_dim(arch: str) -> int:
-    """C, the width of the pooled feature.
-
-    Raises:
-        InputError: torchvision has no ResNet of this name.
-    """
-    _require_resnet(arch)
-    with torch.device("meta"):
-        classifier = torchvision.models.get_model(arch, weights=None).fc
-    assert isinstance(classifier, nn.Linear)
-    return classifier.in_features
-
-
-def _require_resnet(arch: str) -> None:
-    names = [n for n in torchvision.models.list_models(torchvision.models) if _RESNET.fullmatch(n)]
-    if arch not in names:
-        raise InputError(f"unknown architecture {arch!r}", "--arch", f"one of {', '.join(names)}")
+from seco.model.backbones import build_backbone, feature_dim
 
 
 class Encoder(nn.Module):
     """Backbone and heads; the output is an L2-normalised embedding for each task.
 
     Args:
-        arch: torchvision's name of the ResNet.
+        arch: name of the backbone.
         heads: names of the heads, ``("shared",)`` or the tasks (paper §5.2: C → C → D with a ReLU).
         embedding_dim: D.
     """

@@ -36,7 +36,7 @@ class TrackTrainConfig:
     checkpoint: str = setting("", "backbone: checkpoint, ResNet state dict, or 'random'")
     out: str | None = setting(None, "folder of the run [default: runs/track-SET]")
     arch: str | None = setting(
-        None, "torchvision ResNet of 'random' [default: resnet50]; else the checkpoint says"
+        None, "backbone of 'random' [default: resnet50]; else the checkpoint's"
     )
     feature_layer: str = setting(
         "layer4", "stage whose features are used", source="paper §5.2", choices=FEATURE_LAYERS

@@ -1,8 +1,9 @@
 """A ResNet whose features are 8 times, not 32 times, smaller than the image (paper §5.2).
 
-The strides of res4 and res5 become 1 and their 3×3 kernels are spread instead, by 2 and 4. Weights
-stay as they are, and so do the values: at every fourth cell the dilated network has what the
-original has (the "algorithme à trous").
+In torchvision's ResNets the strides of res4 and res5 become 1 and their 3×3 kernels are spread
+instead, by 2 and 4; in ResNets for small images, which reach stride 8 later, fewer stages change.
+Weights stay as they are, and so do the values: at every fourth cell (or second, or each) the
+dilated network has what the original has (the "algorithme à trous").
 """
 
 from __future__ import annotations
@@ -12,31 +13,54 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from seco.track.config import FEATURE_LAYERS
+from seco.track.config import FEATURE_LAYERS, STRIDE
+from shards.errors import InputError
+
+_STAGES = ("layer1", *FEATURE_LAYERS)
 
 
-def dilate(network: nn.Module) -> nn.Module:
-    """Set strides and dilations of a torchvision ResNet in place; returns it.
+def dilate(network: nn.Module) -> dict[str, int]:
+    """Set strides and dilations of a ResNet in place so that no stage exceeds stride 8.
 
-    For Bottleneck networks this is torchvision's
+    For torchvision's Bottleneck networks this is its
     ``replace_stride_with_dilation=[False, True, True]``, which torchvision refuses for ResNet-18
     and 34. As there, the kernel that had the stride keeps the dilation of the stage before: that
     is what leaves the values as they are.
+
+    Returns:
+        for each stage, ``layer1`` to ``layer4``, how many px of the image one cell stands for.
     """
+    total = _stride(cast(nn.Conv2d, network.conv1))
+    if isinstance(network.maxpool, nn.MaxPool2d):
+        total *= cast(int, network.maxpool.stride)
     dilation = 1
-    for name in ("layer3", "layer4"):
-        before, dilation = dilation, 2 * dilation
-        stage = cast(nn.Sequential, getattr(network, name))
-        for block in stage:
-            for layer in block.modules():
-                if not isinstance(layer, nn.Conv2d):
-                    continue
-                strided = layer.stride != (1, 1)
-                layer.stride = (1, 1)
-                if layer.kernel_size != (1, 1):
-                    spread = before if strided else dilation
-                    layer.dilation = layer.padding = (spread, spread)
-    return network
+    strides = {}
+    for name in _STAGES:
+        layers = getattr(network, name).modules()
+        convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+        step = max(_stride(convolution) for convolution in convolutions)
+        before = dilation
+        if total * step > STRIDE:
+            dilation *= step
+        else:
+            total *= step
+        if dilation > 1:
+            for convolution in convolutions:
+                _spread(convolution, before, dilation)
+        strides[name] = total
+    return strides
+
+
+def _spread(convolution: nn.Conv2d, before: int, dilation: int) -> None:
+    strided = _stride(convolution) > 1
+    convolution.stride = (1, 1)
+    if convolution.kernel_size != (1, 1):
+        spread = before if strided else dilation
+        convolution.dilation = convolution.padding = (spread, spread)
+
+
+def _stride(convolution: nn.Conv2d) -> int:
+    return convolution.stride[0]
 
 
 class DilatedBackbone(nn.Module):
@@ -46,16 +70,27 @@ class DilatedBackbone(nn.Module):
     can be compared with those it was made from.
 
     Args:
-        network: a torchvision ResNet with pre-trained weights; changed in place.
+        network: a ResNet with pre-trained weights; changed in place.
         feature_layer: the last stage that is computed, ``layer2``, ``layer3`` or ``layer4``.
+
+    Raises:
+        InputError: the stage's features have a smaller stride.
     """
 
     def __init__(self, network: nn.Module, feature_layer: str) -> None:
         super().__init__()
-        self.network = dilate(network)
+        strides = dilate(network)
+        if strides[feature_layer] != STRIDE:
+            usable = [name for name in FEATURE_LAYERS if strides[name] == STRIDE]
+            raise InputError(
+                f"{feature_layer} of this backbone has stride {strides[feature_layer]}, the"
+                f" tracker needs {STRIDE}",
+                "--feature-layer",
+                f"give {' or '.join(usable)}",
+            )
+        self.network = network
         self.network.requires_grad_(False)
-        last = FEATURE_LAYERS.index(feature_layer) + 1
-        self._stages = ("layer1", *FEATURE_LAYERS[:last])
+        self._stages = _STAGES[: _STAGES.index(feature_layer) + 1]
         self.eval()
 
     def train(self, mode: bool = True) -> DilatedBackbone:

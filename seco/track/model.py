@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seco.checkpoints.checkpoint import load_checkpoint
-from seco.model.encoder import build_backbone
+from seco.model.backbones import build_backbone
 from seco.track.config import TrackTrainConfig
 from seco.track.dilate import DilatedBackbone
 from shards.errors import InputError

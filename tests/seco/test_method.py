@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import seco.pretrain.step
 from seco.config import PretrainConfig, resolve
 from seco.loading.device_views import DeviceViews
+from seco.model.backbones import build_backbone, feature_dim
 from seco.model.batchnorm import running_statistics
-from seco.model.encoder import Encoder, build_backbone, feature_dim
+from seco.model.encoder import Encoder
 from seco.model.key_shuffle import KeyShuffle
 from seco.model.method import SeCo, StepResult
 from seco.pretrain.step import GlobalRows, TrainingStep, _mean, for_device, step_seed

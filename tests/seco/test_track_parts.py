@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seco.checkpoints.weights import random_backbone, tensors_sha256
-from seco.model.encoder import build_backbone
+from seco.model.backbones import build_backbone
 from seco.processes.ranks import Ranks
 from seco.track.config import (
     CONTEXT,
