@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from seco.evaluation.predictions import Predictions
-from seco.pages.html import percent, printable
+from seco.pages.text import percent, printable
 
 _ROWS_SHOWN = 30
 _NAMES_DRAWN = 60

@@ -22,7 +22,7 @@ from seco.evaluation.predictions import judge
 from seco.evaluation.splits import split_notes
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.video_classifier import Classes
-from seco.pages.html import percent, printable
+from seco.pages.text import percent, printable
 from shards.atomic import atomic_path, write_json
 from shards.errors import InputError
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from seco.inspect.set_summary import Videos, label_of
-from seco.pages.html import printable
+from seco.pages.text import printable
 from seco.pages.thumbnails import small_picture
 from shards.access import UnreadableFrame
 from shards.atomic import atomic_path

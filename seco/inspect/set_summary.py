@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from seco.pages.html import printable
+from seco.pages.text import printable
 from shards.access import UnreadableFrame
 from shards.format import VideoRecord
 from shards.progress import progress

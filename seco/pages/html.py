@@ -13,6 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from seco.pages.text import percent, printable
+
 INK = "#010203"  # drawn in this colour, a line or word takes the page's text colour
 SERIES = ("#2f7ed8", "#d1701f", "#2f9e68", "#9a63c9")  # 3:1 or more on white and on near-black
 CHART_INCHES = (4.4, 2.5)
@@ -90,16 +92,3 @@ def _shown(value: Any) -> Any:
 
 def _markdown_text(value: Any) -> str:
     return _MARKDOWN.sub(r"\\\g<0>", printable(value))
-
-
-def percent(fraction: float | None, digits: int = 1) -> str:
-    """0.6191 as "61.9"; a dash for what was not measured."""
-    return "–" if fraction is None else f"{100 * fraction:.{digits}f}"
-
-
-def printable(text: object) -> str:
-    """``text`` without control characters, which could redraw a terminal or hide in a page."""
-    given = str(text)
-    if given.isprintable():
-        return given
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in given)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seco.evaluation.class_results import ClassAccuracy, class_lines, draw_confusion
-from seco.pages.html import percent, printable
+from seco.pages.text import percent, printable
 from shards.atomic import atomic_path, write_json, write_text
 from shards.csv_rows import csv_text
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seco.pages.html import printable
+from seco.pages.text import printable
 
 FIGURES = {
     "finetune": ("top1", "top5", "mean_class"),

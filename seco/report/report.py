@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seco.pages.html import data_uri, printable, render_markdown, render_page
+from seco.pages.html import data_uri, render_markdown, render_page
+from seco.pages.text import printable
 from seco.report.charts import chance_levels, draw_charts
 from seco.report.content import ReportContent, RunSection, TableSection, report_content
 from seco.report.origin import short_name

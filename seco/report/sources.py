@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from seco.features.format import PROBES
-from seco.pages.html import printable
+from seco.pages.text import printable
 from seco.report.records import (
     Demo,
     Evaluation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from seco.pages.html import printable
+from seco.pages.text import printable
 from seco.retrieve.fingerprints import Match
 from shards.atomic import write_text
 from shards.csv_rows import csv_text

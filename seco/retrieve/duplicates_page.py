@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from seco.pages.html import printable, render_page
+from seco.pages.html import render_page
+from seco.pages.text import printable
 from seco.pages.thumbnails import thumbnail
 from seco.retrieve.duplicate_records import Duplicates
 from seco.retrieve.fingerprints import COPY

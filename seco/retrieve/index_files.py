@@ -15,7 +15,7 @@ import numpy as np
 
 from seco.features.store import Features, discard, encoder_name, read_features
 from seco.features.vectors import Vectors
-from seco.pages.html import percent
+from seco.pages.text import percent
 from seco.retrieve.config import BuildConfig, validate_index
 from seco.retrieve.ivfpq import (
     RECALL_QUERIES,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from seco.evaluation.splits import TrainTest, choose_split, read_train_test
 from seco.features.store import UNLABELLED, Features, read_features
 from seco.features.vectors import Vectors
-from seco.pages.html import percent, printable
+from seco.pages.text import percent, printable
 from seco.retrieve.config import ALL_SPLITS, EvaluateConfig
 from seco.retrieve.index_files import recall_line, stated_recall
 from seco.retrieve.ivfpq import build_index, index_kind

@@ -8,7 +8,8 @@ from typing import Any
 
 from seco.features.store import Features, encoder_name, read_features
 from seco.features.vectors import Vectors
-from seco.pages.html import printable, render_page
+from seco.pages.html import render_page
+from seco.pages.text import printable
 from seco.pages.thumbnails import FramesOf, frames_of, thumbnail
 from seco.retrieve.config import QueryConfig
 from seco.retrieve.index_files import INDEX, open_index
