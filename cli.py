@@ -562,6 +562,25 @@ def demo(**settings: Any) -> None:
     print(run_demo(DemoConfig(**settings), command=run))
 
 
+@seco.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Report what this machine has, what each missing part costs, and how to get it.
+
+    Ends with exit code 1 if a part that every user needs is missing or broken.
+
+    \b
+    Example: seco doctor
+    """
+    from pipelines._ffmpeg import ffmpeg_facts
+    from seco.doctor.doctor import examine
+
+    print("seco: loading every library once, which may take a minute", file=sys.stderr)
+    found = examine(ffmpeg_facts)
+    print(found.to_json() if as_json else found.table())
+    found.require_core()
+
+
 @seco.group()
 def bench() -> None:
     """Measure a stage against its physical limit and the plain way to do it."""

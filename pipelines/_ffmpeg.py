@@ -12,13 +12,24 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from shards.errors import InputError
 
 # -nostdin: ffmpeg must never take keystrokes from the terminal it was started in.
 _ALWAYS = ("-nostdin", "-hide_banner", "-nostats")
 _ADVICE = "pip install imageio-ffmpeg, or name a binary with --ffmpeg or SECO_FFMPEG"
+
+# Codecs of the data sets' videos, and of those that the demo and the tracker write; each by the
+# names of what can do it. (ffmpeg's own "av1" takes a GPU.)
+_DECODERS = {
+    "H.264": ("h264", "libopenh264"),
+    "HEVC": ("hevc",),
+    "VP9": ("vp9", "libvpx-vp9"),
+    "AV1": ("libdav1d", "libaom-av1", "libgav1"),
+    "MPEG-4": ("mpeg4",),
+}
+_ENCODERS = ("libx264", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg")
 
 _PIPE_BYTES = 128 << 10
 
@@ -73,6 +84,38 @@ def ffmpeg_version(binary: str) -> str:
     if shown.returncode != 0 or words[:2] != ["ffmpeg", "version"] or len(words) < 3:
         raise InputError("is not an ffmpeg", binary, _ADVICE)
     return words[2]
+
+
+class FfmpegFacts(NamedTuple):
+    """The ffmpeg in use."""
+
+    binary: str
+    version: str
+    source: str  # what named it
+    decodes: tuple[str, ...]
+    lacks: tuple[str, ...]  # decoders and encoders that are needed
+
+
+def ffmpeg_facts() -> FfmpegFacts:
+    """What ``seco doctor`` reports of the ffmpeg in use.
+
+    Raises:
+        InputError: there is none, or it cannot be run.
+        FfmpegError: it does not list its codecs.
+    """
+    binary = ffmpeg_binary()
+    decoders, encoders = (_codecs(binary, kind) for kind in ("-decoders", "-encoders"))
+    decodes = tuple(codec for codec, by in _DECODERS.items() if not decoders.isdisjoint(by))
+    lacks = [f"{codec} decoder" for codec in _DECODERS if codec not in decodes]
+    lacks += [f"{name} encoder" for name in _ENCODERS if name not in encoders]
+    source = "SECO_FFMPEG" if os.environ.get("SECO_FFMPEG") else "imageio-ffmpeg"
+    return FfmpegFacts(binary, ffmpeg_version(binary), source, decodes, tuple(lacks))
+
+
+def _codecs(binary: str, kind: str) -> set[str]:
+    """The names in the second column of ffmpeg's list."""
+    listed = run_ffmpeg([kind], binary=binary, timeout_seconds=60).decode("utf-8", "replace")
+    return {words[1] for line in listed.splitlines() if len(words := line.split()) > 1}
 
 
 def run_ffmpeg(

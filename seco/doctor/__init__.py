@@ -1,0 +1,1 @@
+"""``seco doctor``: what this machine has, what is missing, how to get it."""
