@@ -57,7 +57,11 @@ class PretrainConfig:
     init: str | None = setting(None, "start from this checkpoint or ResNet state dict")
     epochs: int = setting(400, "epochs", source="paper §5.2")
     batch_size: int = setting(512, "global batch, in videos", source="paper §5.2")
-    lr: float = setting(0.2, "learning rate at its highest", source="paper §5.2")
+    lr: float | None = setting(
+        None,
+        "peak learning rate [default: 0.2; with --preset authors 0.1 x batch size / 256]",
+        source="paper §5.2",
+    )
     momentum: float = setting(0.9, "SGD momentum", source="authors' code")
     weight_decay: float = setting(1e-4, "weight decay, on every parameter", source="authors' code")
     warmup_epochs: int | None = setting(None, "epochs of linear warm-up from lr/100")
@@ -181,9 +185,22 @@ def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
     share = config.batch_size // processes
     if config.bn_group is None:
         chosen["bn_group"] = _default_group(config.batch_size, share)
+    if config.lr is None:
+        chosen["lr"] = _default_lr(config)
     resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
     _require_ranges(resolved, share)
     return resolved
+
+
+def peak_lr(config: PretrainConfig) -> float:
+    """The peak learning rate of resolved settings."""
+    assert config.lr is not None
+    return config.lr
+
+
+def _default_lr(config: PretrainConfig) -> float:
+    """0.2 (paper §5.2), or the authors' 0.1 x batch size / 256: the same at a batch of 512."""
+    return config.batch_size / 2560 if config.preset == "authors" else 0.2
 
 
 def _default_group(batch_size: int, share: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from seco.bench.step_reference import PlainStep, bare_cost
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, peak_lr, resolve
 from seco.loading.device_views import DeviceViews
 from seco.loading.loader import TripletLoader
 from seco.model.losses import inter_loss
@@ -132,7 +132,7 @@ def _ours(
     config: PretrainConfig, device: torch.device, views: Tensor, known: GlobalRows
 ) -> Callable[[], object]:
     step, count = _made(config, device), itertools.count()
-    return lambda: step.run(views, known, next(count), config.lr)
+    return lambda: step.run(views, known, next(count), peak_lr(config))
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -173,7 +173,7 @@ def _checkpoint_cost(
         def some(save: bool) -> float:
             began = time.perf_counter()
             for number in range(6):
-                step.run(views, known, next(count), config.lr)
+                step.run(views, known, next(count), peak_lr(config))
                 if save and number == 0:
                     state.save()
             if device.type == "cuda":
@@ -217,14 +217,14 @@ def _end_to_end(
         def loaded() -> None:
             batch = next(batches)
             known = GlobalRows(batch.uniform, batch.order, batch.videos)
-            step.run(device_views.crops(batch), known, next(count), config.lr)
+            step.run(device_views.crops(batch), known, next(count), peak_lr(config))
 
         batch = next(batches)
         crops = device_views.crops(batch).clone()
         known = GlobalRows(batch.uniform, batch.order, batch.videos)
         ways: dict[str, Callable[[], object]] = {
             "real loader": loaded,
-            "one batch of crops": lambda: step.run(crops, known, next(count), config.lr),
+            "one batch of crops": lambda: step.run(crops, known, next(count), peak_lr(config)),
         }
         for work in ways.values():
             for _ in range(_WARM_UP):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seco.config import PretrainConfig
+from seco.config import PretrainConfig, peak_lr
 from seco.model.backbones import build_backbone, feature_dim
 
 
@@ -70,7 +70,7 @@ class PlainStep:
         self._slot = 0
         self._optimizer = torch.optim.SGD(
             [*self._query.parameters(), *self._order.parameters()],
-            lr=config.lr,
+            lr=peak_lr(config),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             foreach=False,

@@ -28,7 +28,7 @@ from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
 from seco.runs.metrics import RunLog
-from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_setting
+from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import step_decay
 from seco.runs.training_run import TrainingRun, Waiting, one_voice
 from seco.views.view_parameters import view_config
@@ -66,7 +66,7 @@ def _adopted(config: FinetuneConfig) -> FinetuneConfig:
     """BatchNorm's groups of the run that is gone on with, where nothing is said of them."""
     if config.bn_group is not None:
         return config
-    group = resumed_setting(config.out, config.resume, "bn_group")
+    group = resumed_settings(config.out, config.resume).get("bn_group")
     return dataclasses.replace(config, bn_group=group)
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seco.config import PretrainConfig
+from seco.config import PretrainConfig, peak_lr
 from seco.loading.device_views import DeviceViews
 from seco.model.key_shuffle import KeyShuffle
 from seco.model.method import SeCo, StepResult
@@ -92,7 +92,7 @@ class TrainingStep:
             torch.backends.cudnn.benchmark = True  # a group's shape never changes
         self.optimizer = torch.optim.SGD(
             model.trained_parameters(),
-            lr=config.lr,
+            lr=peak_lr(config),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             fused=True,

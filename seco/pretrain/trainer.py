@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, peak_lr, resolve
 from seco.loading.device_views import DeviceViews
 from seco.loading.loader import Batch, TripletLoader
 from seco.model.method import SeCo, StepResult, spread
@@ -25,7 +25,7 @@ from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
 from seco.report.report import write_report
 from seco.runs.metrics import RunLog
-from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_setting
+from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import learning_rate
 from seco.runs.training_run import TrainingRun, Waiting, one_voice
 from seco.views.chunks import VIEWS
@@ -57,14 +57,15 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
-    """BatchNorm's groups of the run that is gone on with, where nothing is said of them.
+    """Take BatchNorm's groups and the learning rate of the resumed run unless they are given.
 
-    Their default depends on the number of processes, which may be another now.
+    The default of the groups depends on the number of processes, which may be another now; that of
+    the learning rate was 0.2 for every batch size in runs of earlier versions.
     """
-    if given.bn_group is not None:
-        return resolved
-    group = resumed_setting(given.out, given.resume, "bn_group")
-    return dataclasses.replace(resolved, bn_group=group or resolved.bn_group)
+    left_open = [name for name in ("bn_group", "lr") if getattr(given, name) is None]
+    run = resumed_settings(given.out, given.resume) if left_open else {}
+    kept = {name: run[name] for name in left_open if name in run}
+    return dataclasses.replace(resolved, **kept)
 
 
 class Trainer(TrainingRun):
@@ -240,7 +241,7 @@ class Trainer(TrainingRun):
     def _learning_rate(self) -> float:
         return learning_rate(
             self.state.step,
-            base_lr=self.config.lr,
+            base_lr=peak_lr(self.config),
             final_lr=self.config.final_lr or 0.0,
             warmup_epochs=self.config.warmup_epochs or 0,
             epochs=self.config.epochs,

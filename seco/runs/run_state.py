@@ -186,12 +186,12 @@ def epochs_reached(checkpoint: Mapping[str, Any]) -> float | None:
     return int(epochs) if epochs.is_integer() else epochs
 
 
-def resumed_setting(folder: str | None, resume: str | None, name: str) -> Any:
-    """A setting of the run that is gone on with; None for a new run, or where it says nothing."""
+def resumed_settings(folder: str | None, resume: str | None) -> dict[str, Any]:
+    """The settings of the run being resumed; none for a new run."""
     if resume is None or folder is None:
-        return None
+        return {}
     checkpoint = checkpoint_to_resume(Path(folder), resume)
-    return None if checkpoint is None else load_checkpoint(checkpoint)["config"].get(name)
+    return {} if checkpoint is None else dict(load_checkpoint(checkpoint)["config"])
 
 
 def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import torch
 
 import seco.pretrain.trainer
 from seco.checkpoints.checkpoint import load_checkpoint
-from seco.config import PretrainConfig
+from seco.config import PretrainConfig, resolve
 from seco.pretrain.trainer import pretrain
 from shards.errors import InputError, Stopped
 from tests.made_shards import make_set
@@ -150,6 +152,38 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(
                 shards=(shards,), out=str(undisturbed), resume="auto", **{**SMALL, "lr": 0.1}
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch_size", "lr"),
+    [
+        ("paper", 512, 0.2),  # §5.2
+        ("paper", 96, 0.2),
+        ("authors", 512, 0.2),  # 0.1 x batch size / 256
+        ("authors", 256, 0.1),
+        ("authors", 96, 0.0375),
+    ],
+)
+def test_the_learning_rate_that_a_preset_gives(preset: str, batch_size: int, lr: float) -> None:
+    given = PretrainConfig(preset=preset, batch_size=batch_size)
+    assert resolve(given).lr == pytest.approx(lr, rel=1e-12)
+    assert resolve(dataclasses.replace(given, lr=0.7)).lr == 0.7
+
+
+def test_a_resumed_run_keeps_its_learning_rate(
+    shards: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Runs of earlier versions have 0.2 for every batch size."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    settings = {name: value for name, value in SMALL.items() if name != "lr"}
+    config = PretrainConfig(
+        shards=(shards,), out=str(tmp_path / "run"), resume="auto", preset="authors", **settings
+    )
+    paper = {"heads": "shared", "intra": "three-way", "sampling": "uniform", "queue_init": "unit"}
+    config = dataclasses.replace(config, **paper, warmup_epochs=0, final_lr=0.0)
+    last = pretrain(config)  # refused if the learning rates differed
+    assert load_checkpoint(last)["config"]["lr"] == 0.05
+    assert "lr = 0.05\n" in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_unreadable_samples_are_named_replaced_and_counted(
