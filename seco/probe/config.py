@@ -29,6 +29,11 @@ class ProbeConfig:
         "svm", "classifier", choices=("svm", "knn", "linear"), source="paper §5.2"
     )
     c: float = setting(1.0, "the SVM's C", flag="-C", source="authors' code")
+    tolerance: float | None = setting(
+        None,
+        "stop the SVM where LIBLINEAR's -s 2 stops at this tolerance (the authors' is 0.01) "
+        "[default: solve it exactly]",
+    )
     sweep: str | None = setting(
         None,
         "choose C among these on a fifth of the training videos, for example 0.01,0.1,1,10; "

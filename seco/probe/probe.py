@@ -83,8 +83,8 @@ def probe(config: ProbeConfig) -> ProbeResult:
         FeatureRows(rows.test.features, rows.test_rows), rows.test_labels,
         config.normalise,
     )  # fmt: skip
-    found = _predict(config, c, sets, device, notes)
-    result = _result(config, c, rows, found, swept, validation, notes, out)
+    found, solution = _predict(config, c, sets, device, notes)
+    result = _result(config, c, rows, found, solution, swept, validation, notes, out)
     result.write()
     return result
 
@@ -123,6 +123,10 @@ def _checked(config: ProbeConfig) -> list[float]:
         raise InputError("holds no number", "--sweep", "for example 0.01,0.1,1,10")
     if config.method != "svm" and sweep:
         raise InputError("only the SVM has a C", "--sweep", "leave it out or use --method svm")
+    if config.method != "svm" and config.tolerance is not None:
+        raise InputError("is for the SVM", "--tolerance", "leave it out or use --method svm")
+    if config.tolerance is not None and not 0 < config.tolerance < math.inf:
+        raise InputError("must be above 0", "--tolerance", "LIBLINEAR's default is 0.01")
     if not all(value > 0 and math.isfinite(value) for value in [config.c, *sweep]):
         raise InputError("must be above 0", "-C, --sweep")
     if config.neighbours < 1 or not config.temperature > 0:
@@ -173,7 +177,8 @@ def _choose_c(
     swept = []
     for c in sweep:
         said: list[str] = []
-        swept.append(SweptC(c, *_predict(config, c, inner, device, said).accuracies()))
+        found, _ = _predict(config, c, inner, device, said)
+        swept.append(SweptC(c, *found.accuracies()))
         notes += [f"C {c:g}: {note}" for note in said]
     best = max(swept, key=lambda row: row.top1).c
     validation = {
@@ -186,15 +191,15 @@ def _choose_c(
 
 def _predict(
     config: ProbeConfig, c: float, sets: _Sets, device: torch.device, notes: list[str]
-) -> Predictions:
-    """Fit on the training rows and judge the test rows."""
+) -> tuple[Predictions, str]:
+    """Fit on the training rows and judge the test rows; also says how an SVM was solved."""
     if config.method == "knn":
         classes = np.unique(sets.labels)
         votes = knn_votes(
             sets.train, sets.labels, sets.test,
             neighbours=config.neighbours, temperature=config.temperature, device=device,
         )  # fmt: skip
-        return judge(classes, _shown(votes, len(sets.test)), sets.test_labels)
+        return judge(classes, _shown(votes, len(sets.test)), sets.test_labels), ""
     try:
         fitted = _fit(config, c, sets, device, notes)
     except FeaturesTooLarge as error:
@@ -202,7 +207,8 @@ def _predict(
             "holds values too large for float32", config.features, "use --normalise l2 or standard"
         ) from error
     scores = ((place, fitted.scores(block)) for place, block in sets.test.blocks())
-    return judge(fitted.classes, scores, sets.test_labels)
+    solution = fitted.solution if isinstance(fitted, LinearSVM) else ""
+    return judge(fitted.classes, scores, sets.test_labels), solution
 
 
 def _fit(
@@ -219,7 +225,10 @@ def _fit(
             raise InputError("training diverged", "--lr", "give a smaller one")
         return linear
     with progress(f"SVM, C {c:g}", len(np.unique(sets.labels)), "classes") as shown:
-        svm = fit_svm(sets.train, sets.labels, c=c, device=device, advance=shown.advance)
+        svm = fit_svm(
+            sets.train, sets.labels, c=c, tolerance=config.tolerance, device=device,
+            advance=shown.advance,
+        )  # fmt: skip
     if not svm.converged.all():
         notes.append(
             f"{int((~svm.converged).sum())} classes of the SVM did not converge (at most "
@@ -242,6 +251,7 @@ def _result(
     c: float,
     rows: TrainTest,
     found: Predictions,
+    solution: str,
     sweep: list[SweptC],
     validation: dict[str, Any],
     notes: list[str],
@@ -249,7 +259,7 @@ def _result(
 ) -> ProbeResult:
     every, confusion = confusions(rows.train_labels, found)
     names = [rows.class_name(int(label)) for label in every]
-    settings: dict[str, Any] = {"C": c}
+    settings: dict[str, Any] = {"C": c, "tolerance": config.tolerance}
     if config.method == "knn":
         settings = {"neighbours": config.neighbours, "temperature": config.temperature}
     elif config.method == "linear":
@@ -259,6 +269,7 @@ def _result(
     return ProbeResult(
         method=config.method,
         settings={**settings, "normalise": config.normalise},
+        solution=solution,
         top1=top1,
         top5=top5,
         mean_class=mean_class,

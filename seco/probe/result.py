@@ -34,7 +34,8 @@ class ProbeResult:
     """Accuracies as fractions; ``confusion`` (U, U) counts rows of true by predicted class."""
 
     method: str
-    settings: dict[str, Any]  # C, or neighbours and temperature, or SGD's; normalise
+    settings: dict[str, Any]  # C and tolerance, or neighbours and temperature, or SGD's; normalise
+    solution: str  # of an SVM: exact, or where it stopped; else empty
     top1: float
     top5: float
     mean_class: float
@@ -61,6 +62,7 @@ class ProbeResult:
         return {
             "method": self.method,
             **self.settings,
+            **({"solution": self.solution} if self.solution else {}),
             "top1": self.top1,
             "top5": self.top5,
             "mean_class": self.mean_class,
@@ -100,13 +102,15 @@ class ProbeResult:
 
     def table(self) -> str:
         """The figures as lines for a terminal."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        settings = ", ".join(f"{name} {value}" for name, value in given.items())
         lines = [
             f"{self.method} ({settings}), trained on {self.n_train} videos ({self.train_split}), "
             f"tested on {self.n_test} ({self.test_split})",
             f"top-1 {percent(self.top1)}%   top-5 {percent(self.top5)}%   "
             f"mean class {percent(self.mean_class)}%",
         ]
+        lines += [f"SVM: {self.solution}"] if self.solution else []
         if self.sweep:
             lines.append(
                 f"C was chosen on {self.validation['videos']} of the training videos "

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seco.features.rows import FeatureRows, FeaturesTooLarge
+from seco.probe.svm_liblinear import fit_as_liblinear
 from seco.probe.svm_newton import Newton
 from seco.probe.svm_rounds import WorkingSets
 from seco.probe.svm_rows import OneVsRest, Products
@@ -35,7 +36,7 @@ _Advance = Callable[[int], object]
 
 # What a class's objective may lie above its minimum, relatively, by the dual bound. LIBLINEAR's
 # rule compares gradients instead, and in the primal stops many per cent above on features of
-# unequal directions.
+# unequal directions (``svm_liblinear.py``).
 RELATIVE_GAP = 1e-8
 
 MAX_ROUNDS = 40
@@ -52,7 +53,8 @@ class LinearSVM:
     objective: NDArray[np.float64]  # (K,) reached
     gap: NDArray[np.float64]  # (K,) what it is above the minimum at most, relatively
     rounds: NDArray[np.int64]  # (K,) working sets and Newton steps
-    converged: NDArray[np.bool_]  # (K,) false where the gap is above what was asked for
+    converged: NDArray[np.bool_]  # (K,) false where what was asked for was not reached
+    solution: str  # in words: exact, or where it stopped
     passes: int  # over the features, by all groups of classes
     pass_seconds: float  # what these took
     flops: dict[str, float]  # of the matrix products with the features, by precision
@@ -74,6 +76,7 @@ def fit_svm(
     *,
     c: float = 1.0,
     gap: float = RELATIVE_GAP,
+    tolerance: float | None = None,
     device: str | torch.device = "cpu",
     max_rounds: int = MAX_ROUNDS,
     advance: _Advance = lambda count: None,
@@ -85,13 +88,15 @@ def fit_svm(
         c: LIBLINEAR's C, the weight of the loss against the regulariser.
         gap: a class is finished when its objective is proven to be within this of its minimum,
             relatively.
+        tolerance: stop each class where LIBLINEAR's primal solver does at this tolerance, which is
+            not the minimum; ``gap`` and ``max_rounds`` are not used then.
         device: where the matrix products run.
         max_rounds: working sets of a class, and then Newton steps, at most.
         advance: told how many more classes are finished.
 
     Raises:
-        ValueError: no rows, sizes that do not match, features that are not finite, or a C or gap
-            that is not above 0.
+        ValueError: no rows, sizes that do not match, features that are not finite, or a C, gap or
+            tolerance that is not above 0.
     """
     if isinstance(features, FeatureRows):
         rows, shape = features, (len(features), features.dimension)
@@ -101,8 +106,8 @@ def fit_svm(
         raise ValueError(f"features {features.shape} are not (N, D)")
     if labels.shape != shape[:1] or not len(labels):
         raise ValueError(f"features {shape} and labels {labels.shape} do not match")
-    if not (c > 0 and gap > 0):
-        raise ValueError(f"C and gap must be above 0, got {c} and {gap}")
+    if not (c > 0 and gap > 0 and (tolerance is None or tolerance > 0)):
+        raise ValueError(f"must be above 0: C {c}, gap {gap}, tolerance {tolerance}")
     classes, targets = np.unique(labels, return_inverse=True)
     with exact_products():
         products = Products(rows, torch.device(device))
@@ -110,21 +115,28 @@ def fit_svm(
             raise FeaturesTooLarge("features are not finite, or too large for float32")
         target = torch.from_numpy(targets.astype(np.int64)).to(products.device)
         newton = Newton(products, c, gap)
-        size = max(1, _GROUP_BYTES // (2 * 8 * products.count))
+        arrays = 2 if tolerance is None else 4  # (K, N) float64 at a time
+        size = max(1, _GROUP_BYTES // (arrays * 8 * products.count))
         if products.device.type == "cpu":
             size = min(size, _GROUP)
-        parts = [
-            _fit_group(products, OneVsRest(target, part), newton, max_rounds, advance)
-            for part in torch.arange(len(classes)).split(size)
-        ]
-    weights, objective, gaps, rounds = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+        parts = []
+        for part in torch.arange(len(classes)).split(size):
+            rest = OneVsRest(target, part)
+            if tolerance is None:
+                parts.append(_fit_group(products, rest, newton, max_rounds, advance))
+            else:
+                parts.append(fit_as_liblinear(products, rest, c, tolerance, advance))
+    weights, objective, gaps, rounds, converged = (
+        torch.cat(part).cpu() for part in zip(*parts, strict=True)
+    )
     return LinearSVM(
         classes=classes.astype(np.int64),
         weights=weights.numpy(),
         objective=objective.numpy(),
         gap=gaps.numpy(),
         rounds=rounds.numpy(),
-        converged=(gaps <= gap).numpy(),
+        converged=converged.numpy(),
+        solution=_in_words(gap, tolerance, int((~converged).sum()), len(classes)),
         passes=products.passes,
         pass_seconds=products.pass_seconds,
         flops={str(d).removeprefix("torch."): n for d, n in products.flops.items()},
@@ -133,8 +145,8 @@ def fit_svm(
 
 def _fit_group(
     products: Products, rest: OneVsRest, newton: Newton, most_rounds: int, advance: _Advance
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights (K, D), objective, gap and rounds (K,) of some of the classes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weights (K, D), objective, gap, rounds and whether it is proven (K,) of some classes."""
     sets = WorkingSets(products, rest, newton.c)
     left = sets.run(newton.gap, most_rounds, advance)
     if left:
@@ -143,4 +155,12 @@ def _fit_group(
             sets.weights[index], rest.part(index), most_rounds, advance
         )
         sets.rounds[index] += steps
-    return sets.weights, sets.objective, sets.gap, sets.rounds
+    return sets.weights, sets.objective, sets.gap, sets.rounds, sets.gap <= newton.gap
+
+
+def _in_words(gap: float, tolerance: float | None, missed: int, classes: int) -> str:
+    if tolerance is None:
+        how = f"exact, proven to be within {gap:g} of the minimum"
+    else:
+        how = f"stopped at tolerance {tolerance:g} as LIBLINEAR"
+    return f"{how}, except {missed} of {classes} classes" if missed else how

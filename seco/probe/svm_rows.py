@@ -80,11 +80,11 @@ class Products:
         return out
 
     def curve(self, vectors: Tensor, active: Tensor) -> Tensor:
-        """Xᵀ A_k X v_k in float32 for vectors (K, D) and active rows (K, N) bool: (K, D)."""
+        """Xᵀ A_k X v_k, in the vectors' precision, for active rows (K, N) bool: (K, D)."""
         out = torch.zeros_like(vectors)
-        for place, block in self.blocks(torch.float32):
+        for place, block in self.blocks(vectors.dtype):
             out.addmm_((vectors @ block.T).mul_(active[:, place]), block)
-        self.worked(2 * len(vectors), torch.float32)
+        self.worked(2 * len(vectors), vectors.dtype)
         return out
 
     def gram(self) -> Tensor:

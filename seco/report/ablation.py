@@ -88,6 +88,8 @@ def _figures(found: Found) -> Iterator[tuple[_Kind, Mapping[str, Any], float]]:
         if probe is not None and probe.top1 is not None:
             rows = f"{words(probe.n_train)} → {words(probe.n_test)} videos"
             setting = [] if probe.c is None else [f"C = {probe.c:g}"]
+            if probe.tolerance is not None:
+                setting.append(f"stopped at tolerance {probe.tolerance:g}")
             if probe.normalise not in ("", "none"):
                 setting.append(f"features scaled: {probe.normalise}")
             conditions = [f"split {probe.split}", rows, *setting, *extracted]

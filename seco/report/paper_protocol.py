@@ -79,6 +79,7 @@ FEATURES = (
 )
 PROBE = (
     Reference("C", ("C",), 1, _AUTHORS),
+    Reference("stopped at tolerance", ("tolerance",), 0.01, "authors' code: LIBLINEAR's default"),
     Reference("features scaled", ("normalise",), "none", _AUTHORS),
 )
 FINETUNING = (
@@ -171,8 +172,10 @@ def probe_protocol(probe: Probe, meta: Mapping[str, Any], dataset: str) -> Itera
     stage = "linear SVM"
     yield _videos(stage, "training videos", TRAIN_VIDEOS[dataset], probe.n_train)
     yield _videos(stage, "test videos", TEST_VIDEOS[dataset], probe.n_test)
+    tolerance = "exact" if probe.tolerance is None else probe.tolerance
+    recorded = {"C": probe.c, "tolerance": tolerance, "normalise": probe.normalise or None}
     for reference in PROBE:
-        yield _compared(stage, reference, {"C": probe.c, "normalise": probe.normalise or None})
+        yield _compared(stage, reference, recorded)
 
 
 def evaluation_protocol(

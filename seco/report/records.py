@@ -26,6 +26,7 @@ class Probe:
 
     method: str
     c: float | None
+    tolerance: float | None  # at which the SVM was stopped; None: solved exactly
     normalise: str
     top1: float | None
     top5: float | None
@@ -86,6 +87,7 @@ def parse_probe(raw: Mapping[str, Any]) -> Probe:
     probe = Probe(
         method=words(raw.get("method")),
         c=_number(raw.get("C")),
+        tolerance=_number(raw.get("tolerance")),
         normalise=words(raw.get("normalise")),
         top1=fraction(raw, "top1"),
         top5=fraction(raw, "top5"),

@@ -128,6 +128,33 @@ def test_the_sweep_chooses_c_on_training_videos_alone(tmp_path: Path) -> None:
         probe(ProbeConfig(features=str(tmp_path), sweep="1", method="knn"))
 
 
+def test_the_result_says_how_the_svm_was_solved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clusters(tmp_path, spread=2.0)
+    exact = probe(ProbeConfig(features=str(tmp_path)))
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert written["tolerance"] is None
+    assert written["solution"].startswith("exact, proven")
+    assert parse_probe(written).tolerance is None
+    assert "SVM: exact, proven" in exact.table()
+    assert run(["probe", "--features", str(tmp_path), "--tolerance", "0.01"]) == 0
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert (written["tolerance"], written["solution"]) == (
+        0.01,
+        "stopped at tolerance 0.01 as LIBLINEAR",
+    )
+    assert parse_probe(written).tolerance == 0.01
+    assert "SVM: stopped at tolerance 0.01 as LIBLINEAR" in capsys.readouterr().out
+    knn = probe(ProbeConfig(features=str(tmp_path), method="knn"))
+    assert "solution" not in knn.to_json() and "SVM" not in knn.table()
+    with pytest.raises(InputError, match="--tolerance: is for the SVM"):
+        probe(ProbeConfig(features=str(tmp_path), tolerance=0.01, method="linear"))
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="--tolerance: must be above 0"):
+            probe(ProbeConfig(features=str(tmp_path), tolerance=bad))
+
+
 def test_no_test_video_has_a_say_in_the_choice_of_c(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         labels: list[int | None] = [n % 3 for n in range(240)]

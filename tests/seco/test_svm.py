@@ -14,7 +14,7 @@ from sklearn.svm import LinearSVC
 from seco.features import rows as feature_rows
 from seco.features.rows import FeatureRows, Scaling, fit_scaling
 from seco.probe import svm as svm_module
-from seco.probe import svm_newton, svm_rounds, svm_rows
+from seco.probe import svm_liblinear, svm_newton, svm_rounds, svm_rows
 from seco.probe.knn import knn_scores
 from seco.probe.svm import fit_svm
 from tests.seco.made_features import clusters
@@ -76,19 +76,95 @@ def test_agrees_with_liblinear(name: str, c: float) -> None:
     train, test, y = x[:half], x[half:], labels[:half]
     ours = fit_svm(train, y, c=c)
     assert ours.converged.all()
-    theirs = LinearSVC(
-        loss="squared_hinge", dual=False, fit_intercept=False, C=c, tol=1e-8, max_iter=100_000
-    ).fit(train.astype(np.float64), y)
-    coefficients = theirs.coef_
-    if len(coefficients) == 1:  # of two classes LIBLINEAR keeps the second alone
-        coefficients = np.concatenate([-coefficients, coefficients])
+    coefficients = liblinear_coefficients(train, y, c, tolerance=1e-8)
     reached, reference = objective(ours.weights, train, y, c), objective(coefficients, train, y, c)
     np.testing.assert_allclose(reached, reference, rtol=1e-3)
     np.testing.assert_allclose(reached, ours.objective, rtol=1e-9)
     assert (reached <= reference * (1 + 2e-8)).all()
     # The proof is one: what it says is left lies below what another solver reached.
     assert (ours.objective * (1 - ours.gap) <= reference * (1 + 1e-9)).all()
-    np.testing.assert_array_equal(ours.predict(test), theirs.predict(test.astype(np.float64)))
+    predicted = np.unique(y)[np.argmax(test.astype(np.float64) @ coefficients.T, axis=1)]
+    np.testing.assert_array_equal(ours.predict(test), predicted)
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("name", DATA)
+def test_a_tolerance_gives_liblinears_weights(name: str, c: float) -> None:
+    x, labels = DATA[name]()
+    ours = fit_svm(x, labels, c=c, tolerance=0.01)
+    theirs = liblinear_coefficients(x, labels, c, tolerance=0.01)
+    assert ours.converged.all()
+    assert (relative_gradients(ours.weights, x, labels, c) <= 0.01).all()
+    difference = np.linalg.norm(ours.weights - theirs, axis=1)
+    assert (difference <= 1e-6 * np.linalg.norm(theirs, axis=1)).all()
+    np.testing.assert_allclose(objective(ours.weights, x, labels, c), ours.objective, rtol=1e-9)
+
+
+def test_a_tolerance_on_unequal_directions_stops_far_above_the_minimum() -> None:
+    x, labels = relu_features(900, 256, 6)
+    train, test, y = x[:600], x[600:], labels[:600]
+    stopped, exact = fit_svm(train, y, tolerance=0.01), fit_svm(train, y)
+    theirs = liblinear_coefficients(train, y, 1.0, tolerance=0.01)
+    reached = objective(theirs, train, y, 1.0)
+    np.testing.assert_allclose(stopped.objective, reached, rtol=1e-4)
+    assert (stopped.objective > 1.1 * exact.objective).all()
+    assert (stopped.objective * (1 - stopped.gap.clip(max=1)) <= exact.objective).all()
+    predicted = np.argmax(test.astype(np.float64) @ theirs.T, axis=1)
+    np.testing.assert_array_equal(stopped.predict(test), predicted)
+    assert (exact.predict(test) != predicted).any()
+    assert exact.solution == "exact, proven to be within 1e-08 of the minimum"
+    assert stopped.solution == "stopped at tolerance 0.01 as LIBLINEAR"
+
+
+@pytest.mark.parametrize("way", ["blocks of seven rows", "groups of two classes"])
+def test_a_tolerance_does_not_depend_on_how_rows_and_classes_are_read(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, labels = DATA["relu"]()
+    plain = fit_svm(x, labels, tolerance=0.01)
+    patched(monkeypatch, way)
+    other = fit_svm(x, labels, tolerance=0.01)
+    np.testing.assert_allclose(other.weights, plain.weights, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(other.rounds, plain.rounds)
+
+
+def test_a_tolerance_that_is_not_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = DATA["relu"]()
+    done: list[int] = []
+    within_rounding = fit_svm(x, labels, tolerance=1e-30, advance=done.append)
+    assert not within_rounding.converged.any()  # and it ends
+    assert sum(done) == 5
+    assert (
+        within_rounding.solution == "stopped at tolerance 1e-30 as LIBLINEAR, except 5 of 5 classes"
+    )
+    monkeypatch.setattr(svm_liblinear, "MAX_STEPS", 1)
+    assert not fit_svm(x, labels, tolerance=0.01).converged.any()
+
+
+def liblinear_coefficients(
+    x: NDArray[Any], labels: NDArray[Any], c: float, tolerance: float
+) -> NDArray[np.float64]:
+    """(K, D) of LIBLINEAR's ``-s 2``, as scikit-learn has it."""
+    fitted = LinearSVC(
+        loss="squared_hinge", dual=False, fit_intercept=False, C=c, tol=tolerance, max_iter=100_000
+    ).fit(x.astype(np.float64), labels)
+    weights: NDArray[np.float64] = fitted.coef_
+    # Of two classes LIBLINEAR keeps the second alone.
+    return np.concatenate([-weights, weights]) if len(weights) == 1 else weights
+
+
+def relative_gradients(
+    weights: NDArray[Any], x: NDArray[Any], labels: NDArray[Any], c: float
+) -> NDArray[np.float64]:
+    """What LIBLINEAR's rule compares with its tolerance, of each class (K,)."""
+    x, out = x.astype(np.float64), []
+    for k, w in zip(np.unique(labels), weights, strict=True):
+        y = np.where(labels == k, 1.0, -1.0)
+        gradient = w - 2 * c * (np.maximum(0, 1 - y * (x @ w)) * y) @ x
+        at_zero = np.linalg.norm(2 * c * y @ x)
+        fewer = min((y > 0).sum(), (y < 0).sum())
+        out.append(np.linalg.norm(gradient) / (fewer / len(y) * at_zero))
+    return np.array(out)
 
 
 # Each leaves one way to solve, or one way to read.
@@ -97,6 +173,10 @@ WAYS: dict[str, dict[Any, dict[str, Any]]] = {
     "newton, conjugate gradients": {
         svm_rounds: {"_MOST_ROWS": 0, "_LEAST_GROWTH": 1},
         svm_newton: {"_SMALL_DIMENSION": 0, "_FEW": 0.0},
+    },
+    "newton, conjugate gradients in float64": {
+        svm_rounds: {"_MOST_ROWS": 0, "_LEAST_GROWTH": 1},
+        svm_newton: {"_SMALL_DIMENSION": 0, "_FEW": 0.0, "_EXACT_AFTER": 0},
     },
     "newton, a class's rows gathered": {
         svm_rounds: {"_MOST_ROWS": 0, "_LEAST_GROWTH": 1},
@@ -196,9 +276,12 @@ def test_labels_are_any_numbers_and_read_only_arrays_do() -> None:
 def test_one_class_and_features_of_zeros() -> None:
     x = np.ones((4, 3), np.float32)
     assert fit_svm(x, np.full(4, 9)).predict(x).tolist() == [9] * 4
-    nothing = fit_svm(np.zeros((4, 3), np.float32), np.array([0, 1, 0, 1]))
-    assert nothing.converged.all()
-    assert not nothing.weights.any()
+    assert fit_svm(x, np.full(4, 9), tolerance=0.01).predict(x).tolist() == [9] * 4
+    for tolerance in (None, 0.01):
+        labels = np.array([0, 1, 0, 1])
+        nothing = fit_svm(np.zeros((4, 3), np.float32), labels, tolerance=tolerance)
+        assert nothing.converged.all()
+        assert not nothing.weights.any()
 
 
 def test_features_that_swamp_the_regulariser_still_separate() -> None:
@@ -219,6 +302,8 @@ def test_what_cannot_be_fitted() -> None:
         fit_svm(x[:0], np.zeros(0))
     with pytest.raises(ValueError, match="above 0"):
         fit_svm(x, np.zeros(4), c=0.0)
+    with pytest.raises(ValueError, match="tolerance 0"):
+        fit_svm(x, np.zeros(4), tolerance=0.0)
     with pytest.raises(ValueError, match="do not match"):
         fit_svm(FeatureRows(x, np.arange(2)), np.zeros(4))
     with pytest.raises(ValueError, match="not \\(N, D\\)"):
