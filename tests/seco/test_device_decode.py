@@ -147,7 +147,7 @@ def test_mistaken_boxes_are_refused() -> None:
     assert crop_resize_batch(frames, np.array([], int), np.empty((0, 4), int), 16).shape[0] == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_decodes_the_same_frames() -> None:
     """Chroma of 4:2:0 files is repeated, not interpolated: textures have hard colour edges."""
     whole = [jpeg(texture(n, width, 96)) for n, width in enumerate((128, 64, 128))]
@@ -159,7 +159,7 @@ def test_a_gpu_decodes_the_same_frames() -> None:
         assert apart < (1.0 if number == 5 else 4.0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_crops_the_same_views() -> None:
     rng = np.random.default_rng(2)
     shapes = [(340, 256), (256, 341), (120, 90)]

@@ -202,7 +202,7 @@ def test_without_a_compiler_views_come_regrouped_after_one_warning(
     apply_views(images, views, PLAIN)  # needs none on the CPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_fused_views() -> None:
     for count, size in ((64, 32), (48, 32), (8, 224)):
         images, views = textures(count, size), drawn(count)

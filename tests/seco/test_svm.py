@@ -336,7 +336,7 @@ def test_products_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(seen) == {"highest"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same() -> None:
     for make in DATA.values():
         x, labels = make()
