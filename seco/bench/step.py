@@ -1,38 +1,45 @@
-"""``seco bench step``: a training step beside its bare cost and the plain way to write it."""
+"""``seco bench step``: a training step compared with its bare cost and the plain way."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from seco.bench.step_reference import PlainStep, bare_cost
+from seco.bench.step_ways import (
+    WARM_UP,
+    Build,
+    StepWays,
+    Work,
+    measured,
+    milliseconds_per_step,
+    peak_memory,
+)
 from seco.config import PretrainConfig, peak_lr, resolve
 from seco.loading.device_views import DeviceViews
-from seco.loading.loader import TripletLoader
+from seco.loading.loader import Batch, TripletLoader
 from seco.model.losses import inter_loss
-from seco.model.method import SeCo
-from seco.pretrain.step import GlobalRows, TrainingStep, for_device
-from seco.processes.device import loader_workers, resolve_device, wall_milliseconds
-from seco.processes.ranks import Ranks
+from seco.pretrain.step import GlobalRows, TrainingStep
+from seco.processes.device import loader_workers, resolve_device
 from seco.runs.run_state import RunState
-from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
+from seco.views.view_parameters import ViewConfig
 from shards.errors import InputError
 from shards.measuring import in_turns, machine
 from shards.opening import open_stream
 from shards.progress import progress
+from shards.stream import Stream
 
-_WARM_UP = 2
+_STEPS_FED = 15  # on a GPU, of the end to end
+_BATCHES_AHEAD = 2  # of the loader: they are used up before the end to end is timed
 
 
 @dataclass
@@ -44,6 +51,7 @@ class StepBench:
     milliseconds: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     triplets_s: dict[str, float] = field(default_factory=dict)
+    peak_gib: dict[str, float] = field(default_factory=dict)  # of GPU memory
     loss_memory: dict[str, float] = field(default_factory=dict)
     checkpoint: dict[str, float] = field(default_factory=dict)
 
@@ -53,89 +61,67 @@ def bench_step(
 ) -> StepBench:
     """Measure steps on synthetic views, and with the real loader where ``config`` names shards.
 
+    On a GPU each way is measured by itself, and its memory freed before the next. On the CPU,
+    which others may use, the ways take turns.
+
     Args:
         config: architecture, sizes, device, precision; shards for the end to end.
         repeats: measurements of each figure.
         switches: also measure channels_last and compile, on and off.
         plain: also measure the plain step.
+
+    Raises:
+        InputError: settings or shards cannot be used.
     """
     if repeats < 1:
         raise InputError("must be 1 or more", "--repeats")
     config = resolve(config)
     device = resolve_device(config.device)
-    config = for_device(config, device)
-    bf16 = config.precision == "bf16"
+    stream = _stream(config) if config.shards else None  # refused before anything is measured
+    ways = StepWays(config, device)
+    config = ways.config
     found = StepBench(machine("torch", "torchvision"), _settings(config, device))
     if device.type == "cuda":
         found.machine["gpu"] = torch.cuda.get_device_name(device)
-    views, known = _synthetic(config, device)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    ways: dict[str, Callable[[], object]] = {
-        "ours": _ours(config, device, views, known),
-        "bare cost": bare_cost(config, views, device, bf16=bf16, layout=layout),
-    }
-    if plain:
-        step, order = PlainStep(config, device), known.order.to(device)
-        ways["plain step"] = lambda: step(views, order)
+    compared: dict[str, Build] = {"ours": ways.ours, "ours, from crops": ways.from_crops}
+    bare = ways.bare_costs()
+    compared |= bare
     if switches:
-        other = not config.channels_last
-        changed = {
-            f"ours, {'' if other else 'no '}channels_last": dataclasses.replace(
-                config, channels_last=other
-            ),
-            "ours, compile": dataclasses.replace(config, compile=True),
-        }
-        for label, changed_config in changed.items():
-            ways[label] = _ours(changed_config, device, views, known)
-    for work in ways.values():
-        for _ in range(_WARM_UP):
-            work()
-    with progress("bench step", repeats, "repeats") as bar:
-        found.milliseconds = in_turns(
-            ways, repeats, lambda work: wall_milliseconds(work, device), bar.advance
-        )
+        for name in ("channels_last", "compile"):
+            other = not getattr(config, name)
+            changed_settings: dict[str, Any] = {name: other}
+            changed = dataclasses.replace(config, **changed_settings)
+            compared[f"ours, {'' if other else 'no '}{name}"] = functools.partial(
+                ways.ours, changed
+            )
+    if plain:
+        compared["plain step"] = ways.plain
+    with progress("bench step", len(compared), "ways") as bar:
+        found.milliseconds, found.peak_gib = measured(compared, repeats, device, bar.advance)
     ms = found.milliseconds
-    found.ratios["ours, of the bare cost"] = ms["ours"] / ms["bare cost"]
+    found.ratios["ours, of the bare cost"] = ms["ours"] / min(ms[name] for name in bare)
     if plain:
         found.ratios["ours, times the plain step"] = ms["plain step"] / ms["ours"]
-    found.triplets_s = {name: 1e3 * config.batch_size / value for name, value in ms.items()}
     found.loss_memory = _loss_memory(config)
-    found.checkpoint = _checkpoint_cost(config, device, views, known, ms["ours"])
-    if config.shards:
-        _end_to_end(found, config, device, repeats)
+    found.checkpoint = _checkpoint_cost(ways, ms["ours"])
+    if stream is not None:
+        fed, peak = end_to_end(ways, stream, repeats)
+        found.milliseconds |= {f"end to end, {name}": value for name, value in fed.items()}
+        found.ratios["end to end, of synthetic"] = fed["one batch of crops"] / fed["real loader"]
+        if peak is not None:
+            found.peak_gib["end to end"] = peak
+    found.triplets_s = {name: 1e3 * config.batch_size / value for name, value in ms.items()}
     return found
 
 
 def _settings(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     names = ("arch", "crop_size", "batch_size", "bn_group", "queue_size", "precision")
-    more = {"channels_last": config.channels_last, "device": device.type}
+    found = {name: getattr(config, name) for name in (*names, "channels_last", "compile")}
     threads = {} if device.type == "cuda" else {"threads": torch.get_num_threads()}
-    return {name: getattr(config, name) for name in names} | more | threads
+    return found | {"device": device.type} | threads
 
 
-def _synthetic(config: PretrainConfig, device: torch.device) -> tuple[Tensor, GlobalRows]:
-    n, size = config.batch_size, config.crop_size
-    views = torch.randn(4, n, 3, size, size, device=device)
-    uniform = np.random.default_rng(0).random((4, n, VIEW_DRAWS))
-    order = torch.arange(n) % 2
-    return views, GlobalRows(uniform, order, torch.arange(n))
-
-
-def _made(config: PretrainConfig, device: torch.device) -> TrainingStep:
-    torch.manual_seed(0)
-    model = SeCo(config).to(device).train()
-    views = DeviceViews(device, config.crop_size, ViewConfig())
-    return TrainingStep(model, config, ViewConfig(), views, Ranks(), device)
-
-
-def _ours(
-    config: PretrainConfig, device: torch.device, views: Tensor, known: GlobalRows
-) -> Callable[[], object]:
-    step, count = _made(config, device), itertools.count()
-    return lambda: step.run(views, known, next(count), peak_lr(config))
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
+def peak_bytes(work: Work) -> int:
     """The most that ``work`` has allocated on the CPU at once, as torch's profiler saw it."""
     work()  # what is made once
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -161,19 +147,17 @@ def _loss_memory(config: PretrainConfig) -> dict[str, float]:
     return {"peak_mb": peak / 1e6, "n_times_k_mb": one / 1e6, "ratio": peak / one}
 
 
-def _checkpoint_cost(
-    config: PretrainConfig, device: torch.device, views: Tensor, known: GlobalRows, step_ms: float
-) -> dict[str, float]:
+def _checkpoint_cost(ways: StepWays, step_ms: float) -> dict[str, float]:
     """What one save in the background adds to the steps around it."""
-    step = _made(config, device)
+    step, device = ways.step(), ways.device
     with tempfile.TemporaryDirectory(prefix="seco-bench-") as folder:
-        state = RunState(Path(folder), config, step.model, step.optimizer, "", writes=True)
+        state = RunState(Path(folder), ways.config, step.model, step.optimizer, "", writes=True)
         count = itertools.count()
 
         def some(save: bool) -> float:
             began = time.perf_counter()
             for number in range(6):
-                step.run(views, known, next(count), peak_lr(config))
+                step.run(ways.views, ways.known, next(count), peak_lr(ways.config))
                 if save and number == 0:
                     state.save()
             if device.type == "cuda":
@@ -192,12 +176,25 @@ def _checkpoint_cost(
     }
 
 
-def _end_to_end(
-    found: StepBench, config: PretrainConfig, device: torch.device, repeats: int
-) -> None:
-    """Steps fed by the real loader, and by one batch of its crops again and again."""
-    step, views = _made(config, device), ViewConfig()
-    stream = open_stream(config.shards, config.batch_size, config.sampling or "uniform", 0)
+def _stream(config: PretrainConfig) -> Stream:
+    return open_stream(config.shards, config.batch_size, config.sampling or "uniform", 0)
+
+
+def end_to_end(
+    ways: StepWays, stream: Stream, repeats: int, step: TrainingStep | None = None
+) -> tuple[dict[str, float], float | None]:
+    """Milliseconds of steps fed by the real loader, and by one of its batches again and again.
+
+    Args:
+        ways: settings and device.
+        stream: of the shards, at the settings' batch size.
+        repeats: measurements of each figure.
+        step: one that is compiled already.
+
+    Returns:
+        the medians, and on a GPU the peak of its memory in GiB.
+    """
+    config, device, views = ways.config, ways.device, ViewConfig()
     device_views = DeviceViews(device, config.crop_size, views)
     loader = TripletLoader(
         stream,
@@ -211,27 +208,34 @@ def _end_to_end(
         pin=device.type == "cuda",
     )
     count = itertools.count()
-    with loader:
+    with peak_memory(device) as peak, loader:
+        step = step or ways.step()
         batches = iter(loader)
+
+        def train(crops: torch.Tensor, batch: Batch) -> None:
+            known = GlobalRows(batch.uniform, batch.order, batch.videos)
+            step.run(crops, known, next(count), peak_lr(config))
 
         def loaded() -> None:
             batch = next(batches)
-            known = GlobalRows(batch.uniform, batch.order, batch.videos)
-            step.run(device_views.crops(batch), known, next(count), peak_lr(config))
+            train(device_views.crops(batch), batch)
 
         batch = next(batches)
         crops = device_views.crops(batch).clone()
-        known = GlobalRows(batch.uniform, batch.order, batch.videos)
-        ways: dict[str, Callable[[], object]] = {
+        ways_fed: dict[str, Work] = {
             "real loader": loaded,
-            "one batch of crops": lambda: step.run(crops, known, next(count), peak_lr(config)),
+            "one batch of crops": lambda: train(crops, batch),
         }
-        for work in ways.values():
-            for _ in range(_WARM_UP):
+        for work in ways_fed.values():
+            for _ in range(WARM_UP):
                 work()
-        medians = in_turns(ways, repeats, lambda work: wall_milliseconds(work, device))
+
+        def timed(work: Work) -> float:
+            # Batches made while the other way was measured would be had for nothing.
+            for _ in range(_BATCHES_AHEAD if work is loaded else 0):
+                loaded()
+            return milliseconds_per_step(work, device, _STEPS_FED)
+
+        medians = in_turns(ways_fed, repeats, timed)
         batches.close()
-    found.milliseconds |= {f"end to end, {name}": value for name, value in medians.items()}
-    found.ratios["end to end, of synthetic"] = (
-        medians["one batch of crops"] / medians["real loader"]
-    )
+    return medians, peak.get("gib")

@@ -20,6 +20,7 @@ def bare_cost(
     *,
     bf16: bool,
     layout: torch.memory_format,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """One forward and backward, and three forwards without gradients, of the backbone alone.
 
@@ -29,9 +30,13 @@ def bare_cost(
         device: of all of it.
         bf16: under autocast.
         layout: of images and weights.
+        compiled: by torch.compile.
     """
+    _let_cudnn_choose(device)
     network = build_backbone(config.arch).train()
     network.to(device).to(memory_format=layout)
+    if compiled:
+        network.compile(dynamic=False)
     query, keys = (
         part.contiguous(memory_format=layout) for part in (views[0], views[1:].flatten(0, 1))
     )
@@ -58,6 +63,7 @@ class PlainStep:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self._config = config
+        _let_cudnn_choose(device)
         network = build_backbone(config.arch)
         width = feature_dim(config.arch)
         network.fc = nn.Sequential(
@@ -102,3 +108,9 @@ class PlainStep:
             slots = (self._slot + torch.arange(len(positives))) % len(self._queue)
             self._queue[slots.to(views.device)] = positives
             self._slot = int(slots[-1] + 1)
+
+
+def _let_cudnn_choose(device: torch.device) -> None:
+    """Convolutions by the algorithms that are fastest here, as in a run."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True

@@ -76,7 +76,8 @@ def _step_lines(bench: StepBench) -> Iterator[str]:
     yield ""
     yield from _table("", "ratio", bench.ratios)
     yield ""
-    yield from _pairs("Triplets a second", bench.triplets_s)
+    yield from _pairs("Triplets per second", bench.triplets_s)
+    yield from _pairs("Peak GiB of GPU memory", bench.peak_gib)
     yield from _pairs("Inter loss and gradient", bench.loss_memory)
     yield from _pairs("Checkpoint", bench.checkpoint)
 

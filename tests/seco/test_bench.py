@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import cli
 from seco.bench import extract as bench_extract
 from seco.bench import loader_reference as reference
 from seco.bench.step import _loss_memory, peak_bytes
+from seco.bench.step_ways import time_alone
 from seco.config import PretrainConfig
 from seco.extract.config import ExtractConfig
 from seco.views.augment import normalise
@@ -69,7 +72,9 @@ def test_step(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
     found = json.loads(printed([*command, "--only-step", "--shards", spec, "--json"], capfd))
     assert set(found["milliseconds"]) == {
         "ours",
-        "bare cost",
+        "ours, from crops",
+        "bare cost, contiguous",
+        "bare cost, channels_last",
         "end to end, real loader",
         "end to end, one batch of crops",
     }
@@ -133,9 +138,29 @@ def test_the_loss_needs_no_matrix_of_all_logits() -> None:
     assert needed["ratio"] < 1.6
 
 
+def test_a_way_that_is_measured_alone_is_built_once_and_dropped() -> None:
+    alive: list[weakref.ref[Any]] = []
+    calls = []
+
+    class Work:
+        def __call__(self) -> None:
+            calls.append(time.sleep(0.002))
+
+    def build() -> Work:
+        assert not alive
+        work = Work()
+        alive.append(weakref.ref(work))
+        return work
+
+    ms, peak = time_alone(build, 3, torch.device("cpu"))
+    assert ms >= 2 and peak is None  # the CPU's memory is not measured
+    assert len(calls) == 5 and alive[0]() is None
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (["step", "--shards", "{spec}", "--batch-size", "512"], "do not fill a batch of 512"),
         (["loader", "--shards", "none.json"], "none.json: cannot be read"),
         (["loader", "--shards", "{spec}", "--triplets", "99"], "do not fill a batch of 99"),
         (["loader", "--shards", "{spec}", "--workers", "two"], "--workers: 'two' is no list"),
