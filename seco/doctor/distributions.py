@@ -58,25 +58,31 @@ def names_of(package: str) -> str:
     return " and ".join(sorted({one.name for one in owners_of(package)})) or package
 
 
-def mixture(package: str, owners: list[Installed]) -> Found | None:
-    """Several distributions that have overwritten each other's files.
-
-    Those in a folder later on the path than the package itself do no harm.
-    """
+def files_at_fault(package: str, owners: list[Installed]) -> Found | None:
+    """A package that is missing, incomplete, or a mixture of several distributions."""
     spec = importlib.util.find_spec(package)
     origin = os.path.realpath(os.path.dirname(os.path.dirname(spec.origin or ""))) if spec else ""
-    if owners and owners[0].folder == origin:
+    if owners and owners[0].folder == origin:  # those later on the path do no harm
         owners = [one for one in owners if one.folder == origin]
     versions = {one.name: one.version for one in owners}
-    if len(versions) < 2:
+    if len(versions) > 1:
+        names = sorted(versions)
+        named = " and ".join(f"{name} {versions[name]}" for name in names)
+        return Found(
+            BROKEN,
+            detail=f"{named} are installed together and overwrite each other's {package}",
+            fix=f"pip uninstall --yes {' '.join(names)}, then pip install exactly one of them",
+        )
+    if spec is not None and spec.origin is not None:
         return None
-    names = sorted(versions)
-    named = " and ".join(f"{name} {versions[name]}" for name in names)
-    return Found(
-        BROKEN,
-        detail=f"{named} are installed together and overwrite each other's {package}",
-        fix=f"pip uninstall --yes {' '.join(names)}, then pip install exactly one of them",
-    )
+    if not owners:  # a folder of that name may be there; it is not a package
+        return Found(MISSING)
+    return Found(BROKEN, owners[0].version, "installed, but its files have gone", repair(owners))
+
+
+def repair(owners: list[Installed]) -> str | None:
+    """How to get the files of a distribution again."""
+    return f"pip install --force-reinstall --no-deps {owners[0].name}" if owners else None
 
 
 def too_old(owners: list[Installed]) -> Found | None:
@@ -91,7 +97,8 @@ def too_old(owners: list[Installed]) -> Found | None:
     least = {floor[1]: floor[2] for floor in floors if floor}
     for one in owners[:1]:
         if one.name in least and _numbers(one.version) < _numbers(least[one.name]):
-            return Found(BROKEN, one.version, f"{least[one.name]} or newer is required")
+            fix = f"pip install --upgrade {one.name}"
+            return Found(BROKEN, one.version, f"{least[one.name]} or newer is required", fix)
     return None
 
 

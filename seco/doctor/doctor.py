@@ -185,9 +185,10 @@ def _check_until_crash(names: Sequence[str], limit_seconds: float) -> dict[str, 
         lines = [json.loads(line) for line in _content(answers).splitlines()]
         said = _content(errors)
     found = {line["name"]: Found(*line["found"]) for line in lines if "found" in line}
-    begun = lines[-1]["name"] if lines else names[0]
-    if begun not in found:
-        found[begun] = Found(BROKEN, detail=_ending(done.returncode, said, limit_seconds))
+    last = lines[-1] if lines else {"name": names[0]}
+    if last["name"] not in found:
+        ending = _ending(done.returncode, said, limit_seconds)
+        found[last["name"]] = Found(BROKEN, None, ending, last.get("repair"))
     return found
 
 

@@ -20,9 +20,10 @@ from seco.doctor.distributions import (
     NOT_USED,
     OK,
     Found,
-    mixture,
+    files_at_fault,
     names_of,
     owners_of,
+    repair,
     too_old,
 )
 
@@ -256,18 +257,22 @@ def run_check(check: Check) -> Found:
     owners = owners_of(check.owns) if check.owns else []
     version = owners[0].version if owners else None
     try:
-        if check.owns and (mixed := mixture(check.owns, owners)):
-            return mixed
+        if check.owns and (fault := files_at_fault(check.owns, owners)):
+            return fault
         found = check.run()
         return too_old(owners) or found
     except ModuleNotFoundError as error:
-        if error.name != check.owns:
-            return Found(BROKEN, version, one_line(f"needs {error.name}, which is not installed"))
-        if not owners:
-            return Found(MISSING)
-        return Found(BROKEN, version, "it is registered as installed, but its files are missing")
+        fix = f"pip install {owners[0].name}" if owners else None  # and all that it requires
+        return Found(BROKEN, version, one_line(f"needs {error.name}, which is not installed"), fix)
     except (Exception, SystemExit) as error:
-        return Found(BROKEN, version, one_line(f"{type(error).__name__}: {error}"))
+        reason = one_line(f"{type(error).__name__}: {error}")
+        return Found(BROKEN, version, reason, _repair(check))
+
+
+def _repair(check: Check) -> str | None:
+    if check.owns in (None, "torch", "torchvision"):  # these two come together
+        return None
+    return repair(owners_of(check.owns))
 
 
 def one_line(text: str) -> str:
@@ -278,10 +283,10 @@ def one_line(text: str) -> str:
 def main(names: Sequence[str], limit_seconds: float) -> NoReturn:
     """Run checks and end the process.
 
-    Writes JSON lines to standard output: ``{"name": …}`` when a check begins, and its
-    :class:`Found` with the name when it ends. Standard error has to be a file; when the process
-    ends early it holds what the last library wrote, or "Timeout" of one that took longer than
-    ``limit_seconds``.
+    Writes JSON lines to standard output: when a check begins its name and how to get rid of a
+    crash, and when it ends its name and :class:`Found`. Standard error has to be a file; when the
+    process ends early it holds what the last library wrote, or "Timeout" of one that took longer
+    than ``limit_seconds``.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w")
@@ -290,7 +295,8 @@ def main(names: Sequence[str], limit_seconds: float) -> NoReturn:
     for name in names:
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)
-        print(json.dumps({"name": name}), file=answers, flush=True)
+        begun = {"name": name, "repair": _repair(CHECKS[name])}
+        print(json.dumps(begun), file=answers, flush=True)
         faulthandler.dump_traceback_later(limit_seconds, exit=True)
         found[name] = blocked(name, found) or run_check(CHECKS[name])
         faulthandler.cancel_dump_traceback_later()

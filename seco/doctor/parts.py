@@ -20,8 +20,7 @@ _PREPARE, _TRAIN = "prepare", "pretrain, finetune, extract-features, probe, trac
 _ALL_COMMANDS = (_PREPARE, _TRAIN, "retrieve")
 _COMPILE = "torch.compile"
 _NO_TORCH = "training, features and evaluation do not work"
-_TORCH_PAIR = "pip install --upgrade torch torchvision"
-_REINSTALL = "pip install --force-reinstall --no-deps"
+_TORCH_PAIR = "pip install --upgrade --force-reinstall torch torchvision"
 
 
 def _extra(name: str) -> str:
@@ -57,18 +56,20 @@ KNOWN: dict[str, Known] = {
     "torchvision": Known(_NO_TORCH, _TORCH_PAIR, _ALL_COMMANDS[1:], core=True),
     "simplejpeg": Known(
         "frames can be neither encoded nor decoded",
-        f"{_REINSTALL} simplejpeg",
+        "pip install simplejpeg",
         _ALL_COMMANDS,
         core=True,
     ),
-    "Pillow": Known("frames cannot be resized", f"{_REINSTALL} pillow", _ALL_COMMANDS, core=True),
+    "Pillow": Known("frames cannot be resized", "pip install pillow", _ALL_COMMANDS, core=True),
     "tensorboard": Known(
-        "training does not start", f"{_REINSTALL} tensorboard", (_TRAIN,), core=True
+        "training does not start", "pip install tensorboard", (_TRAIN,), core=True
     ),
     "safetensors": Known(
-        "checkpoints cannot be read", f"{_REINSTALL} safetensors", _ALL_COMMANDS[1:], core=True
+        "checkpoints cannot be read", "pip install safetensors", _ALL_COMMANDS[1:], core=True
     ),
-    "other packages": Known("most commands do not start", _REINSTALL, _ALL_COMMANDS, core=True),
+    "other packages": Known(
+        "most commands do not start", f"pip install {DISTRIBUTION}", _ALL_COMMANDS, core=True
+    ),
     "pillow-simd": Known(
         "extract-features resizes frames more slowly",
         'make install-simd, or: pip uninstall --yes pillow && CC="cc -mavx2" '

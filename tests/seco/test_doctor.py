@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import cli
-from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
+from pipelines._ffmpeg import FfmpegFacts, ffmpeg_binary, ffmpeg_version
 from seco.doctor import distributions, doctor, libraries
 from seco.doctor.doctor import check_libraries
 from seco.doctor.libraries import CHECKS, OTHER_PACKAGES, Check, run_check
@@ -79,8 +79,11 @@ def install(
 
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> dict[str, libraries.Found]:
-    """Makes every library work, without importing any; tests change single ones."""
+    """Makes every part but ffmpeg work, without looking; tests change single libraries."""
     found = {name: libraries.Found("ok", "1.0") for name in CHECKS}
+    monkeypatch.setattr(
+        doctor, "MACHINE", {name: lambda: libraries.Found("ok") for name in MACHINE}
+    )
     monkeypatch.setattr(doctor, "check_libraries", lambda names: {n: found[n] for n in names})
     return found
 
@@ -187,10 +190,11 @@ def tried(package: str) -> libraries.Found:
     """The check of a package that only has to be importable."""
 
     def check() -> libraries.Found:
-        sys.modules.pop(package, None)
         importlib.import_module(package)
         return libraries.Found("ok")
 
+    sys.modules.pop(package, None)
+    importlib.invalidate_caches()
     return run_check(Check(check, package))
 
 
@@ -200,7 +204,10 @@ def test_files_that_have_gone(site: Path) -> None:
     install(site, "madeup", "1.5", "madeup", code=None)
     found = tried("madeup")
     assert (found.state, found.version) == ("broken", "1.5")
-    assert "files are missing" in found.detail
+    assert "files have gone" in found.detail
+    assert found.fix == "pip install --force-reinstall --no-deps madeup"
+    (site / "madeup" / "libs").mkdir(parents=True)  # what uninstalling the other one may leave
+    assert tried("madeup") == found
 
 
 @pytest.mark.parametrize(("version", "state"), [("2.9.1", "broken"), ("2.10.0+cu130", "ok")])
@@ -233,6 +240,10 @@ def test_a_library_that_cannot_be_imported_hides_no_other(code: str, said: str, 
     assert found["faiss"].state == "broken"
     assert said in found["faiss"].detail
     assert "Traceback" not in found["faiss"].detail and "\n" not in found["faiss"].detail
+    if said.startswith("needs"):
+        assert found["faiss"].fix == "pip install faiss-cpu"
+    else:
+        assert found["faiss"].fix == "pip install --force-reinstall --no-deps faiss-cpu"
     assert found["faiss on GPUs"].state == "not used"
     assert found["adlfs"][:2] == ("ok", "7.0")
 
@@ -426,12 +437,15 @@ def test_only_the_core_changes_the_exit_code(
     name: str,
     state: str,
     sound: dict[str, libraries.Found],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    facts = FfmpegFacts("ffmpeg", "9.9", "SECO_FFMPEG", ("H.264",), ())
+    monkeypatch.setattr("pipelines._ffmpeg.ffmpeg_facts", lambda: facts)
     sound[name] = libraries.Found(state, detail="a reason\x1b[2J")
     assert cli.run(["doctor"]) == (1 if name in CORE else 0)
     shown = capsys.readouterr()
-    (row,) = (line for line in shown.out.splitlines() if line.startswith(f"{name} "))
+    (row,) = (line for line in shown.out.splitlines() if line.startswith(f"{name:<15}"))
     assert state in row and "a reason\N{REPLACEMENT CHARACTER}" in row
     assert f"cost: {KNOWN[name].cost}" in shown.out
     assert f"get it: {KNOWN[name].fix}" in shown.out
