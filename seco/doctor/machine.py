@@ -26,7 +26,8 @@ _COMPILER_SECONDS = 180.0
 
 def _python() -> Found:
     where = "in a virtual environment" if sys.prefix != sys.base_prefix else "of the whole system"
-    return Found(OK, platform.python_version(), f"{where}; {platform.platform()}")
+    system = f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}"
+    return Found(OK, platform.python_version(), f"{where}; {system.strip()}")
 
 
 def _cpus() -> Found:
