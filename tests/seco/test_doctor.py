@@ -373,10 +373,10 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "Python.h: No such file" in found.detail
 
 
+@pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize("kind", ["nowhere", "not executable", "no program", "another program"])
 def test_an_ffmpeg_that_is_none(
     kind: str,
-    sound: dict[str, libraries.Found],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -394,8 +394,8 @@ def test_an_ffmpeg_that_is_none(
     assert line.startswith("seco: cannot work without ffmpeg (broken)")
 
 
+@pytest.mark.usefixtures("sound")
 def test_no_ffmpeg(
-    sound: dict[str, libraries.Found],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -404,8 +404,8 @@ def test_no_ffmpeg(
     assert report(capsys, code=1)[0]["ffmpeg"]["state"] == "missing"
 
 
+@pytest.mark.usefixtures("sound")
 def test_an_ffmpeg_without_av1(
-    sound: dict[str, libraries.Found],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -457,9 +457,8 @@ def test_only_the_core_changes_the_exit_code(
         assert f"{ability} ({name})" in not_ready
 
 
-def test_everything_works(
-    sound: dict[str, libraries.Found], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("sound")
+def test_everything_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Ready: prepare; pretrain, finetune")
