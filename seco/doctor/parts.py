@@ -98,13 +98,13 @@ KNOWN: dict[str, Known] = {
         ("retrieve on GPUs",),
     ),
     "C compiler": Known(
-        "--compile does not work; on a GPU views are computed more slowly",
+        "training and its views are not compiled, and slower on a GPU; --compile has no effect",
         "install compilers of C and C++ and Python's headers (Debian: apt-get install g++ "
         "python3-dev), or name compilers with CC and CXX",
         (_COMPILE,),
     ),
     "Triton": Known(
-        "--compile does not work on a GPU; views are computed more slowly",
+        "training and its views are not compiled, and slower",
         f"{_TORCH_PAIR} triton",
         (_COMPILE,),
     ),
