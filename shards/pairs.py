@@ -24,7 +24,7 @@ _MIN_AREA_PX = 20
 _SIDE_PX = (20, 500)
 _SIDE_OF_IMAGE = (0.01, 0.5)
 _ASPECT = (0.25, 4.0)
-_COVER_OF_BEST = 0.3
+_LEAST_COVER, _COVER_OF_BEST = 1, 0.3  # of GOT-10k's 0 (hidden) to 8 (wholly visible)
 
 Box = tuple[float, float, float, float]  # x, y (of the first pixel: 1), w, h; px
 
@@ -59,8 +59,8 @@ def usable_frames(record: VideoRecord) -> NDArray[np.int64]:
     """Numbers of the frames whose box may be trained on, increasing.
 
     SiamFC's conditions: area of 20 px or more, sides of 20 to 500 px and of 1 to 50 % of the
-    image's, width / height of 0.25 to 4, cover above 30 % of the sequence's best; and, where frames
-    are marked absent, not these.
+    image's, width / height of 0.25 to 4, cover above 1 and above 30 % of the sequence's best; and,
+    where frames are marked absent, not these.
 
     Raises:
         ValueError: the boxes are none, or the flags do not fit them.
@@ -76,7 +76,7 @@ def usable_frames(record: VideoRecord) -> NDArray[np.int64]:
     usable &= (aspect >= _ASPECT[0]) & (aspect <= _ASPECT[1])
     if record.cover is not None:
         cover = _flags(record.cover, "cover", frames)
-        usable &= cover > _COVER_OF_BEST * cover.max(initial=0)
+        usable &= cover > max(_LEAST_COVER, _COVER_OF_BEST * cover.max(initial=0))
     if record.absence is not None:
         usable &= _flags(record.absence, "absence", frames) == 0
     return np.flatnonzero(usable)

@@ -29,7 +29,8 @@ class ExtractConfig:
     )
     frames: int | None = setting(
         None,
-        "frames a video, evenly spaced [default: 30; 50 of ActivityNet]",
+        "frames per video, evenly spaced from the first to the last; 1 is the middle frame "
+        "[default: 30; 50 for ActivityNet]",
         source="paper §5.2",
     )
     short_edge: int = setting(256, "frames are resized to this short edge", source="paper §5.2")

@@ -50,6 +50,7 @@ def clip_starts(count: int, clips: int, clip_frames: int) -> list[int]:
     """Where the clips of a test video begin: clip i of n at floor((count - frames) · i / n).
 
     So the last clip ends before the video does, as in the authors' code. A video that is no longer
-    than a clip is one clip, of all its frames, ``clips`` times (the authors' code refuses it).
+    than a clip is one clip, of all its frames, ``clips`` times (the authors' code refuses shorter
+    ones, of 15 frames or fewer).
     """
     return [max(0, count - clip_frames) * number // clips for number in range(clips)]

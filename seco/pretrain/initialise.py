@@ -27,7 +27,8 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
     Both encoders start from the file's query encoder, as in MoCo; from the authors' own SeCo each
     starts from its counterpart. A head is taken where the file has one of its name; a file's one
     head for all is copied into each (so do the authors with MoCo v2's). The queue is never taken:
-    its keys are of other images.
+    its keys are of other images. The key encoder takes the BatchNorm statistics, too, which the
+    authors' code leaves new; in training, nothing reads them.
 
     Raises:
         InputError: the file cannot be used, or holds another architecture.

@@ -111,7 +111,7 @@ TRACKING = (
     Reference("SGD momentum", ("momentum",), 0.9, _SIAMFC),
     Reference("weight decay", ("weight_decay",), 5e-4, _SIAMFC),
     Reference("pairs of a sequence", ("pairs_per_sequence",), 1, _SIAMFC),
-    Reference("frames between a pair", ("max_gap",), 100, _SIAMFC),
+    Reference("frames between a pair", ("max_gap",), 99, _SIAMFC),
     Reference("change of scale in training", ("max_stretch",), 0.05, _SIAMFC),
     Reference("radius of the target, px", ("positive_radius",), 16, _SIAMFC),
     Reference("factor of the response", ("response_scale",), 1e-3, _SIAMFC),

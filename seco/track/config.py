@@ -54,7 +54,7 @@ class TrackTrainConfig:
     response_scale: float = setting(1e-3, "factor of the correlation", source="SiamFC")
     epochs: int = setting(50, "epochs", source="SiamFC")
     pairs_per_sequence: int = setting(1, "pairs of a sequence an epoch", source="SiamFC")
-    max_gap: int = setting(100, "frames between exemplar and search, at most", source="SiamFC")
+    max_gap: int = setting(99, "frames between exemplar and search, at most", source="SiamFC")
     batch_size: int = setting(8, "global batch, in pairs", source="SiamFC")
     lr: float = setting(1e-2, "learning rate of the first epoch", source="SiamFC")
     final_lr: float = setting(1e-5, "learning rate it falls to, geometrically", source="SiamFC")

@@ -1,7 +1,7 @@
 """Batches of exemplar and search crops, made ahead by loader processes.
 
-A pair is a function of (seed, epoch, sequence): which frames, how much each is stretched and where
-the search crop lies. Batches are the same for any number of loader processes and of ranks.
+A pair is a function of (seed, epoch, sequence): which frames, and how much each is stretched and
+shifted. Batches are the same for any number of loader processes and of ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from shards.draws import below, sample_starts, uniforms
 from shards.errors import InputError
 from shards.pairs import Box, NoPair, PairFrames, PairSample, PairStream
 
-_DRAWS = 4  # stretch of exemplar and search, place of the search crop across and down
-# SiamFC cuts the 255 px by 4 on each side and takes a random 239 of what is left.
+# Stretch of exemplar and search; shift across and down of the search crop, then of the exemplar.
+_DRAWS = 6
+# SiamFC cuts the 255 px by 4 on each side and takes a random 239 of what is left; the exemplar is
+# the centre of such a crop.
 _MARGIN_PX = (SEARCH_PX - TRAIN_SEARCH_PX) // 4
 _BATCHES_AHEAD = 2
 _MOST_SUBSTITUTES = 20
@@ -95,14 +97,14 @@ class PairMaker(Dataset[PairBatch]):
 
     def _crops(self, sample: PairFrames, drawn: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         scales = 1 + self._max_stretch * (2 * drawn[:2] - 1)
-        shift = below(drawn[2:], 2 * _MARGIN_PX + 1) - _MARGIN_PX
+        shifts = below(drawn[2:], 2 * _MARGIN_PX + 1).reshape(2, 2) - _MARGIN_PX
         crops = []
         for jpeg, box, scale, size, moved in zip(
             sample.jpegs,
             sample.boxes,
             scales.tolist(),
             (EXEMPLAR_PX, TRAIN_SEARCH_PX),
-            ((0, 0), shift.tolist()),
+            shifts[::-1].tolist(),
             strict=True,
         ):
             frame = self._decoder.decode(jpeg)

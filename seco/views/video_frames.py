@@ -15,12 +15,17 @@ from shards.reader import ShardSet
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """``wanted`` frame numbers from the first to the last of ``count``, rounded; all if fewer."""
+    """``wanted`` frame numbers from the first to the last of ``count``; all if there are fewer.
+
+    ``linspace`` rounded, as in the authors' code: places half-way between two frames, which only an
+    odd ``wanted`` has, go where its float64 steps put them. One frame is the middle one.
+    """
     if wanted >= count:
         return list(range(count))
     if wanted == 1:
         return [count // 2]
-    return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
+    numbers: list[int] = np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+    return numbers
 
 
 class VideoFrames:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def start(shards: str, out: Path, threads: int = 1, **settings: Any) -> subproce
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         start_new_session=True,
     )
+
+
+def test_frame_numbers_are_linspaces() -> None:
+    for wanted in (2, 7, 15, 30, 31, 50, 51):
+        for count in (*range(wanted + 1, 320), 1000, 17_999):
+            expected = np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+            assert evenly_spaced(count, wanted) == expected
+            if wanted % 2 == 0:  # never half-way between two frames
+                spacing = Fraction(count - 1, wanted - 1)
+                assert expected == [round(spacing * place) for place in range(wanted)]
+    # Here an odd number of exact fractions rounds otherwise: 14.5 to 14.
+    assert evenly_spaced(30, 15)[7] == 15
+    assert evenly_spaced(9, 1) == [4] and evenly_spaced(10, 1) == [5]  # the middle
+    assert evenly_spaced(3, 5) == [0, 1, 2]
 
 
 def test_features_are_those_of_a_plain_loop(shards: str, tmp_path: Path) -> None:

@@ -83,6 +83,23 @@ def step_of(model: SeCo, config: PretrainConfig) -> TrainingStep:
     return TrainingStep(model, for_device(config, device), ViewConfig(), views, Ranks(), device)
 
 
+def test_the_key_encoders_running_statistics_change_no_key() -> None:
+    """After --init they are the file's here, and new in the authors' code."""
+    images = made_input()[0][1:].flatten(0, 1)
+    model = SeCo(settings()).double().train()
+    other = copy.deepcopy(model)
+    for name, buffer in other.key_encoder.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2.0)
+    encoded = []
+    for each in (model, other):
+        shuffle = KeyShuffle(N, GROUP, 0, 1, torch.Generator().manual_seed(3), KEYS)
+        encoded.append(each.encode_keys(images[torch.from_numpy(shuffle.wanted)], shuffle))
+    assert encoded[0].keys() == encoded[1].keys()
+    for name, keys in encoded[0].items():
+        assert torch.equal(keys, encoded[1][name])
+
+
 @pytest.mark.parametrize("preset", ["paper", "authors"])
 def test_one_step_equals_the_reference(preset: str) -> None:
     config = settings(preset=preset, warmup_epochs=0)

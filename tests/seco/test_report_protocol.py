@@ -308,7 +308,7 @@ def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> N
 def test_what_a_tracker_was_trained_on_is_compared(
     tmp_path: Path, shards: Any, here: str, state: str
 ) -> None:
-    settings = {"train_shards": shards, "epochs": 20, "epochs_planned": 50, "max_gap": 100}
+    settings = {"train_shards": shards, "epochs": 20, "epochs_planned": 50, "max_gap": 99}
     run = write_tuning(tmp_path / "run", "epochs = 50\n")
     encoder = {"arch": "resnet50", "checkpoint": "x.pt", "tasks": TASKS}
     figures = {"success_auc": 0.5, "encoder": encoder, "settings": settings}

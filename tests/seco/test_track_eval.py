@@ -253,7 +253,7 @@ def test_how_far_a_tracker_was_trained_is_told(
     assert [Path(shards).name for shards in settings["train_shards"]] == ["patches.json"]
     expected = {
         **{"batch_size": 8, "lr": 1e-2, "final_lr": 1e-5, "momentum": 0.9, "weight_decay": 5e-4},
-        **{"pairs_per_sequence": 1, "max_gap": 100, "max_stretch": 0.05},
+        **{"pairs_per_sequence": 1, "max_gap": 99, "max_stretch": 0.05},
         **{"positive_radius": 16, "response_scale": 1e-3, "feature_layer": "layer2"},
     }
     assert {name: settings[name] for name in expected} == expected

@@ -35,7 +35,7 @@ from seco.track.pairs import PairMaker, training_crop
 from seco.track.tracker import peak
 from seco.track.train import PairStep
 from shards.opening import open_shards
-from shards.pairs import PairStream
+from shards.pairs import PairStream, draw_pair
 from tests.made_sequences import make_sequences
 
 # Backbone
@@ -294,7 +294,7 @@ def test_the_defaults_are_siamfcs() -> None:
     training = {
         **{"feature_layer": "layer4", "channels": 256, "convolutions": "shared"},
         **{"raw_features": False, "response_scale": 0.001, "epochs": 50},
-        **{"pairs_per_sequence": 1, "max_gap": 100, "batch_size": 8, "lr": 0.01},
+        **{"pairs_per_sequence": 1, "max_gap": 99, "batch_size": 8, "lr": 0.01},
         **{"final_lr": 0.00001, "momentum": 0.9, "weight_decay": 0.0005},
         **{"positive_radius": 16.0, "max_stretch": 0.05},
     }
@@ -320,6 +320,13 @@ def test_the_optimizer_has_the_settings() -> None:
     assert torch.equal(step._labels, response_labels(15, 8))
 
 
+def test_the_default_gap_is_siamfcs() -> None:
+    """The frames of its pairs are less than 100 apart."""
+    frames = np.array([0, 99, 199], dtype=np.int64)
+    gap = TrackTrainConfig().max_gap
+    assert {draw_pair(uniform, frames, gap) for uniform in (0.0, 0.5, 0.99)} == {(0, 99)}
+
+
 def test_pairs_are_stretched_and_shifted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
@@ -340,12 +347,13 @@ def test_pairs_are_stretched_and_shifted(tmp_path: Path, monkeypatch: pytest.Mon
         assert 0.95 <= min(scales) < 0.96
         assert 1.04 < max(scales) <= 1.05
     exemplars, searches = ([m for crop, _, m in given if crop == size] for size in (127, 239))
-    assert set(exemplars) == {(0, 0)}
-    for axis in (0, 1):
-        assert {moved[axis] for moved in searches} == set(range(-4, 5))
-    assert len(set(searches)) > 40
-    pairs = zip(given[::2], given[1::2], strict=True)
+    for crops in (exemplars, searches):  # SiamFC takes a random 239 of 247 px for both
+        for axis in (0, 1):
+            assert {moved[axis] for moved in crops} == set(range(-4, 5))
+        assert len(set(crops)) > 40
+    pairs = list(zip(given[::2], given[1::2], strict=True))
     assert sum(one[1] == other[1] for one, other in pairs) == 0  # drawn for each
+    assert sum(one[2] == other[2] for one, other in pairs) < 10
 
 
 # Inference

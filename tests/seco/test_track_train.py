@@ -242,7 +242,7 @@ def test_sequences_that_are_of_no_use_are_named_once(
     spec = make_sequences(tmp_path / "set", sequences=4, change=change)
     train(spec, tmp_path / "run", convolutions="separate", raw_features=True)
     said = capsys.readouterr().err
-    assert said.count("patch_001: no two frames within 100 have boxes") == 1
+    assert said.count("patch_001: no two frames within 99 have boxes") == 1
     assert lines(tmp_path / "run")[-1]["unreadable"] == 0
 
 
@@ -286,7 +286,7 @@ def test_mistakes_are_one_line(
     other = said(f"--out={undisturbed}", "--resume=auto", "--seed=1")
     assert "was trained on another backbone" in other
     changed = said(f"--out={undisturbed}", "--resume=auto", "--max-gap=50")
-    assert "was made with max_gap = 100, not 50" in changed
+    assert "was made with max_gap = 99, not 50" in changed
 
 
 def test_shards_without_boxes_are_one_line(tmp_path: Path) -> None:

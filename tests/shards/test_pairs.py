@@ -58,6 +58,9 @@ def test_hidden_and_absent_frames_are_left_out() -> None:
     boxes = [[1, 1, 40, 40]] * 5
     # 30 % of the best cover, 8, is 2.4.
     assert usable_frames(record(boxes, cover=[8, 2, 3, 0, 5])).tolist() == [0, 2, 4]
+    # And above 1 in any case.
+    assert usable_frames(record(boxes, cover=[1, 2, 3, 0, 1])).tolist() == [1, 2]
+    assert usable_frames(record(boxes, cover=[1, 1, 1, 1, 1])).tolist() == []
     assert usable_frames(record(boxes, cover=[0, 0, 0, 0, 0])).tolist() == []
     assert usable_frames(record(boxes, absence=[0, 1, 0, 0, 1])).tolist() == [0, 2, 3]
 
@@ -79,6 +82,34 @@ def test_damaged_annotations_are_refused(broken: dict[str, Any]) -> None:
 
 def test_a_record_without_boxes_has_no_usable_frames() -> None:
     assert usable_frames(record(None)).tolist() == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 4, 19, 20, 45, 100, 201]), st.integers(1, 120))
+        | st.tuples(st.integers(20, 210), st.integers(20, 110)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.data(),
+)
+def test_the_frames_are_siamfcs(sides: list[tuple[int, int]], data: st.DataObject) -> None:
+    """Its conditions, frame by frame (siamfc-pytorch, ``Pair._filter``)."""
+    cover = data.draw(st.lists(st.integers(0, 8), min_size=len(sides), max_size=len(sides)))
+    expected = [
+        number
+        for number, (w, h) in enumerate(sides)
+        if w * h >= 20
+        and min(w, h) >= 20
+        and max(w, h) <= 500
+        and min(w / 400, h / 200) >= 0.01
+        and max(w / 400, h / 200) <= 0.5
+        and 0.25 <= w / max(1, h) <= 4
+        and cover[number] > max(1, 0.3 * max(cover))
+    ]
+    found = usable_frames(record([[1, 1, *side] for side in sides], cover=cover))
+    assert found.tolist() == expected
 
 
 @settings(max_examples=60, deadline=None)
