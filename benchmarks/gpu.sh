@@ -1,91 +1,134 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: the tests that skip without one, then timings, the table last.
-#   benchmarks/gpu.sh            on a machine with a GPU
-#   benchmarks/gpu.sh cpu        the same logic, small, on the CPU: a check of this script
-# SHARDS=set.json: real frames of 340x256 for the loader; without it, drawn ones.
+# Checks and measures this toolkit on a machine with one GPU, in two calls of a few minutes.
+#
+#   benchmarks/gpu.sh check          is everything right there?   at most 5 minutes
+#   benchmarks/gpu.sh measure        how fast is it?              at most 6 minutes
+#   benchmarks/gpu.sh check cpu      the same logic at its smallest on the CPU; also measure cpu
+#
+# It reads .gpu/ (made by `make gpu-kit`) where that is there. Environment: OUT, the folder of the
+# results (results.md, failures.md); PYTHON; ONLY, the parts to run, for example ONLY=step,bare.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-device=${1:-cuda}
-python=${PYTHON:-python3}
-out=${OUT:-$(mktemp -d)}
-failed=0
+mode=${1:-} device=${2:-cuda}
+case "$mode-$device" in
+    check-cuda) total=300 ;;
+    measure-cuda) total=360 ;;
+    check-cpu | measure-cpu) total=7200 ;; # limits are for a GPU that others wait for
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
 
-"$python" -m pytest tests -q -k "gpu" 2>&1 | tail -n 15 || failed=1
+export PYTHONUNBUFFERED=1 TMPDIR
+TMPDIR=$(mktemp -d /tmp/seco-gpu.XXXXXX) # all bulk: shards, runs, compiled kernels
+out=${OUT:-$(mktemp -d)} python=${PYTHON:-python3} kit=${SECO_GPU_KIT:-$PWD/.gpu}
+results=$out/results.md failures=$out/failures.md
+mkdir -p "$out"
+: > "$results"
+verdicts=() unhappy=() child=
 
-times="$out/step.md"
-: > "$times"
-time_step() { "$python" -m cli bench step --device "$device" "$@" >> "$times" 2> "$out/step.err" || { failed=1; tail -n 3 "$out/step.err"; }; }
-if [ "$device" = cuda ]; then
-    nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/machine.txt"
-    time_step --precision bf16
-    time_step --precision bf16 --channels-last --compile --only-step
+# Runs whatever ends the script, so that what was measured is on the screen last.
+summary() {
+    trap - EXIT INT TERM
+    if [ -n "$child" ]; then
+        kill "$child" 2> /dev/null
+        unhappy+=("the script was stopped")
+    fi
+    echo
+    echo "== gpu.sh $mode $device: $SECONDS s; $results"
+    grep -v '^> ' "$results" | cat -s | tail -c 9000
+    [ ${#verdicts[@]} = 0 ] || printf '%s\n' "${verdicts[@]}"
+    rm -rf "$TMPDIR"
+    if [ ${#unhappy[@]} = 0 ]; then
+        echo "all passed"
+    else
+        (IFS=';'; echo "not all passed: ${unhappy[*]}")
+        exit 1
+    fi
+}
+trap summary EXIT
+trap 'exit 1' INT TERM
+
+# part NAME SECONDS COMMAND...: run it if that much time is left, for no longer, and note down at
+# once what it prints and how it ended.
+part() {
+    local name=$1 limit=$2 began=$SECONDS code errors=$TMPDIR/$1.err output=$TMPDIR/$1.out
+    shift 2
+    case ",${ONLY:-$name}," in *",$name,"*) ;; *) [ "$name" = sets ] || return 0 ;; esac
+    [ "$device" = cuda ] || limit=$((limit * 20))
+    if [ $((SECONDS + limit)) -gt "$total" ]; then
+        verdicts+=("$name: skipped, $((total - SECONDS)) s are left and it may take $limit")
+        unhappy+=("$name skipped")
+        return 0
+    fi
+    printf '\n## %s\n\n' "$name" >> "$results"
+    timeout --kill-after=5 "$limit" "$@" > >(tee -a "$results" > "$output") 2> "$errors" &
+    child=$!
+    wait "$child"
+    code=$?
+    child=
+    wait # for tee
+    verdicts+=("$name: exit code $code after $((SECONDS - began)) of $limit s")
+    printf '\n%s\n' "${verdicts[-1]}" >> "$results"
+    if [ $code != 0 ]; then
+        unhappy+=("$name failed")
+        {
+            printf '\n## %s, exit code %s\n\n```\n' "$name" "$code"
+            tail -n 30 "$output"
+            tail -n 30 "$errors"
+            printf '```\n'
+        } | tee -a "$failures"
+    fi
+    return 0
+}
+
+# Packages that this Python lacks, from the kit. A wheel of another Python is left out; the first
+# part tells what is missing.
+export PYTHONPATH="$TMPDIR/packages:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+for wheel in "$kit"/wheels/*.whl; do
+    [ -f "$wheel" ] || continue
+    "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+        --target "$TMPDIR/packages" "$wheel" 2> /dev/null || echo "not for this Python: $wheel"
+done
+
+module() { # PART-NAME SECONDS MODULE ARGUMENTS...
+    local name=$1 limit=$2 module=$3
+    shift 3
+    part "$name" "$limit" "$python" -m "benchmarks.gpu.$module" --device "$device" \
+        --work "$TMPDIR/work" "$@"
+}
+
+mkdir -p "$TMPDIR/work"
+printf '# gpu.sh %s %s, commit %s\n' "$mode" "$device" \
+    "$(git rev-parse --short HEAD 2> /dev/null || cat "$kit/commit" 2> /dev/null)" >> "$results"
+
+module sets 40 data
+if [ "$mode" = check ]; then
+    [ "$device" = cpu ] || export SECO_REQUIRE_GPU=1
+    module card 40 card
+    # shellcheck disable=SC2016
+    part tests 110 sh -c '"$0" -m pytest "$@" >&2; code=$?; [ $code != 0 ] || echo "passed"; exit $code' \
+        "$python" -p no:cacheprovider -m gpu $(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
+    module smoke 80 smoke smoke
+    module nvjpeg 45 smoke nvjpeg
+    module step 75 step eager
+    [ "$device" = cuda ] || export TORCH_COMPILE_DISABLE=1 # compiling is for GPUs
+    module compile 85 step compile
 else
-    time_step --arch resnet18 --crop-size 32 --batch-size 32 --queue-size 192 --repeats 2 --only-step
+    if [ "$device" = cuda ]; then
+        module step 130 step compiled
+        module bare 90 step bare
+        module plain 45 step plain
+        module views 60 benches views
+        module loader 40 benches loader
+        module extract 45 benches extract
+        module svm 60 benches svm
+        module track 40 benches track
+        module learning 75 learning
+    else
+        module benches 60 benches views,loader,extract,svm,track # one process: less to load
+        export TORCH_COMPILE_DISABLE=1
+        module step 130 step compiled
+        module bare 90 step bare
+        module plain 45 step plain
+        module learning 75 learning
+    fi
 fi
-
-# A short real run from shards to features on the device, once with frames decoded there.
-"$python" - "$out/shards" "$device" <<'PY' || failed=1
-import sys
-from pathlib import Path
-from tests.made_shards import make_set
-make_set(Path(sys.argv[1]), videos=64, frames=6, per_shard=32)
-many = 1024 if sys.argv[2] == "cuda" else 32
-make_set(Path(sys.argv[1]), videos=many, frames=4, per_shard=128, name="large", size=(256, 340))
-PY
-decode=cpu; [ "$device" = cuda ] && decode=nvjpeg
-"$python" -m cli pretrain --shards "$out/shards/made.json" --out "$out/run-decode" --arch resnet18 --epochs 3 \
-    --batch-size 16 --queue-size 64 --crop-size 64 --device "$device" --decode "$decode" > /dev/null || failed=1
-"$python" -m cli pretrain --shards "$out/shards/made.json" --out "$out/run" --arch resnet18 --epochs 3 \
-    --batch-size 16 --queue-size 64 --crop-size 64 --device "$device" > /dev/null || failed=1
-"$python" -m cli extract-features --shards "$out/shards/made.json" --checkpoint "$out/run/last.pt" \
-    --out "$out/features" --frames 4 --short-edge 72 --crop-size 64 --device "$device" > /dev/null || failed=1
-
-# Does pre-training pay? Real clips, ResNet-18 from scratch, 3 seeds, Table 1's ablation. Needs ffmpeg and the test data.
-data=${SECO_TEST_DATA:-../shared}/data/hmdb51
-: > "$out/hmdb51.md"
-if [ -d "$data" ] && "$python" -c "import imageio_ffmpeg" 2> /dev/null; then
-    quick=(); [ "$device" = cpu ] && quick=(--seeds 0 --steps 2)
-    "$python" benchmarks/demo_seeds.py --work "$out/demo" --src "$data" --dataset hmdb51 "${quick[@]}" \
-        --tasks inter/inter,intra/inter,intra,order > "$out/hmdb51.md" 2> "$out/hmdb51.err" \
-        || { failed=1; tail -n 3 "$out/hmdb51.err"; }
-else
-    echo "no clips or no ffmpeg: the accuracies are not measured" >> "$out/hmdb51.md"
-fi
-
-# The loader alone, and the views on the device: docs/loader.md.
-shards=${SHARDS:-$out/shards/large.json}
-if [ "$device" = cuda ]; then
-    "$python" -m cli bench loader --shards "$shards" --triplets 512 --repeats 3 --workers 1,8,16 > "$out/loader.md" || failed=1
-    "$python" -m cli bench views --shards "$shards" --device cuda > "$out/views.md" || failed=1
-    "$python" -m cli bench extract --shards "$shards" --device cuda --workers 14 > "$out/extract.md" || failed=1
-else
-    "$python" -m cli bench loader --shards "$shards" --triplets 8 --repeats 1 --only-costs > "$out/loader.md" || failed=1
-    "$python" -m cli bench views --shards "$shards" --repeats 1 --device cpu --batch 4 > "$out/views.md" || failed=1
-    "$python" -m cli bench extract --shards "$out/shards/made.json" --repeats 1 --device cpu --arch resnet18 \
-        --frames 2 --short-edge 72 --crop-size 64 > "$out/extract.md" || failed=1
-fi
-
-# The SVM of Kinetics' size: docs/probe.md.
-probe=(); [ "$device" = cpu ] && probe=(--rows 400 --classes 5 --dimension 64 --repeats 1)
-[ "$device" = cuda ] && probe=(--rows 240000 --classes 400 --repeats 3)
-"$python" -m cli bench probe --device "$device" --only-ours "${probe[@]}" > "$out/probe.md" || failed=1
-
-# SiamFC on the frozen backbone: docs/track.md.
-if [ "$device" = cuda ]; then
-    "$python" -m cli bench track --device cuda > "$out/track.md" || failed=1
-else
-    "$python" -m cli bench track --arch resnet18 --feature-layer layer2 --batch-size 2 --repeats 1 --device cpu > "$out/track.md" || failed=1
-fi
-
-echo "== $device: tracking =="
-cat "$out/track.md"
-echo "== $device: probe =="
-cat "$out/probe.md"
-echo "== $device: loader, views and features =="
-cat "$out/loader.md" "$out/views.md" "$out/extract.md"
-echo "== $device: 8 classes of HMDB51 =="
-cat "$out/hmdb51.md"
-echo "== $device: step times =="
-cat "$times"
-[ "$failed" = 0 ] && echo "all passed" || { echo "something failed, see above"; exit 1; }

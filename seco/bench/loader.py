@@ -77,7 +77,7 @@ def bench_loader(
         for count in workers:
             rates = []
             for _ in range(repeats):
-                rates.append(_rate(stream, count))
+                rates.append(triplets_per_second(stream, count))
                 bar.advance()
             scaling[f"{count}_workers_triplets_s"] = float(np.median(rates))
         if len(workers) > 1:
@@ -198,8 +198,8 @@ def _bytes_read(stream: TripletStream) -> int:
     return so_far() - before - overhead
 
 
-def _rate(stream: TripletStream, workers: int) -> float:
-    """Triplets a second of wall time, once all processes are at work."""
+def triplets_per_second(stream: TripletStream, workers: int) -> float:
+    """By wall clock, once all workers are busy."""
     steps = 4
     loader = TripletLoader(
         stream, _CROP_SIZE, ViewConfig(), workers=workers, first_step=0, last_step=100

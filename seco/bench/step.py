@@ -77,7 +77,7 @@ def bench_step(
         raise InputError("must be 1 or more", "--repeats")
     config = resolve(config)
     device = resolve_device(config.device)
-    stream = _stream(config) if config.shards else None  # refused before anything is measured
+    stream = open_for_steps(config) if config.shards else None  # refused before anything is measured
     ways = StepWays(config, device)
     config = ways.config
     found = StepBench(machine("torch", "torchvision"), _settings(config, device))
@@ -176,7 +176,8 @@ def _checkpoint_cost(ways: StepWays, step_ms: float) -> dict[str, float]:
     }
 
 
-def _stream(config: PretrainConfig) -> Stream:
+def open_for_steps(config: PretrainConfig) -> Stream:
+    """The triplets of ``config.shards``, at its batch size."""
     return open_stream(config.shards, config.batch_size, config.sampling or "uniform", 0)
 
 

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/gpu.sh``: each prints its table as it measures."""
