@@ -248,16 +248,22 @@ def test_ablations_and_the_authors_preset_train(shards: str, tmp_path: Path) -> 
         assert logged == {f"loss_{task}" for task in tasks.split(",")}
 
 
-@pytest.mark.parametrize(
-    ("change", "tolerance"), [({"channels_last": True}, 0.002), ({"precision": "bf16"}, 0.05)]
-)
-def test_switches_of_speed_change_the_loss_by_rounding(
-    shards: str, undisturbed: Path, tmp_path: Path, change: dict[str, Any], tolerance: float
-) -> None:
-    pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **{**SMALL, **change}))
-    first, expected = lines(tmp_path)[0], lines(undisturbed)[0]
-    assert first["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-    assert len(lines(tmp_path)) == 12
+def test_switches_of_speed_change_the_loss_by_rounding(shards: str, tmp_path: Path) -> None:
+    """Groups of 8 views of 64 px: over two views of 32 px BatchNorm turns rounding into signs."""
+    settings = {**SMALL, "batch_size": 8, "bn_group": 8, "crop_size": 64, "epochs": 1}
+    first: dict[str, float] = {}
+    for name, change in (
+        ("plain", {}),
+        ("channels_last", {"channels_last": True}),
+        ("bf16", {"precision": "bf16"}),
+    ):
+        out = tmp_path / name
+        pretrain(PretrainConfig(shards=(shards,), out=str(out), **{**settings, **change}))
+        assert len(lines(out)) == 2
+        first[name] = lines(out)[0]["loss"]
+    assert first["channels_last"] == pytest.approx(first["plain"], rel=0.001)
+    assert first["bf16"] == pytest.approx(first["plain"], rel=0.02)
+    assert first["bf16"] != first["plain"]
 
 
 def test_init_takes_an_earlier_runs_backbone(
