@@ -23,7 +23,7 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 10)
         work()
     if device.type != "cuda":
         return statistics.median(_cpu_seconds(work) for _ in range(repeats))
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -106,18 +106,17 @@ def main() -> int:
     codes = [process.wait() for process in running]
     if any(codes):
         return 1
-    found = [json.loads((work / f"seed-{seed}.json").read_text("utf-8")) for seed in seeds]
-    took = max(one["seconds"] for one in found)
-    table.row(
-        f"{found[0]['steps']} steps, {len(seeds)} seeds side by side", f"{took:.3g} s", "15 to 30 s"
-    )
-    table.row("loss at the end", listed([one["loss"] for one in found], 1, ""))
-    for name, what in (("svm", "SVM, top-1"), ("same_video", "same-video R@1")):
-        ours, random = ([one[who][name] for one in found] for who in ("SeCo", "random"))
+    results = [json.loads((work / f"seed-{seed}.json").read_text("utf-8")) for seed in seeds]
+    took = max(result["seconds"] for result in results)
+    what = f"{results[0]['steps']} steps, {len(seeds)} seeds side by side"
+    table.row(what, f"{took:.3g} s", "15 to 30 s", "30 ms per step, bound by the host's launches")
+    table.row("loss at the end", listed([result["loss"] for result in results], 1, ""))
+    for name, title in (("svm", "SVM, top-1"), ("same_video", "same-video R@1")):
+        ours, random = ([result[who][name] for result in results] for who in ("SeCo", "random"))
         gained = statistics.mean(ours) - statistics.mean(random)
-        table.row(f"{what}, random weights", listed(random, 100, " %"))
+        table.row(f"{title}, random weights", listed(random, 100, " %"))
         table.row(
-            f"{what}, pre-trained",
+            f"{title}, pre-trained",
             f"{listed(ours, 100, ' %')}, {100 * gained:+.1f} points in the mean",
             {"svm": "-5 to +5 points", "same_video": "0 to +15 points"}[name],
             "the demo at 32 px did; a test video is one point, chance of 8 classes 12.5 %",

@@ -36,7 +36,9 @@ REFERENCE = KIT / "reference.json"
 FIRST = "epoch-0001.pt"
 LOSSES = ("loss", "loss_inter", "loss_intra", "loss_order")
 _STEPS = 4  # an epoch each, so that there is a checkpoint after each
-_REFERENCE_STEPS = 2  # from then on rounding grows a hundredfold with each update
+_REFERENCE_STEPS = 2  # rounding grows a hundredfold with each update
+# Between two layouts on one CPU (ResNet-50, sizes as here) the losses of the two steps were 1.8e-5
+# and 0.0096 apart, the norms of the updates 0.0052: bounds are five times that and four times.
 _MOST_LOSS = (1e-4, 0.05)
 _MOST_UPDATE = 0.02
 _MOST_DECODED = 0.2  # of a loss of about 10: chroma is repeated, not interpolated

@@ -14,12 +14,11 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.data import large_set
@@ -34,7 +33,7 @@ from seco.bench.step_ways import (
     peak_memory,
     time_alone,
 )
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, peak_lr, resolve
 from seco.pretrain.step import TrainingStep
 
 _TOP_KERNELS = 12
@@ -111,7 +110,7 @@ def eager(work: Path, device: torch.device, table: Table) -> None:
 def crops_of(ways: StepWays, step: TrainingStep) -> Work:
     """Steps on the crops."""
     count = itertools.count()
-    return lambda: step.run(ways.crops, ways.known, next(count), ways.config.lr)
+    return lambda: step.run(ways.crops, ways.known, next(count), peak_lr(ways.config))
 
 
 def timed(work: Work, device: torch.device) -> float:
@@ -131,16 +130,16 @@ def kernels(work: Work, device: torch.device, table: Table) -> None:
             torch.cuda.synchronize(device)
     spent: dict[str, tuple[float, int]] = {}
     for event in seen.key_averages():
-        if on_gpu and event.device_type == DeviceType.CPU:
-            continue
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        spent[event.key] = (us / 1e3, event.count)
+        if us > 0:
+            spent[event.key] = (us / 1e3, event.count)
     total = sum(ms for ms, _ in spent.values())
-    by_kind: Counter[str] = Counter()
+    by_kind: dict[str, float] = defaultdict(float)
     for name, (ms, _) in spent.items():
         found = (kind for kind, words in _KINDS.items() if re.search(words, name.lower()))
         by_kind[next(found, "the rest")] += ms
-    shares = "; ".join(f"{kind} {ms / total:.0%}" for kind, ms in by_kind.most_common())
+    sorted_kinds = sorted(by_kind.items(), key=lambda item: -item[1])
+    shares = "; ".join(f"{kind} {ms / total:.0%}" for kind, ms in sorted_kinds)
     table.note(f"kernels of a step, {total:.4g} ms in all: {shares}")
     for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:_TOP_KERNELS]:
         table.note(f"{ms:8.2f} ms {ms / total:5.1%} {count:5d} x {name[:100]}")
@@ -177,7 +176,7 @@ def compile_once(work: Path, device: torch.device, table: Table) -> None:
     for compiled in (False, True):
         step = ways.step(dataclasses.replace(ways.config, compile=compiled))
         began = time.perf_counter()
-        result = step.run(ways.crops, ways.known, 0, ways.config.lr)
+        result = step.run(ways.crops, ways.known, 0, peak_lr(ways.config))
         losses[compiled] = float(result.loss)  # waits
         if compiled:
             compile_rows(time.perf_counter() - began, table)

@@ -77,7 +77,7 @@ def bench_step(
         raise InputError("must be 1 or more", "--repeats")
     config = resolve(config)
     device = resolve_device(config.device)
-    stream = open_for_steps(config) if config.shards else None  # refused before anything is measured
+    stream = open_for_steps(config) if config.shards else None  # refused before all that takes long
     ways = StepWays(config, device)
     config = ways.config
     found = StepBench(machine("torch", "torchvision"), _settings(config, device))
@@ -87,13 +87,12 @@ def bench_step(
     bare = ways.bare_costs()
     compared |= bare
     if switches:
-        for name in ("channels_last", "compile"):
-            other = not getattr(config, name)
-            changed_settings: dict[str, Any] = {name: other}
-            changed = dataclasses.replace(config, **changed_settings)
-            compared[f"ours, {'' if other else 'no '}{name}"] = functools.partial(
-                ways.ours, changed
-            )
+        last, compiled = not config.channels_last, not config.compile
+        for name, on, changed in (
+            ("channels_last", last, dataclasses.replace(config, channels_last=last)),
+            ("compile", compiled, dataclasses.replace(config, compile=compiled)),
+        ):
+            compared[f"ours, {'' if on else 'no '}{name}"] = functools.partial(ways.ours, changed)
     if plain:
         compared["plain step"] = ways.plain
     with progress("bench step", len(compared), "ways") as bar:

@@ -62,9 +62,7 @@ class StepWays:
         crops = torch.randint(256, (4, n, size, size, 3), dtype=torch.uint8, device=self.device)
         return crops.permute(0, 1, 4, 2, 3)
 
-    def step(
-        self, config: PretrainConfig | None = None, model: SeCo | None = None
-    ) -> TrainingStep:
+    def step(self, config: PretrainConfig | None = None, model: SeCo | None = None) -> TrainingStep:
         """A training step; ``config`` and ``model`` instead of the settings and a new model."""
         config = for_device(config or self.config, self.device)
         torch.manual_seed(0)
