@@ -82,11 +82,12 @@ part() {
 
 # Packages that this Python lacks, from the kit. A wheel of another Python is left out; the first
 # part tells what is missing.
-export PYTHONPATH="$TMPDIR/packages:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export SECO_GPU_PACKAGES=$TMPDIR/packages PYTHONPATH
+PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$SECO_GPU_PACKAGES:$PWD"
 for wheel in "$kit"/wheels/*.whl; do
     [ -f "$wheel" ] || continue
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
-        --target "$TMPDIR/packages" "$wheel" 2> /dev/null || echo "not for this Python: $wheel"
+        --target "$SECO_GPU_PACKAGES" "$wheel" 2> /dev/null || echo "not for this Python: $wheel"
 done
 
 module() { # PART-NAME SECONDS MODULE ARGUMENTS...
@@ -97,8 +98,9 @@ module() { # PART-NAME SECONDS MODULE ARGUMENTS...
 }
 
 mkdir -p "$TMPDIR/work"
-printf '# gpu.sh %s %s, commit %s\n' "$mode" "$device" \
-    "$(git rev-parse --short HEAD 2> /dev/null || cat "$kit/commit" 2> /dev/null)" >> "$results"
+# A copy of the checkout may be without its history.
+commit=$(git rev-parse --short HEAD 2> /dev/null || cat "$kit/commit" 2> /dev/null)
+printf '# gpu.sh %s %s, commit %s\n' "$mode" "$device" "${commit:-unknown}" >> "$results"
 
 module sets 40 data
 if [ "$mode" = check ]; then
@@ -126,9 +128,7 @@ else
     else
         module benches 60 benches views,loader,extract,svm,track # one process: less to load
         export TORCH_COMPILE_DISABLE=1
-        module step 130 step compiled
-        module bare 90 step bare
-        module plain 45 step plain
+        module step 265 step compiled,bare,plain
         module learning 75 learning
     fi
 fi

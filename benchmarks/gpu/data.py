@@ -11,8 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.table import Table, arguments
 from shards.atomic import write_json
@@ -20,6 +19,9 @@ from shards.format import Manifest
 from shards.opening import open_shards
 from shards.writer import ShardWriter
 from tests.made_shards import make_set
+
+if TYPE_CHECKING:
+    import torch
 
 KIT = Path(os.environ.get("SECO_GPU_KIT") or Path(__file__).resolve().parents[2] / ".gpu")
 CLIPS, LABELLED = KIT / "clips" / "clips.json", KIT / "hmdb51" / "hmdb51.json"

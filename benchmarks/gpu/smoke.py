@@ -35,7 +35,7 @@ from shards.atomic import write_json
 REFERENCE = KIT / "reference.json"
 FIRST = "epoch-0001.pt"
 LOSSES = ("loss", "loss_inter", "loss_intra", "loss_order")
-_STEPS = 4  # an epoch each, so that there is a checkpoint after each
+_STEPS = 4  # an epoch each, so that there can be a checkpoint after each
 _REFERENCE_STEPS = 2  # rounding grows a hundredfold with each update
 # Between two layouts on one CPU (ResNet-50, sizes as here) the losses of the two steps were 1.8e-5
 # and 0.0096 apart, the norms of the updates 0.0052: bounds are five times that and four times.
@@ -54,14 +54,14 @@ def settings(device: torch.device, *, small: bool) -> dict[str, Any]:
         sizes = {"arch": "resnet50", "crop_size": 224, "queue_size": 4096}
         sizes |= {"batch_size": 64, "bn_group": 16}
     # A learning rate that stays as it is, however many epochs there are.
-    more: dict[str, Any] = {"lr": 1e-3, "final_lr": 1e-3, "log_every": 1, "keep_every_epochs": 1}
+    more: dict[str, Any] = {"lr": 1e-3, "final_lr": 1e-3, "log_every": 1}
     return sizes | more | {"device": str(device), "compile": False}
 
 
 def compared(device: torch.device, *, small: bool) -> dict[str, Any]:
     """Of runs whose losses are compared: float32, views that the CPU finishes, a smaller batch."""
     sizes = {} if small else {"batch_size": 16, "bn_group": 8}  # a CPU takes a minute
-    more = {"precision": "fp32", "views_on": "workers"}
+    more = {"precision": "fp32", "views_on": "workers", "keep_every_epochs": 1}
     return {**settings(device, small=small), **sizes, **more}
 
 
@@ -161,7 +161,8 @@ def smoke(work: Path, device: torch.device) -> int:
     differing = sum((norm - theirs[name]) ** 2 for name, norm in updates.items())
     relative = math.sqrt(differing / sum(norm**2 for norm in theirs.values()))
     table.check("norms of the tensors' first updates apart, relative", relative, _MOST_UPDATE)
-    resumed = run(work / "resumed", shards, **fp32, resume=str(work / "fp32" / "epoch-0002.pt"))
+    second = {"resume": str(work / "fp32" / "epoch-0002.pt"), "keep_every_epochs": 100}
+    resumed = run(work / "resumed", shards, **{**fp32, **second})
     for name, line, most in zip(("first", "second"), resumed, _MOST_LOSS, strict=True):
         away = apart(values(line), values(whole[int(line["step"]) - 1]))
         table.check(f"{name} step after a resume, losses apart", away, most)

@@ -262,7 +262,8 @@ def main() -> int:
     given = arguments(__doc__, "what")
     parts = {"eager": eager, "compile": compile_once, "compiled": compiled, "bare": bare}
     table = Table(given.device)
-    (parts | {"plain": plain})[given.what](given.work, given.device, table)
+    for name in given.what.split(","):
+        (parts | {"plain": plain})[name](given.work, given.device, table)
     return table.exit_code()
 
 

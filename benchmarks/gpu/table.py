@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from seco.processes.device import resolve_device
+if TYPE_CHECKING:
+    import torch
 
 
 class Table:
@@ -19,8 +19,8 @@ class Table:
         device: what is measured.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, device: torch.device | str) -> None:
+        self._on_gpu = str(device).startswith("cuda")
         self.failed: list[str] = []
         print("| what | predicted | measured |\n|---|---|---|", flush=True)
 
@@ -48,16 +48,19 @@ class Table:
         return 1 if self.failed else 0
 
 
-def arguments(description: str | None, *more: str) -> argparse.Namespace:
+def arguments(description: str | None, *more: str, resolved: bool = True) -> argparse.Namespace:
     """Parse a part's command line: ``--device``, ``--work`` and what ``more`` names.
 
-    The device is resolved: ``given.device`` is a ``torch.device``.
+    ``given.device`` is a ``torch.device`` where it is to be ``resolved``, else its name.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is written")
     for name in more:
         parser.add_argument(name)
     given = parser.parse_args()
-    given.device = resolve_device(given.device)
+    if resolved:
+        from seco.processes.device import resolve_device  # loads torch
+
+        given.device = resolve_device(given.device)
     return given
