@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import click
 from pipelines._config import PrepareConfig
 from seco import __version__
 from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
+from seco.compare.config import EXTRACTION, CompareConfig
 from seco.config import PretrainConfig
 from seco.demo.config import DemoConfig
 from seco.extract.config import ExtractConfig
@@ -67,11 +69,13 @@ def settings_options(
     required: Sequence[str] = (),
     arguments: Sequence[str] = (),
     only: Sequence[str] = (),
+    config_file: bool = True,
 ) -> Callable[[_Command], _Command]:
     """Options for the fields of a settings dataclass, and ``--config`` to read them from TOML.
 
     Fields named in ``arguments`` are left to arguments of the same name; ``only`` names the fields
-    that become options, where a command uses some of them.
+    that become options, where a command uses some of them. A command of two dataclasses has one
+    ``--config`` for both: ``config_file`` is false for the other one.
     """
 
     def decorate(command: _Command) -> _Command:
@@ -79,6 +83,8 @@ def settings_options(
             left_out = field.name in arguments or bool(only and field.name not in only)
             if not field.metadata.get("hidden") and not left_out:
                 command = _option(field, field.name in required)(command)
+        if not config_file:
+            return command
         read_config = click.option(
             "--config",
             type=click.Path(dir_okay=False),
@@ -262,17 +268,42 @@ def extract_features(**settings: Any) -> None:
         raise click.exceptions.Exit(code)
 
 
-def extract_here(config: ExtractConfig) -> int:
-    """One process of an extraction: its exit code. The first one tells where the features are."""
+def extract_here(config: ExtractConfig, show: bool = True) -> int:
+    """One process of an extraction: its exit code. The first one prints where the features are."""
 
     def work() -> None:
         from seco.extract.extract import extract_features as run
 
         folder = run(config)
-        if os.environ.get("RANK", "0") == "0":
+        if show and os.environ.get("RANK", "0") == "0":
             print(folder)
 
     return exit_code(work)
+
+
+@seco.command()
+@settings_options(CompareConfig)
+@settings_options(ExtractConfig, only=EXTRACTION, config_file=False)
+def compare(**settings: Any) -> None:
+    """Say which encoder is better on a dataset, with 95 % intervals, or that it cannot be told.
+
+    Features that are missing are extracted into --out; finished ones are used again. The options
+    from --arch on are those of extract-features.
+
+    \b
+    Example: seco compare --shards shards/mine.json --encoder runs/mine --encoder random
+    Example: seco compare --features features/a --features features/b
+    """
+    from seco.compare.compare import compare as run
+    from seco.processes.launch import launch
+
+    extraction = ExtractConfig(**{name: settings.pop(name) for name in EXTRACTION})
+
+    def extract(config: ExtractConfig) -> None:
+        if code := launch(config, partial(extract_here, show=False)):
+            raise click.exceptions.Exit(code)
+
+    print(run(CompareConfig(**settings), extraction, extract).table())
 
 
 @seco.command("import")

@@ -113,6 +113,21 @@ def read_train_test(
     """
     train = read_features(folder)
     test = train if test_folder is None else read_features(test_folder)
+    return train_test(train, test, split, train_value, test_value)
+
+
+def train_test(
+    train: Features,
+    test: Features,
+    split: str | None = None,
+    train_value: str = "train",
+    test_value: str | None = None,
+) -> TrainTest:
+    """The same for open folders; ``test`` may be ``train`` itself.
+
+    Raises:
+        InputError: as :func:`read_train_test`.
+    """
     if test is not train:
         require_same_encoder(train, test)
         if train.features.shape[1] != test.features.shape[1]:

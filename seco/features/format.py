@@ -26,6 +26,7 @@ RESULTS = (
 PROBES = "probe-"  # begins the folders of probes of other methods and splits
 COLUMNS = ("key", "source", "label", "label_name", "frames", "shard")
 SPLIT = "split."
+GROUP = "group"  # an optional column: videos of one recording share it
 _BLOCK_VALUES = 1 << 24
 
 

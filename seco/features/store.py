@@ -25,6 +25,7 @@ from seco.features.format import (
     FEATURES,
     FORMAT_VERSION,
     FRAMES,
+    GROUP,
     HALVES,
     META,
     PARTS,
@@ -73,6 +74,7 @@ class Features:
     splits: dict[str, list[str]]  # for each split name, (V,) values; "" for none
     meta: dict[str, Any]
     all_frames: NDArray[np.float32] | None = None  # (F, D) with --per-frame
+    groups: list[str] | None = None  # (V,) the optional column "group"; "" for none
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -124,8 +126,12 @@ class Features:
         return {label: name for label, name in pairs if label != UNLABELLED and name}
 
 
-def read_features(folder: str | Path) -> Features:
+def read_features(folder: str | Path, *, finite: bool = True) -> Features:
     """Open a feature folder.
+
+    Args:
+        folder: what ``extract-features`` has written.
+        finite: refuse features that hold NaN or infinity.
 
     Raises:
         InputError: missing, not a feature folder, unfinished, or its files do not fit together.
@@ -150,7 +156,7 @@ def read_features(folder: str | Path) -> Features:
             folder,
             _EXTRACT_AGAIN,
         )
-    for array in (features, halves):
+    for array in (features, halves) if finite else ():
         require_finite(array, keys, folder)
     found = Features(
         folder=folder,
@@ -165,6 +171,7 @@ def read_features(folder: str | Path) -> Features:
         splits={n.removeprefix(SPLIT): c for n, c in columns.items() if n.startswith(SPLIT)},
         meta=meta,
         all_frames=_read_array(folder / FRAMES, 2) if (folder / FRAMES).exists() else None,
+        groups=columns.get(GROUP),
     )
     expected = (int(found.frame_offsets[-1]), dimension)
     if found.all_frames is not None and found.all_frames.shape != expected:

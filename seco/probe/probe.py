@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from seco.evaluation.class_results import class_accuracies, confusions
+from seco.evaluation.groups import SINGLE_VIDEOS, video_groups
 from seco.evaluation.predictions import Predictions, judge
 from seco.evaluation.splits import TrainTest, read_train_test, usual_split
 from seco.features.format import PROBES
@@ -23,7 +24,7 @@ from seco.probe.knn import knn_votes
 from seco.probe.linear_sgd import LinearClassifier, fit_linear
 from seco.probe.result import ProbeResult, SweptC
 from seco.probe.svm import LinearSVM, fit_svm
-from seco.probe.validation import held_out, recordings
+from seco.probe.validation import held_out
 from seco.processes.device import resolve_device
 from shards.atomic import require_writable
 from shards.errors import InputError
@@ -159,10 +160,8 @@ def _choose_c(
 ) -> tuple[float, list[SweptC], dict[str, Any]]:
     """The C of the best top-1 on a part of the training rows (the smallest of equal ones)."""
     labels, features = rows.train_labels, rows.train
-    names = [features.label_names[row] for row in rows.train_rows]
-    groups = recordings([features.sources[row] for row in rows.train_rows], names)
-    keys = [features.keys[row] for row in rows.train_rows]
-    outside = held_out(labels, groups or keys)
+    groups, kind = video_groups(features)
+    outside = held_out(labels, [groups[row] for row in rows.train_rows])
     if not outside.any() or len(np.unique(labels[~outside])) < 2:
         raise InputError(
             "no part of the training videos can be held out to choose C on",
@@ -184,7 +183,7 @@ def _choose_c(
     validation = {
         "videos": int(outside.sum()),
         "classes": len(np.unique(labels[outside])),
-        "drawn_by": "recordings kept whole" if groups else "single videos",
+        "drawn_by": kind if kind == SINGLE_VIDEOS else f"{kind} kept whole",
     }
     return best, swept, validation
 

@@ -1,43 +1,20 @@
 """The part of the training videos on which a setting such as C is chosen; never the test videos.
 
 Clips cut from one recording are near-copies. A part that held some clips of a recording whose
-others are trained on would favour whatever memorises, so recordings are kept whole where file names
-tell them: UCF101 (``v_<Class>_g<group>_c<clip>``) and HMDB51 (``<film>_<class>_<tags>_<clip>``).
+others are trained on would favour whatever memorises, so recordings (``evaluation/groups.py``) are
+kept whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 SHARE = 0.2
-_UCF101 = re.compile(r"(v_.+_g\d+)_c\d+", re.I)
-_HMDB51 = re.compile(r"(.+)_[a-z]{1,2}_(?:cm|nm)_np\d+_[a-z]{2}_[a-z]{3}_\d+", re.I)
-
-
-def recordings(sources: Sequence[str], class_names: Sequence[str]) -> list[str] | None:
-    """The recording of each video, or None where not all file names tell it.
-
-    Args:
-        sources: paths of the videos.
-        class_names: the class of each.
-    """
-    found = []
-    for source, name in zip(sources, class_names, strict=True):
-        stem = PurePosixPath(source).stem
-        if match := _UCF101.fullmatch(stem):
-            found.append(match[1].lower())
-        elif match := _HMDB51.fullmatch(stem):
-            found.append(match[1].lower().removesuffix(f"_{name.lower()}"))
-        else:
-            return None
-    return found
 
 
 def held_out(

@@ -18,7 +18,7 @@ from seco.features.store import write_features
 from seco.probe.config import ProbeConfig
 from seco.probe.linear_sgd import fit_linear
 from seco.probe.probe import accuracies, probe
-from seco.probe.validation import held_out, recordings
+from seco.probe.validation import held_out
 from seco.report.records import parse_probe
 from seco.report.sources import find_results
 from shards.errors import InputError
@@ -236,22 +236,6 @@ def test_linear_sgd_against_a_loop() -> None:
             w, b = w - rate / square * vw, b - rate * vb
     np.testing.assert_allclose(fitted.weights, w, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(fitted.biases, b, rtol=1e-3, atol=1e-6)
-
-
-def test_recordings_are_told_by_file_names() -> None:
-    ucf = ["Archery/v_Archery_g01_c01.avi", "Archery/v_Archery_g12_c03.avi"]
-    assert recordings(ucf, ["Archery"] * 2) == ["v_archery_g01", "v_archery_g12"]
-    hmdb = [
-        "brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_0.avi",
-        "brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_1.avi",
-        "pour/#122_Pouring_Milk__(1)_pour_u_nm_np1_fr_med_3.avi",
-    ]
-    assert recordings(hmdb, ["brush_hair", "brush_hair", "pour"]) == [
-        "april_09",
-        "april_09",
-        "#122_pouring_milk__(1)",
-    ]
-    assert recordings([*ucf, "x.mp4"], ["a"] * 3) is None
 
 
 def test_what_is_held_out() -> None:

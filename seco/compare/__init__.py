@@ -1,0 +1,1 @@
+"""``seco compare``."""
