@@ -9,7 +9,7 @@ SRC ?=
 DATASET ?= folder
 DEMO_FLAGS ?=
 
-.PHONY: help install install-simd demo test lint format bench clean
+.PHONY: help install install-simd demo test lint format bench gpu-kit clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,6 +44,9 @@ format: install  ## Format the code
 
 bench: install  ## The demo over three seeds (about an hour); see benchmarks/ for the others
 	$(BIN)/python benchmarks/demo_seeds.py --work "$(DEMO)-seeds" --parallel 2
+
+gpu-kit: install  ## Pack .gpu/ for benchmarks/gpu.sh on a machine with a GPU, and rehearse it on the CPU
+	$(BIN)/python -m benchmarks.gpu.kit
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -7,6 +7,7 @@ BatchNorm put each group's channels side by side. Results are the same, see test
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -54,4 +55,5 @@ def joined_step(ways: StepWays) -> TrainingStep:
     whole = dataclasses.replace(
         given, bn_group=given.batch_size, channels_last=False, compile=False
     )
-    return ways.step(whole, _JoinedSeCo(whole, given.bn_group or given.batch_size))
+    group = given.bn_group or given.batch_size
+    return ways.step(whole, functools.partial(_JoinedSeCo, group=group))

@@ -37,10 +37,11 @@ def settings(device: torch.device, videos: int) -> dict[str, Any]:
 def features_of(checkpoint: str, config: dict[str, Any], shards: str, out: Path, seed: int) -> str:
     """The feature folder."""
     crop = config["crop_size"]
+    frames = 12 if config["device"].startswith("cuda") else 2
     extract_features(
         ExtractConfig(
             shards=(shards,), checkpoint=checkpoint, arch="resnet18", out=str(out), seed=seed,
-            frames=12 if crop > 32 else 2, short_edge=crop, crop_size=crop, device=config["device"], workers=2,
+            frames=frames, short_edge=crop, crop_size=crop, device=config["device"], workers=2,
         ),
         quiet=True,
     )  # fmt: skip

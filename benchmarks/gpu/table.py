@@ -22,7 +22,7 @@ class Table:
     def __init__(self, device: torch.device | str) -> None:
         self._on_gpu = str(device).startswith("cuda")
         self.failed: list[str] = []
-        print("| what | predicted | measured |\n|---|---|---|", flush=True)
+        print("\n| what | predicted | measured |\n|---|---|---|", flush=True)
 
     def row(self, what: str, measured: str, predicted: str = "", why: str = "") -> None:
         """Print a figure; ``why`` is where the prediction comes from."""

@@ -62,11 +62,15 @@ class StepWays:
         crops = torch.randint(256, (4, n, size, size, 3), dtype=torch.uint8, device=self.device)
         return crops.permute(0, 1, 4, 2, 3)
 
-    def step(self, config: PretrainConfig | None = None, model: SeCo | None = None) -> TrainingStep:
-        """A training step; ``config`` and ``model`` instead of the settings and a new model."""
+    def step(
+        self,
+        config: PretrainConfig | None = None,
+        make: Callable[[PretrainConfig], SeCo] = SeCo,
+    ) -> TrainingStep:
+        """A training step of a new model; ``config`` in place of the usual settings."""
         config = for_device(config or self.config, self.device)
         torch.manual_seed(0)
-        model = (model or SeCo(config)).to(self.device).train()
+        model = make(config).to(self.device).train()
         views = DeviceViews(self.device, config.crop_size, ViewConfig())
         return TrainingStep(model, config, ViewConfig(), views, Ranks(), self.device)
 
