@@ -40,7 +40,7 @@ from seco.features.store import Features
 from seco.probe.svm import LinearSVM
 
 PERCENTS = (1.0, 10.0, 100.0)
-CLASSES, DIMENSION = 6, 24
+CLASSES, LATENT, DIMENSION = 6, 24, 48
 TRAIN_A_CLASS = 30  # videos
 _OTHERS = 200  # test sets whose mean is the truth of what depends on all videos of a set
 _REPEATS = 10
@@ -69,22 +69,28 @@ class Population:
 
     def draw(self, rng: np.random.Generator, groups: int) -> tuple[list[Features], list[str]]:
         """Both encoders' features of videos in so many recordings, and these."""
-        centres = np.random.default_rng(self.seed).standard_normal((CLASSES, DIMENSION))
+        fixed = np.random.default_rng(self.seed)
+        centres = fixed.standard_normal((CLASSES, LATENT))
         mean = self.videos / self.groups
         sizes = 1 + rng.poisson(rng.gamma(1.5, (mean - 1) / 1.5, size=groups))
         place = np.repeat(np.arange(groups), sizes)
         labels = rng.integers(CLASSES, size=groups)[place]
         # Some recordings, and some videos, are harder than others.
         spread = self.group_spread * rng.gamma(4, 1 / 4, size=groups)
-        shift = spread[:, None] * rng.standard_normal((groups, DIMENSION))
+        shift = spread[:, None] * rng.standard_normal((groups, LATENT))
         seen = centres[labels] + shift[place]
-        seen += self.video_spread * rng.standard_normal((len(place), DIMENSION))
+        seen += self.video_spread * rng.standard_normal((len(place), LATENT))
         found = []
         for noise in self.noise:
-            blur = 0.5 * noise * rng.standard_normal((groups, DIMENSION))[place]
-            blur += noise * rng.standard_normal((len(place), DIMENSION))
+            blur = 0.5 * noise * rng.standard_normal((groups, LATENT))[place]
+            blur += noise * rng.standard_normal((len(place), LATENT))
             halves = (seen + blur)[:, None]
-            halves = halves + 1.5 * noise * rng.standard_normal((len(place), 2, DIMENSION))
+            halves = halves + 1.5 * noise * rng.standard_normal((len(place), 2, LATENT))
+            # As a network's: unequal directions, none below 0.
+            projection = np.geomspace(1, 0.1, LATENT)[:, None] * fixed.standard_normal(
+                (LATENT, DIMENSION)
+            )
+            halves = np.maximum(0, halves @ projection + 1)
             found.append(_features(halves.mean(axis=1), halves, labels))
         return found, [f"recording {group}" for group in place]
 
@@ -222,15 +228,15 @@ def populations(count: int, copies: bool) -> list[Population]:
     found = []
     for seed in range(count):
         groups = int(rng.integers(24, 61))
-        first = float(rng.uniform(0.8, 1.6))
+        first = float(rng.uniform(0.1, 0.8))
         second = first if copies else first * float(rng.uniform(1.1, 1.6))
         found.append(
             Population(
                 groups=groups,
                 videos=int(np.clip(groups * rng.uniform(3, 7), 100, 300)),
                 noise=(first, second),
-                group_spread=float(rng.uniform(0.6, 1.2)),
-                video_spread=float(rng.uniform(0.5, 1.0)),
+                group_spread=float(rng.uniform(0.3, 0.8)),
+                video_spread=float(rng.uniform(0.2, 0.6)),
                 seed=seed,
             )
         )
