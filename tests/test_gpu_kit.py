@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import smoke
 from benchmarks.gpu.data import cut_set
 from benchmarks.gpu.joined_step import joined_step
 from benchmarks.gpu.kit import PACKAGES
@@ -157,6 +159,28 @@ def test_a_set_cut_from_a_smaller_one_holds_its_frames(tmp_path: Path) -> None:
         for frame in range(2):
             expected = source.read_frame(place, (2 * turn + frame) % 5)
             assert made.read_frame(video, frame) == expected
+    again = cut_set(source.addresses[0], tmp_path / "again", "cut", 7, 2, 4)
+    assert Path(again).read_bytes() == (tmp_path / "cut" / "cut.json").read_bytes()
+
+
+def test_losses_of_the_kit_are_compared_with_where_they_are_of_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = smoke.compared(torch.device("cpu"), small=True)
+    shards = make_set(tmp_path, videos=8)
+    kept = {**smoke.expected_of(shards, given), "torch": "2.11.0", "seconds": 50, "losses": [[1.0]]}
+    made = {**kept, "losses": [[2.0]]}
+    monkeypatch.setattr(smoke, "REFERENCE", tmp_path / "reference.json")
+    monkeypatch.setattr(smoke, "make_reference", lambda *args, **named: made)
+    table = Table("cpu")
+    smoke.REFERENCE.write_text(json.dumps(kept))
+    on_gpu = smoke.compared(torch.device("cuda", 0), small=True)
+    found = smoke.reference_for(tmp_path, shards, on_gpu, table, small=True)
+    assert found["losses"] == [[1.0]]
+    other = smoke.reference_for(tmp_path, shards, {**on_gpu, "lr": 0.5}, table, small=True)
+    assert other["losses"] == [[2.0]]
+    printed = capsys.readouterr().out
+    assert "the kit's, torch 2.11.0" in printed and "made here" in printed
 
 
 def test_the_step_as_it_was_gives_todays_loss() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -63,16 +63,13 @@ def describe(device: torch.device) -> str:
     """The machine on one line."""
     found = machine("torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset")
     if device.type == "cuda":
-        query = [
-            "nvidia-smi",
-            "--query-gpu=name,driver_version,memory.total",
-            "--format=csv,noheader",
-        ]
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
         about = torch.cuda.get_device_properties(device)
+        version = Path("/proc/driver/nvidia/version")
         found |= {
-            "gpu": done.stdout.strip() or about.name,
+            "gpu": about.name,
+            "memory": f"{about.total_memory / 2**30:.1f} GiB",
             "multiprocessors": about.multi_processor_count,
+            "driver": version.read_text().splitlines()[0] if version.is_file() else "unknown",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }

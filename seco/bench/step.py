@@ -15,31 +15,15 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from seco.bench.step_ways import (
-    WARM_UP,
-    Build,
-    StepWays,
-    Work,
-    measured,
-    milliseconds_per_step,
-    peak_memory,
-)
+from seco.bench.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
+from seco.bench.step_ways import Build, StepWays, Work, measured, peak_memory
 from seco.config import PretrainConfig, peak_lr, resolve
-from seco.loading.device_views import DeviceViews
-from seco.loading.loader import Batch, TripletLoader
 from seco.model.losses import inter_loss
-from seco.pretrain.step import GlobalRows, TrainingStep
-from seco.processes.device import loader_workers, resolve_device
+from seco.processes.device import resolve_device
 from seco.runs.run_state import RunState
-from seco.views.view_parameters import ViewConfig
 from shards.errors import InputError
-from shards.measuring import in_turns, machine
-from shards.opening import open_stream
+from shards.measuring import machine
 from shards.progress import progress
-from shards.stream import Stream
-
-_STEPS_FED = 15  # on a GPU, of the end to end
-_BATCHES_AHEAD = 2  # of the loader: they are used up before the end to end is timed
 
 
 @dataclass
@@ -104,11 +88,12 @@ def bench_step(
     found.loss_memory = _loss_memory(config)
     found.checkpoint = _checkpoint_cost(ways, ms["ours"])
     if stream is not None:
-        fed, peak = end_to_end(ways, stream, repeats)
-        found.milliseconds |= {f"end to end, {name}": value for name, value in fed.items()}
-        found.ratios["end to end, of synthetic"] = fed["one batch of crops"] / fed["real loader"]
-        if peak is not None:
-            found.peak_gib["end to end"] = peak
+        with peak_memory(device) as peak, feeding(ways, stream) as fed:
+            medians = fed.measure(ways.step(), repeats)
+        found.milliseconds |= {f"end to end, {name}": value for name, value in medians.items()}
+        found.ratios["end to end, of synthetic"] = medians[ONE_BATCH] / medians[REAL]
+        if "gib" in peak:
+            found.peak_gib["end to end"] = peak["gib"]
     found.triplets_s = {name: 1e3 * config.batch_size / value for name, value in ms.items()}
     return found
 
@@ -173,69 +158,3 @@ def _checkpoint_cost(ways: StepWays, step_ms: float) -> dict[str, float]:
         "extra_ms_a_save": extra,
         "share_of_100_steps": extra / (100 * step_ms),
     }
-
-
-def open_for_steps(config: PretrainConfig) -> Stream:
-    """The triplets of ``config.shards``, at its batch size."""
-    return open_stream(config.shards, config.batch_size, config.sampling or "uniform", 0)
-
-
-def end_to_end(
-    ways: StepWays, stream: Stream, repeats: int, step: TrainingStep | None = None
-) -> tuple[dict[str, float], float | None]:
-    """Milliseconds of steps fed by the real loader, and by one of its batches again and again.
-
-    Args:
-        ways: settings and device.
-        stream: of the shards, at the settings' batch size.
-        repeats: measurements of each figure.
-        step: one that is compiled already.
-
-    Returns:
-        the medians, and on a GPU the peak of its memory in GiB.
-    """
-    config, device, views = ways.config, ways.device, ViewConfig()
-    device_views = DeviceViews(device, config.crop_size, views)
-    loader = TripletLoader(
-        stream,
-        config.crop_size,
-        views,
-        workers=loader_workers(config.workers, device),
-        first_step=0,
-        last_step=10**9,
-        decode=config.decode,
-        views_on=config.views_on,
-        pin=device.type == "cuda",
-    )
-    count = itertools.count()
-    with peak_memory(device) as peak, loader:
-        step = step or ways.step()
-        batches = iter(loader)
-
-        def train(crops: torch.Tensor, batch: Batch) -> None:
-            known = GlobalRows(batch.uniform, batch.order, batch.videos)
-            step.run(crops, known, next(count), peak_lr(config))
-
-        def loaded() -> None:
-            batch = next(batches)
-            train(device_views.crops(batch), batch)
-
-        batch = next(batches)
-        crops = device_views.crops(batch).clone()
-        ways_fed: dict[str, Work] = {
-            "real loader": loaded,
-            "one batch of crops": lambda: train(crops, batch),
-        }
-        for work in ways_fed.values():
-            for _ in range(WARM_UP):
-                work()
-
-        def timed(work: Work) -> float:
-            # Batches made while the other way was measured would be had for nothing.
-            for _ in range(_BATCHES_AHEAD if work is loaded else 0):
-                loaded()
-            return milliseconds_per_step(work, device, _STEPS_FED)
-
-        medians = in_turns(ways_fed, repeats, timed)
-        batches.close()
-    return medians, peak.get("gib")

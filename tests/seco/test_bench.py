@@ -68,6 +68,7 @@ def test_views(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_step(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = ["--arch", "resnet18", "--crop-size", "32", "--batch-size", "8", "--queue-size", "4096"]
+    sizes += ["--bn-group", "8"]  # one forward
     command = ["step", *sizes, "--device", "cpu", "--repeats", "1", "--workers", "0"]
     found = json.loads(printed([*command, "--only-step", "--shards", spec, "--json"], capfd))
     assert set(found["milliseconds"]) == {
