@@ -18,11 +18,11 @@ case "$mode-$device" in
     *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 
+out=${OUT:-$(mktemp -d)} python=${PYTHON:-python3} kit=${SECO_GPU_KIT:-$PWD/.gpu}
 export PYTHONUNBUFFERED=1 TMPDIR
 # On the CPU kernels compiled before are used: a minute less.
 [ "$device" = cuda ] || export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/torchinductor_$(id -un)}
 TMPDIR=$(mktemp -d /tmp/seco-gpu.XXXXXX) # all bulk: shards, runs, compiled kernels
-out=${OUT:-$(mktemp -d)} python=${PYTHON:-python3} kit=${SECO_GPU_KIT:-$PWD/.gpu}
 results=$out/results.md failures=$out/failures.md
 mkdir -p "$out"
 : > "$results"
