@@ -24,6 +24,7 @@ import cli
 import seco.extract.forwards
 from pipelines._config import PrepareConfig
 from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
+from seco.compare.config import EXTRACTION, CompareConfig
 from seco.config import PretrainConfig
 from seco.demo.config import DemoConfig
 from seco.extract.config import ExtractConfig
@@ -123,6 +124,30 @@ def test_the_pre_trained_features_are_the_checkpoints(
     again = str(tmp_path / "again")
     assert cli.run(["extract-features", *random[:-1], again, *SMALL_FEATURES]) == 0
     assert np.array_equal(np.load(tmp_path / "again" / "features.npy"), other)
+
+
+def test_compare_extracts_what_is_missing_and_uses_it_again(
+    shards: str, run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", "--shards", shards, "--encoder", f"seco={run_folder}"]
+    arguments += ["--encoder", "random", "--out", str(out), "--fractions", "100", "--svm-c", "1"]
+    assert cli.run([*arguments, *SMALL_FEATURES]) == 0
+    shown = capfd.readouterr().out
+    assert "seco is better than random at 0 of 5 measures" in shown  # six test videos are too few
+    assert len(shown.splitlines()) == 9
+    assert shown.count("cannot be told: 6 groups of videos; at least 10 are needed") == 1
+    found = json.loads((out / "compare.json").read_text())
+    assert found["encoders"]["random"]["arch"] == "resnet18"  # as the run's
+    assert found["encoders"]["seco"]["tasks"] == "inter,intra,order"
+    assert "groups of videos; at least 10 are needed" in str(found["comparisons"])
+    assert "<svg" in (out / "compare.html").read_text()
+    written = {path: path.stat().st_mtime_ns for path in out.glob("features/*/*")}
+    assert len(written) >= 8
+    again = [*arguments, "--encoder", "other=random:resnet18:1", *SMALL_FEATURES]
+    assert cli.run(again) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert len(json.loads((out / "compare.json").read_text())["comparisons"]) == 2
 
 
 def test_config_of_a_run_repeats_it(shards: str, run_folder: Path, tmp_path: Path) -> None:
@@ -403,6 +428,7 @@ def test_every_command_has_help_with_an_example() -> None:
         ("retrieve build", BuildConfig),
         ("retrieve query", QueryConfig),
         ("retrieve duplicates", DuplicatesConfig),
+        ("compare", CompareConfig),
         ("demo", DemoConfig),
         ("import", ImportConfig),
         ("export", ExportConfig),
@@ -422,7 +448,8 @@ def test_options_are_the_settings(command: str, config: type) -> None:
             option = options.pop(field.name)
             if isinstance(option, click.Option):
                 assert option.required or option.default == field.default, field.name
-    assert set(options) <= {"config", "video", "html"}
+    others = EXTRACTION if command == "compare" else ()
+    assert set(options) - set(others) <= {"config", "video", "html"}
 
 
 def test_verify_and_index(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ from seco.pretrain.step import TrainingStep
 
 _TOP_KERNELS = 12
 _WARM_UP = 3
-_MOST_APART = 0.1  # losses of a bf16 step, eager and compiled, of about 10
+_MOST_APART = 0.05  # losses of a bf16 step, eager and compiled, of about 10
 _MS = "step_ms.json"  # what the parts before have measured
 # Kinds of kernels, the first that fits.
 _KINDS = {

@@ -28,6 +28,7 @@ LEVEL = 0.95
 FEWEST_GROUPS = 10  # with fewer, nothing is decided
 MOST_BLOCKS = 1000
 BETTER, WORSE, UNDECIDED = "better", "worse", "cannot be told"
+HOLDS_ZERO = "the interval of the difference holds 0"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def decide(difference: Interval, groups: int) -> tuple[str, str]:
         return BETTER, ""
     if difference.high < 0:
         return WORSE, ""
-    return UNDECIDED, "the interval of the difference holds 0"
+    return UNDECIDED, HOLDS_ZERO
 
 
 def _ends(deviations: Floats) -> Floats:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seco.compare.intervals import BETTER, UNDECIDED, WORSE, Interval
+from seco.compare.intervals import BETTER, HOLDS_ZERO, UNDECIDED, WORSE, Interval
 from seco.pages.text import percent, printable
 
 _FORMAT_VERSION = 1
@@ -146,6 +146,8 @@ class CompareResult:
                 shown = shown_difference(measure, difference)
                 rows.append((measure.title, *values, shown, difference.verdict))
             blocks.append(_aligned(rows))
+            reasons = {d.reason for d in pair.differences} - {"", HOLDS_ZERO}
+            blocks += [f"{UNDECIDED}: {reason}" for reason in sorted(reasons)]
         if not self.pairs:
             (name,) = self.encoders
             alone = [(m.title, shown_value(m, m.values[name])) for m in self.measures]
