@@ -69,7 +69,8 @@ def fused_views(
         return dense_views(images, parameters, config.mean, config.std)
     for batched in (images, parameters):
         torch._dynamo.maybe_mark_dynamic(batched, 0)
-    with torch.no_grad():  # the caller's mode would be one more reason to compile anew
+    # The caller's modes would be more reasons to compile anew: keys' views are made under autocast.
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         return _compiled()(images, parameters, config.mean, config.std)
 
 

@@ -168,7 +168,7 @@ def test_other_draws_and_batches_are_not_compiled_anew(monkeypatch: pytest.Monke
         images, views = textures(count, 16, seed), drawn(count, seed)
         ours = fused_views(images, views, PLAIN)
         torch.testing.assert_close(ours, dense(images, views), atol=1e-5, rtol=0)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             fused_views(images, views, PLAIN)
     fused_views(textures(8, 16), drawn(8, **NEVER), PLAIN)
     assert counter.frame_count == 1
