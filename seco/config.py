@@ -42,6 +42,9 @@ class PretrainConfig:
     """``seco pretrain``: one value for every switch of the method and the run."""
 
     shards: tuple[str, ...] = setting((), "shards to train on: pattern, glob, manifest or folder")
+    split: str | None = setting(
+        None, "train on the training videos of this official split only [default: all videos]"
+    )
     out: str | None = setting(None, "folder of the run [default: runs/SET]")
     preset: str = setting(
         "paper", "whose variant where paper and authors' code differ", choices=tuple(PRESETS)

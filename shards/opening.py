@@ -87,6 +87,7 @@ def open_stream(
     cache: CacheSettings | None = None,
     window_shards: int | None = None,
     steps_per_epoch: int | None = None,
+    split: str | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Stream:
@@ -101,6 +102,7 @@ def open_stream(
         window_shards: shuffle within so many shards; 0: within the whole set; None: 64 for shards
             that are cached, else the whole set.
         steps_per_epoch: length of an epoch of shards without index, and of no others.
+        split: the training videos of this split only.
         rank: this process's number of ``world_size`` processes.
 
     Raises:
@@ -109,7 +111,8 @@ def open_stream(
     try:
         shards = open_shards(spec, cache)
     except NoIndex:
-        for option, value in (("--cache-dir", cache), ("--window-shards", window_shards)):
+        given = {"--cache-dir": cache, "--window-shards": window_shards, "--split": split}
+        for option, value in given.items():
             if value is not None:
                 raise InputError("is for shards with an index", option, "leave it out") from None
         return SequentialStream(
@@ -120,7 +123,7 @@ def open_stream(
             "is for shards without index alone; these have one", "--steps-per-epoch", "leave it out"
         )
     window = chosen_window(shards, cache, window_shards)
-    return TripletStream(shards, batch_size, sampling, seed, rank, world_size, window)
+    return TripletStream(shards, batch_size, sampling, seed, rank, world_size, window, split)
 
 
 def chosen_window(shards: ShardSet, cache: CacheSettings | None, window_shards: int | None) -> int:

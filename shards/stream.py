@@ -90,6 +90,7 @@ class IndexedStream:
         min_frames: videos with fewer stored frames are left out and counted.
         rank: this process's number of ``world_size`` processes; each takes B / world_size.
         window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
+        split: the training videos of this split only.
 
     Raises:
         InputError: fewer usable videos than one batch needs, or B does not divide.
@@ -105,6 +106,7 @@ class IndexedStream:
         rank: int = 0,
         world_size: int = 1,
         window_shards: int = 0,
+        split: str | None = None,
     ) -> None:
         self.shards = shards
         self.name = shards.name
@@ -113,7 +115,8 @@ class IndexedStream:
         self.seed = seed
         self._first_row = rank * self.rows
         self.window_shards = window_shards
-        self._videos = UsableVideos(shards, min_frames)
+        self._split = split
+        self._videos = UsableVideos(shards, min_frames, split)
         self.left_out = self._videos.left_out
         # Whole global batches; the rest of an epoch is left out and differs every epoch.
         self.steps_per_epoch = len(self._videos) // batch_size
@@ -169,6 +172,8 @@ class IndexedStream:
         whole = hashlib.sha256(texts.digest() + lengths.digest() + counts.digest())
         if self.window_shards:
             whole.update(self.shards.counts.tobytes())
+        if self._split is not None:
+            whole.update(self._videos.numbers(np.arange(len(self._videos))).tobytes())
         return whole.hexdigest()
 
     def close(self) -> None:
@@ -185,6 +190,7 @@ class TripletStream(IndexedStream):
         seed: the run's seed.
         rank: this process's number of ``world_size`` processes; each takes B / world_size.
         window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
+        split: the training videos of this split only.
 
     Raises:
         InputError: fewer usable videos than one batch needs, or B does not divide.
@@ -199,6 +205,7 @@ class TripletStream(IndexedStream):
         rank: int = 0,
         world_size: int = 1,
         window_shards: int = 0,
+        split: str | None = None,
     ) -> None:
         super().__init__(
             shards,
@@ -208,6 +215,7 @@ class TripletStream(IndexedStream):
             rank=rank,
             world_size=world_size,
             window_shards=window_shards,
+            split=split,
         )
         self._sampling = sampling
 

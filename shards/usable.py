@@ -1,32 +1,53 @@
-"""Which videos of a set can be trained on: those with enough frames, numbered without gaps."""
+"""Which videos of a set are trained on, numbered without gaps."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import InputError
 from shards.reader import ShardSet
+
+TRAIN = "train"  # the value of a split's training videos
 
 
 class UsableVideos:
     """The videos with ``min_frames`` or more, 0 … N-1 in the order of the shards.
 
-    Holds a list for those shards alone that have shorter videos.
+    Holds a list for those shards alone that have other videos.
+
+    Args:
+        shards: the set.
+        min_frames: stored frames a video needs.
+        split: the name of a split: its training videos only.
 
     Attributes:
         counts: (S,) usable videos of each shard.
         left_out: how many videos are too short.
+
+    Raises:
+        InputError: the split has no training videos.
     """
 
-    def __init__(self, shards: ShardSet, min_frames: int) -> None:
+    def __init__(self, shards: ShardSet, min_frames: int, split: str | None = None) -> None:
         self.counts: NDArray[np.int64] = shards.counts.copy()
+        self.left_out = 0
         self._rows: dict[int, NDArray[np.int64]] = {}
         for shard, index in enumerate(shards.indexes):
-            long_enough = index.frame_counts >= min_frames
-            if not long_enough.all():
-                self._rows[shard] = np.flatnonzero(long_enough)
+            wanted = np.ones(len(index.frame_counts), dtype=bool)
+            if split is not None:
+                wanted = np.array([row.get(split) == TRAIN for row in index.splits], dtype=bool)
+            usable = wanted & (index.frame_counts >= min_frames)
+            self.left_out += int(wanted.sum() - usable.sum())
+            if not usable.all():
+                self._rows[shard] = np.flatnonzero(usable)
                 self.counts[shard] = len(self._rows[shard])
-        self.left_out = int(shards.counts.sum() - self.counts.sum())
+        if split is not None and not self.left_out and not self.counts.any():
+            raise InputError(
+                f"no video is in the training list of split {split!r}",
+                "--split",
+                f"the splits are {', '.join(shards.splits) or 'none'}",
+            )
         self._ends: NDArray[np.int64] = np.cumsum(self.counts)
         self._first_video: NDArray[np.int64] = np.cumsum(shards.counts) - shards.counts
 

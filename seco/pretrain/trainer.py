@@ -91,6 +91,7 @@ class Trainer(TrainingRun):
             cache=CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None,
             window_shards=config.window_shards,
             steps_per_epoch=config.steps_per_epoch,
+            split=config.split,
             rank=ranks.rank,
             world_size=ranks.size,
         )

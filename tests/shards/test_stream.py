@@ -138,6 +138,18 @@ def test_short_videos_among_others_leave_no_gap(tmp_path: Path) -> None:
         assert keys == {f"video_{v:04d}" for v in range(24) if v % 5}
 
 
+def test_of_a_split_its_training_videos_alone_are_read(tmp_path: Path) -> None:
+    # Made sets have three test videos, then six training videos, and so on.
+    spec = make_set(tmp_path, videos=24, frames=lambda video: 2 if video == 5 else 4, per_shard=7)
+    stream = open_stream(spec, 14, "uniform", 0, split="1")
+    assert (stream.steps_per_epoch, stream.left_out) == (1, 1)
+    keys = {s.key for epoch in range(3) for s in stream.read(epoch, 0, range(14))}
+    assert keys == {f"video_{v:04d}" for v in range(24) if v // 3 % 3 and v != 5}
+    assert stream.digest() != open_stream(spec, 14, "uniform", 0).digest()
+    with pytest.raises(InputError, match="split '7' — the splits are 1"):
+        open_stream(spec, 14, "uniform", 0, split="7")
+
+
 def test_only_the_frames_of_the_triplets_are_read(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
