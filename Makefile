@@ -9,7 +9,7 @@ SRC ?=
 DATASET ?= folder
 DEMO_FLAGS ?=
 
-.PHONY: help install install-simd demo test lint format bench gpu-kit clean
+.PHONY: help install install-simd demo test soak lint format bench gpu-kit clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,6 +32,9 @@ demo: install  ## Raw video to report; on your own videos with SRC=folder DATASE
 
 test: install  ## Run all tests with line coverage
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85
+
+soak: install  ## Run the tests that take long: many more kills and resumptions
+	$(BIN)/python -m pytest -m soak --timeout=7200
 
 lint: install  ## ruff and mypy --strict
 	$(BIN)/ruff check .

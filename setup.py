@@ -46,8 +46,8 @@ setup(
     ],
     extras_require={
         # Two packages own the import name faiss and two own PIL: install exactly one of each.
-        "cpu": ["faiss-cpu>=1.8", "pillow>=10"],
-        "gpu": ["faiss-gpu>=1.8", "pillow>=10"],
+        "cpu": ["faiss-cpu>=1.8", "pillow>=10", "scikit-learn"],
+        "gpu": ["faiss-gpu>=1.8", "pillow>=10", "scikit-learn"],
         "simd": ["pillow-simd>=9"],
         "ray": ["ray>=2.9"],
         "s3": ["s3fs"],

@@ -162,7 +162,7 @@ class PairStream(IndexedStream):
     """
 
     def __init__(
-        self, shards: ShardSet, batch_size: int, seed: int, max_gap: int, **place: int
+        self, shards: ShardSet, batch_size: int, seed: int, max_gap: int, **place: Any
     ) -> None:
         super().__init__(shards, batch_size, seed, min_frames=MIN_FRAMES, **place)
         self._max_gap = max_gap

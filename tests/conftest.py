@@ -6,6 +6,12 @@ import os
 
 import pytest
 
+# Workers of pytest-xdist share the cores. Several threads in each of them wait for one another: on
+# two busy cores the tests take twice as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip them; under ``SECO_REQUIRE_GPU=1`` they run, and fail without a device."""

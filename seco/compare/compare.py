@@ -26,6 +26,7 @@ from seco.compare.encoders import (
     open_encoders,
 )
 from seco.compare.intervals import UNDECIDED, GroupBootstrap, Interval, decide
+from seco.compare.maps import FEWEST_VIDEOS, draw, place, shown_rows
 from seco.compare.measures import (
     SCALINGS,
     Classified,
@@ -42,17 +43,17 @@ from seco.compare.videos import choose_videos
 from seco.evaluation.splits import TrainTest
 from seco.extract.config import ExtractConfig
 from seco.processes.device import resolve_device
-from shards.atomic import require_writable, write_json, write_text
+from shards.atomic import atomic_path, require_writable, write_json, write_text
 from shards.errors import InputError
 from shards.progress import progress
 from shards.settings import as_settings
 
-RESULT, PAGE = "compare.json", "compare.html"
+RESULT, PAGE, MAPS = "compare.json", "compare.html", "maps.png"
 _RANK_BLOCKS = 64  # of groups; the effective rank is computed without each of them
 
 
 def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) -> CompareResult:
-    """Extract what is missing, measure every encoder, write ``compare.json`` and ``compare.html``.
+    """Extract what is missing, measure every encoder, write the result, its page and its maps.
 
     Args:
         config: as given.
@@ -70,23 +71,28 @@ def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) 
     else:
         folders = extract_missing(config, extraction, extract)
     encoders = open_encoders(folders)
-    baseline = _baseline(encoders, config.baseline)
+    baselines = _baselines(encoders, config.baseline)
     device = resolve_device(extraction.device, spare_cores=0)
-    result = _Comparison(config, encoders, baseline, device).run()
+    comparison = _Comparison(config, encoders, baselines, device)
+    maps = comparison.maps()
+    result = comparison.run()
     write_json(out / RESULT, result.to_json())
-    write_text(out / PAGE, render_compare_page(result))
+    (out / MAPS).unlink(missing_ok=True)  # of an earlier comparison
+    if maps is not None:
+        with atomic_path(out / MAPS) as path:
+            path.write_bytes(maps)
+    write_text(out / PAGE, render_compare_page(result, maps))
     return result
 
 
-def _baseline(encoders: Sequence[Compared], wanted: str | None) -> str:
-    """The name of the encoder that the others are compared with."""
+def _baselines(encoders: Sequence[Compared], wanted: Sequence[str]) -> list[str]:
+    """The names of the encoders that the others are compared with."""
     names = [encoder.name for encoder in encoders]
-    if wanted is not None:
-        if wanted not in names:
-            raise InputError(f"no encoder is named {wanted!r}", "--baseline", ", ".join(names))
-        return wanted
+    for name in wanted:
+        if name not in names:
+            raise InputError(f"no encoder is named {name!r}", "--baseline", ", ".join(names))
     random = (e.name for e in encoders if e.train.encoder.get("checkpoint") == RANDOM)
-    return next(random, names[-1])
+    return list(dict.fromkeys(wanted)) or [next(random, names[-1])]
 
 
 class _Comparison:
@@ -96,18 +102,22 @@ class _Comparison:
         self,
         config: CompareConfig,
         encoders: Sequence[Compared],
-        baseline: str,
+        baselines: Sequence[str],
         device: torch.device,
     ) -> None:
         self._config = config
         self._encoders = encoders
-        self._baseline = baseline
+        self._baselines = baselines
         self._device = device
         self._notes = differing_settings(encoders)
         self._videos = choose_videos(encoders, config, self._notes)
         self._measures: list[Measure] = []
-        self._differences: dict[str, list[Difference]] = {
-            encoder.name: [] for encoder in encoders if encoder.name != baseline
+        # By encoder and baseline.
+        self._differences: dict[tuple[str, str], list[Difference]] = {
+            (encoder.name, baseline): []
+            for baseline in baselines
+            for encoder in encoders
+            if encoder.name not in baselines
         }
         self._svm: dict[str, dict[str, dict[str, Interval]]] = {}
         self._choices: dict[str, SvmChoice] = {}
@@ -130,14 +140,34 @@ class _Comparison:
             dataset=first.test.dataset,
             train_split=labelled.train_split if labelled else "none",
             test_split=labelled.test_split if labelled else "none",
-            settings={**as_settings(self._config), "baseline": self._baseline},
+            settings={**as_settings(self._config), "baseline": list(self._baselines)},
             encoders={encoder.name: self._described(encoder) for encoder in self._encoders},
             groups=f"{groups} {self._videos.kind}",
             measures=self._measures,
-            pairs=[Pair(name, self._baseline, found) for name, found in self._differences.items()],
+            pairs=[Pair(*names, found) for names, found in self._differences.items()],
             svm=self._svm,
             notes=list(dict.fromkeys(self._notes)),
         )
+
+    def maps(self) -> bytes | None:
+        """Maps of the test videos, or of all where none have labels, baselines first; a PNG."""
+        labelled = self._videos.labelled
+        rows = shown_rows(
+            labelled.test_rows if labelled else self._videos.all_rows, self._config.seed
+        )
+        if len(rows) < FEWEST_VIDEOS:
+            return None
+        first = self._encoders[0].test
+        ordered = sorted(self._encoders, key=lambda e: e.name not in self._baselines)
+        try:
+            maps = {
+                e.name: place(e.test.features[e.test_order[rows]], self._config.seed)
+                for e in ordered
+            }
+        except ImportError:
+            self._notes.append("no maps: they need scikit-learn (pip install scikit-learn)")
+            return None
+        return draw(maps, [first.label_names[row] for row in rows])
 
     def _by_labels(self, labelled: TrainTest) -> None:
         """SVM, kNN and R@1 with each percentage of the labels."""
@@ -222,16 +252,16 @@ class _Comparison:
         values = {name: bootstrap.of_influence(*rank) for name, rank in ranks.items()}
         self._measures.append(Measure(RANK, "effective rank", values, len(rows), bootstrap.groups))
         widths = {e.name: e.test.features.shape[1] for e in self._encoders}
-        value, influence = ranks[self._baseline]
-        for name, found in self._differences.items():
-            if widths[name] != widths[self._baseline]:
+        for (name, baseline), found in self._differences.items():
+            if widths[name] != widths[baseline]:
                 reason = (
                     f"features of {widths[name]} values cannot be compared in it with features "
-                    f"of {widths[self._baseline]}"
+                    f"of {widths[baseline]}"
                 )
                 found.append(Difference(RANK, None, UNDECIDED, reason))
                 continue
-            interval = bootstrap.of_influence(ranks[name][0] - value, ranks[name][1] - influence)
+            (value, influence), (other, other_influence) = ranks[name], ranks[baseline]
+            interval = bootstrap.of_influence(value - other, influence - other_influence)
             found.append(Difference(RANK, interval, *decide(interval, bootstrap.groups)))
 
     def _add(
@@ -257,9 +287,8 @@ class _Comparison:
                 chance=chance,
             )
         )
-        base = rights[self._baseline].astype(np.float64)
-        for name, found in self._differences.items():
-            interval = bootstrap.mean(rights[name] - base, -1, 1)
+        for (name, baseline), found in self._differences.items():
+            interval = bootstrap.mean(rights[name] - rights[baseline].astype(np.float64), -1, 1)
             found.append(Difference(key, interval, *decide(interval, bootstrap.groups)))
 
     def _described(self, encoder: Compared) -> dict[str, Any]:

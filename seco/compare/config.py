@@ -33,10 +33,10 @@ class CompareConfig:
     test_features: tuple[str, ...] = setting(
         (), "feature folder of the test videos, if apart; one for each --features, in their order"
     )
-    baseline: str | None = setting(
-        None,
-        "name of the encoder that the others are compared with [default: the random one, else "
-        "the last]",
+    baseline: tuple[str, ...] = setting(
+        (),
+        "name of an encoder that the others are compared with; repeat for several [default: the "
+        "first random one, else the last]",
     )
     out: str = setting("compare", "folder of the results, and of the features it extracts")
     split: str | None = setting(None, SPLIT_HELP)

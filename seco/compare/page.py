@@ -10,7 +10,7 @@ from markupsafe import Markup
 from seco.compare.intervals import FEWEST_GROUPS, Interval
 from seco.compare.result import RANK, CompareResult, Pair, shown_difference, shown_value
 from seco.features.store import encoder_name
-from seco.pages.html import INK, SERIES, figure_svg, new_chart, render_page
+from seco.pages.html import INK, SERIES, data_uri, figure_svg, new_chart, render_page
 from seco.pages.text import percent
 from seco.report.charts import style_axes
 
@@ -19,13 +19,18 @@ _WIDTH_INCHES = 7.0
 _MARKERS = "os^Dv"
 
 
-def render_compare_page(result: CompareResult) -> str:
-    """The page as HTML; nothing is loaded from elsewhere, and equal results give equal bytes."""
+def render_compare_page(result: CompareResult, maps: bytes | None) -> str:
+    """The page as HTML; nothing is loaded from elsewhere, and equal results give equal bytes.
+
+    Args:
+        maps: of :func:`seco.compare.maps.draw`.
+    """
     return render_page(
         "compare.html.j2",
         result=result,
         pairs=[_pair(result, pair) for pair in result.pairs],
         values_chart=_values_chart(result),
+        maps=None if maps is None else data_uri(maps, "image/png"),
         encoders=[(name, encoder_name(facts), facts) for name, facts in result.encoders.items()],
         fewest=FEWEST_GROUPS,
         value=shown_value,

@@ -13,7 +13,7 @@ from seco.report.measured import FIGURE_WORDS, Result, measure
 from seco.report.origin import encoder_name
 from seco.report.paper_protocol import DIFFERS, SAME, UNKNOWN, Compared, in_state
 from seco.report.paper_tables import TABLES, FilledRow, PaperTable, fill
-from seco.report.records import Demo, Evaluation, Probe, Retrieval, extraction_words, words
+from seco.report.records import Comparison, Evaluation, Probe, Retrieval, extraction_words, words
 from seco.report.sources import Features, Found, Run, Unread
 
 
@@ -69,7 +69,7 @@ class ReportContent:
 
     features: list[FeatureRow]
     evaluations: list[EvaluationRow]
-    demos: list[tuple[Path, Demo]]
+    comparisons: list[tuple[Path, Comparison]]
     tables: list[TableSection]
     ablations: list[Ablation]
     runs: list[RunSection]
@@ -94,7 +94,7 @@ def report_content(found: Found) -> ReportContent:
     return ReportContent(
         features=[_feature_row(item) for item in found.features],
         evaluations=[_evaluation_row(folder, item) for folder, item in found.evaluations],
-        demos=found.demos,
+        comparisons=found.comparisons,
         tables=tables,
         ablations=ablations(found),
         runs=[_run_section(run) for run in found.runs],

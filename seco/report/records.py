@@ -1,4 +1,4 @@
-"""What evaluation commands leave behind, as typed records: probe, retrieval, fine-tuning, demo.
+"""What evaluation commands leave behind, as typed records.
 
 Parsers forgive absent keys, since files of older versions lie about, and refuse figures that
 cannot be what they claim.
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from seco.compare.intervals import Interval
+from seco.compare.result import Measure, shown_value
 from seco.pages.text import printable
 
 FIGURES = {
@@ -17,7 +19,6 @@ FIGURES = {
     "track": ("precision_20", "precision_auc", "success_auc"),
 }
 _COUNTS = ("clips", "crops", "frames", "sequences", "of_sequences", "n_test")
-DEMO_FIGURES = ("probe_top1", "knn", "r_at_1", "same_video_r_at_1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
-    """``demo.json``: the demo's encoders side by side."""
+class Comparison:
+    """``compare.json``: encoders measured side by side."""
 
     dataset: str
-    seed: str
-    rows: list[tuple[str, dict[str, float]]]  # (encoder, those of DEMO_FIGURES that are there)
+    groups: str  # what the intervals are over
+    encoders: list[str]
+    rows: list[tuple[str, dict[str, str]]]  # (measure, value and interval by encoder)
+    sentences: list[str]
 
 
 def parse_probe(raw: Mapping[str, Any]) -> Probe:
@@ -161,16 +164,28 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
     )
 
 
-def parse_demo(raw: Mapping[str, Any]) -> Demo:
-    """Read ``demo.json``.
+def parse_comparison(raw: Mapping[str, Any]) -> Comparison:
+    """Read ``compare.json``.
 
     Raises:
-        ValueError: it has no rows, or a figure is not a fraction.
+        ValueError: it has no measures, or a value is not a number.
     """
-    rows = [(words(row.get("encoder")), _present(row, DEMO_FIGURES)) for row in _rows(raw, "rows")]
+    rows = [
+        (
+            words(row.get("title")),
+            {name: _interval(row, one) for name, one in mapping(row.get("values")).items()},
+        )
+        for row in _rows(raw, "measures")
+    ]
     if not rows:
-        raise ValueError("has no rows")
-    return Demo(dataset=words(raw.get("dataset")), seed=words(raw.get("seed")), rows=rows)
+        raise ValueError("has no measures")
+    return Comparison(
+        dataset=words(raw.get("dataset")),
+        groups=words(raw.get("groups")),
+        encoders=list(dict.fromkeys(name for _, values in rows for name in values)),
+        rows=rows,
+        sentences=[words(row.get("sentence")) for row in _rows(raw, "comparisons")],
+    )
 
 
 def fraction(values: Mapping[str, Any], name: str) -> float | None:
@@ -241,6 +256,20 @@ def _rows(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError(f"{name} is not a list of objects")
     return value
+
+
+def _interval(measure: Mapping[str, Any], given: Any) -> str:
+    """A value with its interval, as ``seco compare`` shows it.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    value, low, high = (_number(mapping(given).get(name)) for name in ("value", "low", "high"))
+    if value is None:
+        raise ValueError("a value is not a number")
+    key = words(measure.get("key"))
+    shown = Measure(key=key, title="", values={}, videos=0, groups=0)
+    return shown_value(shown, Interval(value, low, high))
 
 
 def _number(value: Any) -> float | None:

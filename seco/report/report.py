@@ -86,9 +86,9 @@ def report_json(content: ReportContent) -> dict[str, Any]:
                 {"folder": str(row.folder), **dataclasses.asdict(row.item)}
                 for row in content.evaluations
             ],
-            "demos": [
-                {"folder": str(folder), **dataclasses.asdict(demo)}
-                for folder, demo in content.demos
+            "comparisons": [
+                {"folder": str(folder), **dataclasses.asdict(comparison)}
+                for folder, comparison in content.comparisons
             ],
             "runs": [_run_json(section) for section in content.runs],
             "unread": [{"path": str(item.path), "reason": item.reason} for item in content.unread],

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 from seco.features.format import PROBES
 from seco.pages.text import printable
 from seco.report.records import (
-    Demo,
+    Comparison,
     Evaluation,
     Probe,
     Retrieval,
     mapping,
-    parse_demo,
+    parse_comparison,
     parse_evaluation,
     parse_probe,
     parse_retrieval,
@@ -83,11 +83,11 @@ class Found:
     runs: list[Run] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
     evaluations: list[tuple[Path, Evaluation]] = field(default_factory=list)  # with their folders
-    demos: list[tuple[Path, Demo]] = field(default_factory=list)
+    comparisons: list[tuple[Path, Comparison]] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.features or self.evaluations or self.demos)
+        return bool(self.runs or self.features or self.evaluations or self.comparisons)
 
 
 def find_results(folders: Sequence[str | Path] = ()) -> Found:
@@ -148,9 +148,9 @@ class _Folder:
             )
             if evaluation is not None:
                 self._found.evaluations.append((self._folder, evaluation))
-        demo = self._try("demo.json", lambda path: parse_demo(_read_object(path)))
-        if demo is not None:
-            self._found.demos.append((self._folder, demo))
+        comparison = self._try("compare.json", lambda path: parse_comparison(_read_object(path)))
+        if comparison is not None:
+            self._found.comparisons.append((self._folder, comparison))
 
     def _read_run(self) -> None:
         log = self._try("metrics.jsonl", read_log)

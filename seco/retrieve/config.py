@@ -53,10 +53,12 @@ class EvaluateConfig(IndexSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig:
-    """``seco retrieve query``: the videos nearest to one."""
+    """``seco retrieve query``: the videos nearest to some."""
 
     features: str = setting("", "feature folder of `seco extract-features`")
-    video: str | None = setting(None, "key of the query video (videos.csv lists them)")
+    video: tuple[str, ...] = setting(
+        (), "key of a query video (videos.csv lists them); repeat for several"
+    )
     file: str | None = setting(None, "a video file as the query, instead of --video")
     checkpoint: str | None = setting(
         None, "encoder of --file; must be the features' own [default: the path they name]"

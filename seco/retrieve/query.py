@@ -1,4 +1,4 @@
-"""``seco retrieve query``: the videos nearest to one of the set, or to a video file."""
+"""``seco retrieve query``: the videos nearest to some of the set, or to a video file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from seco.checkpoints.weights import RANDOM, load_backbone
 from seco.features.store import UNLABELLED, Features, encoder_name
 from seco.features.vectors import Vectors
+from seco.pages.text import percent
 from seco.processes.device import resolve_device
 from seco.retrieve.nearest import NearestIndex
 from seco.views.augment import normalise
@@ -23,6 +24,8 @@ from shards.format import read_manifest
 from shards.reader import ShardSet
 
 _FRAMES_AT_ONCE = 64
+_JUDGED_AT_MOST = 1000
+_TESTS = ("test", "val")
 # What `seco prepare` stores when it is told nothing; the manifest of a set says what it was told.
 _SHORT_EDGE_PX, _QUALITY = 256, 90
 
@@ -65,6 +68,51 @@ def query_vector(
 ) -> list[Neighbour]:
     """The videos nearest to a feature (D,) of the same encoder, the nearest first."""
     return _neighbours(features, Vectors(vector[None]), neighbours, index, None)
+
+
+@dataclass(frozen=True)
+class NearestShare:
+    """How many of the videos nearest to a set's videos are of their classes, on average."""
+
+    share: float
+    neighbours: int
+    queries: int
+    tests: bool  # the queries are test videos only
+
+    def sentence(self) -> str:
+        """In words."""
+        which = "test videos" if self.tests else "videos with a label"
+        return (
+            f"averaged over {self.queries} {which}, {percent(self.share)} % of the "
+            f"{self.neighbours} nearest have the query's label"
+        )
+
+
+def right_among_nearest(
+    features: Features, neighbours: int, index: NearestIndex
+) -> NearestShare | None:
+    """Over the labelled test videos, or over all with a label where there are no test videos.
+
+    At most 1,000 of them are asked for. None without labels.
+    """
+    labelled = features.labels != UNLABELLED
+    tests = np.zeros(len(features), dtype=bool)
+    for values in features.splits.values():
+        tests |= labelled & np.isin(values, _TESTS)
+    rows = np.flatnonzero(tests if tests.any() else labelled)
+    rows = rows[:: -(-len(rows) // _JUDGED_AT_MOST)] if len(rows) else rows
+    if not len(rows):
+        return None
+    _, found = index.search(Vectors(features.features, rows), neighbours + 1)
+    shares = []
+    for row, others in zip(rows, found, strict=True):
+        near = others[(others != row) & (others != -1)][:neighbours]
+        near = near[labelled[near]]
+        if len(near):
+            shares.append(np.mean(features.labels[near] == features.labels[row]))
+    if not shares:
+        return None
+    return NearestShare(float(np.mean(shares)), neighbours, len(shares), bool(tests.any()))
 
 
 def frames_of_file(

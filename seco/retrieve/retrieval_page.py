@@ -1,8 +1,9 @@
-"""``seco retrieve query``: a page of pictures of the videos nearest to one."""
+"""``seco retrieve query``: a page of pictures of the videos nearest to some."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from seco.retrieve.index_files import INDEX, open_index
 from seco.retrieve.nearest import ExactIndex, NearestIndex
 from seco.retrieve.query import (
     DecodeFile,
+    NearestShare,
     Neighbour,
     encode_frames,
     frames_of_file,
     query,
     query_vector,
+    right_among_nearest,
 )
 from shards.atomic import require_writable, write_text
 from shards.errors import InputError
@@ -31,7 +34,7 @@ FRAMES_OF_NEIGHBOUR = 3
 
 
 def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
-    """Write the page of the videos nearest to ``config.video`` or ``config.file``.
+    """Write the page of the videos nearest to those of ``config.video``, or to ``config.file``.
 
     An index saved by ``seco retrieve build`` is used if there is one.
 
@@ -45,7 +48,7 @@ def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
         InputError: no such video, a file that cannot be decoded, another encoder, an index of
             other features, or the shards cannot be opened.
     """
-    if (config.video is None) == (config.file is None):
+    if bool(config.video) == (config.file is not None):
         raise InputError("give one of them", "--video KEY, --file PATH")
     if config.file is None and config.checkpoint is not None:
         raise InputError("is for --file", "--checkpoint", "leave it out")
@@ -54,75 +57,90 @@ def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
     features = read_features(config.features)
     shards = open_shards(config.shards or tuple(features.meta.get("shards", ())))
     pictures = frames_of(shards)
-    if config.video is not None:
+    if config.file is None:
         index = _index(config, features)
-        nearest = query(features, config.video, config.neighbours, index)
-        html = render_query_page(features, config.video, nearest, pictures)
+        shown = [
+            of_video(features, key, query(features, key, config.neighbours, index), pictures)
+            for key in config.video
+        ]
     else:
-        file = Path(str(config.file))
+        file = Path(config.file)
         frames = frames_of_file(file, features, shards, decode, config.timeout)
         vector = encode_frames(frames, features, config.checkpoint, config.device)
         index = _index(config, features)
-        nearest = query_vector(features, vector, config.neighbours, index)
-        shown = [frames[len(frames) * n // FRAMES_OF_QUERY] for n in range(FRAMES_OF_QUERY)]
-        html = render_file_page(features, file, shown, nearest, pictures)
-    write_text(path, html)
-    lines = [
-        f"{rank:>4}  {n.similarity:6.3f}  {printable(n.key)}  {printable(n.label_name)}".rstrip()
-        for rank, n in enumerate(nearest, start=1)
-    ]
-    return "\n".join([*lines, str(path)])
+        shown = [_of_file(file, frames, query_vector(features, vector, config.neighbours, index))]
+    share = right_among_nearest(features, config.neighbours, index)
+    write_text(path, render_query_page(features, shown, share, pictures))
+    lines = []
+    for one in shown:
+        if len(shown) > 1:
+            lines.append(f"{one.key}  {one.label}")
+        lines += [
+            f"{rank:>4}  {n.similarity:6.3f}  {printable(n.key)}  {printable(n.label_name)}"
+            for rank, n in enumerate(one.nearest, start=1)
+        ]
+    return "\n".join([*map(str.rstrip, lines), *([share.sentence()] if share else []), str(path)])
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query as the page shows it, and the videos nearest to it."""
+
+    key: str
+    label: str
+    source: str
+    frames: list[bytes]  # JPEG
+    nearest: Sequence[Neighbour]
+
+
+def of_video(
+    features: Features, key: str, nearest: Sequence[Neighbour], pictures: FramesOf
+) -> Query:
+    """A video of the set with the videos nearest to it (:func:`seco.retrieve.query.query`)."""
+    row = features.find(key)
+    return Query(
+        key=printable(key),
+        label=printable(features.label_names[row]),
+        source=printable(features.sources[row]),
+        frames=pictures(key, FRAMES_OF_QUERY),
+        nearest=nearest,
+    )
+
+
+def _of_file(file: Path, frames: Sequence[bytes], nearest: Sequence[Neighbour]) -> Query:
+    shown = [frames[len(frames) * n // FRAMES_OF_QUERY] for n in range(FRAMES_OF_QUERY)]
+    return Query(printable(file.name), "", "a file", shown, nearest)
 
 
 def render_query_page(
-    features: Features, key: str, nearest: Sequence[Neighbour], pictures: FramesOf
+    features: Features, shown: Sequence[Query], share: NearestShare | None, pictures: FramesOf
 ) -> str:
-    """The page of a video of the set, as HTML; nothing is loaded from elsewhere.
+    """The page as HTML; nothing is loaded from elsewhere.
 
     Args:
-        nearest: of :func:`seco.retrieve.query.query`.
-        pictures: gives the frames.
+        share: of :func:`seco.retrieve.query.right_among_nearest`.
+        pictures: gives the frames of the neighbours.
     """
-    row = features.find(key)
-    asked = {
-        "key": printable(key),
-        "label": printable(features.label_names[row]),
-        "source": printable(features.sources[row]),
-        "pictures": _thumbnails(pictures(key, FRAMES_OF_QUERY)),
-    }
-    return _render(features, asked, nearest, pictures)
-
-
-def render_file_page(
-    features: Features,
-    file: Path,
-    frames: Sequence[bytes],
-    nearest: Sequence[Neighbour],
-    pictures: FramesOf,
-) -> str:
-    """The page of a video file.
-
-    Args:
-        frames: of the file, those to show.
-    """
-    asked = {
-        "key": printable(file.name),
-        "label": "",
-        "source": "a file",
-        "pictures": _thumbnails(frames),
-    }
-    return _render(features, asked, nearest, pictures)
-
-
-def _render(
-    features: Features, asked: dict[str, Any], nearest: Sequence[Neighbour], pictures: FramesOf
-) -> str:
-    judged = [n.right for n in nearest if n.right is not None]
     return render_page(
         "retrieval.html.j2",
-        title=f"Nearest to {asked['key']}",
-        query=asked,
-        neighbours=[
+        title=f"Nearest to {shown[0].key if len(shown) == 1 else f'{len(shown)} videos'}",
+        queries=[_query_values(one, pictures) for one in shown],
+        share=share,
+        videos=len(features),
+        encoder=printable(encoder_name(features.encoder)),
+    )
+
+
+def _query_values(one: Query, pictures: FramesOf) -> dict[str, Any]:
+    judged = [n.right for n in one.nearest if n.right is not None]
+    return {
+        "key": one.key,
+        "label": one.label,
+        "source": one.source,
+        "pictures": _thumbnails(one.frames),
+        "right": sum(judged),
+        "judged": len(judged),
+        "neighbours": [
             {
                 "rank": rank,
                 "key": printable(n.key),
@@ -131,13 +149,9 @@ def _render(
                 "right": n.right,
                 "pictures": _thumbnails(pictures(n.key, FRAMES_OF_NEIGHBOUR)),
             }
-            for rank, n in enumerate(nearest, start=1)
+            for rank, n in enumerate(one.nearest, start=1)
         ],
-        right=sum(judged),
-        judged=len(judged),
-        videos=len(features),
-        encoder=printable(encoder_name(features.encoder)),
-    )
+    }
 
 
 def _index(config: QueryConfig, features: Features) -> NearestIndex:

@@ -155,7 +155,7 @@ def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
     assert content["measures"][0]["values"]["good"]["value"] == values(result, "good")["svm@100"]
     assert content["comparisons"][0]["differences"][0]["verdict"] == BETTER
     assert content["encoders"]["bad"]["sha256"] == f"{1:064x}"
-    assert content["settings"]["baseline"] == "bad"
+    assert content["settings"]["baseline"] == ["bad"]
     first = (tmp_path / "compare/compare.json").read_bytes()
     page = (tmp_path / "compare/compare.html").read_bytes()
     run(tmp_path, good, bad)
@@ -172,6 +172,7 @@ def test_the_page_opens_without_a_fault(
     opened = open_page(tmp_path / "compare/compare.html", size_px=size_px, dark=dark)
     assert opened.faults() == []
     assert result.sentences()[0] in opened.text
+    assert len(opened.images) == 1  # the maps
     for words in ("SVM, 100 % of labels", "same-video R@1", "standardised", "$<b>", "0" * 63 + "1"):
         assert words in opened.text
 
@@ -251,9 +252,12 @@ def test_three_encoders_are_each_compared_with_the_baseline(tmp_path: Path) -> N
     random["encoder"]["checkpoint"] = "random"
     (folders[1] / "meta.json").write_text(json.dumps(random))
     assert {p.baseline for p in run(tmp_path, *folders).pairs} == {"b"}
-    chosen = run(tmp_path, *folders, baseline="a")
+    chosen = run(tmp_path, *folders, baseline=("a",))
     assert [p.encoder for p in chosen.pairs] == ["b", "c"]
     assert chosen.table().count("verdict") == 2
+    two = run(tmp_path, *folders, baseline=("a", "b"))
+    assert [(p.encoder, p.baseline) for p in two.pairs] == [("c", "a"), ("c", "b")]
+    assert two.pairs[0].differences == chosen.pairs[1].differences
 
 
 def test_draws_of_labels_are_stratified_and_the_same_for_all() -> None:
@@ -366,7 +370,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
         ((a, other), {}, "has other labels than"),
         ((a, a), {}, "two are named 'a'"),
         ((a, tmp_path / "none"), {}, "no such feature folder"),
-        ((a, b), {"baseline": "c"}, "no encoder is named 'c'"),
+        ((a, b), {"baseline": ("c",)}, "no encoder is named 'c'"),
         ((a, b), {"test_split": "val"}, "has no labelled val rows"),
         ((a, b), {"fractions": "1,x"}, "--fractions"),
         ((a, b), {"fractions": "101"}, "at most 100"),

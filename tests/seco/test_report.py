@@ -137,18 +137,26 @@ def test_headline_shows_probe_and_retrieval(tmp_path: Path) -> None:
     assert row[3:] == ["55.2", "91.3", "–", "41.0", "69.0", "80.0", "97.3"]
 
 
-def test_demo_rows_are_shown_with_what_is_missing_as_a_dash(tmp_path: Path) -> None:
-    rows = [
-        {"encoder": "SeCo", "probe_top1": 0.82, "knn": 0.7, "r_at_1": 0.66},
-        {"encoder": "random initialisation", "probe_top1": 0.5, "same_video_r_at_1": 0.9},
-    ]
-    (tmp_path / "demo.json").write_text(json.dumps({"rows": rows, "dataset": "shapes", "seed": 3}))
+def test_comparisons_are_shown_with_what_is_missing_as_a_dash(tmp_path: Path) -> None:
+    svm = {"SeCo": {"value": 0.82, "low": 0.7, "high": 0.9}, "random": {"value": 0.5}}
+    rank = {"SeCo": {"value": 12.34, "low": 11, "high": 13}}
+    content = {
+        "dataset": "shapes",
+        "groups": "12 recordings",
+        "measures": [
+            {"key": "svm@100", "title": "SVM, 100 % of labels", "values": svm},
+            {"key": "effective_rank", "title": "effective rank", "values": rank},
+        ],
+        "comparisons": [{"sentence": "SeCo is better <b>"}],
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(content))
     text = page(tmp_path)
     assert rows_of(text)[1:3] == [
-        ["SeCo", "82.0", "70.0", "66.0", "–"],
-        ["random initialisation", "50.0", "–", "–", "90.0"],
+        ["SVM, 100 % of labels", "82.0 (70.0 to 90.0)", "50.0"],
+        ["effective rank", "12.3 (11.0 to 13.0)", "–"],
     ]
-    assert "data set shapes, seed 3" in text
+    assert "over 12 recordings" in text
+    assert "SeCo is better &lt;b&gt;" in text
 
 
 def test_class_table_and_confusion_picture(tmp_path: Path) -> None:
@@ -184,8 +192,8 @@ def test_classes_of_a_fine_tuned_network_are_folded_away(tmp_path: Path) -> None
         ("probe.json", '{"top1": 1' + "0" * 400 + "}", "not a fraction"),
         ("retrieval.json", '{"label": {"1": true}}', "not a fraction"),
         ("retrieval.json", '{"label": 4}', "holds no recall"),
-        ("demo.json", '{"rows": 4}', "rows is not a list"),
-        ("demo.json", "\ufeff{", "Expecting property name"),
+        ("compare.json", '{"measures": 4}', "measures is not a list"),
+        ("compare.json", "\ufeff{", "Expecting property name"),
         ("metrics.jsonl", "\n{}\n", "no usable line"),
         ("finetune.json", '{"dataset": "ucf101"}', "holds none of"),
         ("track.json", "[" * 100_000, ""),
@@ -353,11 +361,11 @@ def test_folder_names_that_are_no_text(tmp_path: Path, names: bytes) -> None:
 def test_a_pipe_and_a_giant_are_not_read(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     os.mkfifo(tmp_path / "probe.json")
-    with (tmp_path / "demo.json").open("wb") as file:
+    with (tmp_path / "compare.json").open("wb") as file:
         file.truncate(100 << 20)
     found = find_results([tmp_path])
     reasons = {item.path.name: item.reason for item in found.unread}
-    assert reasons == {"probe.json": "is not a file", "demo.json": "is larger than 64 MiB"}
+    assert reasons == {"probe.json": "is not a file", "compare.json": "is larger than 64 MiB"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -19,9 +20,9 @@ from seco.pages.thumbnails import frames_of
 from seco.report.records import parse_retrieval
 from seco.retrieve.config import EvaluateConfig
 from seco.retrieve.nearest import ExactIndex
-from seco.retrieve.query import query
+from seco.retrieve.query import query, right_among_nearest
 from seco.retrieve.retrieval import evaluate
-from seco.retrieve.retrieval_page import render_query_page
+from seco.retrieve.retrieval_page import of_video, render_query_page
 from seco.views.crops import decode_jpeg
 from shards.errors import InputError
 from shards.opening import open_shards
@@ -141,7 +142,9 @@ def test_the_page_shows_pictures_and_escapes_names(tmp_path: Path) -> None:
         return [drawn_frame(len(wanted), n) for n in range(count)]
 
     nearest = query(features, key, 25, ExactIndex(Vectors(features.features)))
-    html = render_query_page(features, key, nearest, pictures)
+    share = right_among_nearest(features, 25, ExactIndex(Vectors(features.features)))
+    shown = [of_video(features, key, nearest, pictures)]
+    html = render_query_page(features, shown, share, pictures)
     page = Page(html)
     assert wanted[0] == (key, 5)
     assert [k for k, _ in wanted[1:]] == [n.key for n in nearest]
@@ -192,6 +195,11 @@ def test_from_shards_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert page.read_bytes() == without_index
     assert run([*query_it, "nobody"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+    assert run([*query_it, shards.keys[3], "--video", shards.keys[4]]) == 0
+    both = open_page(page)
+    assert both.faults() == []
+    assert len(both.images) == 2 * (5 + 4 * 3)
+    assert run([*query_it, shards.keys[3]]) == 0
 
     for size in (DESKTOP_PX, PHONE_PX):
         opened = open_page(page, size_px=size)
@@ -201,6 +209,27 @@ def test_from_shards_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
         dark = open_page(page, size_px=size, dark=True)
         assert dark.faults() == []
         assert dark.background != opened.background
+
+
+def test_how_many_of_the_nearest_are_right_is_averaged_over_the_test_videos(
+    tmp_path: Path,
+) -> None:
+    write_clusters(tmp_path, spread=2.5)
+    features = read_features(tmp_path)
+    found = right_among_nearest(features, 7, ExactIndex(Vectors(features.features)))
+    assert found is not None
+    tests = [v for v in range(60) if features.splits["1"][v] == "test"]
+    right = []
+    for v in tests:
+        others = [w for w in range(60) if w != v]
+        others.sort(key=lambda w: -cosine(features.features[v], features.features[w]))
+        right += [features.labels[w] == features.labels[v] for w in others[:7]]
+    assert found.share == pytest.approx(np.mean(right))
+    assert 0.4 < found.share < 1
+    assert (found.queries, found.tests) == (len(tests), True)
+    assert f"averaged over {len(tests)} test videos" in found.sentence()
+    without = dataclasses.replace(features, labels=np.full(60, -1))
+    assert right_among_nearest(without, 7, ExactIndex(Vectors(features.features))) is None
 
 
 def test_all_splits_are_averaged(tmp_path: Path) -> None:
