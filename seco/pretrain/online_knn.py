@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class OnlineKnn:
         labelled = self._labels >= 0
         train, test = self._split()
         self._train, self._test = train & labelled, test & labelled
+        self._untrained: float | None = None
         if not self._train.any() or not self._test.any():
             raise InputError(
                 "hold no labelled videos to vote or to be judged", "--knn-shards", "name others"
@@ -76,6 +78,17 @@ class OnlineKnn:
         classes, votes = knn_scores(features[train], self._labels[train], features[test])
         right = classes[votes.argmax(1)] == self._labels[test]
         return {"knn_top1": float(right.mean())}
+
+    def sentence(self, step: int, found: Mapping[str, float]) -> str:
+        """What the figures of a step say, beside the untrained network's where they are known."""
+        if not found:
+            return "kNN: no video can be read"
+        top1 = found["knn_top1"]
+        if step == 0:
+            self._untrained = top1
+            return f"kNN, untrained: {top1:.1%} of {int(self._test.sum())} videos are right"
+        beside = "" if self._untrained is None else f"; untrained {self._untrained:.1%}"
+        return f"kNN, step {step}: {top1:.1%}{beside}"
 
     @torch.no_grad()
     def _features(self, model: SeCo) -> np.ndarray:

@@ -178,6 +178,8 @@ class Trainer(TrainingRun):
         self, batches: Iterator[Batch], log: RunLog | None, stop: StopRequest, shown: Progress
     ) -> None:
         config, state = self.config, self.state
+        if self.knn is not None and state.step == 0:
+            self._vote(self.knn, log)  # what the untrained network is worth
         waiting, logged_step = Waiting(), state.step
         while state.step < self.total_steps:
             batch = waiting.next(batches, stop)
@@ -199,10 +201,10 @@ class Trainer(TrainingRun):
             if state.step % config.log_every == 0 or last or voting:
                 metrics = self._metrics(result, lr)
                 speed = waiting.speed((state.step - logged_step) * config.batch_size * VIEWS)
-                if voting and self.knn is not None:
-                    metrics |= self.knn.figures(self.model)
                 self.health.look(state.step, metrics, speed)
-                if log is not None:
+                if voting and self.knn is not None:
+                    self._vote(self.knn, log, metrics, speed)
+                elif log is not None:
                     log.log(state.step, metrics, speed)
                 waiting.restart()
                 logged_step = state.step
@@ -210,6 +212,19 @@ class Trainer(TrainingRun):
             shown.advance()
             if rest == 0 and epoch % config.keep_every_epochs == 0:
                 state.keep_epoch(epoch)
+
+    def _vote(
+        self,
+        knn: OnlineKnn,
+        log: RunLog | None,
+        metrics: dict[str, Any] | None = None,
+        speed: dict[str, float] | None = None,
+    ) -> None:
+        """Log the kNN's accuracy with the step's figures, and say it."""
+        found = knn.figures(self.model)
+        if log is not None:
+            log.log(self.state.step, {**(metrics or {}), **found}, speed or {})
+        self._say(knn.sentence(self.state.step, found))
 
     def _train_step(self, crops: torch.Tensor, known: GlobalRows, lr: float) -> StepResult:
         return self.step.run(crops, known, self.state.step, lr)

@@ -19,7 +19,10 @@ SPEED = "speed.jsonl"
 
 
 class RunLog:
-    """Appends a line a logged step; lines after ``start_step`` of an earlier try are dropped."""
+    """Appends a line a logged step; lines after ``start_step`` of an earlier try are dropped.
+
+    A run that begins anew drops the line of step 0, too: its ``start_step`` is -1.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._files: dict[str, TextIO] = {}

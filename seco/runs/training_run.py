@@ -74,7 +74,7 @@ class TrainingRun:
             log = None
             if self.ranks.first:
                 write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
-                log = RunLog(self.out, self.state.step)
+                log = RunLog(self.out, self.state.step or -1)
                 open_things.callback(log.close)
             stop = open_things.enter_context(StopRequest())
             shown = open_things.enter_context(

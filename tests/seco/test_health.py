@@ -83,7 +83,9 @@ def test_spread_is_one_on_the_sphere_and_nothing_when_collapsed() -> None:
     assert float(spread(torch.cat([same, same.square()]))) == pytest.approx(0, abs=1e-3)
 
 
-def test_the_online_knn_is_logged_and_changes_nothing(tmp_path: Path) -> None:
+def test_the_online_knn_is_logged_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = make_set(tmp_path / "shards", videos=18, frames=5)
     rows = {}
     for name, more in (("with", {"knn_shards": (shards,), "knn_every_epochs": 2}), ("without", {})):
@@ -91,9 +93,13 @@ def test_the_online_knn_is_logged_and_changes_nothing(tmp_path: Path) -> None:
         pretrain(PretrainConfig(shards=(shards,), out=str(out), **SMALL, **more))  # type: ignore[arg-type]
         rows[name] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = {row["step"]: row.pop("knn_top1") for row in rows["with"] if "knn_top1" in row}
-    assert set(found) == {8, 12}  # after epochs 2 and 3, the last
+    assert set(found) == {0, 8, 12}  # untrained, and after epochs 2 and 3, the last
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
+    assert rows["with"].pop(0) == {"step": 0}
     assert rows["with"] == rows["without"]
+    said = capsys.readouterr().err
+    assert f"kNN, untrained: {found[0]:.1%} of 6 videos are right" in said
+    assert f"kNN, step 8: {found[8]:.1%}; untrained {found[0]:.1%}" in said
 
 
 def test_a_knn_needs_labels(tmp_path: Path) -> None:
