@@ -14,49 +14,49 @@ from shards.errors import InputError, Stopped, TooManyExcluded
 from tests.pipelines.made_videos import draw_video
 
 
-def test_the_rendered_demo_ends_with_table_report_and_pages(
+def test_the_rendered_demo_ends_with_table_maps_and_pages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo" / "rendered-quick"
     assert cli.run(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr()
-    assert "SeCo" in shown.out
-    assert "random initialisation" in shown.out
+    for words in ("SVM, 100 % of labels", "SeCo is ", "untrained-ResNet-18", "took "):
+        assert words in shown.out
     assert "these figures mean nothing" in shown.out
+    assert "kNN, untrained: " in shown.err
     commands = [line for line in shown.err.splitlines() if "$ seco" in line]
-    steps = ("render-demo", "prepare", "inspect", "pretrain", "extract-features", "probe")
-    for step in (*steps, "retrieve", "report"):
+    steps = ("render-demo", "prepare", "inspect", "pretrain", "compare", "retrieve", "report")
+    for step in steps:
         assert any(f"$ seco {step} " in line for line in commands), step
-    rows = json.loads((out / "demo.json").read_text())["rows"]
-    assert [row["encoder"] for row in rows] == ["SeCo", "random initialisation"]
-    assert all(0 <= row["probe_top1"] <= 1 for row in rows)
-    assert "random initialisation" in (out / "report.html").read_text()
-    assert (out / "nearest.html").is_file()
+    result = json.loads((out / "compare" / "compare.json").read_text())
+    assert list(result["encoders"]) == ["SeCo", "untrained", "untrained-ResNet-18"]
+    assert [pair["encoder"] for pair in result["comparisons"]] == ["SeCo", "SeCo"]
+    assert "untrained-ResNet-18" in (out / "report.html").read_text()
+    assert (out / "nearest.html").read_text().count("<section>") == 8  # a query of each class
+    assert (out / "compare" / "maps.png").is_file()
     assert (out / "shards.html").is_file()
     # Once more: everything is there already, so it goes through without training again.
     (checkpoint,) = out.rglob("last.pt")
     written = checkpoint.stat().st_mtime_ns
     assert cli.run(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 0
     assert checkpoint.stat().st_mtime_ns == written
-    assert json.loads((out / "demo.json").read_text())["rows"] == rows
+    assert json.loads((out / "compare" / "compare.json").read_text()) == result
 
 
-def test_a_folder_without_labels_gets_pages_and_no_figures(
+def test_a_folder_without_labels_gets_pages_and_what_needs_no_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(6):
         draw_video(tmp_path / "mine" / f"{number}.mp4", size="64x48", frames=6)
     out = tmp_path / "demo"
     arguments = ["--src", str(tmp_path / "mine"), "--dataset", "folder", "--out", str(out)]
-    assert cli.run(["demo", "--quick", *arguments]) == 0
+    assert cli.run(["demo", "--steps", "3", *arguments]) == 0
     shown = capsys.readouterr()
-    assert "nothing to probe" in shown.err
-    assert "–" in shown.out
+    assert "the videos have no labels" in shown.out
+    assert "whether pre-training pays on these videos cannot be told" in shown.out
+    assert "kNN" not in shown.err
     (report,) = out.glob("*/report.html")
-    assert "random initialisation" in report.read_text()
-    (summary,) = out.rglob("demo.json")
-    rows = json.loads(summary.read_text())["rows"]
-    assert all(set(row) == {"encoder", "same_video_r_at_1"} for row in rows)
+    assert "same-video R@1" in report.read_text()
 
 
 def test_a_step_that_fails_ends_the_demo_in_its_own_words(
