@@ -17,15 +17,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from seco.demo.demo import SECO
+from seco.features.store import read_features
+from seco.features.vectors import Vectors
+from seco.retrieve.nearest import ExactIndex
+from seco.retrieve.query import right_among_nearest
 from shards.atomic import write_text
 
-FIGURES = ("probe_top1", "r_at_1", "same_video_r_at_1")
+MEASURES = {"svm@100": "SVM top-1 %", "r1@100": "R@1 %", "same_video": "same-video R@1 %"}
+NEIGHBOURS = 10
 
 
 def run_demo(first: Path, tasks: str, seed: int, options: list[str], threads: int) -> Path:
     """One demo in a folder of its own that shares the first one's videos and shards.
 
-    Returns its summary; a finished run is kept, so an interrupted benchmark goes on.
+    Returns its comparison's folder; a finished run is kept, so an interrupted benchmark goes on.
     """
     out = first.parents[1] / f"{tasks.replace(',', '-')}-seed{seed}"
     folder = out / first.name
@@ -33,34 +39,49 @@ def run_demo(first: Path, tasks: str, seed: int, options: list[str], threads: in
     for shared in ("raw", "shards"):
         if (first / shared).exists() and not (folder / shared).exists():
             (folder / shared).symlink_to((first / shared).resolve())
-    summary = folder / "demo.json"
-    if not summary.is_file():
+    compared = folder / "compare"
+    if not (compared / "compare.json").is_file():
         command = [sys.executable, "-m", "cli", "demo", "--out", str(out), "--tasks", tasks]
         command += ["--seed", str(seed), *options]
         with open(out / "log.txt", "w", encoding="utf-8") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-    return summary
+    return compared
 
 
-def table(summaries: dict[str, list[Path]]) -> str:
+def figures(folder: Path) -> dict[str, list[float]]:
+    """By encoder, percentages: the measures, and of the nearest videos those of the same class."""
+    found = json.loads((folder / "compare.json").read_text("utf-8"))
+    rows = {}
+    for name in found["encoders"]:
+        features = read_features(folder / "features" / name)
+        index = ExactIndex(Vectors(features.features), "cpu")
+        nearest = right_among_nearest(features, NEIGHBOURS, index)
+        values = {m["key"]: m["values"][name]["value"] for m in found["measures"]}
+        shares = [values[key] for key in MEASURES] + [nearest.share if nearest else 0.0]
+        rows[name] = [100 * share for share in shares]
+    return rows
+
+
+def table(folders: dict[str, list[Path]]) -> str:
     """Markdown: for each task set and encoder every seed's figures, and the decisive comparison."""
-    lines = [
-        "| tasks | encoder | SVM top-1 % | R@1 % | same-video R@1 % |",
-        "|---|---|---|---|---|",
-    ]
+    titles = [*MEASURES.values(), f"of {NEIGHBOURS} nearest right %"]
+    lines = [f"| tasks | encoder | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     verdicts = []
-    for tasks, paths in summaries.items():
-        found = [json.loads(path.read_text("utf-8"))["rows"] for path in paths]
-        for number, name in enumerate(row["encoder"] for row in found[0]):
+    for tasks, paths in folders.items():
+        seeds = [figures(path) for path in paths]
+        for name in seeds[0]:
             cells = [
-                " / ".join(f"{100 * rows[number][figure]:.1f}" for rows in found)
-                for figure in FIGURES
+                " / ".join(f"{rows[name][column]:.1f}" for rows in seeds)
+                for column in range(len(titles))
             ]
             lines.append(f"| {tasks} | {name} | {' | '.join(cells)} |")
-        worst = 100 * min(rows[0]["probe_top1"] for rows in found)
-        best = 100 * max(rows[1]["probe_top1"] for rows in found)
-        verdicts.append(f"* {tasks}: worst pre-trained {worst:.1f} %, best random {best:.1f} %")
+        for column, title in enumerate(titles):
+            worst = min(rows[SECO][column] for rows in seeds)
+            best = max(v[column] for rows in seeds for name, v in rows.items() if name != SECO)
+            verdicts.append(
+                f"* {tasks}, {title}: worst {SECO} {worst:.1f}, best untrained {best:.1f}"
+            )
     return "\n".join([*lines, "", *verdicts])
 
 
@@ -80,10 +101,10 @@ def main() -> None:
     # Demos side by side must not each take the whole machine; one alone knows what to take.
     threads = max(1, (os.cpu_count() or 1) // given.parallel) if given.parallel > 1 else 0
     once = given.work / "first"
-    if not list(once.glob("*/demo.json")):
+    if not list(once.glob("*/compare/compare.json")):
         command = [sys.executable, "-m", "cli", "demo", "--out", str(once), "--steps", "1"]
         subprocess.run([*command, *options], check=True)
-    (first,) = (summary.parent for summary in once.glob("*/demo.json"))
+    (first,) = (found.parents[1] for found in once.glob("*/compare/compare.json"))
     options += ["--steps", str(given.steps)] if given.steps else []
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.parallel) as pool:
@@ -91,8 +112,8 @@ def main() -> None:
             tasks: [pool.submit(run_demo, first, tasks, seed, options, threads) for seed in seeds]
             for tasks in given.tasks.split("/")
         }
-        summaries = {tasks: [f.result() for f in runs] for tasks, runs in futures.items()}
-    text = table(summaries)
+        folders = {tasks: [f.result() for f in runs] for tasks, runs in futures.items()}
+    text = table(folders)
     print(text)
     if given.out:
         write_text(given.out, text + "\n")
