@@ -9,17 +9,17 @@ in the batch, or a loss that falls by itself.
 
 Retrieval by the backbone is not judged: it falls before it rises in runs as short as these.
 
-What the last ``JUDGED`` steps gave, over seeds 0 to 5 (EPYC, torch 2.14, one thread, 14 to 20 s a
+What the last ``JUDGED`` steps gave, over seeds 0 to 5 (EPYC, torch 2.14, one thread, 14 to 24 s a
 run), with the bounds. They are wide because other threads or versions of torch change the last
 bits, and these, after some steps, all digits. The last column is the best of seeds 0 and 1 with a
-learning rate of 0: an untrained encoder, too, finds its video more often than chance would.
+learning rate of nothing: an untrained encoder, too, finds its video more often than chance would.
 
     run              loss                             accuracy                       untrained
-    inter            1.80 … 2.62, bound 3.29 of 4.29  0.30 … 0.57, bound 0.15        4.24, 0.051
-    intra            0.73 … 0.80, bound 0.90 of 1.10  0.64 … 0.70, bound 0.55        1.10, 0.435
-    intra, still     1.10 … 1.12, bound 1.08 of 1.10  0.31 … 0.37, bounds 0.25, 0.42
-    order            0.37 … 0.43, bound 0.54 of 0.69  0.80 … 0.87, bound 0.70        0.69, 0.533
-    order, swinging  0.69 … 0.70, bound 0.67 of 0.69  0.46 … 0.55, bounds 0.41, 0.59
+    inter            1.44 … 1.73, bound 3.29 of 4.29  0.54 … 0.60, bound 0.15        4.12, 0.103
+    intra            0.68 … 0.77, bound 0.90 of 1.10  0.65 … 0.71, bound 0.55        1.11, 0.419
+    intra, still     1.10 … 1.11, bound 1.08 of 1.10  0.32 … 0.36, bounds 0.25, 0.42
+    order            0.43 … 0.49, bound 0.54 of 0.69  0.80 … 0.85, bound 0.70        0.69, 0.519
+    order, swinging  0.69 … 0.70, bound 0.67 of 0.69  0.47 … 0.55, bounds 0.41, 0.59
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def learn(folder: Path, task: str, course: Course, *, steps: int, rounds: int = 
         shards=(make_learning_set(folder, course, rounds),),
         out=str(folder / "run"),
         tasks=task,
-        arch="resnet18",
+        arch="resnet10_w16",
         epochs=steps // rounds,
         batch_size=BATCH,
         bn_group=BATCH // 2,
