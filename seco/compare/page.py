@@ -10,9 +10,8 @@ from markupsafe import Markup
 from seco.compare.intervals import FEWEST_GROUPS, Interval
 from seco.compare.result import RANK, CompareResult, Pair, shown_difference, shown_value
 from seco.features.store import encoder_name
-from seco.pages.html import INK, SERIES, data_uri, figure_svg, new_chart, render_page
+from seco.pages.html import INK, SERIES, data_uri, figure_svg, new_chart, render_page, style_axes
 from seco.pages.text import percent
-from seco.report.charts import style_axes
 
 _ROW_INCHES = 0.3
 _WIDTH_INCHES = 7.0

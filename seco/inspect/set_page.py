@@ -12,9 +12,8 @@ from PIL import Image
 
 from seco.inspect.contact_sheet import Strip
 from seco.inspect.set_summary import SetSummary, facts
-from seco.pages.html import INK, SERIES, data_uri, figure_svg, new_chart, render_page
+from seco.pages.html import INK, SERIES, data_uri, figure_svg, new_chart, render_page, style_axes
 from seco.pages.text import printable
-from seco.report.charts import style_axes
 from shards.atomic import write_text
 
 _JPEG_QUALITY = 82

@@ -11,7 +11,9 @@ from typing import Any
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from seco.pages.text import percent, printable
 
@@ -33,6 +35,18 @@ def new_chart(
 ) -> Figure:
     """An empty figure of the size that :func:`figure_svg` is meant for."""
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def style_axes(axes: Axes) -> None:
+    """Thin axes in the page's text colour, for light and dark alike."""
+    axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=2.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+        spine.set_alpha(0.4)
 
 
 def figure_svg(figure: Figure, label: str, salt: str) -> Markup:

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from seco.config import TASKS
-from seco.pages.html import INK, SERIES, figure_svg, new_chart
+from seco.pages.html import INK, SERIES, figure_svg, new_chart, style_axes
 from seco.report.origin import tasks_of
 from seco.report.sources import Run
 from seco.runs.run_log import Curve
@@ -146,15 +144,3 @@ def _draw(plan: _Plan, curves: Sequence[tuple[str, Curve]], salt: str) -> Chart:
     note = f"last: {last}" + (f"; {lost} values are not finite" if lost else "")
     label = f"{plan.title} over steps, {note}"
     return Chart(plan.title, figure_svg(figure, label, salt), note)
-
-
-def style_axes(axes: Axes) -> None:
-    """Thin axes in the page's text colour, for light and dark alike."""
-    axes.grid(color=INK, alpha=0.15, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=8, length=2.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-        spine.set_alpha(0.4)

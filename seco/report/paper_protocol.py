@@ -222,6 +222,8 @@ def _pretraining_data(stage: str, run: Run) -> Iterator[Compared]:
     )
     state = SAME if trained else DIFFERS if names else UNKNOWN
     here = ", ".join(names) or NOT_RECORDED
+    if run.config.get("split") is not None:
+        here += f", training videos of split {words(run.config['split'])}"
     yield Compared(stage, "data", "training set of Kinetics-400", _PAPER, here, state)
     videos = _videos_an_epoch(run)
     if videos is not None:

@@ -62,7 +62,7 @@ def test_the_page_of_a_file(
     assert opened.faults() == []
     assert len(opened.images) == 5 + 3 * 3
     assert "Nearest to mine <b>.mp4" in opened.text
-    nearest = opened.text.partition("Nearest videos")[2]
+    nearest = opened.text.partition("The nearest 3")[2]
     assert nearest.split()[nearest.split().index("1.000") :].index("v2") < 8  # the first
 
 

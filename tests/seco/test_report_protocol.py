@@ -243,7 +243,7 @@ def test_a_mean_over_splits_says_what_it_lacks_and_mixes_nothing(tmp_path: Path)
         (
             PretrainConfig,
             PRETRAINING,
-            {"shards", "epochs", "init", "tasks", "arch"},  # compared on their own
+            {"shards", "split", "epochs", "init", "tasks", "arch"},  # compared on their own
         ),
         (FinetuneConfig, FINETUNING, {"split", "arch", "checkpoint", "dataset", "shards"}),
     ],
