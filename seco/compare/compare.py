@@ -91,6 +91,8 @@ def _baselines(encoders: Sequence[Compared], wanted: Sequence[str]) -> list[str]
     for name in wanted:
         if name not in names:
             raise InputError(f"no encoder is named {name!r}", "--baseline", ", ".join(names))
+    if len(encoders) > 1 and set(names) <= set(wanted):
+        raise InputError("names all encoders", "--baseline", "leave one to compare with them")
     random = (e.name for e in encoders if e.train.encoder.get("checkpoint") == RANDOM)
     return list(dict.fromkeys(wanted)) or [next(random, names[-1])]
 

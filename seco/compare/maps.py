@@ -42,7 +42,10 @@ def place(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     directions = features / np.maximum(lengths, np.finfo(np.float64).tiny)
     perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
+    # Of features that do not vary there are no principal components to start from.
+    varied = features.shape[1] > 1 and directions.std(axis=0).max() > 1e-6
+    init = "pca" if varied else "random"
+    tsne = TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1)
     with threadpool_limits(1):  # so few videos are slower on several, on a busy machine by far
         places: NDArray[np.float32] = tsne.fit_transform(directions.astype(np.float32))
     return places

@@ -89,14 +89,14 @@ class _Demo:
         run = self._pretrain(shards, videos, split)
         table = self._compare(shards, run, split)
         nearest = self._nearest_page(videos, split)
-        report = self.out / "report.html"
+        report, maps = self.out / "report.html", self.out / "compare" / "maps.png"
         self._step("report", str(self.out), "--out", str(report))
         return "\n".join(
             [
                 "",
                 table,
                 self._conclusion(split),
-                f"maps of the features: {self.out / 'compare' / 'maps.png'}",
+                *([f"maps of the features: {maps}"] if maps.is_file() else []),
                 f"comparison: {self.out / 'compare' / 'compare.html'}",
                 f"nearest videos: {nearest}",
                 f"report: {report}",

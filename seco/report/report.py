@@ -64,7 +64,10 @@ def render_report(content: ReportContent) -> str:
 
 
 def report_json(content: ReportContent) -> dict[str, Any]:
-    """The report as plain values; figures are fractions where they are not called percent."""
+    """The report as plain values; figures are fractions where they are not called percent.
+
+    Those of comparisons are text with their intervals; ``compare.json`` has the numbers.
+    """
     valid: dict[str, Any] = _valid(
         {
             "format_version": _FORMAT_VERSION,

@@ -17,6 +17,7 @@ from seco.compare.compare import compare
 from seco.compare.config import CompareConfig
 from seco.compare.encoders import EncoderSpec, parse_encoders
 from seco.compare.intervals import BETTER, UNDECIDED
+from seco.compare.maps import place
 from seco.compare.measures import (
     Classified,
     draw_labelled,
@@ -260,6 +261,17 @@ def test_three_encoders_are_each_compared_with_the_baseline(tmp_path: Path) -> N
     assert two.pairs[0].differences == chosen.pairs[1].differences
 
 
+@pytest.mark.parametrize(
+    "features",
+    [np.ones((20, 8)), np.zeros((20, 8)), np.arange(20.0)[:, None], np.eye(2).repeat(10, 0)],
+    ids=["equal", "zero", "of one value", "of two kinds"],
+)
+def test_features_that_hardly_vary_have_a_map_too(features: NDArray[np.float64]) -> None:
+    places = place(features.astype(np.float32), seed=0)
+    assert places.shape == (20, 2)
+    assert np.isfinite(places).all()
+
+
 def test_draws_of_labels_are_stratified_and_the_same_for_all() -> None:
     labels = np.repeat([3, 5, 9], [100, 40, 2])
     one, ten, full = draw_labelled(labels, [1, 10, 100], 4, seed=0)
@@ -371,6 +383,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
         ((a, a), {}, "two are named 'a'"),
         ((a, tmp_path / "none"), {}, "no such feature folder"),
         ((a, b), {"baseline": ("c",)}, "no encoder is named 'c'"),
+        ((a, b), {"baseline": ("a", "b")}, "--baseline: names all encoders"),
         ((a, b), {"test_split": "val"}, "has no labelled val rows"),
         ((a, b), {"fractions": "1,x"}, "--fractions"),
         ((a, b), {"fractions": "101"}, "at most 100"),
