@@ -57,13 +57,13 @@ SHUTTER = 0.8  # share of the frame interval during which light is gathered
 BLUR_SAMPLES = 6  # drawings that are averaged to one exposure
 SCENE_PX = 216  # side of the drawn background; a frame and its drift must fit into it
 CAMERA_DRIFT_PX = (2.0, 14.0)  # way of the background over the clip
-EXPOSURE = (0.75, 1.15)
+EXPOSURE = (0.55, 1.20)
 # The light on every scene changes its colour while it plays: a video is not known by its colours.
 LIGHT_CONTRAST = (0.50, 1.20)  # least and most, about mid grey
 LIGHT_TINT = (0.2, 1.4)  # least and most saturation, of what the scene has
 LIGHT_TURNS = (0.8, 1.6)  # turns of all hues over the clip
 LIGHT_BEATS = (1.0, 3.0)  # swings of contrast, and of tint, over the clip
-LIGHT_GRADIENT = (0.0, 0.6)  # how much darker one side of the frame is
+LIGHT_GRADIENT = (0.0, 0.2)  # how much darker one side of the frame is
 FLICKER = (0.0, 0.06)
 NOISE = (0.0, 0.02)  # standard deviation of sensor noise, of 1
 

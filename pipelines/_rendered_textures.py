@@ -23,8 +23,10 @@ PATTERN_BALANCE = 0.25  # how far the share of the two colours may lean to one o
 FOREGROUND_LUMA = (0.45, 0.55)  # mean of the object's two colours, of 1
 FOREGROUND_CONTRAST = (0.50, 0.75)  # luma between them
 BACKGROUND_LUMA = (0.40, 0.60)  # mean of the background's two
-BACKGROUND_CONTRAST = (0.06, 0.20)
-SATURATION = (0.1, 0.8)  # of the most that a colour of the luma can have
+# Weak: the clips of a group share their background, whatever the class, so a strong one would be
+# the easiest way to tell videos apart, and pre-training would learn nothing else.
+BACKGROUND_CONTRAST = (0.0, 0.04)
+SATURATION = (0.3, 1.0)  # of the most that a colour of the luma can have
 SECOND_TEXTURE = (0.0, 0.30)  # strength of the fine grain on the object
 BACKGROUND_SLOPE = (1.5, 2.5)  # exponent of the 1/f noise: small is fine-grained
 BACKGROUND_STRETCH = (1.0, 4.0)  # how much longer than wide its grains are

@@ -69,7 +69,11 @@ class PretrainConfig:
     weight_decay: float = setting(1e-4, "weight decay, on every parameter", source="authors' code")
     warmup_epochs: int | None = setting(None, "epochs of linear warm-up from lr/100")
     final_lr: float | None = setting(None, "learning rate at the end of the cosine")
-    queue_size: int = setting(131_072, "keys kept as negatives", source="paper §5.2")
+    queue_size: int = setting(
+        131_072,
+        "keys kept as negatives; 0: those of the batch's other videos alone, as in MoCo v3",
+        source="paper §5.2",
+    )
     queue_init: str | None = setting(
         None, "the queue's first rows: unit vectors, or uniform", choices=("unit", "uniform")
     )
@@ -195,6 +199,11 @@ def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
     return resolved
 
 
+def negative_count(queue_size: int, batch_size: int) -> int:
+    """K of Eq. 2: the rows of the queue, or without one the keys of the batch's other videos."""
+    return queue_size or 3 * (batch_size - 1)
+
+
 def peak_lr(config: PretrainConfig) -> float:
     """The peak learning rate of resolved settings."""
     assert config.lr is not None
@@ -217,7 +226,8 @@ def largest_part(share: int, most: int) -> int:
 
 
 def _require_ranges(config: PretrainConfig, share: int) -> None:
-    for name in ("epochs", "queue_size", "crop_size", "embedding_dim", "log_every", "keep"):
+    _require(config.queue_size >= 0, "queue_size", "must not be negative")
+    for name in ("epochs", "crop_size", "embedding_dim", "log_every", "keep"):
         _require(getattr(config, name) >= 1, name, "must be 1 or more")
     for name in ("checkpoint_every_steps", "keep_every_epochs", "knn_every_epochs"):
         _require(getattr(config, name) >= 1, name, "must be 1 or more")

@@ -59,6 +59,8 @@ def bench_step(
     """
     if repeats < 1:
         raise InputError("must be 1 or more", "--repeats")
+    if config.queue_size == 0:
+        raise InputError("must be 1 or more: the plain step has a queue", "--queue-size")
     config = resolve(config)
     device = resolve_device(config.device)
     stream = open_for_steps(config) if config.shards else None  # refused before all that takes long

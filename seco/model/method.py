@@ -53,9 +53,14 @@ class SeCo(nn.Module):
         self.order_classifier = nn.Linear(3 * config.embedding_dim, 2)
         self.order_classifier.requires_grad_("order" in self.tasks)
         generator = torch.Generator().manual_seed(config.seed)
+        # Without a queue its place is taken by the keys of the batch, put there before the losses.
         self.queue = NegativeQueue(
-            config.queue_size, config.embedding_dim, config.queue_init or "unit", generator
+            config.queue_size or KEYS * config.batch_size,
+            config.embedding_dim,
+            config.queue_init or "unit",
+            generator,
         )
+        self._mask_same_video = config.mask_same_video or not config.queue_size
 
     @torch.no_grad()
     def encode_keys(self, groups: Iterable[Tensor], per_key: int) -> Embeddings:
@@ -104,7 +109,7 @@ class SeCo(nn.Module):
             for task in self.tasks:
                 query, key = queries[self.head_of[task]], keys[self.head_of[task]]
                 if task == "inter":
-                    masked = self.queue.same_video(videos) if config.mask_same_video else None
+                    masked = self.queue.same_video(videos) if self._mask_same_video else None
                     rows = self.queue.rows
                     loss, accuracy = inter_loss(query, key, rows, config.temperature, masked)
                 elif task == "intra":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from seco.config import TASKS, PretrainConfig
+from seco.config import TASKS, PretrainConfig, negative_count
 
 _ORDER_TRIAL_EPOCHS = 20  # at chance after so many: the clips may have no direction of time
 _CHANCE_BAND = 0.02  # of the accuracy; 0.5 is chance
@@ -21,7 +21,7 @@ def chance_levels(config: PretrainConfig) -> dict[str, float]:
     """The loss of each task when nothing is known: ln(1 + K), ln 3 or ln 2, ln 2."""
     intra = 3 if config.intra == "three-way" else 2
     return {
-        "inter": math.log(1 + config.queue_size),
+        "inter": math.log(1 + negative_count(config.queue_size, config.batch_size)),
         "intra": math.log(intra),
         "order": math.log(2),
     }

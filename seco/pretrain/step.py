@@ -3,7 +3,7 @@
 A rank works on one BatchNorm group at a time: first the groups of its key images, without
 gradients, then those of its queries, forward and backward, whose gradients add up. So memory holds
 the activations of one group at most, every forward has the same shape, and all queries see the
-queue as it was before the step.
+queue as it was before the step; without a queue, the keys of the step itself.
 """
 
 from __future__ import annotations
@@ -119,10 +119,13 @@ class TrainingStep:
         order, videos = (to_device(t, self._device) for t in (known.order, known.videos))
         with compile_faults() if self._compiled else nullcontext():
             keys = self._keys(crops, known, step)
+            if not self._config.queue_size:
+                self.model.append_keys(keys, videos)
             self.optimizer.zero_grad(set_to_none=True)
             results = self._queries(crops[0], keys, known, order, videos)
         self.optimizer.step()
-        self.model.append_keys(keys, videos)
+        if self._config.queue_size:
+            self.model.append_keys(keys, videos)
         self.model.update_key_encoder()
         return _mean(results)
 

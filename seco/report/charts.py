@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from seco.config import TASKS
+from seco.config import TASKS, negative_count
 from seco.pages.html import INK, SERIES, figure_svg, new_chart, style_axes
 from seco.report.origin import tasks_of
 from seco.report.sources import Run
@@ -50,10 +50,14 @@ def chance_levels(config: Mapping[str, Any]) -> dict[str, float]:
     one of the authors' code, ln 2 for order (Eq. 4). What the settings do not tell is left out.
     """
     levels = {"loss_order": math.log(2), "acc_order": 1 / 2}
-    queue = config.get("queue_size")
-    if isinstance(queue, int) and not isinstance(queue, bool) and queue > 0:
-        levels["loss_inter"] = math.log(1 + queue)
-        levels["acc_inter"] = 1 / (1 + queue)
+    queue, batch = (
+        value if type(value := config.get(name)) is int else 0
+        for name in ("queue_size", "batch_size")
+    )
+    negatives = negative_count(queue, batch)
+    if negatives > 0:
+        levels["loss_inter"] = math.log(1 + negatives)
+        levels["acc_inter"] = 1 / (1 + negatives)
     ways = {"three-way": 3, "pairwise": 2}.get(str(config.get("intra")))
     if ways:
         levels["loss_intra"] = math.log(ways)

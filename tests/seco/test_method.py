@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 import seco.pretrain.step
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, negative_count, resolve
 from seco.loading.device_views import DeviceViews
 from seco.model.backbones import build_backbone, feature_dim
 from seco.model.batchnorm import running_statistics
@@ -326,6 +327,28 @@ def test_the_key_encoder_follows_by_equation_6() -> None:
     ):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
         assert not new.requires_grad
+
+
+def test_without_a_queue_the_negatives_are_the_keys_of_the_batchs_other_videos() -> None:
+    config = settings(queue_size=0, tasks="inter", ema=0.0)
+    torch.manual_seed(0)
+    model = SeCo(config).double().train()
+    views, order, videos = made_input()
+    known = GlobalRows(np.zeros((4, N, VIEW_DRAWS)), order, videos)
+    step = step_of(model, config)
+    step.run(views, known, 0, 0.0)  # no key of an earlier step must count
+    result = step.run(views + 1, known, 1, 0.0)
+    keys = model.queue.rows.view(3, N, DIM)
+    with torch.no_grad():
+        queries = torch.cat([model.query_encoder(g)["shared"] for g in (views[0] + 1).split(GROUP)])
+    losses = []
+    for i, key in itertools.product(range(N), range(3)):
+        others = [keys[k, j] for k in range(3) for j in range(N) if j != i]
+        logits = torch.stack([keys[key, i], *others]) @ queries[i] / config.temperature
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
+    assert len(losses) == 3 * N
+    torch.testing.assert_close(result.loss, torch.stack(losses).mean())
+    assert negative_count(config.queue_size, N) == len(others)
 
 
 def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
