@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +30,17 @@ NEIGHBOURS = 10
 
 
 def run_demo(first: Path, tasks: str, seed: int, options: list[str], threads: int) -> Path:
-    """One demo in a folder of its own that shares the first one's videos and shards.
+    """One demo in a folder of its own that begins with the first one's videos and shards.
 
     Returns its comparison's folder; a finished run is kept, so an interrupted benchmark goes on.
     """
     out = first.parents[1] / f"{tasks.replace(',', '-')}-seed{seed}"
     folder = out / first.name
     folder.mkdir(parents=True, exist_ok=True)
-    for shared in ("raw", "shards"):
-        if (first / shared).exists() and not (folder / shared).exists():
-            (folder / shared).symlink_to((first / shared).resolve())
+    if (first / "raw").exists() and not (folder / "raw").exists():
+        (folder / "raw").symlink_to((first / "raw").resolve())
+    if not (folder / "shards").exists():  # a copy: one `seco prepare` at a time looks at a folder
+        shutil.copytree(first / "shards", folder / "shards")
     compared = folder / "compare"
     if not (compared / "compare.json").is_file():
         command = [sys.executable, "-m", "cli", "demo", "--out", str(out), "--tasks", tasks]

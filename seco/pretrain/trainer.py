@@ -23,7 +23,6 @@ from seco.pretrain.step import GlobalRows, TrainingStep, for_device
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined
 from seco.processes.stopping import StopRequest
-from seco.report.report import write_report
 from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import learning_rate
@@ -148,6 +147,8 @@ class Trainer(TrainingRun):
 
     def _report(self) -> None:
         """The run's curves as a page in its folder; a page that fails costs no run."""
+        from seco.report.report import write_report  # a second of imports that other ranks lack
+
         try:
             found = write_report([self.out], self.out / REPORT)
         except InputError as error:
@@ -195,11 +196,10 @@ class Trainer(TrainingRun):
             last = state.step == self.total_steps
             due = state.step % config.checkpoint_every_steps == 0 or last
             voting = rest == 0 and self.knn is not None and self.knn.due(epoch, last)
-            if due:
+            logged = state.step % config.log_every == 0 or last or voting
+            if due or logged:
                 metrics = self._metrics(result, lr)  # which refuse what is not worth saving
-                state.save()
-            if state.step % config.log_every == 0 or last or voting:
-                metrics = self._metrics(result, lr)
+            if logged:
                 speed = waiting.speed((state.step - logged_step) * config.batch_size * VIEWS)
                 self.health.look(state.step, metrics, speed)
                 if voting and self.knn is not None:
@@ -209,6 +209,8 @@ class Trainer(TrainingRun):
                 waiting.restart()
                 logged_step = state.step
                 shown.advance(0, status(metrics, speed))
+            if due:
+                state.save()  # after the line: a run that goes on from here does not write it again
             shown.advance()
             if rest == 0 and epoch % config.keep_every_epochs == 0:
                 state.keep_epoch(epoch)

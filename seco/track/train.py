@@ -263,8 +263,6 @@ class TrackTraining(TrainingRun):
                 metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
             if last:
                 self._guard.require_unchanged()
-            if due:
-                state.save()
             if logged:
                 speed = waiting.speed((state.step - logged_step) * config.batch_size * 2)
                 if log is not None:
@@ -272,6 +270,8 @@ class TrackTraining(TrainingRun):
                 waiting.restart()
                 logged_step = state.step
                 shown.advance(0, _status(metrics, speed))
+            if due:
+                state.save()  # after the line: a run that goes on from here does not write it again
             shown.advance()
             if keeping:
                 state.keep_epoch(epoch)

@@ -122,6 +122,38 @@ def test_killed_at_a_random_step_and_resumed(
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
+def test_a_run_that_ends_during_its_online_knn_loses_no_line(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def settings(run: str, **changes: Any) -> PretrainConfig:
+        every = {"checkpoint_every_steps": 1, "knn_every_epochs": 1}
+        out, sets = str(tmp_path / run), (shards,)
+        return PretrainConfig(
+            shards=sets, knn_shards=sets, out=out, **{**SMALL, **every, **changes}
+        )
+
+    pretrain(settings("undisturbed"))
+    figures = seco.pretrain.trainer.OnlineKnn.figures
+    votes: list[dict[str, float]] = []
+
+    def killed_at_the_third(self: Any, model: Any) -> dict[str, float]:
+        if len(votes) == 2:
+            raise Killed
+        votes.append(figures(self, model))
+        return votes[-1]
+
+    monkeypatch.setattr(seco.pretrain.trainer.OnlineKnn, "figures", killed_at_the_third)
+    with pytest.raises(Killed):
+        pretrain(settings("killed"))
+    monkeypatch.undo()
+    pretrain(settings("killed", resume="auto"))
+    found, expected = ((tmp_path / n / "metrics.jsonl") for n in ("killed", "undisturbed"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
 def test_sigterm_saves_and_says_how_to_go_on(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
