@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 
 SPRITE_PX = 144  # side of the square the object is drawn on before it is moved over the frames
-PATTERN_CYCLES = (2.2, 3.8)  # periods of the pattern across the object
+PATTERN_CYCLES = (2.6, 3.4)  # periods of the pattern across the object
 PATTERN_SHARPNESS = (2.5, 8.0)  # low: a soft sine; high: hard edges
 PATTERN_BALANCE = 0.25  # how far the share of the two colours may lean to one of them
 FOREGROUND_LUMA = (0.45, 0.55)  # mean of the object's two colours, of 1
@@ -27,10 +27,11 @@ BACKGROUND_LUMA = (0.40, 0.60)  # mean of the background's two
 # the easiest way to tell videos apart, and pre-training would learn nothing else.
 BACKGROUND_CONTRAST = (0.0, 0.04)
 SATURATION = (0.3, 1.0)  # of the most that a colour of the luma can have
-SECOND_TEXTURE = (0.0, 0.30)  # strength of the fine grain on the object
+SECOND_TEXTURE = (0.0, 0.15)  # strength of the fine grain on the object
 BACKGROUND_SLOPE = (1.5, 2.5)  # exponent of the 1/f noise: small is fine-grained
 BACKGROUND_STRETCH = (1.0, 4.0)  # how much longer than wide its grains are
 BACKGROUND_SHARPNESS = (0.6, 3.0)  # small: clouds; large: camouflage with hard edges
+SILHOUETTES = (6, 0)  # corners of a polygon; 0: a disc. All but a star's
 STAR_POINTS = (5, 6)
 STAR_INNER_RADIUS = (0.42, 0.55)
 
@@ -174,7 +175,7 @@ def draw_sprite(
     c, s = np.cos(turn), np.sin(turn)
     turned_x, turned_y = _f32(c * x + s * y), _f32(c * y - s * x)
     points, inner = int(rng.choice(STAR_POINTS)), rng.uniform(*STAR_INNER_RADIUS)
-    sides = int(rng.choice((3, 4, 6, 0)))
+    sides = int(rng.choice(SILHOUETTES))
     if pattern == "star":
         radius = _star_radius(x, y, points, inner)
         turned_x = radius

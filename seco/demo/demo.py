@@ -48,10 +48,10 @@ class Scale:
     feature_crop_px: int = 48
     frames: int = 16
     batch: int = 32
-    lr: float = 0.06
+    lr: float = 0.05
     temperature: float = 0.1
     ema: float = 0.9
-    min_crop_area: float = 0.3
+    min_crop_area: float = 0.35
     votes: int = 6  # of the online kNN
 
 

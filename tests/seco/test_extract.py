@@ -43,7 +43,7 @@ from tests.made_shards import drawn_frame, make_set
 # 7 does not divide the frames of any shard, and no video's: batches begin in the middle of one.
 SMALL: dict[str, Any] = {
     "checkpoint": "random",
-    "arch": "resnet18",
+    "arch": "resnet10_w16",
     "frames": 5,
     "short_edge": 36,
     "crop_size": 32,
@@ -107,7 +107,7 @@ def test_frame_numbers_are_linspaces() -> None:
 def test_features_are_those_of_a_plain_loop(shards: str, tmp_path: Path) -> None:
     found = read_features(extract(shards, tmp_path, per_frame=True, workers=2))
     opened = open_shards([shards])
-    network = load_backbone("random", "resnet18").network.eval()
+    network = load_backbone("random", SMALL["arch"]).network.eval()
     for video in range(0, len(opened), 5):
         numbers = evenly_spaced(opened.frame_count(video), 5)
         crops = [
@@ -118,7 +118,7 @@ def test_features_are_those_of_a_plain_loop(shards: str, tmp_path: Path) -> None
         with torch.inference_mode():
             expected = network(normalise(images)).numpy()
         frames = found.frames_of(video)
-        assert frames.shape == (min(5, 3 + video % 5), 512)
+        assert frames.shape == (min(5, 3 + video % 5), 128)
         np.testing.assert_allclose(frames, expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.features[video], frames.mean(0), rtol=1e-5, atol=1e-6)
         half = len(frames) // 2
@@ -348,7 +348,7 @@ def test_shards_that_lack_videos_are_tried_again_and_no_other(
 def test_features_of_another_encoder_are_not_replaced_unasked(shards: str, tmp_path: Path) -> None:
     out = extract(shards, tmp_path)
     before = (out / "features.npy").read_bytes()
-    with pytest.raises(InputError, match=r"holds features of resnet18 random .*--overwrite"):
+    with pytest.raises(InputError, match=r"holds features of resnet10_w16 random .*--overwrite"):
         extract(shards, tmp_path, seed=5)
     assert (out / "features.npy").read_bytes() == before
     extract(shards, tmp_path, seed=5, overwrite=True)
@@ -407,7 +407,7 @@ def test_weights_that_move_are_found_out(
 
 
 def test_the_guard_is_silent_about_what_stays() -> None:
-    backbone = load_backbone("random", "resnet18")
+    backbone = load_backbone("random", SMALL["arch"])
     guard = BackboneGuard(backbone)
     backbone.network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     guard.require_same_statistics()

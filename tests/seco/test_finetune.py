@@ -52,7 +52,7 @@ from tests.made_shards import make_set
 
 SMALL: dict[str, Any] = {
     "checkpoint": "random",
-    "arch": "resnet18",
+    "arch": "resnet10_w16",
     "epochs": 3,
     "batch_size": 8,
     "bn_group": 4,
@@ -181,7 +181,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_processes(shards: st
 def test_frozen_layers_stay_as_they_are(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = load_backbone("random", "resnet18", 0).network.state_dict()
+    before = load_backbone("random", SMALL["arch"], 0).network.state_dict()
     after, *_ = load_finetuned(undisturbed / "last.pt")
     names = [n for n, m in after.backbone.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert names[0] == "bn1" and len(names) == 20
@@ -250,7 +250,7 @@ def test_a_run_leaves_its_records(undisturbed: Path) -> None:
     found = result(undisturbed)
     assert (found["dataset"], found["split"], found["classes"]) == ("made", "1", 3)
     assert (found["clips"], found["crops"], found["n_test"], found["n_train"]) == (3, 3, 12, 18)
-    assert found["encoder"]["checkpoint"] == "random" and found["encoder"]["arch"] == "resnet18"
+    assert found["encoder"]["checkpoint"] == "random" and found["encoder"]["arch"] == SMALL["arch"]
     right = sum(row["accuracy"] * row["count"] for row in found["per_class"])
     assert found["top1"] == pytest.approx(right / 12)
     training = found["protocol"]["training"]
@@ -355,7 +355,7 @@ def weights(run: Path) -> torch.Tensor:
 
 
 def untrained(load: Callable[..., Any]) -> torch.Tensor:
-    state = load("random", "resnet18", 0).network.state_dict()
+    state = load("random", SMALL["arch"], 0).network.state_dict()
     return torch.cat([tensor.double().flatten() for tensor in state.values()])
 
 
@@ -497,8 +497,8 @@ def test_features_and_exports_of_a_fine_tuned_network(
     arguments = f"--checkpoint {checkpoint} --out {out} --frames 2 --short-edge 36 --crop-size 32"
     command = ["extract-features", "--shards", shards, *arguments.split(), "--workers", "0"]
     assert cli.run([*command, "--device", "cpu"]) == 0
-    assert read_features(out).features.shape == (30, 512)
-    exported = tmp_path / "resnet18.pth"
+    assert read_features(out).features.shape == (30, 128)
+    exported = tmp_path / "backbone.pth"
     command = ["export", str(checkpoint), "--format", "torchvision", "--out", str(exported)]
     assert cli.run(command) == 0
     assert load_backbone(str(exported)).sha256 == backbone.sha256

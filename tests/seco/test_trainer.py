@@ -25,7 +25,7 @@ from shards.errors import InputError, Stopped
 from tests.made_shards import make_set
 
 SMALL: dict[str, Any] = {
-    "arch": "resnet18",
+    "arch": "resnet10_w16",
     "epochs": 3,
     "batch_size": 4,
     "bn_group": 2,
