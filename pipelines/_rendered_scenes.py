@@ -12,8 +12,11 @@ noise, background pattern and drift, object size and place, and the frame size, 
 (``_rendered.py``). The light is a stage light: while a clip plays it turns through the hues and
 swings in contrast and saturation. Colour therefore tells neither the class nor the video, and what
 the frames of one video share, which is what SeCo looks for (paper §4.2), is pattern, shape and
-motion. The motion itself is not a nuisance: a star that falls leaves the frame for a while, a
-growing disc ends large, so brightness statistics are close to equal among classes, not exactly so.
+motion. Backgrounds are faint, since the clips of a group share theirs whatever their class: a
+strong one would be the easiest sign of a video, and pre-training would learn nothing else.
+
+The motion itself is not a nuisance: a star that falls leaves the frame for a while, a growing disc
+ends large, so brightness statistics are close to equal among classes, not exactly so.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Everything that is drawn at random here except the pattern's family has the same distribution in
 every class: colours, contrast, frequencies, phases, the fine second texture and the background. The
-silhouette is a random disc or polygon, but a star's is a star. A class can therefore not be told by
-colour.
+silhouette is a disc or a hexagon, but a star's is a star. A class can therefore not be told by
+colour. What differs among the videos of a class is kept small, so that the class is most of what
+tells videos apart: that alone is what pre-training looks for.
 """
 
 from __future__ import annotations

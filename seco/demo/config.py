@@ -18,7 +18,7 @@ class DemoConfig:
     tasks: str = setting(
         "inter",
         "proxy tasks; all three are inter,intra,order, which take longer to learn than a demo has",
-        source="paper Table 1, SeCo-Inter; measured in benchmarks/results/demo.md",
+        source="paper Table 1, SeCo-Inter; measured in benchmarks/results/learning.md",
     )
     steps: int | None = setting(None, "training steps [default: what the demo's scale needs]")
     quick: bool = setting(False, "a few steps on a few clips: shows that the chain runs, no more")

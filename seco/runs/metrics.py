@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
-
 from shards.atomic import write_text
 
 METRICS = "metrics.jsonl"
@@ -29,6 +27,9 @@ class RunLog:
         for name in (METRICS, SPEED):
             _drop_after(folder / name, start_step)
             self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
+        # Half a second of imports, which only the first of many processes needs.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
