@@ -17,7 +17,7 @@ class DemoConfig:
     seed: int = setting(0, "seed of weights and draws")
     tasks: str = setting(
         "inter",
-        "proxy tasks; all three are inter,intra,order, which take longer to learn than a demo has",
+        "proxy tasks; all three are inter,intra,order",
         source="paper Table 1, SeCo-Inter; measured in benchmarks/results/learning.md",
     )
     steps: int | None = setting(None, "training steps [default: what the demo's scale needs]")

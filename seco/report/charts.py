@@ -50,12 +50,10 @@ def chance_levels(config: Mapping[str, Any]) -> dict[str, float]:
     one of the authors' code, ln 2 for order (Eq. 4). What the settings do not tell is left out.
     """
     levels = {"loss_order": math.log(2), "acc_order": 1 / 2}
-    queue, batch = (
-        value if type(value := config.get(name)) is int else 0
-        for name in ("queue_size", "batch_size")
-    )
-    negatives = negative_count(queue, batch)
-    if negatives > 0:
+    negatives, batch = config.get("queue_size"), config.get("batch_size")
+    if type(negatives) is int and type(batch) is int:
+        negatives = negative_count(negatives, batch)
+    if type(negatives) is int and negatives > 0:
         levels["loss_inter"] = math.log(1 + negatives)
         levels["acc_inter"] = 1 / (1 + negatives)
     ways = {"three-way": 3, "pairwise": 2}.get(str(config.get("intra")))

@@ -94,6 +94,7 @@ def test_chance_levels_follow_the_settings() -> None:
     assert levels["loss_intra"] == pytest.approx(0.6931, abs=1e-4)
     assert levels["acc_intra"] == 0.5
     assert "loss_inter" not in chance_levels({"queue_size": "many"})
+    assert "loss_inter" not in chance_levels({"queue_size": "many", "batch_size": 32})
     without = chance_levels({"queue_size": 0, "batch_size": 32})
     assert without["loss_inter"] == pytest.approx(math.log(1 + 3 * 31))
     assert "loss_intra" not in chance_levels({})
