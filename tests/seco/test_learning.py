@@ -30,10 +30,16 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import simplejpeg
+import torch
 
+from seco.checkpoints.checkpoint import load_checkpoint
 from seco.config import PretrainConfig
+from seco.model.method import SeCo
 from seco.pretrain.trainer import pretrain
+from seco.views.view_parameters import IMAGENET_MEAN, IMAGENET_STD
 from tests import learning_sets
 from tests.learning_sets import CARPETS, SWING, Course, make_learning_set
 
@@ -114,6 +120,43 @@ def test_order_is_learnt_from_what_grows(tmp_path: Path) -> None:
     learnt = learn(tmp_path, "order", learning_sets.growing, steps=72, rounds=SWING)
     assert learnt.loss < math.log(2) - 0.15
     assert learnt.accuracy > 0.7
+    first, last = orders_told(tmp_path / "run" / "last.pt", learning_sets.growing)
+    assert first > 0.8, "0 is not what a first frame as the anchor is told to be"
+    assert last > 0.8, "1 is not what a last frame as the anchor is told to be"
+
+
+def orders_told(checkpoint: Path, course: Course) -> tuple[float, float]:
+    """How often the classifier says 0 of a first frame as the anchor, and 1 of a last one.
+
+    Labels exchanged throughout are learnt as easily; here the frames are taken by their time.
+    """
+    content = load_checkpoint(checkpoint)
+    model = SeCo(PretrainConfig(**content["config"]))
+    model.load_state_dict(content["model"])
+    model.eval()
+    pictures = np.stack(
+        [
+            simplejpeg.decode_jpeg(frame)[4:36, 4:36]
+            for carpet in range(CARPETS)
+            for frame in learning_sets.draw_video(carpet, course(0))
+        ]
+    ).reshape(CARPETS, learning_sets.FRAMES, 32, 32, 3)
+    images = torch.from_numpy(pictures).movedim(-1, 2).float().div_(255)
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (images - mean) / deviation
+
+    def told(anchor: int, others: tuple[int, int]) -> torch.Tensor:
+        with torch.no_grad():
+            query = model.query_encoder(images[:, anchor])["shared"]
+            keys = [model.key_encoder(images[:, other])["shared"] for other in others]
+            answer: torch.Tensor = model.order_classifier(torch.cat([query, *keys], 1)).argmax(1)
+        return answer
+
+    last = learning_sets.FRAMES - 1
+    return (
+        float((told(0, (last // 2, last)) == 0).float().mean()),
+        float((told(last, (0, last // 2)) == 1).float().mean()),
+    )
 
 
 def test_order_is_not_learnt_from_what_swings(tmp_path: Path) -> None:
