@@ -34,6 +34,7 @@ from shards.errors import (
     Stopped,
     TooManyExcluded,
 )
+from shards.settings import own_first
 
 
 class _Finite(click.types.FloatParamType):
@@ -79,7 +80,7 @@ def settings_options(
     """
 
     def decorate(command: _Command) -> _Command:
-        for field in reversed(dataclasses.fields(config)):
+        for field in reversed(own_first(config)):
             left_out = field.name in arguments or bool(only and field.name not in only)
             if not field.metadata.get("hidden") and not left_out:
                 command = _option(field, field.name in required)(command)

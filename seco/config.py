@@ -38,16 +38,50 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class TrainingConfig:
+    """What pre-training, fine-tuning and tracking are told alike."""
+
+    precision: str = setting(
+        "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
+    )
+    device: str = setting("auto", "cpu, cuda, or a GPU when there is one", resumable=True)
+    processes: int | None = setting(
+        None,
+        "processes on this machine [default: one a visible GPU, else 1]",
+        resumable=True,
+    )
+    workers: int | None = setting(None, WORKERS_HELP, resumable=True)
+    seed: int = setting(0, "seed of every random draw")
+    max_unreadable: float = setting(
+        1.0, "stop when this percentage of the samples is unreadable", resumable=True
+    )
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", resumable=True)
+    resume: str | None = setting(
+        None, "'auto' (the run's last.pt if there is one) or a checkpoint", resumable=True
+    )
+    checkpoint_every_steps: int = setting(1000, "steps between saves of last.pt", resumable=True)
+    keep_every_epochs: int = setting(
+        100, "epochs between checkpoints that are kept", resumable=True
+    )
+    keep: int = setting(5, "how many of those are kept, the newest", resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
     """``seco pretrain``: one value for every switch of the method and the run."""
 
-    shards: tuple[str, ...] = setting((), "shards to train on: pattern, glob, manifest or folder")
+    shards: tuple[str, ...] = setting(
+        (), "shards to train on: pattern, glob, manifest or folder", resumable=True
+    )
     split: str | None = setting(
         None, "train on the training videos of this official split only [default: all videos]"
     )
-    out: str | None = setting(None, "folder of the run [default: runs/SET]")
+    out: str | None = setting(None, "folder of the run [default: runs/SET]", resumable=True)
     preset: str = setting(
-        "paper", "whose variant where paper and authors' code differ", choices=tuple(PRESETS)
+        "paper",
+        "whose variant where paper and authors' code differ",
+        choices=tuple(PRESETS),
+        resumable=True,
     )
     tasks: str = setting(
         "inter,intra,order", "proxy tasks, separated by commas", source="paper Eq. 5, Table 1"
@@ -57,7 +91,9 @@ class PretrainConfig:
         "backbone: a torchvision ResNet, or for small images resnet10_w32, resnet18_cifar, …",
         source="paper §5.2",
     )
-    init: str | None = setting(None, "start from this checkpoint or ResNet state dict")
+    init: str | None = setting(
+        None, "start from this checkpoint or ResNet state dict", resumable=True
+    )
     epochs: int = setting(400, "epochs", source="paper §5.2")
     batch_size: int = setting(512, "global batch, in videos", source="paper §5.2")
     lr: float | None = setting(
@@ -98,23 +134,14 @@ class PretrainConfig:
         source="authors' code: 4 ranks of 128",
     )
     accumulate: int = setting(
-        1, "accepted and ignored: every BatchNorm group is a micro-batch of its own"
-    )
-    precision: str = setting(
-        "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
+        1, "accepted and ignored: every BatchNorm group is a micro-batch of its own", resumable=True
     )
     channels_last: bool | None = setting(
-        None, "keep images and weights channels last in memory [default: on a GPU]"
+        None, "keep images and weights channels last in memory [default: on a GPU]", resumable=True
     )
     compile: bool | None = setting(
-        None, "compile the encoders with torch.compile [default: on a GPU]"
+        None, "compile the encoders with torch.compile [default: on a GPU]", resumable=True
     )
-    device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
-    processes: int | None = setting(
-        None,
-        "processes on this machine [default: one a visible GPU, else 1]",
-    )
-    workers: int | None = setting(None, WORKERS_HELP)
     decode: str = setting(
         "cpu", "who decodes the frames: loader processes, or the GPU", choices=("cpu", "nvjpeg")
     )
@@ -126,29 +153,15 @@ class PretrainConfig:
     window_shards: int | None = setting(
         None, "shuffle within so many shards, 0: all [default: 64 with --cache-dir, else all]"
     )
-    cache_dir: str | None = setting(None, "keep remote shards in this folder of this machine")
-    cache_gb: float = setting(100.0, "gigabytes they may take there")
+    cache_dir: str | None = setting(
+        None, "keep remote shards in this folder of this machine", resumable=True
+    )
+    cache_gb: float = setting(100.0, "gigabytes they may take there", resumable=True)
     steps_per_epoch: int | None = setting(None, "length of an epoch of shards without index")
-    seed: int = setting(0, "seed of every random draw")
-    knn_shards: tuple[str, ...] = setting((), "labelled shards for an online kNN every few epochs")
-    knn_every_epochs: int = setting(10, "epochs between these")
-    max_unreadable: float = setting(1.0, "stop when this percentage of the samples is unreadable")
-    log_every: int = setting(10, "steps between lines of metrics.jsonl")
-    resume: str | None = setting(None, "'auto' (the run's last.pt if there is one) or a checkpoint")
-    checkpoint_every_steps: int = setting(1000, "steps between saves of last.pt")
-    keep_every_epochs: int = setting(100, "epochs between checkpoints that are kept")
-    keep: int = setting(5, "how many of those are kept, the newest")
-
-
-# What two runs must share for one to go on from the other's checkpoint.
-RESUMABLE_DIFFERENCES = frozenset(
-    {
-        *("out", "shards", "preset", "init", "device", "workers", "max_unreadable", "resume"),
-        *("channels_last", "compile"),  # like the device: how, not what
-        *("log_every", "checkpoint_every_steps", "keep_every_epochs", "keep"),
-        *("cache_dir", "cache_gb", "processes", "accumulate", "knn_shards", "knn_every_epochs"),
-    }
-)
+    knn_shards: tuple[str, ...] = setting(
+        (), "labelled shards for an online kNN every few epochs", resumable=True
+    )
+    knn_every_epochs: int = setting(10, "epochs between these", resumable=True)
 
 
 def task_list(config: PretrainConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ options are generated from these (``cli.py``), and a run writes them back as TOM
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ def setting(
     choices: Sequence[str] | None = None,
     flag: str | None = None,
     hidden: bool = False,
+    resumable: bool = False,
 ) -> Any:
     """A dataclass field that carries what the command line needs to know of it.
 
@@ -31,6 +33,7 @@ def setting(
         choices: the values allowed, if few.
         flag: the option's name when it is not the field's, for example ``"-C"``.
         hidden: leave it off the command line.
+        resumable: a run may go on from its checkpoint with another value.
     """
     metadata = {
         "help": help,
@@ -38,15 +41,28 @@ def setting(
         "choices": tuple(choices) if choices else None,
         "flag": flag,
         "hidden": hidden,
+        "resumable": resumable,
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def own_first(config: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a settings dataclass, those that a base class alone declares at the end."""
+    own = list(inspect.get_annotations(config if isinstance(config, type) else type(config)))
+    place = {name: number for number, name in enumerate(own)}
+    return sorted(dataclasses.fields(config), key=lambda field: place.get(field.name, len(own)))
+
+
+def resumable_settings(config: Any) -> frozenset[str]:
+    """The settings in which two runs may differ for one to go on from the other's checkpoint."""
+    return frozenset(f.name for f in dataclasses.fields(config) if f.metadata["resumable"])
 
 
 def as_settings(config: Any) -> dict[str, Any]:
     """The fields of a settings dataclass as plain values; ``None`` is left out (TOML has none)."""
     return {
         field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
+        for field in own_first(config)
         if getattr(config, field.name) is not None
     }
 

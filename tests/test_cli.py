@@ -131,7 +131,7 @@ def test_compare_extracts_what_is_missing_and_uses_it_again(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["compare", "--shards", shards, "--encoder", f"seco={run_folder}"]
-    arguments += ["--encoder", "random", "--out", str(out), "--fractions", "100", "--svm-c", "1"]
+    arguments += ["--encoder", "random", "--out", str(out), "--fractions", "100", "--svm-c", "0.01"]
     assert cli.run([*arguments, *SMALL_FEATURES]) == 0
     shown = capfd.readouterr().out
     assert "seco is better than random at 0 of 5 measures" in shown  # six test videos are too few

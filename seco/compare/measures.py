@@ -83,8 +83,8 @@ class SvmChoice:
 
     Args:
         c: the C chosen for each scaling.
-        held_out: the accuracy of each scaling with it on held-out training videos; empty where
-            none could be held out.
+        held_out: the mean accuracy over classes of each scaling with it on held-out training
+            videos; empty where none could be held out.
         scaling: the best of them.
     """
 
@@ -122,9 +122,11 @@ class Classified:
         self.not_converged = 0
 
     def choose(self, parts: Sequence[NDArray[np.bool_]]) -> SvmChoice:
-        """Scaling and C of the best mean accuracy on held-out training videos.
+        """Scaling and C of the best mean accuracy over the classes of held-out training videos.
 
-        Of equal ones the first: raw features and the smallest C. Test videos have no influence.
+        Over classes, since the test videos may have other shares of them: where videos are few, an
+        SVM of a small C may do nothing but prefer the frequent classes. Of equal ones the first:
+        raw features and the smallest C. Test videos have no influence.
 
         Args:
             parts: of :func:`hold_outs`.
@@ -138,7 +140,7 @@ class Classified:
                 for c in self._values_of_c:
                     svm = self._fit(inner, scaling, c)
                     right = _rights(svm, test, self._labels[held])
-                    accuracy[how][c] += float(right.mean()) / len(parts)
+                    accuracy[how][c] += mean_over_classes(right, self._labels[held]) / len(parts)
         if not parts:
             middle = self._values_of_c[len(self._values_of_c) // 2]
             return SvmChoice(dict.fromkeys(SCALINGS, middle), {}, SCALINGS[0])
@@ -216,6 +218,12 @@ def hold_outs(labels: NDArray[np.int64], groups: Sequence[str]) -> list[NDArray[
 def exact_index(vectors: Vectors, device: torch.device) -> ExactIndex:
     """On a GPU where torch computes on one and faiss can use it, too."""
     return ExactIndex(vectors, "cpu" if device.type == "cpu" else "auto")
+
+
+def mean_over_classes(right: NDArray[np.bool_], labels: NDArray[np.int64]) -> float:
+    """Of the classes there are, the mean share of right answers; both (M,)."""
+    _, rows, videos = np.unique(labels, return_inverse=True, return_counts=True)
+    return float((np.bincount(rows, weights=right) / videos).mean())
 
 
 def same_video(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from seco.config import WORKERS_HELP, largest_part
+from seco.config import WORKERS_HELP, TrainingConfig, largest_part
 from shards.errors import InputError
 from shards.settings import require, setting
 
@@ -28,30 +28,42 @@ class FinetuneTestConfig:
         None, "side of the crops and short edge of the frames, px [default: the run's]"
     )
     max_failures: float = setting(
-        5.0, "exit with code 3 if more than this percentage of the test videos cannot be read"
+        5.0,
+        "exit with code 3 if more than this percentage of the test videos cannot be read",
+        resumable=True,
     )
-    test_frames: int = setting(32, "frames of a test video whose crops make one forward")
+    test_frames: int = setting(
+        32, "frames of a test video whose crops make one forward", resumable=True
+    )
     precision: str = setting(
         "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
     )
-    device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
+    device: str = setting("auto", "cpu, cuda, or a GPU when there is one", resumable=True)
     processes: int | None = setting(
-        None, "processes on this machine [default: one a visible GPU, else 1]"
+        None, "processes on this machine [default: one a visible GPU, else 1]", resumable=True
     )
-    workers: int | None = setting(None, WORKERS_HELP)
+    workers: int | None = setting(None, WORKERS_HELP, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(FinetuneTestConfig):
+class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
     """``seco finetune``: a whole network trained on labelled videos (paper §5.2, authors' code)."""
 
-    dataset: str | None = setting(None, "name of the set [default: what the shards say]")
-    shards: tuple[str, ...] = setting((), "its shards [default: shards/DATASET.json]")
-    checkpoint: str = setting("", "pre-trained checkpoint, ResNet state dict, or 'random'")
-    out: str | None = setting(None, "folder of the run [default: runs/DATASET-finetune-SPLIT]")
+    dataset: str | None = setting(
+        None, "name of the set [default: what the shards say]", resumable=True
+    )
+    shards: tuple[str, ...] = setting(
+        (), "its shards [default: shards/DATASET.json]", resumable=True
+    )
+    checkpoint: str = setting(
+        "", "pre-trained checkpoint, ResNet state dict, or 'random'", resumable=True
+    )
+    out: str | None = setting(
+        None, "folder of the run [default: runs/DATASET-finetune-SPLIT]", resumable=True
+    )
     split: str = setting("1", "official split")
     arch: str | None = setting(
-        None, "backbone of 'random' [default: resnet50]; else the checkpoint's"
+        None, "backbone of 'random' [default: resnet50]; else the checkpoint's", resumable=True
     )
     epochs: int = setting(_EPOCHS, "epochs", source="authors' code")
     batch_size: int = setting(256, "global batch, in videos", source="authors' code: 16 x 4 x 4")
@@ -80,27 +92,34 @@ class FinetuneConfig(FinetuneTestConfig):
         source="authors' code",
     )
     accumulate: int | None = setting(
-        None, "cut a process's share into so many parts, for memory [default: parts of a BN group]"
+        None,
+        "cut a process's share into so many parts, for memory [default: parts of a BN group]",
+        resumable=True,
     )
     crop_size: int = setting(224, "side of a training view in px", source="authors' code")
-    clips: int = setting(20, "clips of a test video", source="authors' code")
-    clip_frames: int = setting(16, "consecutive frames of a clip", source="authors' code")
-    crops: int = setting(3, "crops of a clip: 1 or 3", source="authors' code")
+    clips: int = setting(20, "clips of a test video", source="authors' code", resumable=True)
+    clip_frames: int = setting(
+        16, "consecutive frames of a clip", source="authors' code", resumable=True
+    )
+    crops: int = setting(3, "crops of a clip: 1 or 3", source="authors' code", resumable=True)
     test_size: int = setting(
-        256, "side of the crops and short edge of the frames, px", source="authors' code"
+        256,
+        "side of the crops and short edge of the frames, px",
+        source="authors' code",
+        resumable=True,
     )
     min_crop_area: float = setting(
         0.2, "smallest area of a random crop, of the frame's", source="authors' code"
     )
-    seed: int = setting(0, "seed of every random draw")
     validate_every_epochs: int = setting(
-        10, "epochs between quick validations: one clip of the segments' middles, centre crop"
+        10,
+        "epochs between quick validations: one clip of the segments' middles, centre crop",
+        resumable=True,
     )
-    skip_test: bool = setting(False, "leave the test after training to `seco finetune-eval`")
-    max_unreadable: float = setting(1.0, "stop when this percentage of the samples is unreadable")
-    log_every: int = setting(10, "steps between lines of metrics.jsonl")
-    resume: str | None = setting(None, "'auto' (the run's last.pt if there is one) or a checkpoint")
-    checkpoint_every_steps: int = setting(100, "steps between saves of last.pt")
+    skip_test: bool = setting(
+        False, "leave the test after training to `seco finetune-eval`", resumable=True
+    )
+    checkpoint_every_steps: int = setting(100, "steps between saves of last.pt", resumable=True)
 
     def decay_epochs(self) -> tuple[int, ...]:
         """After which the learning rate falls.
@@ -125,16 +144,6 @@ class FinetuneConfig(FinetuneTestConfig):
 
 
 PROTOCOL = ("clips", "clip_frames", "crops", "test_size")  # of a test
-
-# What two runs must share for one to go on from the other's checkpoint.
-RESUMABLE_DIFFERENCES = frozenset(
-    {
-        *("shards", "checkpoint", "out", "dataset", "device", "processes", "workers", "accumulate"),
-        *(*PROTOCOL, "test_frames", "skip_test", "max_failures"),
-        *("max_unreadable", "log_every", "resume", "checkpoint_every_steps"),
-        *("validate_every_epochs", "arch"),  # the checkpoint's own is taken
-    }
-)
 
 
 def resolve(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
@@ -194,9 +203,10 @@ def require_test_ranges(config: FinetuneTestConfig) -> None:
 
 def _require_ranges(config: FinetuneConfig) -> None:
     require_test_ranges(config)
-    for name in ("epochs", "segments", "crop_size", "log_every", "checkpoint_every_steps"):
+    for name in ("epochs", "segments", "crop_size", "log_every", "checkpoint_every_steps", "keep"):
         require(getattr(config, name) >= 1, name, "must be 1 or more")
-    require(config.validate_every_epochs >= 1, "validate_every_epochs", "must be 1 or more")
+    for name in ("validate_every_epochs", "keep_every_epochs"):
+        require(getattr(config, name) >= 1, name, "must be 1 or more")
     for name in ("lr", "clip_norm"):
         require(0 < getattr(config, name) < float("inf"), name, "must be above 0")
     require(0 < config.momentum < 1, "momentum", "must be above 0 and below 1: it is Nesterov's")

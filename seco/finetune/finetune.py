@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from seco.checkpoints.backbone_guard import BackboneChanged
 from seco.checkpoints.weights import RANDOM, load_backbone
 from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
-from seco.finetune.config import RESUMABLE_DIFFERENCES, FinetuneConfig, resolve
+from seco.finetune.config import FinetuneConfig, resolve
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.result import FinetuneResult
 from seco.finetune.step import FinetuneStep
@@ -26,15 +25,12 @@ from seco.finetune.video_classifier import Classes, VideoClassifier, about, load
 from seco.finetune.video_scores import ClipProtocol
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined
-from seco.processes.stopping import StopRequest
-from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import step_decay
-from seco.runs.training_run import TrainingRun, Waiting, one_voice
+from seco.runs.training_run import TrainingRun, one_voice
 from seco.views.view_parameters import view_config
 from shards.atomic import require_writable
 from shards.errors import InputError
-from shards.progress import Progress
 from shards.settings import as_settings
 
 
@@ -56,7 +52,7 @@ def finetune(config: FinetuneConfig) -> str:
         with one_voice():
             resolved = resolve(_adopted(config), ranks.size)
             run = Finetuning(resolved, ranks, device)
-        run.train()
+        run.run()
         if config.skip_test:
             return str(run.state.last) if ranks.first else ""
         return written(run.test(), run.config, run.out, ranks)
@@ -70,7 +66,7 @@ def _adopted(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, bn_group=group)
 
 
-class Finetuning(TrainingRun):
+class Finetuning(TrainingRun[ClipBatch, Tensor]):
     """Everything of one process of a fine-tuning.
 
     Args:
@@ -79,7 +75,7 @@ class Finetuning(TrainingRun):
         device: this rank's.
     """
 
-    command = "finetune"
+    command, title = "finetune", "Fine-tuning"
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
@@ -112,7 +108,7 @@ class Finetuning(TrainingRun):
             ranks.size,
         )
         self.steps_per_epoch = self.stream.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.images_per_step = config.batch_size * config.segments
         self.step = FinetuneStep(
             model, self.fine_tuned.classes.labels, config, self.views, videos, ranks, device
         )
@@ -124,7 +120,6 @@ class Finetuning(TrainingRun):
             self.step.optimizer,
             videos.digest(),
             writes=ranks.first,
-            may_differ=RESUMABLE_DIFFERENCES,
             about={
                 **about(
                     self.fine_tuned.classes,
@@ -171,55 +166,15 @@ class Finetuning(TrainingRun):
         settings = as_settings(config)
         return FineTuned(model, classes, encoder, self.videos.dataset, settings, config.epochs)
 
-    def train(self) -> None:
-        """Train to the end; see :func:`finetune`."""
-        with self._under_way("Fine-tuning") as (log, stop, shown):
-            first, last = self.state.step, self.total_steps
-            workers = loader_workers(self.config.workers, self.device)
-            batches = clip_batches(self.stream, first, last, workers)
-            try:
-                with contextlib.closing(batches):
-                    self._steps(batches, log, stop, shown)
-            finally:
-                self.state.finish()
-        self._require_frozen()
-
     def test(self) -> FinetuneResult:
         """The test protocol on the network as it is."""
         return tested(self.fine_tuned, self.videos, self.config, self.device, self.ranks)
 
-    def _steps(
-        self, batches: Iterator[ClipBatch], log: RunLog | None, stop: StopRequest, shown: Progress
-    ) -> None:
-        config, state = self.config, self.state
-        waiting, logged_step = Waiting(), state.step
-        while state.step < self.total_steps:
-            batch = waiting.next(batches, stop)
-            if self._stopping(batch) or batch is None:
-                raise self._saved_and_stopped(stop)
-            lr = self._learning_rate()
-            figures = self._train_step(batch, lr)
-            state.step += 1
-            state.check()
-            epoch, rest = divmod(state.step, self.steps_per_epoch)
-            last = state.step == self.total_steps
-            validating = rest == 0 and (last or epoch % config.validate_every_epochs == 0)
-            due = state.step % config.checkpoint_every_steps == 0 or last
-            if due or validating or state.step % config.log_every == 0:
-                metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
-            if validating or last or state.step % config.log_every == 0:
-                images = (state.step - logged_step) * config.batch_size * config.segments
-                speed = waiting.speed(images)
-                if validating:
-                    metrics |= self._validation()
-                if log is not None:
-                    log.log(state.step, metrics, speed)
-                waiting.restart()
-                logged_step = state.step
-                shown.advance(0, _status(metrics, speed))
-            if due:
-                state.save()  # after the line: a run that goes on from here does not write it again
-            shown.advance()
+    def _batches(
+        self, first: int, last: int
+    ) -> contextlib.closing[Generator[ClipBatch, None, None]]:
+        workers = loader_workers(self.config.workers, self.device)
+        return contextlib.closing(clip_batches(self.stream, first, last, workers))
 
     def _train_step(self, batch: ClipBatch, lr: float) -> Tensor:
         return self.step.run(batch, self.state.step // self.steps_per_epoch, lr)
@@ -232,23 +187,16 @@ class Finetuning(TrainingRun):
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _metrics(self, figures: Tensor, lr: float) -> dict[str, Any]:
-        """The step's figures of all ranks; refuses to go on when the loss is no number."""
-        loss, right, norm = self.ranks.mean(figures).tolist()
-        if not math.isfinite(loss):
-            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
-        return {
-            "epoch": (self.state.step - 1) // self.steps_per_epoch,
-            "loss": loss,
-            "lr": lr,
-            "acc": right,
-            "grad_norm": norm,
-            "unreadable": self.state.unreadable,
-        }
+    def _figures(self, result: Tensor) -> dict[str, float]:
+        loss, right, norm = self.ranks.mean(result).tolist()
+        return {"loss": loss, "acc": right, "grad_norm": norm}
 
-    def _validation(self) -> dict[str, float]:
+    def _evaluates(self, epoch: int, last: bool) -> bool:
+        return last or epoch % self.config.validate_every_epochs == 0
+
+    def _evaluate(self) -> dict[str, float]:
         """``val_top1`` and ``val_loss``: one clip of the segments' middles, centre crop."""
-        self._require_frozen()
+        self._require_unchanged()
         protocol = ClipProtocol(1, self.config.segments, 1, self.config.test_size, middles=True)
         scorer = scorer_of(self.videos, protocol, self.config, self.device, self.ranks)
         scores = scorer.of(self.model, self.videos.test)
@@ -263,7 +211,7 @@ class Finetuning(TrainingRun):
         right = float((chosen.argmax(1) == targets).double().mean())
         return {"val_top1": right, "val_loss": float(F.cross_entropy(chosen, targets))}
 
-    def _require_frozen(self) -> None:
+    def _require_unchanged(self) -> None:
         if self.model.frozen_sha256() != self._frozen:
             raise self._told_once(
                 BackboneChanged(
@@ -271,11 +219,9 @@ class Finetuning(TrainingRun):
                 )
             )
 
-
-def _status(metrics: dict[str, Any], speed: dict[str, float]) -> str:
-    """The end of the progress line."""
-    validated = f", validation {metrics['val_top1']:.1%}" if "val_top1" in metrics else ""
-    return (
-        f"loss {metrics['loss']:.3f}, right {metrics['acc']:.0%}{validated}, "
-        f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
-    )
+    def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+        validated = f", validation {metrics['val_top1']:.1%}" if "val_top1" in metrics else ""
+        return (
+            f"loss {metrics['loss']:.3f}, right {metrics['acc']:.0%}{validated}, "
+            f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
+        )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from seco.config import PretrainConfig, peak_lr, resolve
 from seco.loading.device_views import DeviceViews
@@ -26,17 +26,16 @@ from seco.processes.stopping import StopRequest
 from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import learning_rate
-from seco.runs.training_run import TrainingRun, Waiting, one_voice
+from seco.runs.training_run import TrainingRun, one_voice
 from seco.views.chunks import VIEWS
 from seco.views.view_parameters import VIEW_DRAWS, view_config
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_stream
-from shards.progress import Progress
 
 REPORT = "report.html"
-_DRAWN = 4 * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
-_ORDER, _VIDEO, _STOP, _UNREADABLE, _COLUMNS = range(_DRAWN, _DRAWN + 5)
+_DRAWN = VIEWS * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
+_ORDER, _VIDEO, _COLUMNS = range(_DRAWN, _DRAWN + 3)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -67,10 +66,10 @@ def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(resolved, **kept)
 
 
-class Trainer(TrainingRun):
+class Trainer(TrainingRun[Batch, StepResult]):
     """Everything of one process of a run: data, model, optimizer, log, position."""
 
-    command = "pretrain"
+    command, title = "pretrain", "Pre-training"
 
     def __init__(
         self,
@@ -106,7 +105,7 @@ class Trainer(TrainingRun):
         if self.stream.left_out:
             self._say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
         self.steps_per_epoch = self.stream.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.images_per_step = config.batch_size * VIEWS
         torch.manual_seed(config.seed)
         model = SeCo(config)
         if config.init and checkpoint is None:
@@ -139,11 +138,10 @@ class Trainer(TrainingRun):
 
     def run(self) -> Path:
         """Train to the end; see :func:`pretrain`."""
-        with self._under_way("Pre-training") as (log, stop, shown):
-            self._loop(log, stop, shown)
+        last = super().run()
         if self.ranks.first:
             self._report()
-        return self.state.last
+        return last
 
     def _report(self) -> None:
         """The run's curves as a page in its folder; a page that fails costs no run."""
@@ -157,104 +155,59 @@ class Trainer(TrainingRun):
         for item in found.unread:
             self._say(f"could not be read for the report: {item.path}: {item.reason}")
 
-    def _loop(self, log: RunLog | None, stop: StopRequest, shown: Progress) -> None:
+    @contextlib.contextmanager
+    def _batches(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
         loader = TripletLoader(
             self.stream,
             self.config.crop_size,
             self.view_config,
             workers=loader_workers(self.config.workers, self.device),
-            first_step=self.state.step,
-            last_step=self.total_steps,
+            first_step=first,
+            last_step=last,
             decode=self.config.decode,
             views_on=self.config.views_on,
             pin=self.device.type == "cuda",
         )
-        try:
-            with loader, contextlib.closing(iter(loader)) as batches:
-                self._steps(batches, log, stop, shown)
-        finally:
-            self.state.finish()
+        with loader, contextlib.closing(iter(loader)) as batches:
+            yield batches
 
-    def _steps(
-        self, batches: Iterator[Batch], log: RunLog | None, stop: StopRequest, shown: Progress
-    ) -> None:
-        config, state = self.config, self.state
-        if self.knn is not None and state.step == 0:
-            self._vote(self.knn, log)  # what the untrained network is worth
-        waiting, logged_step = Waiting(), state.step
-        while state.step < self.total_steps:
-            batch = waiting.next(batches, stop)
-            crops = None if batch is None else self.device_views.crops(batch)
-            known, stopping = self._known_to_all(batch)
-            if stopping or crops is None:
-                raise self._saved_and_stopped(stop)
-            lr = self._learning_rate()
-            result = self._train_step(crops, known, lr)
-            state.step += 1
-            state.check()
-            epoch, rest = divmod(state.step, self.steps_per_epoch)
-            last = state.step == self.total_steps
-            due = state.step % config.checkpoint_every_steps == 0 or last
-            voting = rest == 0 and self.knn is not None and self.knn.due(epoch, last)
-            logged = state.step % config.log_every == 0 or last or voting
-            if due or logged:
-                metrics = self._metrics(result, lr)  # which refuse what is not worth saving
-            if logged:
-                speed = waiting.speed((state.step - logged_step) * config.batch_size * VIEWS)
-                self.health.look(state.step, metrics, speed)
-                if voting and self.knn is not None:
-                    self._vote(self.knn, log, metrics, speed)
-                elif log is not None:
-                    log.log(state.step, metrics, speed)
-                waiting.restart()
-                logged_step = state.step
-                shown.advance(0, status(metrics, speed))
-            if due:
-                state.save()  # after the line: a run that goes on from here does not write it again
-            shown.advance()
-            if rest == 0 and epoch % config.keep_every_epochs == 0:
-                state.keep_epoch(epoch)
+    def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
+        """What the untrained network is worth."""
+        if self.knn is not None and self.state.step == 0:
+            found = self._evaluate()
+            if log is not None:
+                log.log(0, found, {})
 
-    def _vote(
-        self,
-        knn: OnlineKnn,
-        log: RunLog | None,
-        metrics: dict[str, Any] | None = None,
-        speed: dict[str, float] | None = None,
-    ) -> None:
-        """Log the kNN's accuracy with the step's figures, and say it."""
-        found = knn.figures(self.model)
-        if log is not None:
-            log.log(self.state.step, {**(metrics or {}), **found}, speed or {})
-        self._say(knn.sentence(self.state.step, found))
+    def _evaluates(self, epoch: int, last: bool) -> bool:
+        return self.knn is not None and self.knn.due(epoch, last)
 
-    def _train_step(self, crops: torch.Tensor, known: GlobalRows, lr: float) -> StepResult:
-        return self.step.run(crops, known, self.state.step, lr)
+    def _evaluate(self) -> dict[str, float]:
+        assert self.knn is not None
+        found = self.knn.figures(self.model)
+        self._say(self.knn.sentence(self.state.step, found))
+        return found
 
-    def _known_to_all(self, batch: Batch | None) -> tuple[GlobalRows, bool]:
-        """Rows of all ranks, and whether any of them has none because it was told to stop.
+    def _look(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        self.health.look(self.state.step, metrics, speed)
 
-        One exchange of the hosts a step carries everything that they must agree on.
-        """
+    def _told(self, batch: Batch | None) -> NDArray[np.float64]:
+        """Draws, order and video of each row: the shuffle hands its views to another rank."""
         n = self.stream.rows
-        mine = np.zeros((n, _COLUMNS))
-        mine[0, _STOP] = batch is None
+        told = np.zeros((n, _COLUMNS))
         if batch is not None:
-            mine[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
-            mine[:, _ORDER], mine[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
-            mine[0, _UNREADABLE] = len(batch.unreadable)
-            self._tell_of(batch.unreadable)
-        rows = self.ranks.gather_host(mine)
-        stopping = bool(rows[:, _STOP].any())
-        if not stopping:  # else the batch comes again
-            self._note_unreadable(int(rows[:, _UNREADABLE].sum()))
-        uniform = rows[:, :_DRAWN].reshape(-1, 4, VIEW_DRAWS).transpose(1, 0, 2)
+            told[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
+            told[:, _ORDER], told[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
+        return told
+
+    def _train_step(self, batch: Batch, lr: float) -> StepResult:
+        rows = self._everyone
+        uniform = rows[:, :_DRAWN].reshape(-1, VIEWS, VIEW_DRAWS).transpose(1, 0, 2)
         known = GlobalRows(
             uniform=uniform,
             order=torch.from_numpy(rows[:, _ORDER].astype(np.int64)),
             videos=torch.from_numpy(rows[:, _VIDEO].astype(np.int64)),
         )
-        return known, stopping
+        return self.step.run(self.device_views.crops(batch), known, self.state.step, lr)
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -266,20 +219,16 @@ class Trainer(TrainingRun):
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _metrics(self, result: StepResult, lr: float) -> dict[str, Any]:
-        """The step's figures as numbers, of all ranks; refuses to go on when the loss is none."""
-        names = list(result.figures)
-        scalars = torch.stack([result.loss.float(), *(result.figures[n].float() for n in names)])
+    def _figures(self, result: StepResult) -> dict[str, float]:
+        names = ["loss", *result.figures]
+        scalars = torch.stack([result.loss.float(), *(v.float() for v in result.figures.values())])
         means = self.ranks.mean(torch.cat([scalars, result.moments.float().flatten()]))
-        loss, *figures = means[: len(scalars)].tolist()
         moments = means[len(scalars) :].view_as(result.moments)
-        if not math.isfinite(loss):
-            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
-        epoch = (self.state.step - 1) // self.steps_per_epoch
-        more = {
+        return {
+            **dict(zip(names, means[: len(scalars)].tolist(), strict=True)),
             "feature_std": float(spread(moments)),
             "queue_fill": self.model.queue.fill,
-            "unreadable": self.state.unreadable,
         }
-        named = dict(zip(names, figures, strict=True))
-        return {"epoch": epoch, "loss": loss, "lr": lr, **named, **more}
+
+    def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+        return status(metrics, speed)

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from seco.config import RESUMABLE_DIFFERENCES, TASKS
+from seco.config import TASKS, PretrainConfig
 from seco.report.measured import FIGURE_WORDS
 from seco.report.origin import encoder_tasks, is_random, run_of
 from seco.report.paper_tables import TABLE_1, known_dataset, probe_metric
 from seco.report.records import extraction_words, words
 from seco.report.sources import Found, Run
+from shards.settings import resumable_settings
 
 RANDOM = "random initialisation"
 # Runs of an ablation may differ in these without being another experiment.
-_EXPECTED = (RESUMABLE_DIFFERENCES - {"shards", "init", "preset"}) | {"tasks", "seed"}
+_EXPECTED = (resumable_settings(PretrainConfig) - {"shards", "init", "preset"}) | {"tasks", "seed"}
 
 _EVALUATION = ("epochs", "clips", "crops", "segments", "feature_layer", "raw_features", "scales")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from seco.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
-from seco.config import RESUMABLE_DIFFERENCES
 from shards.errors import InputError, PeerLost
-from shards.settings import as_settings
+from shards.settings import as_settings, resumable_settings
 
 LAST = "last.pt"
 
@@ -41,7 +40,6 @@ class RunState:
         optimizer: of it.
         videos: digest of what is trained on.
         writes: whether this process is the one that saves.
-        may_differ: settings that a resumed run may change.
         about: more plain values and tensors that every checkpoint holds.
 
     Attributes:
@@ -58,7 +56,6 @@ class RunState:
         videos: str,
         *,
         writes: bool,
-        may_differ: Collection[str] = RESUMABLE_DIFFERENCES,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.step = 0
@@ -68,7 +65,7 @@ class RunState:
         self._model = model
         self._optimizer = optimizer
         self._videos = videos
-        self._may_differ = may_differ
+        self._may_differ = resumable_settings(config)
         self._about = dict(about or {})
         self._writer = CheckpointWriter() if writes else None
 

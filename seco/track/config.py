@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seco.config import WORKERS_HELP
+from seco.config import TrainingConfig
 from shards.errors import InputError
 from shards.settings import require, setting
 
@@ -29,12 +29,16 @@ def response_cells(search_px: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackTrainConfig:
+class TrackTrainConfig(TrainingConfig):
     """``seco track train``: the 1×1 convolution of SiamFC on a frozen backbone."""
 
-    shards: tuple[str, ...] = setting((), "tracking shards to train on, for example GOT-10k's")
-    checkpoint: str = setting("", "backbone: checkpoint, ResNet state dict, or 'random'")
-    out: str | None = setting(None, "folder of the run [default: runs/track-SET]")
+    shards: tuple[str, ...] = setting(
+        (), "tracking shards to train on, for example GOT-10k's", resumable=True
+    )
+    checkpoint: str = setting(
+        "", "backbone: checkpoint, ResNet state dict, or 'random'", resumable=True
+    )
+    out: str | None = setting(None, "folder of the run [default: runs/track-SET]", resumable=True)
     arch: str | None = setting(
         None, "backbone of 'random' [default: resnet50]; else the checkpoint's"
     )
@@ -64,37 +68,14 @@ class TrackTrainConfig:
         16.0, "px from the centre, city-block, that are the target", source="SiamFC"
     )
     max_stretch: float = setting(0.05, "random change of scale, up and down", source="SiamFC")
-    precision: str = setting(
-        "auto", "bf16, fp32, or bf16 on a GPU and fp32 elsewhere", choices=("auto", "bf16", "fp32")
-    )
-    device: str = setting("auto", "cpu, cuda, or a GPU when there is one")
-    processes: int | None = setting(
-        None, "processes on this machine [default: one a visible GPU, else 1]"
-    )
-    workers: int | None = setting(None, WORKERS_HELP)
     window_shards: int | None = setting(
         None, "shuffle within so many shards, 0: all [default: 64 with --cache-dir, else all]"
     )
-    cache_dir: str | None = setting(None, "keep remote shards in this folder of this machine")
-    cache_gb: float = setting(100.0, "gigabytes they may take there")
-    seed: int = setting(0, "seed of every random draw")
-    max_unreadable: float = setting(1.0, "stop when this percentage of the samples is unreadable")
-    log_every: int = setting(10, "steps between lines of metrics.jsonl")
-    resume: str | None = setting(None, "'auto' (the run's last.pt if there is one) or a checkpoint")
-    checkpoint_every_steps: int = setting(1000, "steps between saves of last.pt")
-    keep_every_epochs: int = setting(10, "epochs between checkpoints that are kept")
-    keep: int = setting(5, "how many of those are kept, the newest")
-
-
-# What two runs must share for one to go on from the other's checkpoint. The backbone is compared
-# by its weights.
-MAY_DIFFER = frozenset(
-    {
-        *("out", "shards", "checkpoint", "device", "processes", "workers", "cache_dir", "cache_gb"),
-        *("max_unreadable", "log_every", "resume", "checkpoint_every_steps"),
-        *("keep_every_epochs", "keep"),
-    }
-)
+    cache_dir: str | None = setting(
+        None, "keep remote shards in this folder of this machine", resumable=True
+    )
+    cache_gb: float = setting(100.0, "gigabytes they may take there", resumable=True)
+    keep_every_epochs: int = setting(10, "epochs between checkpoints that are kept", resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)

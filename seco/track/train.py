@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seco.checkpoints.backbone_guard import BackboneGuard
@@ -23,7 +25,6 @@ from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume
 from seco.runs.training_run import TrainingRun, Waiting, one_voice
 from seco.track.config import (
-    MAY_DIFFER,
     TRAIN_SEARCH_PX,
     TrackTrainConfig,
     check_training,
@@ -37,7 +38,6 @@ from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, chosen_window, open_shards
 from shards.pairs import PairStream, require_boxes
-from shards.progress import Progress
 
 _MEASURED_PAIRS = 64  # whose features are standardised with
 
@@ -132,10 +132,10 @@ class PairStep:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
 
 
-class TrackTraining(TrainingRun):
+class TrackTraining(TrainingRun[PairBatch, Tensor]):
     """Everything of one process of a run."""
 
-    command = "track train"
+    command, title, replaced_by = "track train", "Training the tracker", "sequence"
 
     def __init__(self, config: TrackTrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
@@ -166,7 +166,7 @@ class TrackTraining(TrainingRun):
             self._say(f"{self.stream.left_out} sequences have fewer than 2 frames and are left out")
         # The stream's epochs are passes: each sequence gives one pair.
         self.steps_per_epoch = config.pairs_per_sequence * self.stream.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.images_per_step = config.batch_size * 2
         torch.manual_seed(config.seed)
         self._guard = BackboneGuard(
             self.backbone, "while the tracker was trained; its end is not saved"
@@ -180,7 +180,6 @@ class TrackTraining(TrainingRun):
             self.step.optimizer,
             self.stream.digest(),
             writes=ranks.first,
-            may_differ=MAY_DIFFER,
             about={
                 TRACKER: True,
                 "encoder": self.backbone.record(config.seed),
@@ -191,28 +190,19 @@ class TrackTraining(TrainingRun):
             _require_backbone(checkpoint, self.backbone)
             self.state.restore(checkpoint)
             self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
-        self._told: set[str] = set()
+        self._said: set[str] = set()
         self._require_agreement()  # and nobody writes before all have looked whether there is a run
 
-    def run(self) -> Path:
-        """Train to the end; see :func:`track_train`."""
-        with self._under_way("Training the tracker") as (log, stop, shown):
-            try:
-                self._measure(stop)
-                with contextlib.closing(self._batches(self.state.step, self.total_steps)) as pairs:
-                    self._steps(pairs, log, stop, shown)
-            finally:
-                self.state.finish()
-        return self.state.last
-
-    def _batches(self, first: int, last: int) -> Generator[PairBatch, None, None]:
+    def _batches(
+        self, first: int, last: int
+    ) -> contextlib.closing[Generator[PairBatch, None, None]]:
         workers = loader_workers(self.config.workers, self.device)
         loader = PairLoader(
             self.stream, self.config, workers=workers, first_step=first, last_step=last
         )
-        return iter(loader)
+        return contextlib.closing(iter(loader))
 
-    def _measure(self, stop: StopRequest) -> None:
+    def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
         """What a new run's head starts from, of its first pairs.
 
         Mean and deviation of the features' channels; and the bias, with which the responses are
@@ -223,12 +213,11 @@ class TrackTraining(TrainingRun):
         batches = min(math.ceil(_MEASURED_PAIRS / self.config.batch_size), self.total_steps)
         measured: list[PairBatch] = []
         moments = []
-        with contextlib.closing(self._batches(0, batches)) as pairs:
+        with self._batches(0, batches) as pairs:
             waiting = Waiting()
             for _ in range(batches):
                 batch = waiting.next(pairs, stop)
-                self._tell_unusable(batch)
-                if self._stopping(batch, "sequence", counted=False) or batch is None:
+                if self._stopping(batch, counted=False) or batch is None:
                     raise self._saved_and_stopped(stop)
                 moments.append(self.step.moments(batch.exemplars, batch.searches))
                 measured = [batch]
@@ -240,50 +229,15 @@ class TrackTraining(TrainingRun):
         responses = self.step.responses(measured[0].exemplars, measured[0].searches)
         head.bias.data.copy_(-self.ranks.mean(responses.mean().view(1))[0])
 
-    def _steps(
-        self, batches: Iterator[PairBatch], log: RunLog | None, stop: StopRequest, shown: Progress
-    ) -> None:
-        config, state = self.config, self.state
-        waiting, logged_step = Waiting(), state.step
-        while state.step < self.total_steps:
-            batch = waiting.next(batches, stop)
-            self._tell_unusable(batch)
-            if self._stopping(batch, "sequence") or batch is None:
-                raise self._saved_and_stopped(stop)
-            lr = self._learning_rate()
-            figures = self._train_step(batch, lr)
-            state.step += 1
-            state.check()
-            epoch, rest = divmod(state.step, self.steps_per_epoch)
-            last = state.step == self.total_steps
-            due = state.step % config.checkpoint_every_steps == 0 or last
-            logged = state.step % config.log_every == 0 or last
-            keeping = rest == 0 and epoch % config.keep_every_epochs == 0
-            if due or logged or keeping:
-                metrics = self._metrics(figures, lr)  # which refuse what is not worth saving
-            if last:
-                self._guard.require_unchanged()
-            if logged:
-                speed = waiting.speed((state.step - logged_step) * config.batch_size * 2)
-                if log is not None:
-                    log.log(state.step, metrics, speed)
-                waiting.restart()
-                logged_step = state.step
-                shown.advance(0, _status(metrics, speed))
-            if due:
-                state.save()  # after the line: a run that goes on from here does not write it again
-            shown.advance()
-            if keeping:
-                state.keep_epoch(epoch)
-
     def _train_step(self, batch: PairBatch, lr: float) -> Tensor:
         return torch.stack(self.step.run(batch.exemplars, batch.searches, lr))
 
-    def _tell_unusable(self, batch: PairBatch | None) -> None:
+    def _told(self, batch: PairBatch | None) -> NDArray[np.float64]:
         for reason in batch.unusable if batch is not None else ():
-            if reason not in self._told:  # it comes again in every epoch
-                self._told.add(reason)
+            if reason not in self._said:  # it comes again in every epoch
+                self._said.add(reason)
                 self._tell(f"not usable, replaced by another sequence: {reason}")
+        return super()._told(batch)
 
     def _learning_rate(self) -> float:
         """Geometric from ``lr`` towards ``final_lr``, by epochs, as SiamFC's."""
@@ -291,18 +245,18 @@ class TrackTraining(TrainingRun):
         epoch = self.state.step // self.steps_per_epoch
         return float(config.lr * (config.final_lr / config.lr) ** (epoch / config.epochs))
 
-    def _metrics(self, figures: Tensor, lr: float) -> dict[str, Any]:
-        """The step's figures of all ranks; refuses to go on when the loss is no number."""
-        loss, found = self.ranks.mean(figures).tolist()
-        if not math.isfinite(loss):
-            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
-        return {
-            "epoch": (self.state.step - 1) // self.steps_per_epoch,
-            "loss": loss,
-            "lr": lr,
-            "found": found,
-            "unreadable": self.state.unreadable,
-        }
+    def _figures(self, result: Tensor) -> dict[str, float]:
+        loss, found = self.ranks.mean(result).tolist()
+        return {"loss": loss, "found": found}
+
+    def _require_unchanged(self) -> None:
+        self._guard.require_unchanged()
+
+    def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+        return (
+            f"loss {metrics['loss']:.3f}, found {metrics['found']:.0%}, "
+            f"{speed['images_per_s']:.0f} crops/s, {speed['data_wait']:.0%} waiting for data"
+        )
 
 
 def _require_backbone(checkpoint: Path, backbone: Backbone) -> None:
@@ -312,11 +266,3 @@ def _require_backbone(checkpoint: Path, backbone: Backbone) -> None:
         raise InputError(
             "was trained on another backbone", checkpoint, "resume with the run's own --checkpoint"
         )
-
-
-def _status(metrics: dict[str, Any], speed: dict[str, float]) -> str:
-    """The end of the progress line."""
-    return (
-        f"loss {metrics['loss']:.3f}, found {metrics['found']:.0%}, "
-        f"{speed['images_per_s']:.0f} crops/s, {speed['data_wait']:.0%} waiting for data"
-    )

@@ -23,6 +23,7 @@ from seco.compare.measures import (
     draw_labelled,
     effective_rank,
     hold_outs,
+    mean_over_classes,
     same_video,
 )
 from seco.compare.result import CompareResult
@@ -322,6 +323,11 @@ def test_same_video_finds_the_own_half() -> None:
     halves = np.stack([first, first[[0, 2, 1, 3]]], axis=1)
     assert same_video(halves, np.arange(4), CPU).tolist() == [[True, False, False, True]]
     assert same_video(halves, np.array([0, 3]), CPU).tolist() == [[True, True]]
+
+
+def test_the_choice_weighs_classes_alike() -> None:
+    right, labels = np.array([True, True, True, True, False, True]), np.array([4, 4, 4, 4, 7, 7])
+    assert mean_over_classes(right, labels) == pytest.approx((1 + 1 / 2) / 2)
 
 
 def test_scaling_and_c_are_chosen_without_the_test_videos(tmp_path: Path) -> None:

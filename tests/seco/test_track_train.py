@@ -140,16 +140,17 @@ def test_both_kinds_of_crops_are_measured() -> None:
 def test_the_mean_response_starts_at_zero(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = seco.track.train.TrackTraining._measure
+    measure = seco.track.train.TrackTraining._begin
     found = []
 
-    def measured(self: Any, stop: Any) -> None:
-        measure(self, stop)
-        (batch,) = self._batches(5, 6)  # the last that was measured
+    def measured(self: Any, *given: Any) -> None:
+        measure(self, *given)
+        with self._batches(5, 6) as batches:
+            (batch,) = batches  # the last that was measured
         responses = self.step.responses(batch.exemplars, batch.searches)
         found.append((float(responses.mean()), self.model.head.bias.item()))
 
-    monkeypatch.setattr(seco.track.train.TrackTraining, "_measure", measured)
+    monkeypatch.setattr(seco.track.train.TrackTraining, "_begin", measured)
     train(shards, tmp_path)
     ((mean, bias),) = found
     assert abs(bias) > 0.01
@@ -159,13 +160,13 @@ def test_the_mean_response_starts_at_zero(
 def test_stopped_after_measuring_and_resumed(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = seco.track.train.TrackTraining._measure
+    measure = seco.track.train.TrackTraining._begin
 
-    def signalled(self: Any, stop: Any) -> None:
-        measure(self, stop)
+    def signalled(self: Any, *given: Any) -> None:
+        measure(self, *given)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(seco.track.train.TrackTraining, "_measure", signalled)
+    monkeypatch.setattr(seco.track.train.TrackTraining, "_begin", signalled)
     with pytest.raises(Stopped, match=r"saved step 0 of 6"):
         train(shards, tmp_path)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""What every training loop does alike."""
+"""What the training loop does whatever it trains."""
 
 from __future__ import annotations
 
@@ -25,9 +25,16 @@ class BesideOne(Ranks):
         return np.concatenate([rows, self._other])
 
 
-def a_run(ranks: Ranks) -> TrainingRun:
-    run = TrainingRun()
-    run.command, run.ranks = "train", ranks
+class ARun(TrainingRun[Any, Any]):
+    """Without steps."""
+
+    command, replaced_by = "train", "sequence"
+    _batches = _train_step = _learning_rate = _figures = _status = cast(Any, None)
+
+
+def a_run(ranks: Ranks) -> ARun:
+    run = ARun()
+    run.ranks = ranks
     run.config = SimpleNamespace(batch_size=8, max_unreadable=1.0)
     run.state = cast(Any, SimpleNamespace(step=0, unreadable=0))
     return run
@@ -39,7 +46,7 @@ def batch(unreadable: int) -> SimpleNamespace:
 
 def test_unreadable_samples_of_all_ranks_count(capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(BesideOne(stopped=False, unreadable=3))
-    assert not run._stopping(batch(2), "sequence")
+    assert not run._stopping(batch(2))
     assert run.state.unreadable == 5
     said = "seco train: unreadable, replaced by another sequence: its disk is gone"
     assert capsys.readouterr().err.splitlines() == [said] * 2
