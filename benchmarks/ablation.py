@@ -134,7 +134,7 @@ def make_set(folder: Path) -> str:
 
 def train(tasks: str, seed: int, shards: str, given: argparse.Namespace) -> Path:
     """Pre-train with one task set, or go on with an interrupted run; returns its folder."""
-    run = Path(given.work) / "runs" / f"{tasks.replace(',', '-')}-seed{seed}"
+    run = Path(given.work) / "runs" / f"{_name(tasks)}-seed{seed}"
     options = [
         *("--shards", shards, *(() if given.all_videos else ("--split", "1"))),
         *("--tasks", tasks, "--seed", str(seed), "--epochs", str(given.epochs)),
@@ -158,7 +158,7 @@ def train(tasks: str, seed: int, shards: str, given: argparse.Namespace) -> Path
 def compare(runs: dict[str, Path], seed: int, shards: str, given: argparse.Namespace) -> Path:
     """All task sets of one seed beside untrained networks; returns ``compare.json``."""
     out = Path(given.work) / f"compare-seed{seed}"
-    encoders = {tasks: str(run) for tasks, run in runs.items()}
+    encoders = {_name(tasks): str(run) for tasks, run in runs.items()}
     encoders |= {
         UNTRAINED[0]: f"random:{given.arch}:{seed}",
         UNTRAINED[1]: f"random:resnet18:{seed}",
@@ -172,6 +172,11 @@ def compare(runs: dict[str, Path], seed: int, shards: str, given: argparse.Names
     if not (out / "compare.json").is_file():
         _seco("compare", options, given)
     return out / "compare.json"
+
+
+def _name(tasks: str) -> str:
+    """Of an encoder, or in a folder's name."""
+    return tasks.replace(",", "-")
 
 
 def _seco(command: str, options: list[str], given: argparse.Namespace) -> None:
@@ -195,17 +200,17 @@ def table(found: list[Path], tasks: list[str]) -> str:
         name: {
             key: np.array([_measured(result, key, name) for result in results]) for key in MEASURES
         }
-        for name in (*UNTRAINED, *tasks)
+        for name in (*UNTRAINED, *map(_name, tasks))
     }
     lines = [f"| tasks | {' | '.join(MEASURES.values())} |", "|---|" + "---|" * len(MEASURES)]
     for name, by_key in values.items():
         cells = [f"{_interval(v)} ({' / '.join(f'{x:.1f}' for x in v)})" for v in by_key.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    for before, after in itertools.combinations((UNTRAINED[0], *tasks), 2):
+    for before, after in itertools.combinations((UNTRAINED[0], *map(_name, tasks)), 2):
         cells = [_interval(values[after][key] - values[before][key], "+") for key in MEASURES]
         lines.append(f"| {after} less {before} | {' | '.join(cells)} |")
     lines.append("")
-    for name in tasks:
+    for name in map(_name, tasks):
         worst = values[name]["svm@100"].min()
         best = max(values[other]["svm@100"].max() for other in UNTRAINED)
         lines.append(f"* {name}, SVM: worst {worst:.1f} %, best untrained {best:.1f} %")

@@ -21,7 +21,9 @@ class PrepareConfig:
     dataset: str = setting(dataclasses.MISSING, "the dataset's name: a file of pipelines/")
     src: str = setting(dataclasses.MISSING, "folder of the raw videos")
     out: str = setting(
-        "shards", "folder the shards go to, or an address such as s3://bucket/shards"
+        "",
+        "folder the shards go to, or an address such as s3://bucket/shards "
+        "[default: shards; in a clone, where that is code, data/shards]",
     )
     annotations: str | None = setting(
         None, "annotation file or folder [default: looked for in --src]"

@@ -19,6 +19,7 @@ from pipelines._finished import finished_indexes
 from pipelines._frames import FrameChoice
 from pipelines._outputs import ShardLog, summary, write_lists, write_manifest
 from pipelines._plan import SetPlan, ShardPlan, plan_set
+from shards.atomic import default_folder
 from shards.cpus import usable_cpus
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import Exclusion, ShardInfo
@@ -65,6 +66,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         Stopped: Ctrl-C or SIGTERM; the same command goes on.
     """
     validate(config)
+    config = replace(config, out=config.out or default_folder())
     dataset = adapter(config.dataset)
     _require_whole(config, dataset)
     binary = ffmpeg_binary(config.ffmpeg)

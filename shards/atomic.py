@@ -52,13 +52,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def default_folder() -> str:
+    """Where shards go when nothing is said: ``shards``, or ``data/shards`` where that is code."""
+    return "data/shards" if _is_code(Path("shards")) else "shards"
+
+
+def _is_code(folder: Path) -> bool:
+    return (folder / "__init__.py").is_file()
+
+
 def require_writable(folder: Path) -> None:
     """Make ``folder`` if need be, and find out now rather than after hours of work.
 
     Raises:
         InputError: it cannot be made or written to.
     """
-    if (folder / "__init__.py").is_file():
+    if _is_code(folder):
         raise InputError(
             "is a folder of Python code", folder, "choose another, or start from your data folder"
         )

@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ class Scale:
 
 
 FULL = Scale(steps=1300, clips_per_class=36)
+OWN = replace(FULL, min_crop_area=0.1)  # real videos: the scene must not be enough to tell them
 QUICK = Scale(steps=12, clips_per_class=4, batch=8, frames=4, votes=1)
 
 
@@ -76,7 +77,7 @@ class _Demo:
     def __init__(self, config: DemoConfig, command: Command) -> None:
         self.config = config
         self.command = command
-        self.scale = QUICK if config.quick else FULL
+        self.scale = QUICK if config.quick else FULL if config.src is None else OWN
         self.steps = config.steps or self.scale.steps
         # Each set has a folder of its own, so that one demo never shows another's figures.
         self.out = Path(config.out) / _folder_name(config)

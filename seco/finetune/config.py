@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from seco.config import WORKERS_HELP, TrainingConfig, largest_part
+from shards.atomic import default_folder
 from shards.errors import InputError
 from shards.settings import require, setting
 
@@ -53,7 +54,7 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
         None, "name of the set [default: what the shards say]", resumable=True
     )
     shards: tuple[str, ...] = setting(
-        (), "its shards [default: shards/DATASET.json]", resumable=True
+        (), "its shards [default: DATASET.json where `seco prepare` puts it]", resumable=True
     )
     checkpoint: str = setting(
         "", "pre-trained checkpoint, ResNet state dict, or 'random'", resumable=True
@@ -158,7 +159,7 @@ def resolve(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
     """
     if not config.shards and config.dataset is None:
         raise InputError("is named neither by DATASET nor by --shards", "the set")
-    shards = config.shards or (f"shards/{config.dataset}.json",)
+    shards = config.shards or (f"{default_folder()}/{config.dataset}.json",)
     require(config.batch_size >= 1, "batch_size", "must be 1 or more")
     require(
         config.batch_size % processes == 0,

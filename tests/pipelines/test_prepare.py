@@ -208,6 +208,18 @@ def test_a_dry_run_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_by_default_shards_go_where_no_code_is(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a clone of this repository ``shards/`` is a package."""
+    monkeypatch.chdir(tmp_path)
+    run(raw, "", max_failures=50)
+    assert (tmp_path / "shards" / "raw.json").is_file()
+    (tmp_path / "shards" / "__init__.py").touch()
+    run(raw, "", max_failures=50)
+    assert (tmp_path / "data" / "shards" / "raw.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
