@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measuring import machine  # noqa: E402
 from seco.features.format import FORMAT_VERSION  # noqa: E402
 from seco.features.store import FEATURES, HALVES, META, VIDEOS, read_features  # noqa: E402
 from seco.features.vectors import Vectors  # noqa: E402
@@ -36,7 +37,6 @@ from seco.retrieve.index_files import INDEX, open_index  # noqa: E402
 from seco.retrieve.ivfpq import ApproximateIndex  # noqa: E402
 from seco.retrieve.nearest import ExactIndex, NearestIndex  # noqa: E402
 from shards.atomic import write_json  # noqa: E402
-from shards.measuring import machine  # noqa: E402
 from shards.progress import progress  # noqa: E402
 
 CLASSES, LATENT, NOISE = 400, 128, 0.1

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.svm import LinearSVC
 
-from seco.bench.probe_reference import made_rows
+from benchmarks.probe_reference import made_rows
 from seco.probe.svm import fit_svm
 
 SIZES = ((2000, 20), (3000, 10), (3000, 60), (4000, 40))  # training rows, classes

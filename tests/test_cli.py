@@ -157,6 +157,15 @@ def test_config_of_a_run_repeats_it(shards: str, run_folder: Path, tmp_path: Pat
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_the_benchmarks_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    for asked in (["bench", "step"], ["bench", "--help"]):
+        assert cli.run(asked) == 1
+        assert "not part of the installed package — clone the repository" in capfd.readouterr().err
+
+
 MISTAKES = {
     "missing --src": ("prepare ucf101 --src {tmp}/nowhere --out {tmp}/out", 1, "nowhere"),
     "no --src": ("prepare ucf101", 2, "--src"),

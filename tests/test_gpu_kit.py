@@ -18,7 +18,7 @@ from benchmarks.gpu.data import cut_set
 from benchmarks.gpu.joined_step import joined_step
 from benchmarks.gpu.kit import PACKAGES
 from benchmarks.gpu.table import Table
-from seco.bench.step_ways import StepWays
+from benchmarks.step_ways import StepWays
 from seco.config import PretrainConfig, resolve
 from shards.opening import open_shards
 from tests.data import ROOT

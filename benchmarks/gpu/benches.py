@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from benchmarks.gpu.card import seconds
 from benchmarks.gpu.data import large_set
 from benchmarks.gpu.table import Table, arguments
-from seco.bench.loader import triplets_per_second
-from seco.bench.track import bench_track
-from seco.bench.views import bench_views
+from benchmarks.loader import triplets_per_second
+from benchmarks.track import bench_track
+from benchmarks.views import bench_views
 from seco.checkpoints.weights import load_backbone
 from seco.extract.config import ExtractConfig
 from seco.extract.extract import extract_features
@@ -107,7 +107,7 @@ def extract(work: Path, device: torch.device, table: Table) -> None:
 def made_features(
     rows: int, classes: int, dimension: int, device: torch.device
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Like pooled ReLU outputs, classes overlapping: seco.bench.probe_reference.made_rows."""
+    """Like pooled ReLU outputs, classes overlapping: benchmarks.probe_reference.made_rows."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

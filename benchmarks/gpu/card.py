@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.table import Table, arguments
+from benchmarks.measuring import machine
 from seco.loading.batch_ring import BatchRing
-from shards.measuring import machine
 
 _BATCH_BYTES = 512 * 4 * 3 * 224 * 224  # crops of a step, uint8
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from seco.bench.step_ways import StepWays
+from benchmarks.step_ways import StepWays
 from seco.config import PretrainConfig
 from seco.model.key_shuffle import KEYS
 from seco.model.method import Embeddings, SeCo

@@ -24,8 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.data import large_set
 from benchmarks.gpu.joined_step import joined_step
 from benchmarks.gpu.table import Table, arguments
-from seco.bench.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
-from seco.bench.step_ways import (
+from benchmarks.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
+from benchmarks.step_ways import (
     Build,
     StepWays,
     Work,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from pipelines import _bench_reference as reference
-from pipelines._bench import ALL, THIRTY, bench_prepare
-from pipelines._bench_table import table
+from benchmarks import prepare_reference as reference
+from benchmarks.prepare import ALL, THIRTY, bench_prepare
+from benchmarks.prepare_table import table
 from pipelines._decode import decode_argv, output_argv, pictures, scaled
 from pipelines._ffmpeg import ffmpeg_binary
 from tests.pipelines.made_videos import draw_video

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import cli
-from seco.bench import extract as bench_extract
-from seco.bench import loader_reference as reference
-from seco.bench.step import _loss_memory, peak_bytes
-from seco.bench.step_ways import time_alone
+from benchmarks import extract as bench_extract
+from benchmarks import loader_reference as reference
+from benchmarks import measuring
+from benchmarks.step import _loss_memory, peak_bytes
+from benchmarks.step_ways import time_alone
 from seco.config import PretrainConfig
 from seco.extract.config import ExtractConfig
 from seco.views.augment import normalise
 from seco.views.video_frames import VideoFrames
 from seco.views.view_parameters import ViewConfig
-from shards import measuring
 from shards.opening import open_shards
 from tests.made_shards import drawn_frame, make_set
 from tests.pipelines.test_bench import figures
@@ -41,8 +41,10 @@ def printed(command: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return capfd.readouterr().out
 
 
-def test_loader(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["loader", "--shards", spec, "--triplets", "8", "--repeats", "1", "--workers", "1"]
+def test_loader(spec: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wide = make_set(tmp_path, videos=8, size=(30, 90), name="wide", first=16)
+    command = ["loader", "--shards", spec, "--shards", wide, "--triplets", "8", "--repeats", "1"]
+    command += ["--workers", "1"]
     found = json.loads(printed([*command, "--only-costs", "--json"], capfd))
     assert set(found["costs"]) > {"ours", "limit", "plain chain"}
     assert len(found["ratios"]) == 6

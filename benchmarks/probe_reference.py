@@ -11,10 +11,10 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from benchmarks.measuring import cpu_seconds
 from seco.features.rows import FeatureRows
 from shards.cpus import usable_cpus
 from shards.errors import InputError
-from shards.measuring import cpu_seconds
 
 _TEST_SHARE = 0.25
 _TOLERANCE = 1e-4  # scikit-learn's default

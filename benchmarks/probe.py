@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seco.bench.probe_reference import (
+from benchmarks.measuring import cpu_seconds, in_turns, machine
+from benchmarks.probe_reference import (
     ProbeRows,
     liblinear_by_class,
     liblinear_in_one_call,
@@ -33,7 +34,6 @@ from seco.features.rows import FeatureRows
 from seco.probe.svm import MAX_ROUNDS, LinearSVM, fit_svm
 from seco.processes.device import resolve_device
 from shards.errors import InputError
-from shards.measuring import cpu_seconds, in_turns, machine
 from shards.progress import progress
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seco.bench import loader_reference as reference
+from benchmarks import loader_reference as reference
+from benchmarks.measuring import in_turns, machine
 from seco.processes.device import resolve_device, wall_milliseconds
 from seco.views.augment import apply_views
 from seco.views.crops import draw_crops
 from seco.views.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
 from shards.errors import InputError
-from shards.measuring import in_turns, machine
 from shards.opening import open_shards
 from shards.progress import progress
 

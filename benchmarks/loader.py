@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from seco.bench import loader_reference as reference
+from benchmarks import loader_reference as reference
+from benchmarks.measuring import cpu_seconds, in_turns, machine
 from seco.loading.loader import TripletLoader
 from seco.views.view_parameters import ViewConfig
 from shards.errors import InputError
-from shards.measuring import cpu_seconds, in_turns, machine
 from shards.opening import open_shards
 from shards.order import EpochOrder, WindowOrder
 from shards.progress import progress
@@ -106,7 +107,7 @@ def _costs(
         raise InputError("some frames cannot be read", shards.addresses[0], "see `seco verify`")
     jpegs = [sample.jpegs for sample in samples]
     crops = _Batches(stream, config, "device")
-    boxes = crops.next().boxes.numpy()
+    boxes = crops.first_boxes  # of these samples, which are the first batch's
     finished = _Batches(stream, config, "workers")
     out = np.empty((4, 32, _CROP_SIZE, _CROP_SIZE, 3), dtype=np.uint8)
     decode, resize = _fastest(jpegs, boxes, out)
@@ -153,7 +154,7 @@ class _Batches:
             stream, _CROP_SIZE, config, workers=0, first_step=0, last_step=10**9, views_on=views_on
         )
         self._batches = iter(loader)
-        self.next()
+        self.first_boxes: NDArray[np.int64] = self.next().boxes.numpy().copy()
 
     def next(self) -> Any:
         return next(self._batches)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seco.bench.step_reference import PlainStep, bare_cost
+from benchmarks.measuring import in_turns
+from benchmarks.step_reference import PlainStep, bare_cost
 from seco.config import PretrainConfig, peak_lr
 from seco.loading.device_views import DeviceViews
 from seco.model.method import SeCo
@@ -21,7 +22,6 @@ from seco.pretrain.step import GlobalRows, TrainingStep, for_device
 from seco.processes.device import wall_milliseconds
 from seco.processes.ranks import Ranks
 from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
-from shards.measuring import in_turns
 
 WARM_UP = 2
 _STEPS_AT_A_TIME = 5  # on a GPU: as in a run, the host prepares a step while the last one computes

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from seco.bench.track_reference import PlainStep, PlainTracker, bare_tracking, bare_training
+from benchmarks.measuring import in_turns, machine
+from benchmarks.track_reference import PlainStep, PlainTracker, bare_tracking, bare_training
 from seco.checkpoints.weights import random_backbone
 from seco.processes.device import resolve_device, wall_milliseconds
 from seco.processes.ranks import Ranks
@@ -22,7 +23,6 @@ from seco.track.tracker import Tracker
 from seco.track.train import PairStep
 from seco.views.crops import Pixels
 from shards.errors import InputError
-from shards.measuring import in_turns, machine
 from shards.opening import open_shards
 from shards.pairs import PairStream, boxes_of
 from shards.progress import progress

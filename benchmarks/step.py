@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from seco.bench.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
-from seco.bench.step_ways import Build, StepWays, Work, measured, peak_memory
+from benchmarks.measuring import machine
+from benchmarks.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
+from benchmarks.step_ways import Build, StepWays, Work, measured, peak_memory
 from seco.config import PretrainConfig, peak_lr, resolve
 from seco.model.losses import inter_loss
 from seco.processes.device import resolve_device
 from seco.runs.run_state import RunState
 from shards.errors import InputError
-from shards.measuring import machine
 from shards.progress import progress
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipelines._bench import Bench
+from benchmarks.prepare import Bench
 
 
 def table(bench: Bench) -> str:

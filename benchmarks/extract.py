@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
+from benchmarks.measuring import cpu_seconds, in_turns, machine
 from seco.checkpoints.weights import load_backbone
 from seco.extract.config import ExtractConfig, validate
 from seco.extract.extract import extract_features
@@ -29,7 +30,6 @@ from seco.views.augment import normalise
 from seco.views.video_frames import VideoFrames
 from seco.views.view_parameters import IMAGENET_MEAN, IMAGENET_STD
 from shards.errors import InputError
-from shards.measuring import cpu_seconds, in_turns, machine
 from shards.opening import open_shards
 from shards.progress import progress
 from shards.reader import ShardSet

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import torch
 
-from seco.bench.step_ways import WARM_UP, StepWays, Work, milliseconds_per_step
+from benchmarks.measuring import in_turns
+from benchmarks.step_ways import WARM_UP, StepWays, Work, milliseconds_per_step
 from seco.config import PretrainConfig, peak_lr
 from seco.loading.device_views import DeviceViews
 from seco.loading.loader import Batch, TripletLoader
 from seco.pretrain.step import GlobalRows, TrainingStep
 from seco.processes.device import loader_workers
 from seco.views.view_parameters import ViewConfig
-from shards.measuring import in_turns
 from shards.opening import open_stream
 from shards.stream import Stream
 

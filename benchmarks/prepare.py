@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import _bench_reference as reference
+from benchmarks import prepare_reference as reference
+from benchmarks.measuring import cpu_milliseconds, in_turns, machine
+from benchmarks.prepare_runs import planning_cost, scaling_rates
 from pipelines._adapter import Video, is_video
-from pipelines._bench_runs import planning_cost, scaling_rates
 from pipelines._build import build_shard
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
 from pipelines._frames import FrameChoice
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
-from shards.measuring import cpu_milliseconds, in_turns, machine
 from shards.opening import open_shards
 from shards.progress import progress
 

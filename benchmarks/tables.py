@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from seco.bench.extract import ExtractBench
-from seco.bench.loader import LoaderBench
-from seco.bench.probe import ProbeBench
-from seco.bench.step import StepBench
-from seco.bench.track import TrackBench
-from seco.bench.views import ViewsBench
+from benchmarks.extract import ExtractBench
+from benchmarks.loader import LoaderBench
+from benchmarks.probe import ProbeBench
+from benchmarks.step import StepBench
+from benchmarks.track import TrackBench
+from benchmarks.views import ViewsBench
 
 _MOST_DIGITS = 4
 
