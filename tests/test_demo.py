@@ -46,8 +46,9 @@ def test_the_rendered_demo_learns_and_ends_with_table_maps_and_pages(
     (same_video,) = (one for one in result["measures"] if one["key"] == "same_video")
     found = {name: one["value"] for name, one in same_video["values"].items()}
     assert found[SECO] > found[UNTRAINED] + 0.08
-    # Once more: everything is there already, so it goes through without training again.
     (checkpoint,) = out.rglob("last.pt")
+    assert "queue_fill" not in (checkpoint.parent / "metrics.jsonl").read_text()  # there is none
+    # Once more: everything is there already, so it goes through without training again.
     written = checkpoint.stat().st_mtime_ns
     assert cli.run(command) == 0
     assert checkpoint.stat().st_mtime_ns == written

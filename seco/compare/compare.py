@@ -217,7 +217,7 @@ class _Comparison:
                 }
                 if classified.not_converged:
                     self._notes.append(
-                        f"{classified.not_converged} SVMs of {encoder.name} did not converge"
+                        f"SVMs of {encoder.name} that did not converge: {classified.not_converged}"
                     )
         for what, title in (("svm", "SVM"), ("knn", "kNN"), ("r1", "R@1")):
             for amount in amounts:

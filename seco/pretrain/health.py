@@ -31,9 +31,10 @@ def status(metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
     """The end of the progress line."""
     parts = [f"{t} {metrics[f'loss_{t}']:.3f}" for t in TASKS if f"loss_{t}" in metrics]
     accuracies = [f"{metrics[f'acc_{t}']:.0%}" for t in TASKS if f"acc_{t}" in metrics]
+    queue = f"queue {metrics['queue_fill']:.0%}, " if "queue_fill" in metrics else ""
     return (
         f"loss {metrics['loss']:.3f} ({', '.join(parts)}), right {'/'.join(accuracies)}, "
-        f"spread {metrics['feature_std']:.2f}, queue {metrics['queue_fill']:.0%}, "
+        f"spread {metrics['feature_std']:.2f}, {queue}"
         f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
     )
 

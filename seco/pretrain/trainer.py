@@ -224,11 +224,11 @@ class Trainer(TrainingRun[Batch, StepResult]):
         scalars = torch.stack([result.loss.float(), *(v.float() for v in result.figures.values())])
         means = self.ranks.mean(torch.cat([scalars, result.moments.float().flatten()]))
         moments = means[len(scalars) :].view_as(result.moments)
-        return {
-            **dict(zip(names, means[: len(scalars)].tolist(), strict=True)),
-            "feature_std": float(spread(moments)),
-            "queue_fill": self.model.queue.fill,
-        }
+        figures = dict(zip(names, means[: len(scalars)].tolist(), strict=True))
+        figures["feature_std"] = float(spread(moments))
+        if self.config.queue_size:
+            figures["queue_fill"] = self.model.queue.fill
+        return figures
 
     def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
         return status(metrics, speed)
