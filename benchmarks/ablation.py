@@ -45,7 +45,7 @@ SIDE_PX = 54
 CELLS_A_SIDE = 6
 TRAIN, TEST = 192, 96  # clips
 SET_SEED = 0
-TASK_SETS = ("inter", "inter,intra", "inter,intra,order")
+TASK_SETS = ("inter", "inter,intra", "inter,order", "inter,intra,order")
 UNTRAINED = ("untrained", "untrained-ResNet-18")
 MEASURES = {
     "svm@100": "SVM top-1 %",
@@ -206,9 +206,12 @@ def table(found: list[Path], tasks: list[str]) -> str:
     for name, by_key in values.items():
         cells = [f"{_interval(v)} ({' / '.join(f'{x:.1f}' for x in v)})" for v in by_key.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    for before, after in itertools.combinations((UNTRAINED[0], *map(_name, tasks)), 2):
-        cells = [_interval(values[after][key] - values[before][key], "+") for key in MEASURES]
-        lines.append(f"| {after} less {before} | {' | '.join(cells)} |")
+    for before, after in itertools.permutations(tasks, 2):
+        added = set(after.split(",")) - set(before.split(","))
+        if len(added) == 1 and set(before.split(",")) < set(after.split(",")):
+            gains = [values[_name(after)][key] - values[_name(before)][key] for key in MEASURES]
+            cells = [_interval(gain, "+") for gain in gains]
+            lines.append(f"| {added.pop()} added to {before} | {' | '.join(cells)} |")
     lines.append("")
     for name in map(_name, tasks):
         worst = values[name]["svm@100"].min()
