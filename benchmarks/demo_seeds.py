@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from seco.demo.demo import SECO
+from seco.features.matrix import unit_vectors
 from seco.features.store import read_features
-from seco.features.vectors import Vectors
 from seco.retrieve.nearest import ExactIndex
 from seco.retrieve.query import right_among_nearest
 from shards.atomic import write_text
@@ -57,7 +57,7 @@ def figures(folder: Path) -> dict[str, list[float]]:
     rows = {}
     for name in found["encoders"]:
         features = read_features(folder / "features" / name)
-        index = ExactIndex(Vectors(features.features), "cpu")
+        index = ExactIndex(unit_vectors(features.features), "cpu")
         nearest = right_among_nearest(features, NEIGHBOURS, index)
         values = {m["key"]: m["values"][name]["value"] for m in found["measures"]}
         shares = [values[key] for key in MEASURES] + [nearest.share if nearest else 0.0]

@@ -30,7 +30,7 @@ from benchmarks.probe_reference import (
     require_scikit_learn,
 )
 from seco.evaluation.splits import read_train_test
-from seco.features.rows import FeatureRows
+from seco.features.matrix import FeatureMatrix
 from seco.probe.svm import MAX_ROUNDS, LinearSVM, fit_svm
 from seco.processes.device import resolve_device
 from shards.errors import InputError
@@ -192,7 +192,7 @@ def _peak_megabytes() -> float:
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
-def _limit(train: FeatureRows, svm: LinearSVM, device: str) -> float:
+def _limit(train: FeatureMatrix, svm: LinearSVM, device: str) -> float:
     """CPU seconds (on a GPU: seconds) that plain products of as many operations take."""
     place = resolve_device(device, spare_cores=0)
     rows = min(len(train), train.rows_a_block)

@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from benchmarks.measuring import cpu_seconds
-from seco.features.rows import FeatureRows
+from seco.features.matrix import FeatureMatrix
 from shards.cpus import usable_cpus
 from shards.errors import InputError
 
@@ -38,11 +38,11 @@ class ProbeRows:
     test_labels: NDArray[np.int64]
     c: float
 
-    def train(self) -> FeatureRows:
-        return FeatureRows(np.load(self.train_file, mmap_mode="r"), self.train_rows)
+    def train(self) -> FeatureMatrix:
+        return FeatureMatrix(np.load(self.train_file, mmap_mode="r"), self.train_rows)
 
-    def test(self) -> FeatureRows:
-        return FeatureRows(np.load(self.test_file, mmap_mode="r"), self.test_rows)
+    def test(self) -> FeatureMatrix:
+        return FeatureMatrix(np.load(self.test_file, mmap_mode="r"), self.test_rows)
 
 
 def made_rows(folder: Path, rows: int, classes: int, dimension: int, c: float) -> ProbeRows:

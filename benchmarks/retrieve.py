@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import machine  # noqa: E402
 from seco.features.format import FORMAT_VERSION  # noqa: E402
+from seco.features.matrix import unit_vectors  # noqa: E402
 from seco.features.store import FEATURES, HALVES, META, VIDEOS, read_features  # noqa: E402
-from seco.features.vectors import Vectors  # noqa: E402
 from seco.retrieve.index_files import INDEX, open_index  # noqa: E402
 from seco.retrieve.ivfpq import ApproximateIndex  # noqa: E402
 from seco.retrieve.nearest import ExactIndex, NearestIndex  # noqa: E402
@@ -106,9 +106,9 @@ def stage(command: list[str], title: str) -> dict[str, Any]:
 
 def search(folder: Path, name: str) -> None:
     """The stage of a search: prints seconds, and saves what it found."""
-    queries = Vectors(np.load(folder / "queries.npy"))
+    queries = unit_vectors(np.load(folder / "queries.npy"))
     features = read_features(folder)
-    vectors = Vectors(features.features)
+    vectors = unit_vectors(features.features)
     kind, _, probes = name.partition("-")
     index: NearestIndex
     if kind == "exact":

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from seco.evaluation.predictions import judge
 from seco.evaluation.splits import TrainTest
-from seco.features.rows import FeatureRows, FeaturesTooLarge, Scaling, fit_scaling
-from seco.features.vectors import Vectors
+from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
 from seco.probe.knn import knn_votes
 from seco.probe.svm import LinearSVM, fit_svm
 from seco.probe.validation import held_out
@@ -114,8 +113,8 @@ class Classified:
         self._values_of_c = list(values_of_c)
         self._device = device
         self._advance = advance
-        self._train = FeatureRows(rows.train.features, rows.train_rows)
-        self._test = FeatureRows(rows.test.features, rows.test_rows)
+        self._train = FeatureMatrix(rows.train.features, rows.train_rows)
+        self._test = FeatureMatrix(rows.test.features, rows.test_rows)
         self._labels = rows.train_labels
         # Means and deviations take no labels: those of all training rows, however few are labelled.
         self._scalings = {how: fit_scaling(self._train, how) for how in SCALINGS}
@@ -171,10 +170,10 @@ class Classified:
 
     def nearest(self, labelled: Labelled) -> Rights:
         """R@1: whether the nearest labelled video is of the same class."""
-        queries = Vectors(self._rows.test.features, self._rows.test_rows)
+        queries = unit_vectors(self._rows.test.features, self._rows.test_rows)
         found = []
         for rows in labelled.draws:
-            gallery = Vectors(self._rows.train.features, self._rows.train_rows[rows])
+            gallery = unit_vectors(self._rows.train.features, self._rows.train_rows[rows])
             _, nearest = exact_index(gallery, self._device).search(queries, 1)
             found.append(self._labels[rows][nearest[:, 0]] == self._rows.test_labels)
         return np.stack(found)
@@ -193,7 +192,7 @@ class Classified:
         return svm
 
 
-def _rights(svm: LinearSVM, test: FeatureRows, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _rights(svm: LinearSVM, test: FeatureMatrix, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(M,) whether an SVM is right."""
     scores = ((place, svm.scores(block)) for place, block in test.blocks())
     return judge(svm.classes, scores, labels).right
@@ -215,7 +214,7 @@ def hold_outs(labels: NDArray[np.int64], groups: Sequence[str]) -> list[NDArray[
     return parts
 
 
-def exact_index(vectors: Vectors, device: torch.device) -> ExactIndex:
+def exact_index(vectors: FeatureMatrix, device: torch.device) -> ExactIndex:
     """On a GPU where torch computes on one and faiss can use it, too."""
     return ExactIndex(vectors, "cpu" if device.type == "cpu" else "auto")
 
@@ -235,8 +234,8 @@ def same_video(
         halves: (V, 2, D).
         rows: (M,) the videos.
     """
-    index = exact_index(Vectors(halves[:, 1], rows), device)
-    _, nearest = index.search(Vectors(halves[:, 0], rows), 1)
+    index = exact_index(unit_vectors(halves[:, 1], rows), device)
+    _, nearest = index.search(unit_vectors(halves[:, 0], rows), 1)
     return np.asarray(nearest[:, 0] == np.arange(len(rows)))[None]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.features.vectors import release
+from seco.features.matrix import release
 from shards.errors import InputError
 
 FORMAT_VERSION = 1

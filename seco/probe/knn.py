@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from seco.features.rows import FeatureRows
+from seco.features.matrix import FeatureMatrix
 from seco.probe.svm_rows import Products
 
 _BLOCK_BYTES = 256 << 20
@@ -46,7 +46,7 @@ def knn_scores(
         raise ValueError("kNN needs training rows, neighbours >= 1 and a temperature above 0")
     classes = np.unique(labels).astype(np.int64)
     votes = np.empty((len(test), len(classes)))
-    rows = FeatureRows(train), FeatureRows(test)
+    rows = FeatureMatrix(train), FeatureMatrix(test)
     for place, block in knn_votes(
         rows[0], labels, rows[1], neighbours=neighbours, temperature=temperature, device=device
     ):
@@ -55,9 +55,9 @@ def knn_scores(
 
 
 def knn_votes(
-    train: FeatureRows,
+    train: FeatureMatrix,
     labels: NDArray[Any],
-    test: FeatureRows,
+    test: FeatureMatrix,
     *,
     neighbours: int,
     temperature: float,

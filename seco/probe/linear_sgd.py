@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, linear
 
-from seco.features.rows import FeatureRows, FeaturesTooLarge
+from seco.features.matrix import FeatureMatrix, FeaturesTooLarge
 from seco.probe.svm_rows import Products
 from seco.processes.device import exact_products
 from seco.runs.schedule import learning_rate
@@ -43,7 +43,7 @@ class LinearClassifier:
 
 
 def fit_linear(
-    features: FeatureRows,
+    features: FeatureMatrix,
     labels: NDArray[Any],
     *,
     lr: float = 30.0,

@@ -18,7 +18,7 @@ from seco.evaluation.groups import SINGLE_VIDEOS, video_groups
 from seco.evaluation.predictions import Predictions, judge
 from seco.evaluation.splits import TrainTest, read_train_test, usual_split
 from seco.features.format import PROBES
-from seco.features.rows import FeatureRows, FeaturesTooLarge, fit_scaling
+from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, fit_scaling
 from seco.probe.config import ProbeConfig
 from seco.probe.knn import knn_votes
 from seco.probe.linear_sgd import LinearClassifier, fit_linear
@@ -37,9 +37,9 @@ _ACTIVITYNET_FRAMES = 50  # the authors' protocol; 30 elsewhere
 class _Sets:
     """Training and test rows as a classifier gets them."""
 
-    train: FeatureRows
+    train: FeatureMatrix
     labels: NDArray[np.int64]
-    test: FeatureRows
+    test: FeatureMatrix
     test_labels: NDArray[np.int64]
 
 
@@ -80,8 +80,8 @@ def probe(config: ProbeConfig) -> ProbeResult:
     if sweep:
         c, swept, validation = _choose_c(rows, sweep, config, device, notes)
     sets = _scaled(
-        FeatureRows(rows.train.features, rows.train_rows), labels,
-        FeatureRows(rows.test.features, rows.test_rows), rows.test_labels,
+        FeatureMatrix(rows.train.features, rows.train_rows), labels,
+        FeatureMatrix(rows.test.features, rows.test_rows), rows.test_labels,
         config.normalise,
     )  # fmt: skip
     found, solution = _predict(config, c, sets, device, notes)
@@ -140,9 +140,9 @@ def _checked(config: ProbeConfig) -> list[float]:
 
 
 def _scaled(
-    train: FeatureRows,
+    train: FeatureMatrix,
     labels: NDArray[np.int64],
-    test: FeatureRows,
+    test: FeatureMatrix,
     test_labels: NDArray[np.int64],
     how: str,
 ) -> _Sets:
@@ -169,8 +169,8 @@ def _choose_c(
             "leave out --sweep: there are too few videos a class or recordings",
         )
     inner = _scaled(
-        FeatureRows(features.features, rows.train_rows[~outside]), labels[~outside],
-        FeatureRows(features.features, rows.train_rows[outside]), labels[outside],
+        FeatureMatrix(features.features, rows.train_rows[~outside]), labels[~outside],
+        FeatureMatrix(features.features, rows.train_rows[outside]), labels[outside],
         config.normalise,
     )  # fmt: skip
     swept = []

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seco.features.rows import FeatureRows, FeaturesTooLarge
+from seco.features.matrix import FeatureMatrix, FeaturesTooLarge
 from seco.probe.svm_liblinear import fit_as_liblinear
 from seco.probe.svm_newton import Newton
 from seco.probe.svm_rounds import WorkingSets
@@ -71,7 +71,7 @@ class LinearSVM:
 
 
 def fit_svm(
-    features: NDArray[Any] | FeatureRows,
+    features: NDArray[Any] | FeatureMatrix,
     labels: NDArray[Any],
     *,
     c: float = 1.0,
@@ -98,10 +98,10 @@ def fit_svm(
         ValueError: no rows, sizes that do not match, features that are not finite, or a C, gap or
             tolerance that is not above 0.
     """
-    if isinstance(features, FeatureRows):
+    if isinstance(features, FeatureMatrix):
         rows, shape = features, (len(features), features.dimension)
     elif features.ndim == 2:
-        rows, shape = FeatureRows(features), features.shape
+        rows, shape = FeatureMatrix(features), features.shape
     else:
         raise ValueError(f"features {features.shape} are not (N, D)")
     if labels.shape != shape[:1] or not len(labels):

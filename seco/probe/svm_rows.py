@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seco.features.rows import FeatureRows
+from seco.features.matrix import FeatureMatrix
 
 _RESIDENT_BYTES = 1 << 30  # rows up to this are read once; more are read in every pass
 _DEVICE_SHARE = 0.4  # of a GPU's free memory that features may take
@@ -21,7 +21,7 @@ _DEVICE_SHARE = 0.4  # of a GPU's free memory that features may take
 class Products:
     """The features X (N, D) float32, multiplied from both sides; counts what it multiplies."""
 
-    def __init__(self, rows: FeatureRows, device: torch.device) -> None:
+    def __init__(self, rows: FeatureMatrix, device: torch.device) -> None:
         self.count, self.dimension = len(rows), rows.dimension
         self.device = device
         self.passes = 0

@@ -10,8 +10,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features
-from seco.features.vectors import Vectors
 from seco.pages.thumbnails import frames_of
 from seco.retrieve.config import DuplicatesConfig
 from seco.retrieve.fingerprints import (
@@ -43,9 +43,9 @@ class Group:
     features: Features
     rows: NDArray[np.int64]
 
-    def vectors(self) -> Vectors:
+    def vectors(self) -> FeatureMatrix:
         """The features."""
-        return Vectors(self.features.features, self.rows)
+        return unit_vectors(self.features.features, self.rows)
 
     def key(self, position: int) -> str:
         """The key of one."""

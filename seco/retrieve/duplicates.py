@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from seco.evaluation.splits import choose_split
+from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import read_features, require_same_encoder
-from seco.features.vectors import Vectors
 from seco.retrieve.config import DuplicatesConfig
 from seco.retrieve.duplicate_frames import FrameReader, Group
 from seco.retrieve.duplicate_records import Duplicates, Pair, write_pairs
@@ -99,11 +99,11 @@ def _candidates(
     of_b, of_b_mirrored = videos.picture_vectors(b)
     # An encoder that was not trained for it need not put a video beside its mirror image, nor an
     # untrained one beside its copy.
-    by_picture = ExactIndex(Vectors(of_a), config.device)
-    searches: list[tuple[NearestIndex, Vectors, str]] = [
+    by_picture = ExactIndex(unit_vectors(of_a), config.device)
+    searches: list[tuple[NearestIndex, FeatureMatrix, str]] = [
         (ExactIndex(a.vectors(), config.device), b.vectors(), "Nearest features"),
-        (by_picture, Vectors(of_b), ""),
-        (by_picture, Vectors(of_b_mirrored), ""),
+        (by_picture, unit_vectors(of_b), ""),
+        (by_picture, unit_vectors(of_b_mirrored), ""),
     ]
     wanted: set[tuple[int, int]] = set()
     for index, queries, title in searches:

@@ -13,8 +13,8 @@ from typing import Any
 import faiss
 import numpy as np
 
+from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, discard, encoder_name, read_features
-from seco.features.vectors import Vectors
 from seco.pages.text import percent
 from seco.retrieve.config import BuildConfig, validate_index
 from seco.retrieve.ivfpq import (
@@ -77,7 +77,7 @@ def build(config: BuildConfig) -> BuiltIndex:
     validate_index(config)
     features = read_features(config.features)
     path = Path(config.out or config.features) / INDEX
-    vectors = Vectors(features.features)
+    vectors = unit_vectors(features.features)
     told = {**_identity(features), "kind": index_kind(len(vectors), config)}
     began = time.monotonic()
     if told["kind"] == "flat":
@@ -111,7 +111,7 @@ def _withdraw(path: Path) -> None:
     discard(_description(path))
 
 
-def stated_recall(index: NearestIndex, vectors: Vectors, device: str) -> dict[str, Any]:
+def stated_recall(index: NearestIndex, vectors: FeatureMatrix, device: str) -> dict[str, Any]:
     """What is written of an approximate index: queries, and the recalls against exact search."""
     queries = min(RECALL_QUERIES, len(vectors))
     return {"queries": queries, **measure_recall(index, vectors, device)}
@@ -134,7 +134,7 @@ def open_index(
     if not path.is_file() or path.stat().st_size != told["bytes"]:
         # Looked at first: faiss does not notice every end that comes too early.
         raise InputError("is missing or damaged", path, _BUILD_AGAIN)
-    vectors = Vectors(features.features)
+    vectors = unit_vectors(features.features)
     if told["kind"] == "flat":
         return ExactIndex(vectors, device)
     try:
@@ -149,7 +149,7 @@ def open_index(
     return ApproximateIndex(index, vectors, int(told["rerank"]), device)
 
 
-def _write_flat(vectors: Vectors, path: Path) -> None:
+def _write_flat(vectors: FeatureMatrix, path: Path) -> None:
     """A faiss ``IndexFlatIP`` of the vectors, written block by block.
 
     faiss itself could only write it from memory. The file is an empty index's with the two counts

@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.features.vectors import Vectors, release
+from seco.features.matrix import FeatureMatrix, release, unit_vectors
 from seco.retrieve.config import IndexSettings, validate_index
 from seco.retrieve.nearest import ExactIndex, Found, NearestIndex, gpus_for, nothing_found
 from shards.errors import InputError
@@ -46,7 +46,9 @@ class ApproximateIndex:
         device: where it is searched; ``auto`` takes GPUs when faiss can use any.
     """
 
-    def __init__(self, index: Any, vectors: Vectors, rerank: int, device: str = "auto") -> None:
+    def __init__(
+        self, index: Any, vectors: FeatureMatrix, rerank: int, device: str = "auto"
+    ) -> None:
         self.index = index
         self._vectors = vectors
         self._rerank = rerank
@@ -55,7 +57,7 @@ class ApproximateIndex:
     def __len__(self) -> int:
         return int(self.index.ntotal)
 
-    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+    def search(self, queries: FeatureMatrix, k: int, title: str = "") -> Found:
         """See :class:`seco.retrieve.nearest.NearestIndex`."""
         k = min(k, len(self))
         wanted = min(len(self), k * max(1, self._rerank))
@@ -96,7 +98,7 @@ class ApproximateIndex:
 
 
 def build_index(
-    vectors: Vectors, config: IndexSettings, device: str = "auto", title: str = ""
+    vectors: FeatureMatrix, config: IndexSettings, device: str = "auto", title: str = ""
 ) -> NearestIndex:
     """An exact index, or past ``config.ivfpq_above`` vectors an approximate one.
 
@@ -117,7 +119,7 @@ def index_kind(rows: int, config: IndexSettings) -> str:
 
 
 def train_ivfpq(
-    vectors: Vectors, config: IndexSettings, device: str = "auto", title: str = "Adding"
+    vectors: FeatureMatrix, config: IndexSettings, device: str = "auto", title: str = "Adding"
 ) -> Any:
     """Train an IVF-PQ on a sample of the vectors and add all, block by block.
 
@@ -161,7 +163,7 @@ def train_ivfpq(
     return index
 
 
-def _principal_axes(vectors: Vectors, values: int) -> Any:
+def _principal_axes(vectors: FeatureMatrix, values: int) -> Any:
     """The faiss transform of (B, D) to (B, values): the strongest directions, turned at random.
 
     Without the turn the first bytes of a code would have to tell most of a vector. Distances do
@@ -185,7 +187,9 @@ def _principal_axes(vectors: Vectors, values: int) -> Any:
     return transform
 
 
-def measure_recall(index: NearestIndex, vectors: Vectors, device: str = "auto") -> dict[str, float]:
+def measure_recall(
+    index: NearestIndex, vectors: FeatureMatrix, device: str = "auto"
+) -> dict[str, float]:
     """How much of the exact result the index finds, on a sample of the vectors as queries.
 
     Returns:
@@ -195,7 +199,7 @@ def measure_recall(index: NearestIndex, vectors: Vectors, device: str = "auto") 
     rng = np.random.Generator(np.random.PCG64(2))
     chosen = np.sort(rng.permutation(len(vectors))[:RECALL_QUERIES])
     rows = chosen if vectors.rows is None else vectors.rows[chosen]
-    queries = Vectors(vectors.array, rows)
+    queries = unit_vectors(vectors.array, rows)
     most = max(RECALL_KS) + 1
     _, true = ExactIndex(vectors, device).search(queries, most, "Recall against flat")
     _, found = index.search(queries, most)

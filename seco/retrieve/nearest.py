@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from seco.features.vectors import Vectors
+from seco.features.matrix import FeatureMatrix
 from shards.errors import InputError
 from shards.progress import progress
 
@@ -23,7 +23,7 @@ class NearestIndex(Protocol):
 
     def __len__(self) -> int: ...
 
-    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+    def search(self, queries: FeatureMatrix, k: int, title: str = "") -> Found:
         """Cosines and positions (Q, k) of the nearest to each query, the nearest first.
 
         k is at most the size of the index; position -1 is nothing found (approximate ones only).
@@ -44,14 +44,14 @@ class ExactIndex:
         InputError: a GPU is asked for and faiss can use none.
     """
 
-    def __init__(self, vectors: Vectors, device: str = "auto") -> None:
+    def __init__(self, vectors: FeatureMatrix, device: str = "auto") -> None:
         self._vectors = vectors
         self._gpu = gpus_for(device) > 0
 
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def search(self, queries: Vectors, k: int, title: str = "") -> Found:
+    def search(self, queries: FeatureMatrix, k: int, title: str = "") -> Found:
         """See :class:`NearestIndex`; of equal cosines the one in the earlier block comes first."""
         k = min(k, len(self))
         cosines, found = nothing_found(len(queries), k)
@@ -60,9 +60,9 @@ class ExactIndex:
             for first in range(0, len(queries), _QUERIES_AT_ONCE):
                 some = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
                 asked = queries.take(np.arange(some.start, some.stop))
-                for start, block in self._vectors.blocks():
+                for place, block in self._vectors.blocks():
                     near, at = self._compare(asked, block, min(k, len(block)))
-                    _merge(cosines[some], found[some], near, at + start)
+                    _merge(cosines[some], found[some], near, at + place.start)
                     shown.advance(len(block))
         return cosines, found
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from seco.checkpoints.weights import RANDOM, load_backbone
+from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import UNLABELLED, Features, encoder_name
-from seco.features.vectors import Vectors
 from seco.pages.text import percent
 from seco.processes.device import resolve_device
 from seco.retrieve.nearest import NearestIndex
@@ -59,7 +59,7 @@ def query(features: Features, key: str, neighbours: int, index: NearestIndex) ->
         InputError: there is no such video.
     """
     row = features.find(key)
-    asked = Vectors(features.features, np.array([row]))
+    asked = unit_vectors(features.features, np.array([row]))
     return _neighbours(features, asked, neighbours, index, row)
 
 
@@ -67,7 +67,7 @@ def query_vector(
     features: Features, vector: NDArray[np.float32], neighbours: int, index: NearestIndex
 ) -> list[Neighbour]:
     """The videos nearest to a feature (D,) of the same encoder, the nearest first."""
-    return _neighbours(features, Vectors(vector[None]), neighbours, index, None)
+    return _neighbours(features, unit_vectors(vector[None]), neighbours, index, None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def right_among_nearest(
     rows = rows[:: -(-len(rows) // _JUDGED_AT_MOST)] if len(rows) else rows
     if not len(rows):
         return None
-    _, found = index.search(Vectors(features.features, rows), neighbours + 1)
+    _, found = index.search(unit_vectors(features.features, rows), neighbours + 1)
     shares = []
     for row, others in zip(rows, found, strict=True):
         near = others[(others != row) & (others != -1)][:neighbours]
@@ -180,7 +180,7 @@ def encode_frames(
 
 
 def _neighbours(
-    features: Features, asked: Vectors, count: int, index: NearestIndex, row: int | None
+    features: Features, asked: FeatureMatrix, count: int, index: NearestIndex, row: int | None
 ) -> list[Neighbour]:
     if count < 1:
         raise InputError("must be 1 or more", "--neighbours")

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seco.evaluation.splits import TrainTest, choose_split, read_train_test
+from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import UNLABELLED, Features, read_features
-from seco.features.vectors import Vectors
 from seco.pages.text import percent, printable
 from seco.retrieve.config import ALL_SPLITS, EvaluateConfig
 from seco.retrieve.index_files import recall_line, stated_recall
@@ -147,9 +147,9 @@ def evaluate(config: EvaluateConfig) -> RetrievalResult:
 
 
 def _split_recalls(config: EvaluateConfig, rows: TrainTest) -> SplitRecalls:
-    gallery = Vectors(rows.train.features, rows.train_rows)
+    gallery = unit_vectors(rows.train.features, rows.train_rows)
     index, recall = _searched(config, gallery)
-    queries = Vectors(rows.test.features, rows.test_rows)
+    queries = unit_vectors(rows.test.features, rows.test_rows)
     _, found = index.search(queries, max(LABEL_KS), f"R@k of {rows.test_split}")
     # Row -1: an approximate index found fewer than asked for.
     right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
@@ -164,7 +164,7 @@ def _split_recalls(config: EvaluateConfig, rows: TrainTest) -> SplitRecalls:
 
 
 def _searched(
-    config: EvaluateConfig, gallery: Vectors
+    config: EvaluateConfig, gallery: FeatureMatrix
 ) -> tuple[NearestIndex, dict[str, Any] | None]:
     """An index, and its recall against the exact search where it is an approximate one."""
     index = build_index(gallery, config, config.device, "Adding")
@@ -179,8 +179,8 @@ def _halves(
     rows = np.flatnonzero(queried.frames >= 2)
     if not len(rows):
         return {}, 0, None
-    index, recall = _searched(config, Vectors(queried.halves[:, 1], rows))
-    first = Vectors(queried.halves[:, 0], rows)
+    index, recall = _searched(config, unit_vectors(queried.halves[:, 1], rows))
+    first = unit_vectors(queried.halves[:, 0], rows)
     _, found = index.search(first, max(SAME_VIDEO_KS), "R@k of halves")
     return _recalls(found == np.arange(len(rows))[:, None], SAME_VIDEO_KS), len(rows), recall
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seco.features.matrix import unit_vectors
 from seco.features.store import Features, encoder_name, read_features
-from seco.features.vectors import Vectors
 from seco.pages.html import render_page
 from seco.pages.text import printable
 from seco.pages.thumbnails import FramesOf, frames_of, thumbnail
@@ -164,7 +164,7 @@ def _index(config: QueryConfig, features: Features) -> NearestIndex:
         raise InputError(
             "there is no saved index", saved, "run `seco retrieve build`, or leave --probes out"
         )
-    return ExactIndex(Vectors(features.features), device)
+    return ExactIndex(unit_vectors(features.features), device)
 
 
 def _thumbnails(jpegs: Sequence[bytes]) -> list[str]:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from seco.features import vectors
+from seco.features import matrix
+from seco.features.matrix import unit_vectors
 from seco.features.store import read_features
-from seco.features.vectors import Vectors
 from seco.retrieve import ivfpq, nearest
 from seco.retrieve.config import BuildConfig, IndexSettings
 from seco.retrieve.index_files import build, open_index
@@ -36,13 +36,13 @@ def brute_force(
 
 
 def test_blocks_give_what_a_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "BLOCK_BYTES", 7 * 4 * 6)  # 7 rows a block
+    monkeypatch.setattr(matrix, "BLOCK_BYTES", 7 * 4 * 6)  # 7 rows a block
     monkeypatch.setattr(nearest, "_QUERIES_AT_ONCE", 4)
     x, _ = clusters(50, 6, 5, 1.0)
     rows = np.random.default_rng(0).permutation(50)[:33]
     queries = x[:11] * 3
     for gallery, chosen in ((x, None), (x[rows], rows)):
-        cosines, found = ExactIndex(Vectors(x, chosen)).search(Vectors(queries), 9)
+        cosines, found = ExactIndex(unit_vectors(x, chosen)).search(unit_vectors(queries), 9)
         expected = brute_force(gallery, queries, 9)
         assert found.tolist() == [[n for _, n in one] for one in expected]
         np.testing.assert_allclose(cosines, [[c for c, _ in one] for one in expected], atol=1e-5)
@@ -50,34 +50,39 @@ def test_blocks_give_what_a_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_than_there_is_and_rows_of_zeros() -> None:
     x, _ = clusters(20, 6, 2, 1.0)
-    cosines, found = ExactIndex(Vectors(x * 50)).search(Vectors(x * 0.01), 100)
+    cosines, found = ExactIndex(unit_vectors(x * 50)).search(unit_vectors(x * 0.01), 100)
     assert cosines.shape == (20, 20)
     assert found[:, 0].tolist() == list(range(20))
-    cosines, found = ExactIndex(Vectors(x)).search(Vectors(np.zeros((1, 6), np.float32)), 3)
+    cosines, found = ExactIndex(unit_vectors(x)).search(
+        unit_vectors(np.zeros((1, 6), np.float32)), 3
+    )
     assert not cosines.any()
     assert len(set(found[0].tolist())) == 3
 
 
 def test_candidates_are_compared_exactly() -> None:
     x, _ = clusters(3000, 64, 40, 0.5)
-    queries = Vectors(x[:200])
+    queries = unit_vectors(x[:200])
     settings = IndexSettings(ivfpq_above=1000, code_bytes=8, probes=8)
-    index = build_index(Vectors(x), settings)
+    index = build_index(unit_vectors(x), settings)
     assert isinstance(index, ApproximateIndex)
     cosines, found = index.search(queries, 10)
-    true_cosines, true = ExactIndex(Vectors(x)).search(queries, 10)
+    true_cosines, true = ExactIndex(unit_vectors(x)).search(queries, 10)
     for q in range(200):  # the cosines are those of the videos found, not of their codes
-        expected = [float(v) for v in Vectors(x).take(found[q]) @ Vectors(x).take(np.array([q]))[0]]
+        expected = [
+            float(v)
+            for v in unit_vectors(x).take(found[q]) @ unit_vectors(x).take(np.array([q]))[0]
+        ]
         np.testing.assert_allclose(cosines[q], expected, atol=1e-5)
         assert cosines[q].tolist() == sorted(cosines[q].tolist(), reverse=True)
     shared = share(true, found)
     assert shared > 0.8
-    plain = ApproximateIndex(index.index, Vectors(x), 0)
+    plain = ApproximateIndex(index.index, unit_vectors(x), 0)
     near, by_codes = plain.search(queries, 10)
     assert share(true, by_codes) < shared
     assert abs(near[:, 1:] - true_cosines[:, 1:]).mean() < 0.2
     with pytest.raises(InputError, match="too few"):
-        build_index(Vectors(x[:100]), IndexSettings(ivfpq_above=50))
+        build_index(unit_vectors(x[:100]), IndexSettings(ivfpq_above=50))
 
 
 def share(true: NDArray[np.int64], found: NDArray[np.int64]) -> float:
@@ -87,7 +92,7 @@ def share(true: NDArray[np.int64], found: NDArray[np.int64]) -> float:
 def test_the_stated_recall_is_the_share_found() -> None:
     x, _ = clusters(2000, 32, 40, 0.5)
     chosen = np.arange(0, 2000, 2)
-    gallery = Vectors(x, chosen)
+    gallery = unit_vectors(x, chosen)
     settings = IndexSettings(ivfpq_above=1, code_bytes=4, probes=2, rerank=0)
     index = build_index(gallery, settings)
     stated = measure_recall(index, gallery)
@@ -97,7 +102,7 @@ def test_the_stated_recall_is_the_share_found() -> None:
         for q in asked.tolist():
             query_row = x[chosen[q]][None]
             true = [n for _, n in brute_force(x[chosen], query_row, k + 1)[0] if n != q][:k]
-            _, found = index.search(Vectors(query_row), 11)
+            _, found = index.search(unit_vectors(query_row), 11)
             got = [n for n in found[0].tolist() if n not in (q, -1)][:k]
             shares.append(len(set(true) & set(got)) / k)
         assert stated[f"recall@{k}"] == pytest.approx(np.mean(shares))
@@ -107,8 +112,8 @@ def test_the_stated_recall_is_the_share_found() -> None:
 
 def test_a_row_that_no_probed_list_holds_is_not_found() -> None:
     x, _ = clusters(600, 16, 40, 0.1)
-    index = build_index(Vectors(x), IndexSettings(ivfpq_above=1, probes=1, code_bytes=16))
-    cosines, found = index.search(Vectors(x[:20]), 400)
+    index = build_index(unit_vectors(x), IndexSettings(ivfpq_above=1, probes=1, code_bytes=16))
+    cosines, found = index.search(unit_vectors(x[:20]), 400)
     assert (found[:, -1] == -1).all()
     assert np.isneginf(cosines[:, -1]).all()
     assert (found[:, 0] == np.arange(20)).all()
@@ -125,18 +130,18 @@ def test_a_row_that_no_probed_list_holds_is_not_found() -> None:
 )
 def test_settings_that_cannot_work(wrong: dict[str, int], option: str) -> None:
     with pytest.raises(InputError, match=option):
-        build_index(Vectors(np.ones((3, 4), np.float32)), IndexSettings(**wrong))
+        build_index(unit_vectors(np.ones((3, 4), np.float32)), IndexSettings(**wrong))
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     x, _ = clusters(600, 16, 5, 0.5)
     with pytest.raises(InputError, match="unknown device"):
-        ExactIndex(Vectors(x), "tpu")
+        ExactIndex(unit_vectors(x), "tpu")
     if not faiss.get_num_gpus():
         with pytest.raises(InputError, match="no GPU"):
-            ExactIndex(Vectors(x), "cuda")
+            ExactIndex(unit_vectors(x), "cuda")
     settings = IndexSettings(ivfpq_above=1, code_bytes=16)
-    _, on_cpu = build_index(Vectors(x), settings, "cpu").search(Vectors(x[:9]), 5)
+    _, on_cpu = build_index(unit_vectors(x), settings, "cpu").search(unit_vectors(x[:9]), 5)
 
     called: list[str] = []
     moved: list[Any] = []
@@ -158,17 +163,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
     monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", Options, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus)
-    ExactIndex(Vectors(x), "cpu").search(Vectors(x[:9]), 5)
+    ExactIndex(unit_vectors(x), "cpu").search(unit_vectors(x[:9]), 5)
     assert called == []
-    _, exact = ExactIndex(Vectors(x)).search(Vectors(x[:9]), 5)
+    _, exact = ExactIndex(unit_vectors(x)).search(unit_vectors(x[:9]), 5)
     assert called
-    _, found = build_index(Vectors(x), settings).search(Vectors(x[:9]), 5)
+    _, found = build_index(unit_vectors(x), settings).search(unit_vectors(x[:9]), 5)
     assert moved == [("IndexFlatL2", False), ("IndexPreTransform", True)]
     assert found.tolist() == on_cpu.tolist()
     assert exact[:, 0].tolist() == list(range(9))
 
     monkeypatch.setattr(ivfpq, "_GPU_MOST", 20)
-    build_index(Vectors(x), settings).search(Vectors(x[:9]), 5)  # fewer candidates, no fault
+    build_index(unit_vectors(x), settings).search(
+        unit_vectors(x[:9]), 5
+    )  # fewer candidates, no fault
 
     def refuses(index: Any, options: Any = None) -> Any:
         if options is None:
@@ -176,11 +183,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         raise RuntimeError("Error in void faiss\nno kernel for 7 bytes")
 
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuses)
-    _, found = build_index(Vectors(x), settings).search(Vectors(x[:9]), 5)
+    _, found = build_index(unit_vectors(x), settings).search(unit_vectors(x[:9]), 5)
     assert found.tolist() == on_cpu.tolist()
     assert "on the CPU: no kernel for 7 bytes" in capsys.readouterr().err
     with pytest.raises(InputError, match="no kernel for 7 bytes"):
-        build_index(Vectors(x), settings, "cuda")
+        build_index(unit_vectors(x), settings, "cuda")
 
 
 @pytest.mark.parametrize("above", [0, 100])
@@ -189,7 +196,7 @@ def test_a_saved_index_is_of_these_features_only(tmp_path: Path, above: int) -> 
     built = build(BuildConfig(features=str(tmp_path / "f"), ivfpq_above=above, probes=3))
     path, features = built.path, read_features(tmp_path / "f")
     saved = open_index(path, features)
-    exact = ExactIndex(Vectors(features.features))
+    exact = ExactIndex(unit_vectors(features.features))
     assert query(features, "v004", 1, saved) == query(features, "v004", 1, exact)
     told = json.loads((tmp_path / "f/retrieval.faiss.json").read_text())
     as_faiss = faiss.read_index(str(path))
@@ -250,5 +257,5 @@ def test_a_file_that_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
 
     assert mapped.sum() == 8192 * 1024
     assert resident_kb() > 30_000
-    assert sum(len(block) for _, block in Vectors(mapped[:, :1000]).blocks()) == 8192
+    assert sum(len(block) for _, block in unit_vectors(mapped[:, :1000]).blocks()) == 8192
     assert resident_kb() < 1000

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cli import run
-from seco.features.rows import FeatureRows, fit_scaling
+from seco.features.matrix import FeatureMatrix, fit_scaling
 from seco.features.store import write_features
 from seco.probe.config import ProbeConfig
 from seco.probe.linear_sgd import fit_linear
@@ -184,20 +184,20 @@ def test_scaling_is_of_the_training_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     array = (1e4 + rng.standard_normal((50, 5))).astype(np.float32)
     array[:, 2], array[7] = 0.1, 0.0  # a constant that no sum of it is exact for
     array[7, 2] = 0.1
-    train = FeatureRows(array, np.arange(0, 50, 3))
-    monkeypatch.setattr("seco.features.rows.BLOCK_BYTES", 4 * 5 * 4)
+    train = FeatureMatrix(array, np.arange(0, 50, 3))
+    monkeypatch.setattr("seco.features.matrix.BLOCK_BYTES", 4 * 5 * 4)
     chosen = array[::3].astype(np.float64)
     scaling = fit_scaling(train, "standard")
     np.testing.assert_allclose(scaling.mean, chosen.mean(0), rtol=1e-12)
     deviation = chosen.std(0)
     deviation[2] = 1
     np.testing.assert_allclose(scaling.deviation, deviation, rtol=1e-6)
-    test = FeatureRows(array, np.array([1, 7])).scaled(scaling)
+    test = FeatureMatrix(array, np.array([1, 7])).scaled(scaling)
     expected = (array[[1, 7]] - chosen.mean(0)) / deviation
     np.testing.assert_allclose(test.block(0, 2), expected, rtol=1e-5, atol=1e-5)
-    unit = FeatureRows(array * 0 + np.float32([3, 4, 0, 0, 0])).scaled(fit_scaling(train, "l2"))
+    unit = FeatureMatrix(array * 0 + np.float32([3, 4, 0, 0, 0])).scaled(fit_scaling(train, "l2"))
     np.testing.assert_allclose(unit.take(np.array([4])), [[0.6, 0.8, 0, 0, 0]])
-    assert FeatureRows(array).scaled(fit_scaling(train, "none")).block(0, 50).tobytes() == (
+    assert FeatureMatrix(array).scaled(fit_scaling(train, "none")).block(0, 50).tobytes() == (
         array.tobytes()
     )
 
@@ -205,19 +205,21 @@ def test_scaling_is_of_the_training_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_the_linear_classifier_learns_whatever_the_scale(tmp_path: Path, scale: float) -> None:
     x, labels = clusters(200, 20, 4, 0.7)
-    fitted = fit_linear(FeatureRows(scale * x[:100]), labels[:100], epochs=20, batch_size=32)
+    fitted = fit_linear(FeatureMatrix(scale * x[:100]), labels[:100], epochs=20, batch_size=32)
     right = fitted.classes[fitted.scores(scale * x[100:]).argmax(1)] == labels[100:]
     assert right.mean() > 0.95
-    again = fit_linear(FeatureRows(scale * x[:100]), labels[:100], epochs=20, batch_size=32)
+    again = fit_linear(FeatureMatrix(scale * x[:100]), labels[:100], epochs=20, batch_size=32)
     assert again.weights.tobytes() == fitted.weights.tobytes()
-    other = fit_linear(FeatureRows(scale * x[:100]), labels[:100], epochs=20, batch_size=32, seed=1)
+    other = fit_linear(
+        FeatureMatrix(scale * x[:100]), labels[:100], epochs=20, batch_size=32, seed=1
+    )
     assert other.weights.tobytes() != fitted.weights.tobytes()
 
 
 def test_linear_sgd_against_a_loop() -> None:
     x, labels = clusters(12, 5, 3, 1.0)
     fitted = fit_linear(
-        FeatureRows(x), labels, lr=2.0, epochs=3, batch_size=5, weight_decay=0.01, seed=4
+        FeatureMatrix(x), labels, lr=2.0, epochs=3, batch_size=5, weight_decay=0.01, seed=4
     )
     square = float((x.astype(np.float64) ** 2).sum(1).mean())
     generator = torch.Generator().manual_seed(4)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cli import run
+from seco.features.matrix import unit_vectors
 from seco.features.store import read_features, write_features
-from seco.features.vectors import Vectors
 from seco.pages.thumbnails import frames_of
 from seco.report.records import parse_retrieval
 from seco.retrieve.config import EvaluateConfig
@@ -95,7 +95,7 @@ def test_a_query_leaves_itself_out(tmp_path: Path) -> None:
     rows = made_rows([n % 3 for n in range(59)] + [None], [{"1": "train"}] * 60)
     write_clusters(tmp_path, rows=rows)
     features = read_features(tmp_path)
-    index = ExactIndex(Vectors(features.features))
+    index = ExactIndex(unit_vectors(features.features))
     nearest = query(features, "v000", 7, index)
     assert len(nearest) == 7
     assert "v000" not in {n.key for n in nearest}
@@ -141,8 +141,8 @@ def test_the_page_shows_pictures_and_escapes_names(tmp_path: Path) -> None:
             return [b"no picture"]
         return [drawn_frame(len(wanted), n) for n in range(count)]
 
-    nearest = query(features, key, 25, ExactIndex(Vectors(features.features)))
-    share = right_among_nearest(features, 25, ExactIndex(Vectors(features.features)))
+    nearest = query(features, key, 25, ExactIndex(unit_vectors(features.features)))
+    share = right_among_nearest(features, 25, ExactIndex(unit_vectors(features.features)))
     shown = [of_video(features, key, nearest, pictures)]
     html = render_query_page(features, shown, share, pictures)
     page = Page(html)
@@ -216,7 +216,7 @@ def test_how_many_of_the_nearest_are_right_is_averaged_over_the_test_videos(
 ) -> None:
     write_clusters(tmp_path, spread=2.5)
     features = read_features(tmp_path)
-    found = right_among_nearest(features, 7, ExactIndex(Vectors(features.features)))
+    found = right_among_nearest(features, 7, ExactIndex(unit_vectors(features.features)))
     assert found is not None
     tests = [v for v in range(60) if features.splits["1"][v] == "test"]
     right = []
@@ -229,7 +229,7 @@ def test_how_many_of_the_nearest_are_right_is_averaged_over_the_test_videos(
     assert (found.queries, found.tests) == (len(tests), True)
     assert f"averaged over {len(tests)} test videos" in found.sentence()
     without = dataclasses.replace(features, labels=np.full(60, -1))
-    assert right_among_nearest(without, 7, ExactIndex(Vectors(features.features))) is None
+    assert right_among_nearest(without, 7, ExactIndex(unit_vectors(features.features))) is None
 
 
 def test_all_splits_are_averaged(tmp_path: Path) -> None:

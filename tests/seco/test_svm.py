@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.svm import LinearSVC
 
-from seco.features import rows as feature_rows
-from seco.features.rows import FeatureRows, Scaling, fit_scaling
+from seco.features import matrix as feature_rows
+from seco.features.matrix import FeatureMatrix, Scaling, fit_scaling
 from seco.probe import svm as svm_module
 from seco.probe import svm_liblinear, svm_newton, svm_rounds, svm_rows
 from seco.probe.knn import knn_scores
@@ -257,7 +257,7 @@ def test_no_memory_for_all_rows_at_once(tmp_path: Any, monkeypatch: pytest.Monke
         return apply(self, rows)
 
     monkeypatch.setattr(Scaling, "apply", noted)
-    rows = FeatureRows(np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(0, 3000, 2))
+    rows = FeatureMatrix(np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(0, 3000, 2))
     fit_svm(rows.scaled(fit_scaling(rows, "standard")), labels[::2])
     assert 100 <= most < 1000  # blocks, and rows of a working set
 
@@ -305,7 +305,7 @@ def test_what_cannot_be_fitted() -> None:
     with pytest.raises(ValueError, match="tolerance 0"):
         fit_svm(x, np.zeros(4), tolerance=0.0)
     with pytest.raises(ValueError, match="do not match"):
-        fit_svm(FeatureRows(x, np.arange(2)), np.zeros(4))
+        fit_svm(FeatureMatrix(x, np.arange(2)), np.zeros(4))
     with pytest.raises(ValueError, match="not \\(N, D\\)"):
         fit_svm(x[0], np.zeros(3))
     for bad in (np.nan, np.inf):
@@ -348,7 +348,7 @@ def test_knn_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     x, labels = clusters(60, 5, 3, 2.0)
     train, test, y = x[:40], x[40:], labels[:40] * 10
     monkeypatch.setattr("seco.probe.knn._BLOCK_BYTES", 4 * 18 * 3)  # three test rows a block
-    monkeypatch.setattr("seco.features.rows.BLOCK_BYTES", 4 * 5 * 11)  # eleven training rows
+    monkeypatch.setattr("seco.features.matrix.BLOCK_BYTES", 4 * 5 * 11)  # eleven training rows
     classes, votes = knn_scores(train, y, test, neighbours=7, temperature=0.1)
     assert classes.tolist() == [0, 10, 20]
     for row, given in zip(test, votes, strict=True):
