@@ -16,7 +16,7 @@ from seco.checkpoints.weights import random_backbone
 from seco.processes.device import resolve_device, wall_milliseconds
 from seco.processes.ranks import Ranks
 from seco.track.config import EXEMPLAR_PX, TRAIN_SEARCH_PX, TrackerConfig, TrackTrainConfig
-from seco.track.frames import frames_ahead
+from seco.track.eval import frames_ahead
 from seco.track.model import SiamFC
 from seco.track.pairs import PairLoader
 from seco.track.tracker import Tracker

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from seco.track.config import EXEMPLAR_PX, SEARCH_PX, STRIDE, TRAIN_SEARCH_PX, TrackerConfig
 from seco.track.crops import target_of
-from seco.track.loss import balanced_loss, response_labels
 from seco.track.model import SiamFC
+from seco.track.train import balanced_loss, response_labels
 from seco.views.augment import normalise
 from seco.views.crops import Pixels
 

@@ -3,23 +3,239 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
+import platform
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Protocol
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol
 
 import seco
-from seco.doctor.distributions import BROKEN, MISSING, NOT_USED, OK, Found
+from seco.doctor.distributions import BROKEN, DISTRIBUTION, MISSING, NOT_USED, OK, Found
 from seco.doctor.libraries import CHECKS, blocked, one_line
-from seco.doctor.machine import MACHINE
-from seco.doctor.parts import KNOWN
 from seco.pages.text import printable
+from shards.cpus import usable_cpus
 from shards.errors import InputError
+from shards.progress import size_text
+
+
+class Known(NamedTuple):
+    """What is known of a part without looking."""
+
+    cost: str  # of not having it
+    fix: str
+    serves: tuple[str, ...] = ()  # what does not work without it
+    core: bool = False  # every user needs it
+
+
+_PREPARE, _TRAIN = "prepare", "pretrain, finetune, extract-features, probe, track"
+_ALL_COMMANDS = (_PREPARE, _TRAIN, "retrieve")
+_COMPILE = "torch.compile"
+_NO_TORCH = "training, features and evaluation do not work"
+_TORCH_PAIR = "pip install --upgrade --force-reinstall torch torchvision"
+
+
+def _extra(name: str) -> str:
+    return f'pip install "{DISTRIBUTION}[{name}]"'
+
+
+# In the order in which they are shown.
+KNOWN: dict[str, Known] = {
+    "Python": Known("nothing works", "install Python 3.10 or newer", _ALL_COMMANDS, core=True),
+    "CPUs": Known("", ""),
+    "memory": Known("", ""),
+    "/dev/shm": Known(
+        "finetune and track train with workers, NCCL and Ray may fail (pretrain and "
+        "extract-features do not use it)",
+        "in a container: docker run --shm-size=8g; or --workers 0",
+    ),
+    "open files": Known("datasets of many shards may fail: too many open files", "ulimit -n 65536"),
+    "file locks": Known(
+        "--cache-dir fails in this folder; two `seco prepare` here do not notice each other",
+        "give --cache-dir and --out a folder on a local disk",
+    ),
+    "ffmpeg": Known(
+        "videos cannot be decoded: prepare, demo, track run, retrieve query --file",
+        "pip install --force-reinstall imageio-ffmpeg, or name a binary with SECO_FFMPEG",
+        (_PREPARE,),
+        core=True,
+    ),
+    "video codecs": Known(
+        "videos that need these decoders are excluded; the demo and track run need the encoders",
+        "unset SECO_FFMPEG to use the ffmpeg of imageio-ffmpeg, which has all of them",
+    ),
+    "torch": Known(_NO_TORCH, _TORCH_PAIR, _ALL_COMMANDS[1:], core=True),
+    "torchvision": Known(_NO_TORCH, _TORCH_PAIR, _ALL_COMMANDS[1:], core=True),
+    "simplejpeg": Known(
+        "frames can be neither encoded nor decoded",
+        "pip install simplejpeg",
+        _ALL_COMMANDS,
+        core=True,
+    ),
+    "Pillow": Known("frames cannot be resized", "pip install pillow", _ALL_COMMANDS, core=True),
+    "tensorboard": Known(
+        "training does not start", "pip install tensorboard", (_TRAIN,), core=True
+    ),
+    "safetensors": Known(
+        "checkpoints cannot be read", "pip install safetensors", _ALL_COMMANDS[1:], core=True
+    ),
+    "other packages": Known(
+        "most commands do not start", f"pip install {DISTRIBUTION}", _ALL_COMMANDS, core=True
+    ),
+    "pillow-simd": Known(
+        "extract-features resizes frames more slowly",
+        'make install-simd, or: pip uninstall --yes pillow && CC="cc -mavx2" '
+        "pip install --no-binary pillow-simd pillow-simd",
+    ),
+    "faiss": Known(
+        "retrieve and demo do not work",
+        f"{_extra('cpu')}, or, on a machine with a GPU, {_extra('gpu')}",
+        ("retrieve",),
+    ),
+    "GPU": Known(
+        "everything runs on the CPU",
+        "install NVIDIA's driver until nvidia-smi lists the GPU; in a container: "
+        "docker run --gpus all",
+        ("computing on GPUs",),
+    ),
+    "NCCL": Known(
+        "training cannot use several GPUs",
+        "install a torch built for CUDA: https://pytorch.org/get-started/locally",
+        ("training on several GPUs",),
+    ),
+    "nvJPEG": Known("--decode nvjpeg does not work", _TORCH_PAIR, ("--decode nvjpeg",)),
+    "faiss on GPUs": Known(
+        "retrieve searches on the CPU",
+        f"pip uninstall --yes faiss-cpu && {_extra('gpu')}",
+        ("retrieve on GPUs",),
+    ),
+    "C compiler": Known(
+        "training and its views are not compiled, and slower on a GPU; --compile has no effect",
+        "install compilers of C and C++ and Python's headers (Debian: apt-get install g++ "
+        "python3-dev), or name compilers with CC and CXX",
+        (_COMPILE,),
+    ),
+    "Triton": Known(
+        "training and its views are not compiled, and slower",
+        f"{_TORCH_PAIR} triton",
+        (_COMPILE,),
+    ),
+    "Ray": Known("--engine ray does not work", _extra("ray"), ("--engine ray",)),
+    "s3fs": Known("s3:// addresses do not work", _extra("s3"), ("s3://",)),
+    "aiohttp": Known("https:// addresses do not work", "pip install aiohttp", ("https://",)),
+    "gcsfs": Known("gs:// addresses do not work", "pip install gcsfs", ("gs://",)),
+    "adlfs": Known("az:// addresses do not work", "pip install adlfs", ("az://",)),
+}
+
+
+_LEAST_OPEN_FILES = 1024  # a reader holds up to 256 shards (shards/access.py); workers add pipes
+_LEAST_SHARED_BYTES = 1e9
+_COMPILER_SECONDS = 180.0
+
+
+def _python() -> Found:
+    where = "in a virtual environment" if sys.prefix != sys.base_prefix else "of the whole system"
+    system = f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}"
+    return Found(OK, platform.python_version(), f"{where}; {system.strip()}")
+
+
+def _cpus() -> Found:
+    usable, all_of_them = usable_cpus(), os.cpu_count()
+    detail = f"{usable} of {all_of_them} can be used"
+    quota = _first_line("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        detail += f"; the container may use the time of {int(quota[0]) / int(quota[1]):g}"
+    return Found(OK, detail=detail)
+
+
+def _memory() -> Found:
+    detail = size_text(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = _first_line("/sys/fs/cgroup/memory.max")
+    if limit.isdigit():
+        detail += f"; the container may use {size_text(int(limit))}"
+    return Found(OK, detail=detail)
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def _shared_memory() -> Found:
+    if not os.path.isdir("/dev/shm"):
+        return Found(NOT_USED)
+    disk = shutil.disk_usage("/dev/shm")
+    state = OK if disk.free >= _LEAST_SHARED_BYTES else BROKEN
+    return Found(state, detail=f"{size_text(disk.free)} of {size_text(disk.total)} free")
+
+
+def _open_files() -> Found:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return Found(OK, detail="no limit")
+    state = OK if soft >= _LEAST_OPEN_FILES else BROKEN
+    most = "without limit" if hard == resource.RLIM_INFINITY else f"up to {hard}"
+    return Found(state, detail=f"{soft} per process; can be raised {most}")
+
+
+def _file_locks() -> Found:
+    try:
+        with tempfile.TemporaryFile(dir=".") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError:
+        return Found(NOT_USED, detail="this folder cannot be written to")
+    except OSError as error:
+        return Found(MISSING, detail=f"not in this folder ({error.strerror})")
+    return Found(OK, detail="in this folder")
+
+
+def _compiler() -> Found:
+    # As Triton and torch's inductor look for them.
+    c = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not c or not cxx:
+        return Found(MISSING, detail=f"no {'C++' if c else 'C'} compiler was found")
+    include = sysconfig.get_config_var("INCLUDEPY")
+    for command, language in ((c, "c"), (cxx, "c++")):
+        done = subprocess.run(
+            [*command.split(), "-x", language, "-fsyntax-only", f"-I{include}", "-"],
+            input=b"#include <Python.h>\n",
+            capture_output=True,
+            timeout=_COMPILER_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            said = one_line(done.stderr.decode("utf-8", "replace"))
+            return Found(BROKEN, detail=f"{command} cannot compile against Python.h: {said}")
+    shown = subprocess.run(
+        [*c.split(), "--version"], capture_output=True, timeout=_COMPILER_SECONDS
+    )
+    version = one_line(shown.stdout.decode("utf-8", "replace").partition("\n")[0])
+    return Found(OK, version, "C and C++, with Python's headers")
+
+
+MACHINE: dict[str, Callable[[], Found]] = {
+    "Python": _python,
+    "CPUs": _cpus,
+    "memory": _memory,
+    "/dev/shm": _shared_memory,
+    "open files": _open_files,
+    "file locks": _file_locks,
+    "C compiler": _compiler,
+}
+
 
 LIMIT_SECONDS = 180.0  # of one library: torch from a slow network disk takes a minute
 # Takes no module from the current folder, and this package from where it is, whatever else is

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seco.model.negatives import negative_logsumexp
+from seco.model.queue import negative_logsumexp
 
 
 def inter_loss(

@@ -6,20 +6,21 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from seco.checkpoints.weights import tensors_sha256
+from seco.pages.html import INK
 from seco.processes.device import resolve_device
 from seco.runs.run_state import epochs_reached
 from seco.track.config import OTB, TrackEvalConfig, check_tracker
-from seco.track.frames import frames_ahead
 from seco.track.model import load_tracker
-from seco.track.otb_metrics import curves
-from seco.track.plots import write_plots
+from seco.track.otb_metrics import PRECISION_THRESHOLDS, SUCCESS_THRESHOLDS, Curves, curves
 from seco.track.results import (
     MOST_NAMED,
     Evaluation,
@@ -31,14 +32,95 @@ from seco.track.results import (
 )
 from seco.track.tracker import Tracker
 from seco.track.video import TRACKED, TRUE, WriteVideo, with_boxes
-from seco.views.crops import Pixels
-from shards.access import UnreadableFrame
-from shards.atomic import require_writable
+from seco.views.crops import BrokenJpeg, Pixels, decode_jpeg
+from shards.access import UnreadableFrame, readable
+from shards.atomic import atomic_path, require_writable
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.pairs import boxes_of, require_boxes
 from shards.progress import Progress, progress
 from shards.reader import ShardSet
+
+_READ_AT_ONCE = 8  # frames; remote shards answer for all of them in one round trip
+
+
+def frames_ahead(shards: ShardSet, video: int) -> Iterator[Pixels | str]:
+    """The (H, W, 3) frames of a sequence in time order; in the place of an unreadable one, why."""
+    count = shards.frame_count(video)
+
+    def read(first: int) -> list[Pixels | str]:
+        numbers = range(first, min(first + _READ_AT_ONCE, count))
+        return [_decoded(data) for data in shards.read_frames([(video, n) for n in numbers])]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="frames") as thread:
+        ahead = thread.submit(read, 0)
+        for first in range(0, count, _READ_AT_ONCE):
+            frames = ahead.result()
+            if first + _READ_AT_ONCE < count:
+                ahead = thread.submit(read, first + _READ_AT_ONCE)
+            yield from frames
+
+
+def _decoded(data: bytes | UnreadableFrame) -> Pixels | str:
+    try:
+        return decode_jpeg(readable(data))
+    except (UnreadableFrame, BrokenJpeg) as error:
+        return str(error)
+
+
+SUCCESS_PLOT, PRECISION_PLOT = "success.png", "precision.png"
+_INCHES = (5.2, 3.9)
+_DPI = 150
+_FEW = 8  # sequences that are drawn one by one
+_STYLES = ("-", "--", "-.", ":")
+
+
+def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curves]) -> None:
+    """Write ``success.png`` and ``precision.png``; a few sequences are drawn one by one, too."""
+    plots = (
+        (SUCCESS_PLOT, SUCCESS_THRESHOLDS, "success", "overlap threshold", mean.success_auc, "AUC"),
+        (
+            PRECISION_PLOT,
+            PRECISION_THRESHOLDS,
+            "precision",
+            "distance of the centres, px",
+            mean.precision_20,
+            "at 20 px",
+        ),
+    )
+    for name, thresholds, kind, axis, score, what in plots:
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        if len(sequences) <= _FEW:
+            for number, (sequence, one) in enumerate(sequences.items()):
+                # Line styles, too: not everybody tells eight colours apart.
+                style = _STYLES[number % len(_STYLES)]
+                axes.plot(thresholds, getattr(one, kind), style, linewidth=1, label=sequence)
+        axes.plot(
+            thresholds,
+            getattr(mean, kind),
+            color=INK,
+            linewidth=2.5,
+            label=f"{tracker}, {what} {score:.3f}",
+        )
+        if kind == "precision":
+            axes.axvline(20, color="#707070", linewidth=0.8, linestyle=":")
+        axes.set(
+            xlabel=axis,
+            ylabel=f"{kind}, share of frames",
+            xlim=(thresholds[0], thresholds[-1]),
+            ylim=(0, 1.02),
+            title=f"{kind.capitalize()}, one pass, mean of {len(sequences)} sequences",
+        )
+        axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
+        axes.legend(
+            loc="lower right" if kind == "precision" else "upper right",
+            framealpha=0.9,
+            fontsize="small",
+        )
+        with atomic_path(out / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+
 
 _ASSUMED_FPS = 30.0  # of videos, where the data set does not tell
 _INFERENCE = (

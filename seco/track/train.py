@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from seco.checkpoints.backbone_guard import BackboneGuard
 from seco.checkpoints.checkpoint import load_checkpoint
@@ -25,12 +26,12 @@ from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume
 from seco.runs.training_run import TrainingRun, Waiting, one_voice
 from seco.track.config import (
+    STRIDE,
     TRAIN_SEARCH_PX,
     TrackTrainConfig,
     check_training,
     response_cells,
 )
-from seco.track.loss import balanced_loss, response_labels
 from seco.track.model import TRACKER, SiamFC
 from seco.track.pairs import PairBatch, PairLoader
 from seco.views.augment import normalise
@@ -38,6 +39,31 @@ from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, chosen_window, open_shards
 from shards.pairs import PairStream, require_boxes
+
+
+def response_labels(size: int, radius_px: float) -> Tensor:
+    """(size, size) float32: 1 within ``radius_px`` of the centre in city-block distance, else 0.
+
+    Cells are 8 px apart and the target is in the middle, between cells where ``size`` is even.
+    """
+    away = (torch.arange(size) - (size - 1) / 2).abs()
+    return ((away[:, None] + away[None, :]) * STRIDE <= radius_px).float()
+
+
+def balanced_loss(responses: Tensor, labels: Tensor) -> Tensor:
+    """The logistic loss, positives and negatives weighing one half each, mean over the pairs.
+
+    Args:
+        responses: (N, S, S) logits.
+        labels: (S, S) of :func:`response_labels`; there must be both kinds.
+    """
+    positives = labels.sum()
+    weights = torch.where(labels > 0, 0.5 / positives, 0.5 / (labels.numel() - positives))
+    losses = F.binary_cross_entropy_with_logits(
+        responses, labels.expand_as(responses), reduction="none"
+    )
+    return (losses * weights).sum() / len(responses)
+
 
 _MEASURED_PAIRS = 64  # whose features are standardised with
 

@@ -30,7 +30,7 @@ from seco.compare.result import CompareResult
 from seco.evaluation.splits import read_train_test
 from seco.extract.config import ExtractConfig
 from seco.features.store import write_features
-from seco.model.encoder import build_backbone
+from seco.model.method import build_backbone
 from seco.probe.config import ProbeConfig
 from seco.probe.probe import probe
 from seco.retrieve.config import EvaluateConfig

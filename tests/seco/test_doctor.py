@@ -23,10 +23,8 @@ import torch
 import cli
 from pipelines._ffmpeg import FfmpegFacts, ffmpeg_binary, ffmpeg_version
 from seco.doctor import distributions, doctor, libraries
-from seco.doctor.doctor import check_libraries
+from seco.doctor.doctor import KNOWN, MACHINE, check_libraries
 from seco.doctor.libraries import CHECKS, OTHER_PACKAGES, Check, run_check
-from seco.doctor.machine import MACHINE
-from seco.doctor.parts import KNOWN
 from tests.data import ROOT, lacking
 
 CORE = {name for name, known in KNOWN.items() if known.core}

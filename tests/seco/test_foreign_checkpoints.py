@@ -27,7 +27,7 @@ from seco.checkpoints.torch_files import load_torch_file
 from seco.checkpoints.weights import load_backbone
 from seco.config import PretrainConfig, resolve
 from seco.model.method import SeCo
-from seco.pretrain.initialise import initialise
+from seco.pretrain.trainer import initialise
 from shards.errors import InputError
 from tests.made_shards import make_set
 

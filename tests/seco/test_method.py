@@ -18,9 +18,8 @@ from seco.config import PretrainConfig, negative_count, resolve
 from seco.loading.device_views import DeviceViews
 from seco.model.backbones import build_backbone, feature_dim
 from seco.model.batchnorm import running_statistics
-from seco.model.encoder import Encoder
 from seco.model.key_shuffle import KeyShuffle
-from seco.model.method import SeCo, StepResult
+from seco.model.method import Encoder, SeCo, StepResult
 from seco.pretrain.step import GlobalRows, TrainingStep, _mean, for_device, step_seed
 from seco.processes.ranks import Ranks
 from seco.views.view_parameters import VIEW_DRAWS, ViewConfig

@@ -18,7 +18,7 @@ from seco.inspect.contact_sheet import (
     draw_strips,
     write_contact_sheet,
 )
-from seco.inspect.set_page import render_set_page, write_set_page
+from seco.inspect.inspection import render_set_page, write_set_page
 from seco.inspect.set_summary import human_bytes, lines, summarise
 from shards.format import VideoRecord
 from shards.opening import open_shards

@@ -29,11 +29,10 @@ from seco.track.config import (
 )
 from seco.track.crops import box_of, mean_colour, square_crops, target_of
 from seco.track.dilate import DilatedBackbone
-from seco.track.loss import balanced_loss, response_labels
 from seco.track.model import SiameseHead, SiamFC, cross_correlation
 from seco.track.pairs import PairMaker, training_crop
 from seco.track.tracker import peak
-from seco.track.train import PairStep
+from seco.track.train import PairStep, balanced_loss, response_labels
 from shards.opening import open_shards
 from shards.pairs import PairStream, draw_pair
 from tests.made_sequences import make_sequences
