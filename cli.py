@@ -203,7 +203,7 @@ def index(shards: tuple[str, ...], force: bool) -> None:
     \b
     Example: seco index "foreign/*.tar"
     """
-    from shards.reindex import reindex
+    from shards.verify import reindex
 
     print(reindex(shards, force))
 

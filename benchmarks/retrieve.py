@@ -30,9 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import machine  # noqa: E402
-from seco.features.format import FORMAT_VERSION  # noqa: E402
 from seco.features.matrix import unit_vectors  # noqa: E402
-from seco.features.store import FEATURES, HALVES, META, VIDEOS, read_features  # noqa: E402
+from seco.features.store import (  # noqa: E402
+    FEATURES,
+    FORMAT_VERSION,
+    HALVES,
+    META,
+    VIDEOS,
+    read_features,
+)
 from seco.retrieve.index_files import INDEX, open_index  # noqa: E402
 from seco.retrieve.ivfpq import ApproximateIndex  # noqa: E402
 from seco.retrieve.nearest import ExactIndex, NearestIndex  # noqa: E402

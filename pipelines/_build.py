@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines._adapter import Video
-from pipelines._colour import jpeg_planes
+from pipelines._colour import encode_jpeg, jpeg_planes
 from pipelines._decode import DecodeError, Frame, WrongForecast, decoding
 from pipelines._ffmpeg import kill_running
 from pipelines._finished import FinishedShard, finished_shard
 from pipelines._frames import FrameChoice, nearest_distinct
-from pipelines._jpeg import encode_jpeg
 from pipelines._mp4 import forecast_times
 from pipelines._plan import ShardPlan, described
 from pipelines._sequences import store_sequence

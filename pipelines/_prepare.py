@@ -202,7 +202,7 @@ def _todo(plan: SetPlan, results: dict[str, ShardResult], retry_failed: bool) ->
 def _engine(config: PrepareConfig) -> Engine:
     if config.engine == "local":
         return build_shards
-    from pipelines._ray import ray_engine
+    from pipelines._engine import ray_engine
 
     return ray_engine(config.ray_address, limited=config.workers is not None)
 

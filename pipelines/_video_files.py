@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines._colour import jpeg_planes
+from pipelines._colour import encode_jpeg, jpeg_planes
 from pipelines._decode import DecodeError, Decoding, decoding
 from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, local_url, run_ffmpeg
-from pipelines._jpeg import encode_jpeg
 from shards.atomic import atomic_path
 from shards.errors import InputError
 

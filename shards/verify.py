@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,10 +21,68 @@ import simplejpeg
 from shards.cpus import usable_cpus
 from shards.errors import InputError
 from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
-from shards.index import CONTENTS, ShardIndex, build_index, read_index
+from shards.index import CONTENTS, ShardIndex, build_index, read_index, write_index
 from shards.progress import progress
 from shards.spec import local_tars
 from shards.tar_members import TarMember, tar_members
+
+
+def reindex(spec: str | Iterable[str], force: bool = False) -> str:
+    """Write the index of every tar that has none, or one of another size; returns a summary.
+
+    An index that is replaced hands on what is not in the tar (what the shard was made from, and
+    which videos could not be stored), if it is of this very tar.
+
+    Args:
+        force: of all tars.
+
+    Raises:
+        InputError: some of them could not be indexed; all others have been.
+    """
+    tars = local_tars(spec)
+    made, kept = 0, 0
+    failures: list[InputError] = []
+    with progress("index", len(tars), "shards") as bar:
+        for tar in tars:
+            path = tar.with_suffix(".idx")
+            old = _readable(path)
+            try:
+                if old is not None and not force and _describes(old, tar):
+                    kept += 1
+                else:
+                    write_index(path, _made(tar, old))
+                    made += 1
+            except InputError as error:
+                failures.append(error)
+            bar.advance()
+    summary = f"{made} indexes written, {kept} were there already"
+    if failures:
+        raise InputError(
+            f"{len(failures)} of {len(tars)} shards could not be indexed: "
+            + "; ".join(map(str, failures[:3]))
+            + ("; …" if failures[3:] else ""),
+            fix=summary,
+        )
+    return summary
+
+
+def _readable(path: Path) -> ShardIndex | None:
+    try:
+        return read_index(path)
+    except InputError:
+        return None
+
+
+def _describes(index: ShardIndex, tar: Path) -> bool:
+    return (index.info.file, index.info.bytes) == (tar.name, tar.stat().st_size)
+
+
+def _made(tar: Path, old: ShardIndex | None) -> ShardIndex:
+    index = build_index(tar)
+    if old is None or old.info.sha256 != index.info.sha256:
+        return index
+    return replace(index, plan_digest=old.plan_digest, exclusions=old.exclusions)
+
 
 _MOST_NAMED = 10  # faults of one shard that are told one by one
 _MAX_FRAME_BYTES = 256 << 20

@@ -26,7 +26,6 @@ from seco.compare.encoders import (
     open_encoders,
 )
 from seco.compare.intervals import UNDECIDED, GroupBootstrap, Interval, decide
-from seco.compare.maps import FEWEST_VIDEOS, draw, place, shown_rows
 from seco.compare.measures import (
     SCALINGS,
     Classified,
@@ -37,7 +36,7 @@ from seco.compare.measures import (
     hold_outs,
     same_video,
 )
-from seco.compare.page import render_compare_page
+from seco.compare.page import FEWEST_VIDEOS, draw, place, render_compare_page, shown_rows
 from seco.compare.result import RANK, CompareResult, Difference, Measure, Pair
 from seco.compare.videos import choose_videos
 from seco.evaluation.splits import TrainTest

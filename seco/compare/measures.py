@@ -17,8 +17,8 @@ from seco.evaluation.predictions import judge
 from seco.evaluation.splits import TrainTest
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
 from seco.probe.knn import knn_votes
+from seco.probe.probe import held_out
 from seco.probe.svm import LinearSVM, fit_svm
-from seco.probe.validation import held_out
 from seco.retrieve.nearest import ExactIndex
 from shards.errors import InputError
 

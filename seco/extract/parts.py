@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from seco import __version__
 from seco.checkpoints.weights import Backbone
 from seco.extract.config import ExtractConfig
-from seco.features.format import require_finite
-from seco.features.writer import FeaturePart, Floats
+from seco.features.store import FeaturePart, Floats, require_finite
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import ShardIndex

@@ -18,9 +18,17 @@ from seco.checkpoints.weights import Backbone, load_backbone
 from seco.extract.config import ExtractConfig, frames_of, validate
 from seco.extract.forwards import Forwards
 from seco.extract.parts import Parts, ShardFeatures, digest_of, part_digests
-from seco.features.format import ERRORS, FEATURES, FRAMES, HALVES, META, PARTS, VIDEOS
-from seco.features.store import encoder_name
-from seco.features.writer import write_feature_parts
+from seco.features.store import (
+    ERRORS,
+    FEATURES,
+    FRAMES,
+    HALVES,
+    META,
+    PARTS,
+    VIDEOS,
+    encoder_name,
+    write_feature_parts,
+)
 from seco.processes.device import uses_bf16
 from shards.access import UnreadableFrame
 from shards.atomic import require_writable

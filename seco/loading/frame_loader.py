@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from seco.loading.batch_ring import BatchRing
 from seco.loading.forked_loader import forked_loader
+from seco.loading.loader import BatchRing
 from seco.views.video_frames import VideoFrames
 from shards.access import UnreadableFrame
 

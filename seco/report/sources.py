@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from seco.features.format import PROBES
+from seco.features.store import PROBES
 from seco.pages.text import printable
 from seco.report.records import (
     Comparison,

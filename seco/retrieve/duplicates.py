@@ -7,25 +7,277 @@ Candidates come cheaply and too many, from features and from small pictures; fra
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seco.evaluation.splits import choose_split
 from seco.features.matrix import FeatureMatrix, unit_vectors
-from seco.features.store import read_features, require_same_encoder
+from seco.features.store import Features, read_features, require_same_encoder
+from seco.pages.html import render_page
+from seco.pages.text import printable
+from seco.pages.thumbnails import frames_of, thumbnail
 from seco.retrieve.config import DuplicatesConfig
-from seco.retrieve.duplicate_frames import FrameReader, Group
-from seco.retrieve.duplicate_records import Duplicates, Pair, write_pairs
-from seco.retrieve.duplicates_page import render_duplicates_page
-from seco.retrieve.fingerprints import Match, compare
+from seco.retrieve.fingerprints import (
+    COPY,
+    MOST_FRAMES,
+    SIDE_PX,
+    Fingerprint,
+    Match,
+    compare,
+    fingerprint,
+    mirrored,
+    picture_vector,
+)
 from seco.retrieve.nearest import ExactIndex, NearestIndex
+from seco.views.video_frames import evenly_spaced
+from shards.access import UnreadableFrame
 from shards.atomic import require_writable, write_text
+from shards.cpus import usable_cpus
+from shards.csv_rows import csv_text
 from shards.errors import InputError
+from shards.opening import open_shards
 from shards.progress import progress
+from shards.reader import ShardSet
+
+COLUMNS = (
+    *("key", "split", "near_key", "near_split", "kind", "mirrored", "similarity"),
+    *("appearance", "motion", "shift_seconds"),
+)
+_UNVERIFIED = "unverified"
+_LINES_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two videos of different splits that are, or look, the same."""
+
+    key: str
+    split: str
+    near_key: str
+    near_split: str
+    similarity: float  # cosine of the features
+    match: Match | None  # None: the frames were not looked at
+
+    @property
+    def kind(self) -> str:
+        """``copy``, ``near``, or ``unverified``."""
+        return _UNVERIFIED if self.match is None else str(self.match.kind)
+
+    @property
+    def mirrored(self) -> bool:
+        """One of them is the mirror image of the other."""
+        return self.match is not None and self.match.mirrored
+
+    def row(self) -> list[str]:
+        """Values of ``COLUMNS``."""
+        told = [self.key, self.split, self.near_key, self.near_split, self.kind]
+        told += ["yes" if self.mirrored else "", f"{self.similarity:.6f}"]
+        if self.match is None:
+            return [*told, "", "", ""]
+        numbers = (self.match.appearance, self.match.motion, self.match.shift_seconds)
+        return [*told, *(f"{number:.4f}" for number in numbers)]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What was found, the surest first."""
+
+    pairs: list[Pair]
+    compared: int  # pairs of videos whose frames were compared
+    unreadable: list[str]  # videos without a frame that decodes
+    path: Path
+    threshold: float | None  # of the cosine, where frames were not looked at
+
+    def table(self) -> str:
+        """Lines for a terminal."""
+        if self.threshold is not None:
+            head = (
+                f"{len(self.pairs)} pairs across splits with a cosine of {self.threshold:g} or more"
+            )
+        else:
+            head = (
+                f"{len(self.pairs)} pairs across splits show the same video or nearly so "
+                f"({self.compared} compared frame by frame)"
+            )
+        lines = [
+            f"  {pair.kind}{', mirrored' if pair.mirrored else ''}  "
+            f"{pair.split}: {pair.key}   {pair.near_split}: {pair.near_key}"
+            for pair in self.pairs[:_LINES_SHOWN]
+        ]
+        if len(self.pairs) > _LINES_SHOWN:
+            lines.append(f"  … all are in {self.path}")
+        if self.unreadable:
+            first = self.unreadable[0]
+            lines.append(f"{len(self.unreadable)} videos have no readable frame, first {first}")
+        return "\n".join([head, *map(printable, lines)])
+
+
+def write_pairs(found: Duplicates) -> None:
+    """Write ``duplicates.csv``, a row a pair.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = csv_text([COLUMNS, *(pair.row() for pair in found.pairs)])
+    write_text(found.path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+_FRAMES_TO_SEARCH = 3
+_KEPT = 20_000  # fingerprints, of 64 kB at most
+_AT_ONCE = 4096  # videos or comparisons handed to the threads
+
+
+@dataclass(frozen=True)
+class Group:
+    """One side: the rows of a feature folder with one value of the split, or a whole folder."""
+
+    name: str
+    features: Features
+    rows: NDArray[np.int64]
+
+    def vectors(self) -> FeatureMatrix:
+        """The features."""
+        return unit_vectors(self.features.features, self.rows)
+
+    def key(self, position: int) -> str:
+        """The key of one."""
+        return self.features.keys[int(self.rows[position])]
+
+
+class FrameReader:
+    """The stored frames of both sides, by group and key."""
+
+    def __init__(self, config: DuplicatesConfig, groups: Sequence[Group]) -> None:
+        self._shards: dict[str, ShardSet] = {}
+        opened: dict[tuple[str, ...], ShardSet] = {}
+        for group in groups:
+            spec = config.shards or tuple(group.features.meta.get("shards", ()))
+            if spec not in opened:
+                opened[spec] = _open(spec)
+            self._shards[group.name] = opened[spec]
+        self._unreadable: dict[str, None] = {}
+        #: (group, key) -> its fingerprint; None if no frame decodes.
+        self.fingerprint = lru_cache(_KEPT)(self._fingerprint)
+        self.pool = ThreadPoolExecutor(config.workers or usable_cpus())
+
+    def __enter__(self) -> FrameReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Keys of videos of which no frame decodes."""
+        return sorted(self._unreadable)
+
+    def frames_of(self, group: str, key: str, count: int) -> list[bytes]:
+        """Evenly spaced stored frames, in time order."""
+        return frames_of(self._shards[group])(key, count)
+
+    def picture_vectors(self, group: Group) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(N, 256) of three frames a video, and of their mirror images; 0 for unreadable ones."""
+        made, flipped = [], []
+        with progress(f"Looking at {group.name}", len(group.rows), "videos") as shown:
+            places = range(len(group.rows))
+            for begin in range(0, len(places), _AT_ONCE):
+                keys = [group.key(place) for place in places[begin : begin + _AT_ONCE]]
+                for few in self.pool.map(lambda key: self._few(group.name, key), keys):
+                    made.append(picture_vector(few))
+                    flipped.append(picture_vector(mirrored(few)))
+                    shown.advance()
+        return np.stack(made), np.stack(flipped)
+
+    def _few(self, group: str, key: str) -> NDArray[np.float32]:
+        found = self._read(group, key, _FRAMES_TO_SEARCH)
+        if found is None:
+            self._unreadable[key] = None
+            return np.zeros((1, SIDE_PX**2), dtype=np.float32)
+        return found.frames
+
+    def _fingerprint(self, group: str, key: str) -> Fingerprint | None:
+        return self._read(group, key, MOST_FRAMES)
+
+    def _read(self, group: str, key: str, count: int) -> Fingerprint | None:
+        shards = self._shards[group]
+        video = shards.find(key)
+        numbers = evenly_spaced(shards.frame_count(video), count)
+        try:
+            times = shards.record(video).frame_times
+        except UnreadableFrame:
+            times = []
+        if len(times) != shards.frame_count(video):  # foreign tars tell none
+            times = [float(number) for number in range(shards.frame_count(video))]
+        read = shards.read_frames([(video, number) for number in numbers])
+        return fingerprint(
+            [b"" if isinstance(data, UnreadableFrame) else data for data in read],
+            [times[number] for number in numbers],
+        )
+
+
+def _open(spec: tuple[str, ...]) -> ShardSet:
+    try:
+        return open_shards(spec)
+    except InputError as error:
+        raise InputError(
+            error.what, error.where, "name the shards with --shards, or give --features-only"
+        ) from error
+
+
+MOST_SHOWN = 200  # pairs; some 60 kB each
+_FRAMES = 4
+
+# (group, key, how many) -> JPEG bytes in time order.
+FramesOfGroup = Callable[[str, str, int], list[bytes]]
+
+
+def render_duplicates_page(found: Duplicates, frames_of: FramesOfGroup) -> str:
+    """The page as HTML; pictures are embedded, nothing is loaded from elsewhere.
+
+    Args:
+        frames_of: gives the pictures.
+    """
+    pairs = [
+        {
+            "kind": pair.kind,
+            "mirrored": pair.mirrored,
+            "similarity": f"{pair.similarity:.3f}",
+            "appearance": f"{pair.match.appearance:.3f}" if pair.match else "–",
+            "motion": f"{pair.match.motion:.3f}" if pair.match else "–",
+            "shift": f"{pair.match.shift_seconds:+.2f}" if pair.match else "–",
+            "videos": [
+                {
+                    "key": printable(key),
+                    "split": printable(split),
+                    "pictures": [
+                        uri
+                        for jpeg in frames_of(split, key, _FRAMES)
+                        if (uri := thumbnail(jpeg)) is not None
+                    ],
+                }
+                for key, split in ((pair.key, pair.split), (pair.near_key, pair.near_split))
+            ],
+        }
+        for pair in found.pairs[:MOST_SHOWN]
+    ]
+    return render_page(
+        "duplicates.html.j2",
+        pairs=pairs,
+        all=len(found.pairs),
+        copies=sum(pair.kind == COPY for pair in found.pairs),
+        compared=found.compared,
+        unreadable=len(found.unreadable),
+        path=printable(found.path),
+    )
+
 
 RESULT = "duplicates.csv"
-_AT_ONCE = 4096  # comparisons handed to the threads
 
 
 def duplicates(config: DuplicatesConfig) -> Duplicates:

@@ -30,8 +30,8 @@ from seco.track.results import (
     is_file_name,
     sequence_name,
 )
+from seco.track.run import TRACKED, TRUE, WriteVideo, with_boxes
 from seco.track.tracker import Tracker
-from seco.track.video import TRACKED, TRUE, WriteVideo, with_boxes
 from seco.views.crops import BrokenJpeg, Pixels, decode_jpeg
 from shards.access import UnreadableFrame, readable
 from shards.atomic import atomic_path, require_writable

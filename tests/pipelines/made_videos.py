@@ -9,10 +9,9 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipelines._colour import jpeg_planes
+from pipelines._colour import encode_jpeg, jpeg_planes
 from pipelines._decode import decoding
 from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
-from pipelines._jpeg import encode_jpeg
 
 
 def draw_video(

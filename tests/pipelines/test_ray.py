@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import _ray
+from pipelines import _engine
 from pipelines._config import PrepareConfig
 from pipelines._prepare import prepare
 from shards.errors import InputError
@@ -74,14 +74,14 @@ def test_what_a_node_cannot_do_is_one_line(
     clips: Clips, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, _ = clips
-    real = _ray._build_on_node
+    real = _engine._build_on_node
 
     def other_version(plan: Any, threads: int) -> Any:
         from dataclasses import replace
 
         return real(replace(plan, ffmpeg_version="another"), threads)
 
-    monkeypatch.setattr(_ray, "_build_on_node", other_version)
+    monkeypatch.setattr(_engine, "_build_on_node", other_version)
     with pytest.raises(InputError, match=r"this node has ffmpeg .*, the driver another"):
         run(raw, tmp_path / "out", engine="ray", ray_address=cluster.address)
 
@@ -126,4 +126,4 @@ def test_division_of_work(
             dead = {"Resources": {"CPU": 99}, "Alive": False}
             return [dead, *({"Resources": {"CPU": n}, "Alive": True} for n in cpus)]
 
-    assert _ray._division(FakeRay, shards, workers) == expected
+    assert _engine._division(FakeRay, shards, workers) == expected

@@ -26,7 +26,7 @@ from seco.finetune.config import FinetuneConfig
 from seco.finetune.finetune import finetune
 from seco.model.backbones import build_backbone, feature_dim, known_archs
 from seco.retrieve.query import encode_frames
-from seco.track.dilate import DilatedBackbone
+from seco.track.model import DilatedBackbone
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests.data import ROOT

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from seco.finetune.clip_loader import clip_views
 from seco.views.augment import apply_views
-from seco.views.clips import clip_views
 from seco.views.crops import BrokenJpeg, decode_jpeg
 from seco.views.view_parameters import ViewConfig
 from shards.draws import sample_starts

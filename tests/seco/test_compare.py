@@ -17,7 +17,6 @@ from seco.compare.compare import compare
 from seco.compare.config import CompareConfig
 from seco.compare.encoders import EncoderSpec, parse_encoders
 from seco.compare.intervals import BETTER, UNDECIDED
-from seco.compare.maps import place
 from seco.compare.measures import (
     Classified,
     draw_labelled,
@@ -26,6 +25,7 @@ from seco.compare.measures import (
     mean_over_classes,
     same_video,
 )
+from seco.compare.page import place
 from seco.compare.result import CompareResult
 from seco.evaluation.splits import read_train_test
 from seco.extract.config import ExtractConfig

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from seco.loading.batch_ring import BatchRing
-from seco.loading.device_copies import DeviceCopies
+from seco.loading.device_views import DeviceCopies
+from seco.loading.loader import BatchRing
 
 Operation = Callable[[], bool]  # whether it could be done
 

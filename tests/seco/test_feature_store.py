@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 
 from seco.evaluation.splits import read_train_test
-from seco.features import writer as feature_writer
-from seco.features.format import ERRORS
+from seco.features import store as feature_writer
 from seco.features.store import (
+    ERRORS,
     FEATURES,
     FRAMES,
     HALVES,
     META,
     UNLABELLED,
     VIDEOS,
+    FeaturePart,
     read_features,
     require_same_encoder,
+    write_feature_parts,
     write_features,
 )
-from seco.features.writer import FeaturePart, write_feature_parts
 from shards.errors import InputError
 from tests.seco import made_features
 from tests.seco.made_features import made_rows, write_clusters

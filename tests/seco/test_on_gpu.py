@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from seco.config import PretrainConfig, resolve
-from seco.loading.batch_ring import BatchRing
-from seco.loading.device_copies import DeviceCopies
-from seco.loading.device_views import DeviceViews
+from seco.loading.device_views import DeviceCopies, DeviceViews
+from seco.loading.loader import BatchRing
 from seco.model.method import SeCo
 from seco.pretrain.step import GlobalRows, TrainingStep, for_device
 from seco.processes.ranks import Ranks

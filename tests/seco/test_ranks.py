@@ -228,9 +228,9 @@ if sys.argv[3:] == ["1", "hangs"]:
     lost = None
     failing = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[4] == "hangs":
-    import datetime, seco.processes.peer_watch, seco.processes.ranks
+    import datetime, seco.processes.ranks, seco.processes.ranks
     seco.processes.ranks._SILENCE = datetime.timedelta(seconds=15)
-    seco.processes.peer_watch._GRACE = 2.0
+    seco.processes.ranks._GRACE = 2.0
 if sys.argv[3] == "1" and sys.argv[4] != "disagrees":
     TripletStream.read = failing
     TripletStream.substitute = lambda self, *given: lost

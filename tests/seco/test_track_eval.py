@@ -26,9 +26,9 @@ from seco.track.config import TrackerConfig, TrackEvalConfig, TrackTrainConfig
 from seco.track.eval import track_eval
 from seco.track.model import load_tracker
 from seco.track.otb_metrics import curves, mean_curves
+from seco.track.run import with_boxes
 from seco.track.tracker import Tracker
 from seco.track.train import track_train
-from seco.track.video import with_boxes
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.pairs import boxes_of

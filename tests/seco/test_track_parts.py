@@ -28,8 +28,7 @@ from seco.track.config import (
     response_cells,
 )
 from seco.track.crops import box_of, mean_colour, square_crops, target_of
-from seco.track.dilate import DilatedBackbone
-from seco.track.model import SiameseHead, SiamFC, cross_correlation
+from seco.track.model import DilatedBackbone, SiameseHead, SiamFC, cross_correlation
 from seco.track.pairs import PairMaker, training_crop
 from seco.track.tracker import peak
 from seco.track.train import PairStep, balanced_loss, response_labels

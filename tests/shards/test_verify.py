@@ -17,9 +17,8 @@ import webdataset
 
 from shards.errors import InputError
 from shards.index import build_index, read_index, write_index
-from shards.reindex import reindex
 from shards.tar_members import TarMember, tar_members
-from shards.verify import verify
+from shards.verify import reindex, verify
 from tests.made_shards import drawn_frame, make_set
 
 
