@@ -46,3 +46,21 @@ def test_unknown_commands_and_options_are_found() -> None:
     for line in ("seco retrain --shards x", "seco probe --feature x", "seco retrieve find"):
         with pytest.raises(AssertionError):
             require_known(line)
+
+
+_FILE = re.compile(r"``?([\w./-]*\w\.(?:py|sh))``?")
+
+
+def test_files_that_are_named_exist() -> None:
+    """In documents and docstrings; a name without its folder is enough."""
+    rooms = [ROOT / room for room in ("seco", "shards", "pipelines", "benchmarks", "tests")]
+    code = [path for room in rooms for path in room.rglob("*.py")]
+    there = {p.name for p in [*code, *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.sh")]}
+    documents = [*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md"), ROOT / "README.md"]
+    found = {
+        (path.name, name)
+        for path in [*code, *documents]
+        for name in _FILE.findall(path.read_text("utf-8"))
+    }
+    assert len(found) > 100
+    assert [(path, name) for path, name in sorted(found) if name.split("/")[-1] not in there] == []
