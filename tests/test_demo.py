@@ -1,7 +1,11 @@
 """The demo, shortened, on the rendered set and on folders people have. CI runs ``--quick`` itself.
 
 Does the shortened one learn? 200 steps on 64 training clips are too few to recognise classes, but
-a video's halves find each other. Same-video R@1 in %, over seeds …
+the halves of a video find each other. Same-video R@1 of seeds 0, 5 and 6 (two Xeon cores, torch
+2.14), less that of the untrained network: 26, 30 and 19 points; with a learning rate of nothing -6,
+-8 and -16; with keys left in the order of BatchNorm's shuffle, which pairs queries with other
+videos, 6, 10 and 2 (and 19 with seed 1). That order labels are not exchanged is for
+``tests/seco/test_learning.py`` to notice: most of these clips have no direction.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def test_the_rendered_demo_learns_and_ends_with_table_maps_and_pages(
     assert (out / "shards.html").is_file()
     (same_video,) = (one for one in result["measures"] if one["key"] == "same_video")
     found = {name: one["value"] for name, one in same_video["values"].items()}
-    assert found[SECO] > found[UNTRAINED] + 0.08
+    assert found[SECO] > found[UNTRAINED] + 0.12
     (checkpoint,) = out.rglob("last.pt")
     assert "queue_fill" not in (checkpoint.parent / "metrics.jsonl").read_text()  # there is none
     # Once more: everything is there already, so it goes through without training again.
