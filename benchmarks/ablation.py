@@ -138,14 +138,8 @@ def train(tasks: str, seed: int, shards: str, given: argparse.Namespace) -> Path
     options = [
         *("--shards", shards, *(() if given.all_videos else ("--split", "1"))),
         *("--tasks", tasks, "--seed", str(seed), "--epochs", str(given.epochs)),
-        *(
-            "--arch",
-            given.arch,
-            "--batch-size",
-            str(FULL.batch),
-            "--bn-group",
-            str(FULL.batch // 2),
-        ),
+        *("--arch", given.arch, "--batch-size", str(FULL.batch)),
+        *("--bn-group", str(FULL.batch // 2)),
         *("--queue-size", "0", "--ema", str(FULL.ema), "--lr", str(FULL.lr)),
         *("--temperature", str(FULL.temperature), "--crop-size", str(FULL.crop_px)),
         *("--min-crop-area", str(FULL.min_crop_area), "--workers", "1", "--views-on", "workers"),

@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from seco.evaluation.predictions import judge
-from seco.evaluation.splits import TrainTest
+from seco.evaluation.splits import TrainTest, held_out
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
 from seco.probe.knn import knn_votes
-from seco.probe.probe import held_out
 from seco.probe.svm import LinearSVM, fit_svm
 from seco.retrieve.nearest import ExactIndex
 from shards.errors import InputError

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from seco.compare.config import CompareConfig
 from seco.compare.encoders import Compared
 from seco.evaluation.groups import video_groups
-from seco.evaluation.splits import TrainTest, train_test
+from seco.evaluation.splits import TrainTest, held_out, train_test
 from seco.features.store import UNLABELLED, Features
-from seco.probe.probe import held_out
 
 TEST_SHARE = 0.3  # of each class, where a dataset has labels and no splits
 _NAMED = 3

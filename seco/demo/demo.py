@@ -56,7 +56,7 @@ class Scale:
 
 
 FULL = Scale(steps=1300, clips_per_class=36)
-OWN = replace(FULL, min_crop_area=0.1)  # real videos: the scene must not be enough to tell them
+OWN = replace(FULL, min_crop_area=0.1)  # of real videos: benchmarks/results/learning.md
 QUICK = Scale(steps=12, clips_per_class=4, batch=8, frames=4, votes=1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from seco.features.store import UNLABELLED, Features, read_features, require_same_encoder
 from shards.errors import InputError
 
+HELD_OUT_SHARE = 0.2
 _NAMED = 5
 _TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
 
@@ -264,3 +267,33 @@ def _require_same_labels(train: Features, test: Features) -> None:
                 test.folder,
                 "prepare both sets with the same annotations",
             )
+
+
+def held_out(
+    labels: NDArray[np.int64], groups: Sequence[str], share: float = HELD_OUT_SHARE
+) -> NDArray[np.bool_]:
+    """(N,) whether a training row is held out, to choose a setting such as C on it.
+
+    About ``share`` of every class is, groups whole.
+
+    Clips cut from one recording are near-copies: a part that held some clips of a recording whose
+    others are trained on would favour whatever memorises.
+
+    Groups are taken in an order of their names' digests, so that the same videos give the same part
+    wherever their rows are. A group that would take more than its share of any of its classes is
+    left in training; so is a class of one video.
+    """
+    sizes = Counter(labels.tolist())
+    room = {label: min(int(np.ceil(share * n)), n - 1) for label, n in sizes.items()}
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[group].append(row)
+    out = np.zeros(len(labels), dtype=bool)
+    for group in sorted(members, key=lambda g: hashlib.sha256(g.encode()).digest()):
+        rows = members[group]
+        wanted = Counter(labels[rows].tolist())
+        if all(n <= room[label] for label, n in wanted.items()):
+            out[rows] = True
+            for label, n in wanted.items():
+                room[label] -= n
+    return out

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 from seco.evaluation.class_results import class_accuracies, confusions
 from seco.evaluation.groups import SINGLE_VIDEOS, video_groups
 from seco.evaluation.predictions import Predictions, judge
-from seco.evaluation.splits import TrainTest, read_train_test, usual_split
+from seco.evaluation.splits import TrainTest, held_out, read_train_test, usual_split
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, fit_scaling
 from seco.features.store import PROBES
 from seco.probe.config import ProbeConfig
@@ -30,37 +28,6 @@ from seco.processes.device import resolve_device
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.progress import progress
-
-SHARE = 0.2
-
-
-def held_out(
-    labels: NDArray[np.int64], groups: Sequence[str], share: float = SHARE
-) -> NDArray[np.bool_]:
-    """(N,) whether a row is held out: about ``share`` of every class, groups whole.
-
-    Clips cut from one recording are near-copies: a part that held some clips of a recording whose
-    others are trained on would favour whatever memorises.
-
-    Groups are taken in an order of their names' digests, so that the same videos give the same part
-    wherever their rows are. A group that would take more than its share of any of its classes is
-    left in training; so is a class of one video.
-    """
-    sizes = Counter(labels.tolist())
-    room = {label: min(int(np.ceil(share * n)), n - 1) for label, n in sizes.items()}
-    members: defaultdict[str, list[int]] = defaultdict(list)
-    for row, group in enumerate(groups):
-        members[group].append(row)
-    out = np.zeros(len(labels), dtype=bool)
-    for group in sorted(members, key=lambda g: hashlib.sha256(g.encode()).digest()):
-        rows = members[group]
-        wanted = Counter(labels[rows].tolist())
-        if all(n <= room[label] for label, n in wanted.items()):
-            out[rows] = True
-            for label, n in wanted.items():
-                room[label] -= n
-    return out
-
 
 _ACTIVITYNET_FRAMES = 50  # the authors' protocol; 30 elsewhere
 

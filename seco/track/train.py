@@ -259,6 +259,7 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
         return torch.stack(self.step.run(batch.exemplars, batch.searches, lr))
 
     def _told(self, batch: PairBatch | None) -> NDArray[np.float64]:
+        """Nothing to the other ranks; to the user, what of the batch cannot be used."""
         for reason in batch.unusable if batch is not None else ():
             if reason not in self._said:  # it comes again in every epoch
                 self._said.add(reason)

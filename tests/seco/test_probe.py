@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from cli import run
+from seco.evaluation.splits import held_out
 from seco.features.matrix import FeatureMatrix, fit_scaling
 from seco.features.store import write_features
 from seco.probe.config import ProbeConfig
 from seco.probe.linear_sgd import fit_linear
-from seco.probe.probe import accuracies, held_out, probe
+from seco.probe.probe import accuracies, probe
 from seco.report.records import parse_probe
 from seco.report.sources import find_results
 from shards.errors import InputError
