@@ -236,7 +236,7 @@ def pretrain_here(config: PretrainConfig) -> int:
     """One process of a pre-training: its exit code. The first one tells where the checkpoint is."""
 
     def work() -> None:
-        from seco.pretrain.trainer import pretrain as run
+        from seco.api import pretrain as run
 
         checkpoint = run(config)
         if os.environ.get("RANK", "0") == "0":

@@ -59,3 +59,17 @@ def below(uniform: NDArray[np.float64], count: NDArray[np.int64] | int) -> NDArr
     """Uniform whole numbers 0 … count - 1."""
     whole: NDArray[np.int64] = np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
     return whole
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """``wanted`` frame numbers from the first to the last of ``count``; all if there are fewer.
+
+    ``linspace`` rounded, as in the authors' code: places half-way between two frames, which only an
+    odd ``wanted`` has, go where its float64 steps put them. One frame is the middle one.
+    """
+    if wanted >= count:
+        return list(range(count))
+    if wanted == 1:
+        return [count // 2]
+    numbers: list[int] = np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+    return numbers

@@ -5,7 +5,8 @@ A BatchNorm left in training mode moves with every batch, and features then depe
 
 from __future__ import annotations
 
-from seco.checkpoints.weights import Backbone, tensors_sha256
+from seco.checkpoints.weights import Backbone
+from seco.model.backbones import tensors_sha256
 from shards.errors import InputError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from seco.checkpoints.torch_files import load_torch_file, save_torch_file
 from shards.errors import InputError
 
 FORMAT = "seco-checkpoint"
+LAST = "last.pt"  # the newest checkpoint of a run
 VERSION = 1
 FINETUNED = "finetuned"  # where a checkpoint of `seco finetune` says what it tells apart
 _NEEDED = {"arch"}  # settings that every reader relies on
@@ -96,3 +97,12 @@ def checked_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(config, dict) or not set(config) >= _NEEDED:
         raise InputError("is a checkpoint with parts missing", path)
     return content
+
+
+def epochs_reached(checkpoint: Mapping[str, Any]) -> float | None:
+    """How many epochs, in hundredths, a checkpoint was trained for; None if it does not say."""
+    steps, steps_per_epoch = checkpoint.get("step"), checkpoint.get("steps_per_epoch")
+    if not isinstance(steps, int) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
+        return None
+    epochs = round(steps / steps_per_epoch, 2)
+    return int(epochs) if epochs.is_integer() else epochs

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from seco.checkpoints.checkpoint import FINETUNED, epochs_reached, load_checkpoint
 from seco.checkpoints.foreign_checkpoints import read_weights
-from seco.model.backbones import build_backbone
+from seco.finetune.video_classifier import Classes, VideoClassifier
+from seco.model.backbones import build_backbone, tensors_sha256
+from seco.track.config import TrackTrainConfig
+from seco.track.model import TRACKER, SiamFC
 from shards.errors import InputError
 
 RANDOM = "random"
@@ -70,11 +74,52 @@ def random_backbone(arch: str, seed: int) -> nn.Module:
         return build_backbone(arch)
 
 
-def tensors_sha256(state: dict[str, Tensor]) -> str:
-    """A digest of names, shapes and values: equal exactly for equal weights."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def about(classes: Classes, **more: Any) -> dict[str, Any]:
+    """What a checkpoint says of its classifier."""
+    return {FINETUNED: {"labels": classes.labels, "label_names": classes.names, **more}}
+
+
+def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any], dict[str, Any]]:
+    """A classifier out of a checkpoint of ``seco finetune``.
+
+    Returns:
+        it; what it tells apart; what else the checkpoint says of it (dataset, split, encoder, and
+        ``epochs`` reached, or None); and the settings of its run.
+
+    Raises:
+        InputError: it is no such checkpoint.
+    """
+    content = load_checkpoint(path)
+    said, config = content.get(FINETUNED), content["config"]
+    if not isinstance(said, dict):
+        raise InputError("has no classifier", path, "give a checkpoint of `seco finetune`")
+    try:
+        classes = Classes([int(n) for n in said["labels"]], [str(n) for n in said["label_names"]])
+        model = VideoClassifier(config["arch"], len(classes.labels), config["freeze_bn"])
+        model.load_state_dict(content["model"], strict=True)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("is a damaged checkpoint of `seco finetune`", path) from error
+    return model, classes, {**said, "epochs": epochs_reached(content)}, config
+
+
+def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
+    """A tracker that ``seco track train`` made, and its checkpoint's content but the weights.
+
+    Raises:
+        InputError: it is something else, or does not fit.
+    """
+    content = load_checkpoint(path)
+    if TRACKER not in content:
+        raise InputError("holds no tracker", path, "give a last.pt of `seco track train`")
+    config = content["config"]
+    try:
+        names = ("feature_layer", "channels", "response_scale", "convolutions", "raw_features")
+        settings = TrackTrainConfig(**{name: config[name] for name in names})
+        model = SiamFC(build_backbone(config["arch"]), settings)
+        model.load_state_dict(content["model"], strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError("is a damaged tracker", path) from error
+    about: Mapping[str, Any] = {name: value for name, value in content.items() if name != "model"}
+    return model.eval(), dict(about)

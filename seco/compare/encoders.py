@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.checkpoints.checkpoint import LAST
 from seco.checkpoints.foreign_checkpoints import read_weights
 from seco.checkpoints.weights import RANDOM
 from seco.compare.config import CompareConfig
 from seco.extract.config import ExtractConfig
 from seco.features.store import Features, read_features
 from seco.model.backbones import feature_dim
-from seco.runs.run_state import LAST
 from shards.errors import InputError
 
 FEATURES = "features"  # the folder in --out of what is extracted

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.segments import segment_frames
 from seco.loading.forked_loader import forked_loader
 from seco.views.crop_resize import crop_resize
@@ -26,6 +25,7 @@ from shards.access import UnreadableFrame, readable
 from shards.draws import sample_starts, uniforms
 from shards.errors import InputError
 from shards.order import EpochOrder, substitute_position
+from shards.reader import ShardSet
 from shards.stream import rows_of_rank
 
 
@@ -101,7 +101,8 @@ class ClipStream:
     """The training clips of a rank, by epoch, step and row.
 
     Args:
-        videos: gives the training videos.
+        shards: the set.
+        train: numbers of its training videos.
         batch_size: B, the global batch.
         segments: T.
         size: S, side of a view, px.
@@ -115,7 +116,8 @@ class ClipStream:
 
     def __init__(
         self,
-        videos: LabelledVideos,
+        shards: ShardSet,
+        train: NDArray[np.int64],
         batch_size: int,
         segments: int,
         size: int,
@@ -124,8 +126,8 @@ class ClipStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._shards = videos.shards
-        self._videos = videos.train
+        self._shards = shards
+        self._videos = train
         self._batch_size = batch_size
         self._segments = segments
         self._size = size

@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seco.checkpoints.backbone_guard import BackboneChanged
-from seco.checkpoints.weights import RANDOM, load_backbone
+from seco.checkpoints.weights import RANDOM, about, load_backbone, load_finetuned
 from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
 from seco.finetune.config import FinetuneConfig, resolve
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.result import FinetuneResult
 from seco.finetune.testing import FineTuned, scorer_of, tested, written
-from seco.finetune.video_classifier import Classes, VideoClassifier, about, load_finetuned
+from seco.finetune.video_classifier import Classes, VideoClassifier
 from seco.finetune.video_scores import ClipProtocol
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.distributed import distributed, synchronised
-from seco.processes.ranks import Ranks, joined
+from seco.processes.ranks import Ranks, joined, one_voice
 from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import step_decay
-from seco.runs.training_run import TrainingRun, one_voice
+from seco.runs.training_run import TrainingRun
 from seco.views.augment import apply_views
 from seco.views.view_parameters import ViewConfig, view_config
 from shards.atomic import require_writable
@@ -196,7 +196,8 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
         )
         self.views = view_config(config)
         self.stream = ClipStream(
-            videos,
+            videos.shards,
+            videos.train,
             config.batch_size,
             config.segments,
             config.crop_size,

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from seco.checkpoints.weights import load_finetuned
 from seco.finetune.config import PROTOCOL, FinetuneTestConfig, require_test_ranges
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.result import RESULT, FinetuneResult, finetune_result
-from seco.finetune.video_classifier import Classes, VideoClassifier, load_finetuned
+from seco.finetune.video_classifier import Classes, VideoClassifier
 from seco.finetune.video_scores import ClipProtocol, VideoScores
 from seco.processes.device import loader_workers, resolve_device, uses_bf16
-from seco.processes.ranks import Ranks, joined
+from seco.processes.ranks import Ranks, joined, one_voice
 from seco.processes.stopping import StopRequest
-from seco.runs.training_run import one_voice
 from shards.atomic import require_writable
 from shards.errors import InputError, PeerLost, Stopped, TooManyExcluded
 from shards.progress import progress

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seco.checkpoints.checkpoint import FINETUNED, load_checkpoint
-from seco.checkpoints.weights import tensors_sha256
-from seco.model.backbones import build_backbone, feature_dim
+from seco.model.backbones import build_backbone, feature_dim, tensors_sha256
 from seco.model.batchnorm import running_statistics
-from seco.runs.run_state import epochs_reached
-from shards.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -98,33 +92,3 @@ class VideoClassifier(nn.Module):
             for name, tensor in layer.state_dict().items()
         }
         return tensors_sha256(state)
-
-
-def about(classes: Classes, **more: Any) -> dict[str, Any]:
-    """What a checkpoint says of its classifier."""
-    return {FINETUNED: {"labels": classes.labels, "label_names": classes.names, **more}}
-
-
-def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any], dict[str, Any]]:
-    """A classifier out of a checkpoint of ``seco finetune``.
-
-    Returns:
-        it; what it tells apart; what else the checkpoint says of it (dataset, split, encoder, and
-        ``epochs`` reached, or None); and the settings of its run.
-
-    Raises:
-        InputError: it is no such checkpoint.
-    """
-    content = load_checkpoint(path)
-    said, config = content.get(FINETUNED), content["config"]
-    if not isinstance(said, dict):
-        raise InputError("has no classifier", path, "give a checkpoint of `seco finetune`")
-    try:
-        classes = Classes([int(n) for n in said["labels"]], [str(n) for n in said["label_names"]])
-        model = VideoClassifier(config["arch"], len(classes.labels), config["freeze_bn"])
-        model.load_state_dict(content["model"], strict=True)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError("is a damaged checkpoint of `seco finetune`", path) from error
-    return model, classes, {**said, "epochs": epochs_reached(content)}, config

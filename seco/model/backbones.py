@@ -7,12 +7,14 @@ Those for small images have a 3×3 stem and no max-pooling. Their sizes are in `
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from shards.errors import InputError
@@ -164,3 +166,13 @@ def feature_dim(arch: str) -> int:
         InputError: no backbone has this name.
     """
     return backbone_spec(arch).width
+
+
+def tensors_sha256(state: dict[str, Tensor]) -> str:
+    """A digest of names, shapes and values: equal exactly for equal weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from PIL import Image
 
 from seco.pages.html import data_uri
-from seco.views.video_frames import evenly_spaced
 from shards.access import UnreadableFrame
+from shards.draws import evenly_spaced
 from shards.reader import ShardSet
 
 THUMBNAIL_PX = (320, 180)  # twice what a page shows, for sharp screens

@@ -31,12 +31,12 @@ from seco.pretrain.health import Health, status
 from seco.pretrain.online_knn import OnlineKnn
 from seco.pretrain.step import GlobalRows, TrainingStep, for_device
 from seco.processes.device import loader_workers, resolve_device
-from seco.processes.ranks import Ranks, joined
+from seco.processes.ranks import Ranks, joined, one_voice
 from seco.processes.stopping import StopRequest
 from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume, resumed_settings
 from seco.runs.schedule import learning_rate
-from seco.runs.training_run import TrainingRun, one_voice
+from seco.runs.training_run import TrainingRun
 from seco.views.chunks import VIEWS
 from seco.views.view_parameters import VIEW_DRAWS, view_config
 from shards.atomic import require_writable
@@ -117,7 +117,6 @@ def _named_heads(names: list[str]) -> str:
     return f"head{'s' if len(names) > 1 else ''} {'/'.join(names)}"
 
 
-REPORT = "report.html"
 _DRAWN = VIEWS * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
 _ORDER, _VIDEO, _COLUMNS = range(_DRAWN, _DRAWN + 3)
 
@@ -219,25 +218,6 @@ class Trainer(TrainingRun[Batch, StepResult]):
             self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
         self.health = Health(config, self._say)
         self._require_agreement()  # and nobody writes before all have looked whether there is a run
-
-    def run(self) -> Path:
-        """Train to the end; see :func:`pretrain`."""
-        last = super().run()
-        if self.ranks.first:
-            self._report()
-        return last
-
-    def _report(self) -> None:
-        """The run's curves as a page in its folder; a page that fails costs no run."""
-        from seco.report.report import write_report  # a second of imports that other ranks lack
-
-        try:
-            found = write_report([self.out], self.out / REPORT)
-        except InputError as error:
-            self._say(f"no report was written: {error}")
-            return
-        for item in found.unread:
-            self._say(f"could not be read for the report: {item.path}: {item.reason}")
 
     @contextlib.contextmanager
     def _batches(self, first: int, last: int) -> Iterator[Iterator[Batch]]:

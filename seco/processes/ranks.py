@@ -6,6 +6,7 @@ environment; any other is alone, and then nothing here communicates.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -227,3 +228,17 @@ def local_rank() -> int:
 def local_size() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Mistakes found before the start are the same for all processes: a machine's first says them.
+
+    Raises:
+        InputError: in the first process of a machine.
+        PeerLost: in the others.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise error if local_rank() == 0 else PeerLost from error

@@ -35,11 +35,11 @@ from seco.retrieve.fingerprints import (
     picture_vector,
 )
 from seco.retrieve.nearest import ExactIndex, NearestIndex
-from seco.views.video_frames import evenly_spaced
 from shards.access import UnreadableFrame
 from shards.atomic import require_writable, write_text
 from shards.cpus import usable_cpus
 from shards.csv_rows import csv_text
+from shards.draws import evenly_spaced
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.progress import progress

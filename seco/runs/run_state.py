@@ -10,11 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from seco.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
+from seco.checkpoints.checkpoint import LAST, CheckpointWriter, load_checkpoint
 from shards.errors import InputError, PeerLost
 from shards.settings import as_settings, resumable_settings
-
-LAST = "last.pt"
 
 
 class TrainedModel(Protocol):
@@ -172,15 +170,6 @@ class RunState:
         kept = sorted(self._folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
         for old in kept[: -self._config.keep]:
             old.unlink()
-
-
-def epochs_reached(checkpoint: Mapping[str, Any]) -> float | None:
-    """How many epochs, in hundredths, a checkpoint was trained for; None if it does not say."""
-    steps, steps_per_epoch = checkpoint.get("step"), checkpoint.get("steps_per_epoch")
-    if not isinstance(steps, int) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
-        return None
-    epochs = round(steps / steps_per_epoch, 2)
-    return int(epochs) if epochs.is_integer() else epochs
 
 
 def resumed_settings(folder: str | None, resume: str | None) -> dict[str, Any]:

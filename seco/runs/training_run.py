@@ -21,7 +21,7 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
-from seco.processes.ranks import Ranks, local_rank
+from seco.processes.ranks import Ranks
 from seco.processes.stopping import StopRequest, StopWaiting
 from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState
@@ -308,17 +308,3 @@ class Waiting:
         """Images a second, and the share of the time that went in waiting."""
         elapsed = time.perf_counter() - self._began
         return {"images_per_s": images / elapsed, "data_wait": self._waited / elapsed}
-
-
-@contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """Mistakes found before the start are the same for all processes: a machine's first says them.
-
-    Raises:
-        InputError: in the first process of a machine.
-        PeerLost: in the others.
-    """
-    try:
-        yield
-    except InputError as error:
-        raise error if local_rank() == 0 else PeerLost from error

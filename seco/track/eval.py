@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from seco.checkpoints.weights import tensors_sha256
+from seco.checkpoints.checkpoint import epochs_reached
+from seco.checkpoints.weights import load_tracker
+from seco.model.backbones import tensors_sha256
 from seco.pages.html import INK
 from seco.processes.device import resolve_device
-from seco.runs.run_state import epochs_reached
 from seco.track.config import OTB, TrackEvalConfig, check_tracker
-from seco.track.model import load_tracker
 from seco.track.otb_metrics import PRECISION_THRESHOLDS, SUCCESS_THRESHOLDS, Curves, curves
 from seco.track.results import (
     MOST_NAMED,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from seco.checkpoints.checkpoint import load_checkpoint
-from seco.model.backbones import build_backbone
 from seco.track.config import FEATURE_LAYERS, STRIDE, TrackTrainConfig
 from shards.errors import InputError
 
@@ -237,24 +233,3 @@ class SiamFC(nn.Module):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Those of the head."""
         return list(self.head.parameters())
-
-
-def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
-    """A tracker that ``seco track train`` made, and its checkpoint's content but the weights.
-
-    Raises:
-        InputError: it is something else, or does not fit.
-    """
-    content = load_checkpoint(path)
-    if TRACKER not in content:
-        raise InputError("holds no tracker", path, "give a last.pt of `seco track train`")
-    config = content["config"]
-    try:
-        names = ("feature_layer", "channels", "response_scale", "convolutions", "raw_features")
-        settings = TrackTrainConfig(**{name: config[name] for name in names})
-        model = SiamFC(build_backbone(config["arch"]), settings)
-        model.load_state_dict(content["model"], strict=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError("is a damaged tracker", path) from error
-    about: Mapping[str, Any] = {name: value for name, value in content.items() if name != "model"}
-    return model.eval(), dict(about)

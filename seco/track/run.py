@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.checkpoints.weights import load_tracker
 from seco.processes.device import resolve_device
 from seco.track.config import TrackRunConfig, check_tracker, parse_box
-from seco.track.model import load_tracker
 from seco.track.tracker import Tracker
 from seco.views.crops import Pixels, decode_jpeg
 from shards.atomic import require_writable, write_text

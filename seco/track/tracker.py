@@ -29,7 +29,7 @@ class Tracker:
     responses say; boxes may reach out of the frame.
 
     Args:
-        model: of :func:`seco.track.model.load_tracker`.
+        model: of :func:`seco.checkpoints.weights.load_tracker`.
         config: of the inference.
         device: where it computes.
     """

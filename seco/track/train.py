@@ -20,11 +20,11 @@ from seco.checkpoints.checkpoint import load_checkpoint
 from seco.checkpoints.weights import Backbone, load_backbone
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.distributed import distributed
-from seco.processes.ranks import Ranks, joined
+from seco.processes.ranks import Ranks, joined, one_voice
 from seco.processes.stopping import StopRequest
 from seco.runs.metrics import RunLog
 from seco.runs.run_state import RunState, checkpoint_to_resume
-from seco.runs.training_run import TrainingRun, Waiting, one_voice
+from seco.runs.training_run import TrainingRun, Waiting
 from seco.track.config import (
     STRIDE,
     TRAIN_SEARCH_PX,

@@ -11,21 +11,8 @@ from torch import Tensor
 
 from seco.views.crops import BrokenJpeg, FrameDecoder, center_crop
 from shards.access import UnreadableFrame, readable
+from shards.draws import evenly_spaced
 from shards.reader import ShardSet
-
-
-def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """``wanted`` frame numbers from the first to the last of ``count``; all if there are fewer.
-
-    ``linspace`` rounded, as in the authors' code: places half-way between two frames, which only an
-    odd ``wanted`` has, go where its float64 steps put them. One frame is the middle one.
-    """
-    if wanted >= count:
-        return list(range(count))
-    if wanted == 1:
-        return [count // 2]
-    numbers: list[int] = np.linspace(0, count - 1, wanted).round().astype(int).tolist()
-    return numbers
 
 
 class VideoFrames:

@@ -32,7 +32,7 @@ from seco.extract.plan import Extraction
 from seco.features.store import read_features
 from seco.views.augment import normalise
 from seco.views.crops import center_crop, decode_jpeg
-from seco.views.video_frames import evenly_spaced
+from shards.draws import evenly_spaced
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import VideoRecord
 from shards.opening import open_shards

@@ -30,7 +30,7 @@ from pipelines._prepare import prepare
 from seco.checkpoints.backbone_guard import BackboneChanged
 from seco.checkpoints.checkpoint import load_checkpoint
 from seco.checkpoints.torch_files import load_torch_file, save_torch_file
-from seco.checkpoints.weights import load_backbone
+from seco.checkpoints.weights import load_backbone, load_finetuned
 from seco.features.store import read_features
 from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
 from seco.finetune.config import FinetuneConfig, FinetuneTestConfig, resolve
@@ -38,7 +38,7 @@ from seco.finetune.finetune import Finetuning, finetune
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.segments import clip_starts, segment_frames, segment_middles
 from seco.finetune.testing import finetune_eval
-from seco.finetune.video_classifier import VideoClassifier, load_finetuned
+from seco.finetune.video_classifier import VideoClassifier
 from seco.finetune.video_scores import ClipProtocol, VideoScores
 from seco.processes.ranks import Ranks
 from seco.runs.schedule import step_decay
@@ -152,7 +152,8 @@ def test_the_learning_rate_falls_twice() -> None:
 
 
 def stream(shards: str, rank: int = 0, size: int = 1) -> ClipStream:
-    return ClipStream(LabelledVideos(shards, "1"), 8, 3, 32, ViewConfig(), 5, rank, size)
+    videos = LabelledVideos(shards, "1")
+    return ClipStream(videos.shards, videos.train, 8, 3, 32, ViewConfig(), 5, rank, size)
 
 
 def assert_same_clips(one: ClipBatch, other: ClipBatch) -> None:

@@ -22,9 +22,9 @@ from cli import run
 from pipelines._ffmpeg import run_ffmpeg
 from pipelines._video_files import open_video, write_video
 from seco.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from seco.checkpoints.weights import load_tracker
 from seco.track.config import TrackerConfig, TrackEvalConfig, TrackTrainConfig
 from seco.track.eval import track_eval
-from seco.track.model import load_tracker
 from seco.track.otb_metrics import curves, mean_curves
 from seco.track.run import with_boxes
 from seco.track.tracker import Tracker

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from seco.checkpoints.weights import random_backbone, tensors_sha256
-from seco.model.backbones import build_backbone
+from seco.checkpoints.weights import random_backbone
+from seco.model.backbones import build_backbone, tensors_sha256
 from seco.processes.ranks import Ranks
 from seco.track.config import (
     CONTEXT,

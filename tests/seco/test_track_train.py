@@ -18,10 +18,11 @@ import seco.track.train
 from cli import run
 from seco.checkpoints.backbone_guard import BackboneChanged
 from seco.checkpoints.checkpoint import load_checkpoint
-from seco.checkpoints.weights import load_backbone, random_backbone, tensors_sha256
+from seco.checkpoints.weights import load_backbone, load_tracker, random_backbone
+from seco.model.backbones import tensors_sha256
 from seco.processes.ranks import Ranks
 from seco.track.config import TrackTrainConfig
-from seco.track.model import SiamFC, load_tracker
+from seco.track.model import SiamFC
 from seco.track.train import PairStep, track_train
 from shards.errors import InputError, Stopped
 from tests.data import ROOT

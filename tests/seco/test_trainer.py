@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import seco.pretrain.trainer
+from seco.api import pretrain
 from seco.checkpoints.checkpoint import load_checkpoint
 from seco.config import PretrainConfig, resolve
-from seco.pretrain.trainer import pretrain
 from shards.errors import InputError, Stopped
 from tests.made_shards import make_set
 
