@@ -224,11 +224,11 @@ def pretrain(context: click.Context, /, **settings: Any) -> None:
             "--preset",
             "leave one of them out",
         )
-    from seco.config import resolve
+    from seco.config import resolve_pretrain
     from seco.processes.launch import launch
 
     again = "go on with the same command and --resume auto"
-    if code := launch(PretrainConfig(**settings), pretrain_here, resolve, again=again):
+    if code := launch(PretrainConfig(**settings), pretrain_here, resolve_pretrain, again=again):
         raise click.exceptions.Exit(code)
 
 
@@ -254,10 +254,10 @@ def extract_features(**settings: Any) -> None:
     Example: seco extract-features --shards shards/k400-val.json \\
                --checkpoint runs/k400/last.pt --out features/k400-val
     """
-    from seco.extract.config import validate
+    from seco.extract.config import check_extract
 
     config = ExtractConfig(**settings)
-    validate(config)
+    check_extract(config)
     if config.engine == "ray":
         from seco.extract.ray_engine import extract_on_cluster
 
@@ -365,11 +365,11 @@ def finetune(**settings: Any) -> None:
     Example: seco finetune ucf101 --shards shards/ucf101.json \\
                --checkpoint runs/k400/last.pt --split 1
     """
-    from seco.finetune.config import resolve
+    from seco.finetune.config import resolve_finetune
     from seco.processes.launch import launch
 
     again = "go on with the same command and --resume auto"
-    if code := launch(FinetuneConfig(**settings), finetune_here, resolve, again=again):
+    if code := launch(FinetuneConfig(**settings), finetune_here, resolve_finetune, again=again):
         raise click.exceptions.Exit(code)
 
 

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from benchmarks.measuring import cpu_seconds, in_turns, machine
 from seco.checkpoints.weights import load_backbone
-from seco.extract.config import ExtractConfig, validate
+from seco.extract.config import ExtractConfig, check_extract
 from seco.extract.extract import extract_features
 from seco.extract.forwards import computing_threads
 from seco.extract.plan import dataset_of, forwards_of, resolved
@@ -62,7 +62,7 @@ def bench_extract(config: ExtractConfig, repeats: int = 3) -> ExtractBench:
     Raises:
         InputError: a setting that cannot work, or frames that cannot be read.
     """
-    validate(config)
+    check_extract(config)
     if repeats < 1:
         raise InputError("must be 1 or more", "--repeats")
     device = resolve_device(config.device)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measuring import machine
 from benchmarks.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
 from benchmarks.step_ways import Build, StepWays, Work, measured, peak_memory
-from seco.config import PretrainConfig, peak_lr, resolve
+from seco.config import PretrainConfig, peak_lr, resolve_pretrain
 from seco.model.losses import inter_loss
 from seco.processes.device import resolve_device
 from seco.runs.run_state import RunState
@@ -61,7 +61,7 @@ def bench_step(
         raise InputError("must be 1 or more", "--repeats")
     if config.queue_size == 0:
         raise InputError("must be 1 or more: the plain step has a queue", "--queue-size")
-    config = resolve(config)
+    config = resolve_pretrain(config)
     device = resolve_device(config.device)
     stream = open_for_steps(config) if config.shards else None  # refused before all that takes long
     ways = StepWays(config, device)

@@ -61,7 +61,7 @@ def _moov(file: BinaryIO) -> bytes | None:
     return None
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _mp4_boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     position = 0
     while position + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, position)
@@ -74,12 +74,12 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _inside(data: bytes, *path: bytes) -> bytes:
     """The contents of the first box at a path; raises KeyError when there is none."""
     for kind in path:
-        data = dict(reversed(list(_boxes(data))))[kind]
+        data = dict(reversed(list(_mp4_boxes(data))))[kind]
     return data
 
 
 def _track_times(moov: bytes) -> NDArray[np.float64] | None:
-    for kind, track in _boxes(moov):
+    for kind, track in _mp4_boxes(moov):
         if kind == b"trak" and _inside(track, b"mdia", b"hdlr")[8:12] == b"vide":
             table = _inside(track, b"mdia", b"minf", b"stbl")
             if not _is_plain_h264(_inside(table, b"stsd")):
@@ -98,7 +98,7 @@ def _is_plain_h264(stsd: bytes) -> bool:
     if struct.unpack_from(">I", stsd, 4)[0] != 1 or stsd[12:16] not in (b"avc1", b"avc3"):
         return False
     entry = stsd[8 : 8 + struct.unpack_from(">I", stsd, 8)[0]]
-    configuration = dict(_boxes(entry[8 + 78 :])).get(b"avcC", b"")
+    configuration = dict(_mp4_boxes(entry[8 + 78 :])).get(b"avcC", b"")
     return len(configuration) > 1 and configuration[1] in _PROFILES
 
 
@@ -108,7 +108,7 @@ def _composition_ticks(table: bytes) -> NDArray[np.int64] | None:
     if not 0 < counts.sum() <= _MAX_FRAMES:
         return None
     decoded = np.cumsum(np.repeat(steps, counts)) - np.repeat(steps, counts)
-    boxes = dict(_boxes(table))
+    boxes = dict(_mp4_boxes(table))
     if b"ctts" not in boxes:
         return decoded
     counts, offsets = _runs(boxes[b"ctts"])

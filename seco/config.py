@@ -181,7 +181,7 @@ def task_list(config: PretrainConfig) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task in named)
 
 
-def resolve(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
+def resolve_pretrain(config: PretrainConfig, processes: int = 1) -> PretrainConfig:
     """Fill in what the preset decides, and refuse values that cannot work.
 
     Args:

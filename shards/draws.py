@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # The golden ratio's step, and the finaliser: every output bit depends on every input bit.
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+_STREAM_STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -38,7 +38,7 @@ def sample_starts(seed: int, epoch: int, keys: Sequence[str], purpose: str) -> N
 
 def uniforms(starts: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """(n,) starts to (n, count) numbers, uniform in [0, 1)."""
-    counters = starts[:, None] + _STEP * np.arange(1, count + 1, dtype=np.uint64)
+    counters = starts[:, None] + _STREAM_STEP * np.arange(1, count + 1, dtype=np.uint64)
     shift, scale = _TO_UNIT
     # All modulo 2**64, as numpy does it.
     numbers: NDArray[np.float64] = (mix(counters) >> shift) * scale

@@ -19,7 +19,7 @@ from benchmarks.gpu.joined_step import joined_step
 from benchmarks.gpu.kit import PACKAGES
 from benchmarks.gpu.table import Table
 from benchmarks.step_ways import StepWays
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, resolve_pretrain
 from shards.opening import open_shards
 from tests.data import ROOT
 from tests.made_shards import make_set
@@ -185,7 +185,7 @@ def test_losses_of_the_kit_are_compared_with_where_they_are_of_the_same_run(
 
 def test_the_step_as_it_was_gives_todays_loss() -> None:
     sizes = {"arch": "resnet18", "crop_size": 32, "batch_size": 8, "bn_group": 4, "queue_size": 64}
-    config = resolve(PretrainConfig(**sizes, device="cpu"))  # type: ignore[arg-type]
+    config = resolve_pretrain(PretrainConfig(**sizes, device="cpu"))  # type: ignore[arg-type]
     ways = StepWays(config, torch.device("cpu"))
     losses, statistics = [], []
     for step in (ways.step(), joined_step(ways)):

@@ -33,7 +33,7 @@ from benchmarks.step_ways import (
     peak_memory,
     time_alone,
 )
-from seco.config import PretrainConfig, peak_lr, resolve
+from seco.config import PretrainConfig, peak_lr, resolve_pretrain
 from seco.pretrain.step import TrainingStep
 
 _TOP_KERNELS = 12
@@ -58,7 +58,7 @@ def settings(device: torch.device, **changes: Any) -> PretrainConfig:
     if device.type == "cpu":
         sizes = {"arch": "resnet18", "crop_size": 32, "batch_size": 4, "bn_group": 2}
         sizes |= {"queue_size": 64}
-    return resolve(PretrainConfig(**{**sizes, **changes}, device=str(device)))
+    return resolve_pretrain(PretrainConfig(**{**sizes, **changes}, device=str(device)))
 
 
 def figures(ways: StepWays, ms: list[float], peak: float | None) -> str:

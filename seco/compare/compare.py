@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from seco.checkpoints.weights import RANDOM
-from seco.compare.config import CompareConfig, fractions_of, validate, values_of_c
+from seco.compare.config import CompareConfig, fractions_of, check_compare, values_of_c
 from seco.compare.encoders import (
     Compared,
     Extract,
@@ -62,7 +62,7 @@ def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) 
     Raises:
         InputError: settings, shards, checkpoints or feature folders cannot be used.
     """
-    validate(config)
+    check_compare(config)
     out = Path(config.out)
     require_writable(out)  # before anything that takes long
     if config.features:

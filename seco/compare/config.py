@@ -53,7 +53,7 @@ class CompareConfig:
     seed: int = setting(0, "seed of the draws of labelled videos and of the bootstrap")
 
 
-def validate(config: CompareConfig) -> None:
+def check_compare(config: CompareConfig) -> None:
     """Refuse values that cannot work.
 
     Raises:

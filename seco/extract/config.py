@@ -61,7 +61,7 @@ def frames_of(config: ExtractConfig, dataset: str) -> int:
     return config.frames or _FRAMES_OF.get(dataset, _FRAMES)
 
 
-def validate(config: ExtractConfig) -> None:
+def check_extract(config: ExtractConfig) -> None:
     """Refuse values that cannot work.
 
     Raises:

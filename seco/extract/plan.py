@@ -15,7 +15,7 @@ import torch
 
 from seco import __version__
 from seco.checkpoints.weights import Backbone, load_backbone
-from seco.extract.config import ExtractConfig, frames_of, validate
+from seco.extract.config import ExtractConfig, frames_of, check_extract
 from seco.extract.forwards import Forwards
 from seco.extract.parts import Parts, ShardFeatures, digest_of, part_digests
 from seco.features.store import (
@@ -52,7 +52,7 @@ class Extraction:
     """
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
-        validate(config)
+        check_extract(config)
         if config.out:
             require_writable(Path(config.out))  # before anything that takes long
         self.shards = open_shards(config.shards)

@@ -147,7 +147,7 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
 PROTOCOL = ("clips", "clip_frames", "crops", "test_size")  # of a test
 
 
-def resolve(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
+def resolve_finetune(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
     """Fill in defaults that depend on other settings, and refuse values that cannot work.
 
     Args:
@@ -171,7 +171,7 @@ def resolve(config: FinetuneConfig, processes: int = 1) -> FinetuneConfig:
         require(getattr(config, name) != 0, name, "must be 1 or more")
     group = config.bn_group or largest_part(share, min(_BN_CLIPS, share))
     parts = config.accumulate or max(1, share // group)
-    _require_ranges(config)
+    _require_finetune_ranges(config)
     require(
         parts >= 1 and share % parts == 0,
         "accumulate",
@@ -202,7 +202,7 @@ def require_test_ranges(config: FinetuneTestConfig) -> None:
     require(config.processes is None or config.processes >= 1, "processes", "must be 1 or more")
 
 
-def _require_ranges(config: FinetuneConfig) -> None:
+def _require_finetune_ranges(config: FinetuneConfig) -> None:
     require_test_ranges(config)
     for name in ("epochs", "segments", "crop_size", "log_every", "checkpoint_every_steps", "keep"):
         require(getattr(config, name) >= 1, name, "must be 1 or more")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from seco.checkpoints.backbone_guard import BackboneChanged
 from seco.checkpoints.weights import RANDOM, about, load_backbone, load_finetuned
 from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
-from seco.finetune.config import FinetuneConfig, resolve
+from seco.finetune.config import FinetuneConfig, resolve_finetune
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.result import FinetuneResult
 from seco.finetune.testing import FineTuned, scorer_of, tested, written
@@ -148,7 +148,7 @@ def finetune(config: FinetuneConfig) -> str:
     device = resolve_device(config.device)
     with joined(device) as ranks:
         with one_voice():
-            resolved = resolve(_adopted(config), ranks.size)
+            resolved = resolve_finetune(_adopted(config), ranks.size)
             run = Finetuning(resolved, ranks, device)
         run.run()
         if config.skip_test:

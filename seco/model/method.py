@@ -73,7 +73,7 @@ class SeCo(nn.Module):
     first, without gradients, then ``forward`` with the queries, then the queue.
 
     Args:
-        config: resolved settings (:func:`seco.config.resolve`).
+        config: resolved settings (:func:`seco.config.resolve_pretrain`).
     """
 
     def __init__(self, config: PretrainConfig) -> None:

@@ -23,7 +23,7 @@ from seco.checkpoints.foreign_checkpoints import (
     Weights,
     read_weights,
 )
-from seco.config import PretrainConfig, peak_lr, resolve
+from seco.config import PretrainConfig, peak_lr, resolve_pretrain
 from seco.loading.device_views import DeviceViews
 from seco.loading.loader import Batch, TripletLoader
 from seco.model.method import SeCo, StepResult, spread
@@ -133,7 +133,7 @@ def pretrain(config: PretrainConfig) -> Path:
     device = resolve_device(config.device)
     with joined(device) as ranks:
         with one_voice():
-            trainer = Trainer(_adopted(resolve(config, ranks.size), config), ranks, device)
+            trainer = Trainer(_adopted(resolve_pretrain(config, ranks.size), config), ranks, device)
         return trainer.run()
 
 

@@ -136,7 +136,7 @@ def dense_views(
         planes = _turn_hue(_blend(planes, factor, of_gray, of_mean * middle), turns)
     factor, of_gray, _, _ = slots[_SLOTS]
     planes = _blend(planes, factor, of_gray, torch.zeros_like(factor))
-    blurred = _blur(torch.stack(planes, dim=1), parameters[:, _TAPS:])
+    blurred = _fused_blur(torch.stack(planes, dim=1), parameters[:, _TAPS:])
     return (blurred - _channels(blurred, mean)) / _channels(blurred, std)
 
 
@@ -165,17 +165,17 @@ def _mean_before_contrast(images: Tensor, parameters: Tensor, slots: list[list[T
         factor = 1 + before * (factor - 1)
         planes = _blend(planes, factor, before * of_gray, torch.zeros_like(factor))
         planes = _turn_hue(planes, before * turns)
-    return _gray(planes).mean((1, 2), keepdim=True)
+    return _fused_gray(planes).mean((1, 2), keepdim=True)
 
 
-def _gray(planes: list[Tensor]) -> Tensor:
+def _fused_gray(planes: list[Tensor]) -> Tensor:
     red, green, blue = planes
     return red * GRAY[0] + green * GRAY[1] + blue * GRAY[2]
 
 
 def _blend(planes: list[Tensor], factor: Tensor, of_gray: Tensor, middle: Tensor) -> list[Tensor]:
     """Away from or towards ``middle`` or each pixel's gray; a factor of 1 must come with 0s."""
-    m = of_gray * _gray(planes) + middle
+    m = of_gray * _fused_gray(planes) + middle
     return [(m + factor * (x - m)).clamp(0, 1) for x in planes]
 
 
@@ -196,7 +196,7 @@ def _turn_hue(planes: list[Tensor], turns: Tensor) -> list[Tensor]:
     return [least + chroma * share.clamp(0, 1) for share in shares]
 
 
-def _blur(x: Tensor, half_kernels: Tensor) -> Tensor:
+def _fused_blur(x: Tensor, half_kernels: Tensor) -> Tensor:
     """(N, 3, S, S) across, then down with the (N, R + 1) halves of symmetric kernels."""
     radius = half_kernels.shape[1] - 1
     taps = half_kernels[:, :, None, None, None]

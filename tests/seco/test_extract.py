@@ -25,7 +25,7 @@ import cli
 import seco.extract.extract
 from seco.checkpoints.backbone_guard import BackboneChanged, BackboneGuard
 from seco.checkpoints.weights import load_backbone
-from seco.extract.config import ExtractConfig, frames_of, validate
+from seco.extract.config import ExtractConfig, frames_of, check_extract
 from seco.extract.extract import extract_features
 from seco.extract.parts import Parts
 from seco.extract.plan import Extraction
@@ -474,7 +474,7 @@ def test_settings_that_cannot_work() -> None:
         ({"engine": "ray", "processes": 2}, "--processes"),
     ):
         with pytest.raises(InputError, match=option):
-            validate(ExtractConfig(**settings))  # type: ignore[arg-type]
+            check_extract(ExtractConfig(**settings))  # type: ignore[arg-type]
 
 
 def test_ray_writes_the_same_bytes(

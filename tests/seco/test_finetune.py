@@ -33,7 +33,7 @@ from seco.checkpoints.torch_files import load_torch_file, save_torch_file
 from seco.checkpoints.weights import load_backbone, load_finetuned
 from seco.features.store import read_features
 from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
-from seco.finetune.config import FinetuneConfig, FinetuneTestConfig, resolve
+from seco.finetune.config import FinetuneConfig, FinetuneTestConfig, resolve_finetune
 from seco.finetune.finetune import Finetuning, finetune
 from seco.finetune.labelled_videos import LabelledVideos
 from seco.finetune.segments import clip_starts, segment_frames, segment_middles
@@ -138,13 +138,13 @@ def test_test_clips_begin_where_those_of_the_authors_code_do() -> None:
 
 
 def test_the_learning_rate_falls_twice() -> None:
-    config = resolve(FinetuneConfig(shards=("x",), checkpoint="random"))
+    config = resolve_finetune(FinetuneConfig(shards=("x",), checkpoint="random"))
     assert config.decay_epochs() == (50, 100) and config.lr_decay_epochs == "50,100"
     rates = {"base_lr": 1e-3, "decay_epochs": (50, 100), "steps_per_epoch": 37}
     found = [step_decay(epoch * 37 + rest, **rates) for epoch, rest in ((49, 36), (50, 0))]  # type: ignore[arg-type]
     assert found == pytest.approx([1e-3, 1e-4])
     assert step_decay(149 * 37, **rates) == pytest.approx(1e-5)  # type: ignore[arg-type]
-    short = resolve(FinetuneConfig(shards=("x",), checkpoint="random", epochs=30))
+    short = resolve_finetune(FinetuneConfig(shards=("x",), checkpoint="random", epochs=30))
     assert short.decay_epochs() == (10, 20)
 
 

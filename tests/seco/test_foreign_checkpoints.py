@@ -25,7 +25,7 @@ import cli
 from seco.checkpoints.foreign_checkpoints import read_weights
 from seco.checkpoints.torch_files import load_torch_file
 from seco.checkpoints.weights import load_backbone
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, resolve_pretrain
 from seco.model.method import SeCo
 from seco.pretrain.trainer import initialise
 from shards.errors import InputError
@@ -482,7 +482,7 @@ def test_a_namespace_is_read_as_nothing_and_allowed_only_meanwhile(folder: Path)
 
 def settings(path: Path, **changes: Any) -> PretrainConfig:
     small = {"arch": "resnet18", "queue_size": 8, "batch_size": 4, "preset": "authors"}
-    return resolve(PretrainConfig(init=str(path), **{**small, **changes}))
+    return resolve_pretrain(PretrainConfig(init=str(path), **{**small, **changes}))
 
 
 def initialised(path: Path, **changes: Any) -> tuple[State, State]:

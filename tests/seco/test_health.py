@@ -12,7 +12,7 @@ import torch
 
 import seco.checkpoints.checkpoint
 from seco.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, resolve_pretrain
 from seco.model.method import spread
 from seco.pretrain.health import Health, chance_levels, status
 from seco.pretrain.trainer import pretrain
@@ -35,16 +35,16 @@ SPEED = {"images_per_s": 1234.5, "data_wait": 0.01}
 
 def looked_at(rows: list[tuple[int, dict[str, Any], dict[str, float]]]) -> list[str]:
     said: list[str] = []
-    health = Health(resolve(PretrainConfig(queue_size=99)), said.append)
+    health = Health(resolve_pretrain(PretrainConfig(queue_size=99)), said.append)
     for step, metrics, speed in rows:
         health.look(step, {**METRICS, **metrics}, {**SPEED, **speed})
     return said[1:]
 
 
 def test_chance_levels_are_those_of_guessing() -> None:
-    levels = chance_levels(resolve(PretrainConfig(queue_size=99)))
+    levels = chance_levels(resolve_pretrain(PretrainConfig(queue_size=99)))
     assert levels == pytest.approx({"inter": 4.60517, "intra": 1.098612, "order": 0.693147})
-    pairs = chance_levels(resolve(PretrainConfig(preset="authors")))
+    pairs = chance_levels(resolve_pretrain(PretrainConfig(preset="authors")))
     assert pairs["intra"] == pytest.approx(0.693147)
 
 

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 import seco.pretrain.step
-from seco.config import PretrainConfig, negative_count, resolve
+from seco.config import PretrainConfig, negative_count, resolve_pretrain
 from seco.loading.device_views import DeviceViews
 from seco.model.backbones import build_backbone, feature_dim
 from seco.model.batchnorm import running_statistics
@@ -37,7 +37,7 @@ def settings(**changes: Any) -> PretrainConfig:
         "crop_size": SIZE,
         "embedding_dim": DIM,
     }
-    return resolve(PretrainConfig(**{**values, **changes}))
+    return resolve_pretrain(PretrainConfig(**{**values, **changes}))
 
 
 def made_input() -> tuple[Tensor, Tensor, Tensor]:

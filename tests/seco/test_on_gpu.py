@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, resolve_pretrain
 from seco.loading.device_views import DeviceCopies, DeviceViews
 from seco.loading.loader import BatchRing
 from seco.model.method import SeCo
@@ -36,7 +36,7 @@ CONFIG = PretrainConfig(
 def trained(config: PretrainConfig, name: str) -> tuple[list[float], Tensor, int]:
     """Losses of two steps on the same views, the first layer then, and the optimizer's tensors."""
     device = torch.device(name)
-    config = for_device(resolve(config), device)
+    config = for_device(resolve_pretrain(config), device)
     torch.manual_seed(0)
     model = SeCo(config).to(device).train()
     views = DeviceViews(device, SIZE, ViewConfig())

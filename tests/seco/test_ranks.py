@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from seco.checkpoints.checkpoint import load_checkpoint
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, resolve_pretrain
 from seco.model.key_shuffle import KEYS, KeyShuffle
 from seco.model.method import SeCo
 from seco.processes.device import resolve_device
@@ -119,7 +119,7 @@ def trained(folder: Path) -> torch.Tensor:
 
 def untrained() -> torch.Tensor:
     torch.manual_seed(0)
-    return as_vector(SeCo(resolve(PretrainConfig(**EQUAL))).state_dict())
+    return as_vector(SeCo(resolve_pretrain(PretrainConfig(**EQUAL))).state_dict())
 
 
 def as_vector(state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -403,11 +403,11 @@ def test_a_rank_that_fails_says_why_once(small: str, tmp_path: Path) -> None:
 
 def test_settings_that_do_not_divide() -> None:
     config = PretrainConfig(batch_size=512)
-    assert resolve(config).bn_group == 128
-    assert resolve(config, processes=4).bn_group == 128
-    assert resolve(config, processes=8).bn_group == 64  # a process's share
-    assert resolve(PretrainConfig(batch_size=768), processes=3).bn_group == 128  # of 256
-    assert resolve(PretrainConfig(batch_size=510)).bn_group == 102
+    assert resolve_pretrain(config).bn_group == 128
+    assert resolve_pretrain(config, processes=4).bn_group == 128
+    assert resolve_pretrain(config, processes=8).bn_group == 64  # a process's share
+    assert resolve_pretrain(PretrainConfig(batch_size=768), processes=3).bn_group == 128  # of 256
+    assert resolve_pretrain(PretrainConfig(batch_size=510)).bn_group == 102
     for changes, processes, message in (
         ({}, 3, "--batch-size: 512 does not divide over 3 processes"),
         ({"batch_size": 511}, 2, "511 does not divide over 2 processes"),
@@ -416,7 +416,7 @@ def test_settings_that_do_not_divide() -> None:
         ({"processes": 0}, 1, "--processes: must be 1 or more"),
     ):
         with pytest.raises(InputError, match=message):
-            resolve(PretrainConfig(**{"batch_size": 512, **changes}), processes)  # type: ignore[arg-type]
+            resolve_pretrain(PretrainConfig(**{"batch_size": 512, **changes}), processes)  # type: ignore[arg-type]
 
 
 def test_what_cannot_work_is_said_once_and_before_anything_starts(

@@ -20,7 +20,7 @@ import torch
 import seco.pretrain.trainer
 from seco.api import pretrain
 from seco.checkpoints.checkpoint import load_checkpoint
-from seco.config import PretrainConfig, resolve
+from seco.config import PretrainConfig, resolve_pretrain
 from shards.errors import InputError, Stopped
 from tests.made_shards import make_set
 
@@ -198,8 +198,8 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(
 )
 def test_the_learning_rate_that_a_preset_gives(preset: str, batch_size: int, lr: float) -> None:
     given = PretrainConfig(preset=preset, batch_size=batch_size)
-    assert resolve(given).lr == pytest.approx(lr, rel=1e-12)
-    assert resolve(dataclasses.replace(given, lr=0.7)).lr == 0.7
+    assert resolve_pretrain(given).lr == pytest.approx(lr, rel=1e-12)
+    assert resolve_pretrain(dataclasses.replace(given, lr=0.7)).lr == 0.7
 
 
 def test_a_resumed_run_keeps_its_learning_rate(
