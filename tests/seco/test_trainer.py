@@ -304,7 +304,7 @@ def test_init_takes_an_earlier_runs_backbone(
     config = PretrainConfig(
         shards=(shards,), out=str(tmp_path), init=str(undisturbed / "last.pt"), **SMALL
     )
-    trainer = seco.pretrain.trainer.Trainer(seco.pretrain.trainer.resolve(config))
+    trainer = seco.pretrain.trainer.Trainer(seco.pretrain.trainer.resolve_pretrain(config))
     trained = load_checkpoint(undisturbed / "last.pt")["model"]
     for side in ("query", "key"):
         encoder = getattr(trainer.model, f"{side}_encoder").backbone.state_dict()
