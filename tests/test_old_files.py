@@ -1,6 +1,6 @@
 """Files written by an old version are read: shards, features and a checkpoint of commit 25e9a38.
 
-``written_by_25e9a38/make.sh`` made them, in a worktree of that commit.
+A script in ``written_by_25e9a38`` made them, in a worktree of that commit.
 """
 
 from __future__ import annotations
