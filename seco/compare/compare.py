@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from seco.checkpoints.weights import RANDOM
-from seco.compare.config import CompareConfig, fractions_of, check_compare, values_of_c
+from seco.compare.config import CompareConfig, check_compare, fractions_of, values_of_c
 from seco.compare.encoders import (
     Compared,
     Extract,

@@ -15,7 +15,7 @@ import torch
 
 from seco import __version__
 from seco.checkpoints.weights import Backbone, load_backbone
-from seco.extract.config import ExtractConfig, frames_of, check_extract
+from seco.extract.config import ExtractConfig, check_extract, frames_of
 from seco.extract.forwards import Forwards
 from seco.extract.parts import Parts, ShardFeatures, digest_of, part_digests
 from seco.features.store import (

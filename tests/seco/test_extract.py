@@ -25,7 +25,7 @@ import cli
 import seco.extract.extract
 from seco.checkpoints.backbone_guard import BackboneChanged, BackboneGuard
 from seco.checkpoints.weights import load_backbone
-from seco.extract.config import ExtractConfig, frames_of, check_extract
+from seco.extract.config import ExtractConfig, check_extract, frames_of
 from seco.extract.extract import extract_features
 from seco.extract.parts import Parts
 from seco.extract.plan import Extraction
