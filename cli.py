@@ -15,15 +15,25 @@ import click
 
 from pipelines._config import PrepareConfig
 from seco import __version__
-from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
-from seco.compare.config import EXTRACTION, CompareConfig
-from seco.config import PretrainConfig
-from seco.demo.config import DemoConfig
-from seco.extract.config import ExtractConfig
-from seco.finetune.config import FinetuneConfig, FinetuneTestConfig
-from seco.probe.config import ProbeConfig
-from seco.retrieve.config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
-from seco.track.config import TrackEvalConfig, TrackRunConfig, TrackTrainConfig
+from seco.config import (
+    EXTRACTION,
+    BuildConfig,
+    CompareConfig,
+    DemoConfig,
+    DuplicatesConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    FinetuneTestConfig,
+    ImportConfig,
+    PretrainConfig,
+    ProbeConfig,
+    QueryConfig,
+    TrackEvalConfig,
+    TrackRunConfig,
+    TrackTrainConfig,
+)
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -254,12 +264,12 @@ def extract_features(**settings: Any) -> None:
     Example: seco extract-features --shards shards/k400-val.json \\
                --checkpoint runs/k400/last.pt --out features/k400-val
     """
-    from seco.extract.config import check_extract
+    from seco.config import check_extract
 
     config = ExtractConfig(**settings)
     check_extract(config)
     if config.engine == "ray":
-        from seco.extract.ray_engine import extract_on_cluster
+        from seco.features.ray_engine import extract_on_cluster
 
         print(extract_on_cluster(config))
         return
@@ -273,7 +283,7 @@ def extract_here(config: ExtractConfig, show: bool = True) -> int:
     """One process of an extraction: its exit code. The first one prints where the features are."""
 
     def work() -> None:
-        from seco.extract.extract import extract_features as run
+        from seco.features.extract import extract_features as run
 
         folder = run(config)
         if show and os.environ.get("RANK", "0") == "0":
@@ -295,7 +305,7 @@ def compare(**settings: Any) -> None:
     Example: seco compare --shards shards/mine.json --encoder runs/mine --encoder random
     Example: seco compare --features features/a --features features/b
     """
-    from seco.compare.compare import compare as run
+    from seco.evaluation.compare import compare as run
     from seco.processes.launch import launch
 
     extraction = ExtractConfig(**{name: settings.pop(name) for name in EXTRACTION})
@@ -350,7 +360,7 @@ def probe(**settings: Any) -> None:
     Example: seco probe --features features/ucf101 --split 1
     Example: seco probe --features features/ucf101 --sweep 0.01,0.1,1,10
     """
-    from seco.probe.probe import probe as run
+    from seco.evaluation.probe import probe as run
 
     print(run(ProbeConfig(**settings)).table())
 
@@ -365,7 +375,7 @@ def finetune(**settings: Any) -> None:
     Example: seco finetune ucf101 --shards shards/ucf101.json \\
                --checkpoint runs/k400/last.pt --split 1
     """
-    from seco.finetune.config import resolve_finetune
+    from seco.config import resolve_finetune
     from seco.processes.launch import launch
 
     again = "go on with the same command and --resume auto"
@@ -377,7 +387,7 @@ def finetune_here(config: FinetuneConfig) -> int:
     """One process of a fine-tuning: its exit code."""
 
     def work() -> None:
-        from seco.finetune.finetune import finetune as run
+        from seco.training.finetune import finetune as run
 
         if text := run(config):
             print(text)
@@ -394,7 +404,7 @@ def finetune_eval(**settings: Any) -> None:
     Example: seco finetune-eval --shards shards/ucf101.json \\
                --checkpoint runs/ucf101-finetune-1/last.pt
     """
-    from seco.finetune.config import require_test_ranges
+    from seco.config import require_test_ranges
     from seco.processes.launch import launch
 
     config = FinetuneTestConfig(**settings)
@@ -406,7 +416,7 @@ def finetune_eval_here(config: FinetuneTestConfig) -> int:
     """One process of the test of a fine-tuned checkpoint: its exit code."""
 
     def work() -> None:
-        from seco.finetune.testing import finetune_eval as run
+        from seco.evaluation.video_test import finetune_eval as run
 
         if text := run(config):
             print(text)
@@ -427,7 +437,7 @@ def retrieve_evaluate(**settings: Any) -> None:
     \b
     Example: seco retrieve evaluate --features features/ucf101 --split all
     """
-    from seco.retrieve.retrieval import evaluate
+    from seco.evaluation.retrieval import evaluate
 
     print(evaluate(EvaluateConfig(**settings)).table())
 
@@ -440,7 +450,7 @@ def retrieve_build(**settings: Any) -> None:
     \b
     Example: seco retrieve build --features features/k400 --ivfpq-above 100000
     """
-    from seco.retrieve.index_files import build
+    from seco.evaluation.index import build
 
     print(build(BuildConfig(**settings)).table())
 
@@ -454,8 +464,8 @@ def retrieve_query(**settings: Any) -> None:
     Example: seco retrieve query --features features/ucf101 --video v_Archery_g01_c01
              seco retrieve query --features features/ucf101 --file mine.mp4 --checkpoint last.pt
     """
-    from pipelines._one_file import decode_file
-    from seco.retrieve.retrieval_page import write_query_page
+    from pipelines._files import decode_file
+    from seco.evaluation.query import write_query_page
 
     print(write_query_page(QueryConfig(**settings), decode_file))
 
@@ -468,7 +478,7 @@ def retrieve_duplicates(**settings: Any) -> None:
     \b
     Example: seco retrieve duplicates --features features/ucf101 --html duplicates.html
     """
-    from seco.retrieve.duplicates import duplicates
+    from seco.evaluation.duplicates import duplicates
 
     print(duplicates(DuplicatesConfig(**settings)).table())
 
@@ -487,8 +497,8 @@ def track_train(**settings: Any) -> None:
     Example: seco track train --shards "shards/got10k-{000..038}.tar" \\
                --checkpoint runs/k400/last.pt
     """
+    from seco.config import check_training
     from seco.processes.launch import launch
-    from seco.track.config import check_training
 
     again = "go on with the same command and --resume auto"
     if code := launch(TrackTrainConfig(**settings), track_train_here, check_training, again=again):
@@ -499,7 +509,7 @@ def track_train_here(config: TrackTrainConfig) -> int:
     """One process of a tracker's training: its exit code."""
 
     def work() -> None:
-        from seco.track.train import track_train as run
+        from seco.training.track import track_train as run
 
         checkpoint = run(config)
         if os.environ.get("RANK", "0") == "0":
@@ -516,8 +526,8 @@ def track_eval(**settings: Any) -> None:
     \b
     Example: seco track eval --shards shards/otb100.json --tracker runs/track-got10k/last.pt
     """
-    from pipelines._video_files import write_video
-    from seco.track.eval import track_eval as run
+    from pipelines._files import write_video
+    from seco.evaluation.otb import track_eval as run
 
     print(run(TrackEvalConfig(**settings), write_video).table())
 
@@ -531,8 +541,8 @@ def track_run(**settings: Any) -> None:
     Example: seco track run --video street.mp4 --box 120,80,40,60 \\
                --tracker runs/track-got10k/last.pt
     """
-    from pipelines._video_files import open_video, write_video
-    from seco.track.run import track_run as run
+    from pipelines._files import open_video, write_video
+    from seco.evaluation.tracker import track_run as run
 
     config = TrackRunConfig(**settings)
     with open_video(Path(config.video)) as video:
@@ -552,7 +562,7 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
     \b
     Example: seco inspect "shards/ucf101-*.tar" --html ucf101.html
     """
-    from seco.inspect.inspection import inspect_set
+    from seco.report.inspect import inspect_set
 
     print(inspect_set(shards, html=html, png=png))
 
@@ -589,7 +599,7 @@ def demo(**settings: Any) -> None:
     \b
     Example: seco demo --src raw/ --dataset hmdb51
     """
-    from seco.demo.demo import demo as run_demo
+    from seco.demo import demo as run_demo
 
     print(run_demo(DemoConfig(**settings), command=run))
 
@@ -605,7 +615,7 @@ def doctor(as_json: bool) -> None:
     Example: seco doctor
     """
     from pipelines._ffmpeg import ffmpeg_facts
-    from seco.doctor.doctor import examine
+    from seco.doctor import examine
 
     print("seco: loading every library once, which may take a minute", file=sys.stderr)
     found = examine(ffmpeg_facts)
@@ -623,7 +633,7 @@ def render_demo(out: str, clips_per_class: int, seed: int) -> None:
     \b
     Example: seco render-demo raw/
     """
-    from pipelines._rendered import render_demo_set
+    from pipelines._demo_set import render_demo_set
 
     render_demo_set(Path(out), clips_per_class=clips_per_class, seed=seed)
 

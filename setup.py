@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=["seco", "seco.*"]), "pipelines", "shards"],
     py_modules=["cli"],
     package_data={
-        "seco": ["py.typed", "pages/templates/*.j2"],
+        "seco": ["py.typed", "templates/*.j2"],
         "pipelines": ["py.typed"],
         "shards": ["py.typed"],
     },

@@ -33,7 +33,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from scipy import stats
 
-from seco.demo.demo import FULL
+from seco.demo import FULL
 from shards.atomic import write_json, write_text
 from shards.format import Manifest, VideoRecord
 from shards.writer import ShardWriter

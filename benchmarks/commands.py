@@ -7,9 +7,7 @@ from typing import Any
 import click
 
 from cli import settings_options
-from seco.config import PretrainConfig
-from seco.extract.config import ExtractConfig
-from seco.track.config import FEATURE_LAYERS
+from seco.config import FEATURE_LAYERS, ExtractConfig, PretrainConfig
 from shards.errors import InputError
 
 

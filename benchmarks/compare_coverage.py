@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seco.compare.intervals import UNDECIDED, GroupBootstrap, Interval, decide
-from seco.compare.measures import (
+from seco.evaluation.compare import (
     Classified,
     Labelled,
     Rights,
@@ -35,9 +34,10 @@ from seco.compare.measures import (
     hold_outs,
     same_video,
 )
+from seco.evaluation.intervals import UNDECIDED, GroupBootstrap, Interval, decide
 from seco.evaluation.splits import TrainTest
+from seco.evaluation.svm import LinearSVM
 from seco.features.store import Features
-from seco.probe.svm import LinearSVM
 
 PERCENTS = (1.0, 10.0, 100.0)
 CLASSES, LATENT, DIMENSION = 6, 24, 48

@@ -18,11 +18,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from seco.demo.demo import SECO
+from seco.demo import SECO
+from seco.evaluation.nearest import ExactIndex
+from seco.evaluation.query import right_among_nearest
 from seco.features.matrix import unit_vectors
 from seco.features.store import read_features
-from seco.retrieve.nearest import ExactIndex
-from seco.retrieve.query import right_among_nearest
 from shards.atomic import write_text
 
 MEASURES = {"svm@100": "SVM top-1 %", "r1@100": "R@1 %", "same_video": "same-video R@1 %"}

@@ -20,19 +20,16 @@ from torchvision import transforms
 
 from benchmarks.measuring import cpu_seconds, in_turns, machine
 from seco.checkpoints.weights import load_backbone
-from seco.extract.config import ExtractConfig, check_extract
-from seco.extract.extract import extract_features
-from seco.extract.forwards import computing_threads
-from seco.extract.plan import dataset_of, forwards_of, resolved
-from seco.loading.frame_loader import FrameLoader
+from seco.config import ExtractConfig, check_extract
+from seco.data.frames import FrameLoader, VideoFrames
+from seco.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
+from seco.features.extract import extract_features
+from seco.features.plan import computing_threads, dataset_of, forwards_of, resolved
 from seco.processes.device import resolve_device, uses_bf16, wall_milliseconds
-from seco.views.augment import normalise
-from seco.views.video_frames import VideoFrames
-from seco.views.view_parameters import IMAGENET_MEAN, IMAGENET_STD
+from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.progress import progress
-from shards.reader import ShardSet
 
 _BARE_FRAMES = 512  # of one measurement of bare forwards, or all there are
 _OURS, _PLAIN = "ours", "the plain way"

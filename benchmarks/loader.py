@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from benchmarks import loader_reference as reference
 from benchmarks.measuring import cpu_seconds, in_turns, machine
-from seco.loading.loader import TripletLoader
-from seco.views.view_parameters import ViewConfig
+from seco.data.loader import TripletLoader
+from seco.data.transforms import ViewConfig
+from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.opening import open_shards
-from shards.order import EpochOrder, WindowOrder
 from shards.progress import progress
-from shards.reader import ShardSet
+from shards.sampling import EpochOrder, WindowOrder
 from shards.stream import TripletFrames, TripletStream
 
 _CROP_SIZE = 224

@@ -14,11 +14,10 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.io import decode_jpeg
 
-from seco.views.chunks import FRAME_OF_VIEW
-from seco.views.crop_resize import crop_resize
-from seco.views.crops import FrameDecoder, Pixels
-from seco.views.device_decode import as_tensors
-from seco.views.view_parameters import ViewConfig
+from seco.data.crops import FrameDecoder, Pixels, crop_resize
+from seco.data.gpu_transforms import as_tensors
+from seco.data.transforms import ViewConfig
+from seco.data.triplets import FRAME_OF_VIEW
 
 Decoder = Callable[[bytes], Pixels]
 Resizer = Callable[[Pixels, Sequence[int], int, Pixels], None]

@@ -16,8 +16,7 @@ from benchmarks.prepare_runs import planning_cost, scaling_rates
 from pipelines._adapter import Video, is_video
 from pipelines._build import build_shard
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version
-from pipelines._frames import FrameChoice
-from pipelines._plan import ShardPlan
+from pipelines._plan import FrameChoice, ShardPlan
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.progress import progress

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines._colour import Planes, encode_jpeg, jpeg_planes
 from pipelines._decode import decoding, output_argv, pictures, scaled, scaled_size
 from pipelines._ffmpeg import local_url
-from pipelines._frames import FrameChoice
+from pipelines._plan import FrameChoice
 from shards.errors import InputError
 
 

@@ -30,8 +30,8 @@ from benchmarks.probe_reference import (
     require_scikit_learn,
 )
 from seco.evaluation.splits import read_train_test
+from seco.evaluation.svm import MAX_ROUNDS, LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix
-from seco.probe.svm import MAX_ROUNDS, LinearSVM, fit_svm
 from seco.processes.device import resolve_device
 from shards.errors import InputError
 from shards.progress import progress

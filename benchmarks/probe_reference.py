@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import cpu_seconds
 from seco.features.matrix import FeatureMatrix
-from shards.cpus import usable_cpus
 from shards.errors import InputError
+from shards.settings import usable_cpus
 
 _TEST_SHARE = 0.25
 _TOLERANCE = 1e-4  # scikit-learn's default

@@ -30,6 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import machine  # noqa: E402
+from seco.evaluation.index import (  # noqa: E402
+    INDEX,
+    ApproximateIndex,
+    open_index,
+)
+from seco.evaluation.nearest import ExactIndex, NearestIndex  # noqa: E402
 from seco.features.matrix import unit_vectors  # noqa: E402
 from seco.features.store import (  # noqa: E402
     FEATURES,
@@ -39,9 +45,6 @@ from seco.features.store import (  # noqa: E402
     VIDEOS,
     read_features,
 )
-from seco.retrieve.index_files import INDEX, open_index  # noqa: E402
-from seco.retrieve.ivfpq import ApproximateIndex  # noqa: E402
-from seco.retrieve.nearest import ExactIndex, NearestIndex  # noqa: E402
 from shards.atomic import write_json  # noqa: E402
 from shards.progress import progress  # noqa: E402
 

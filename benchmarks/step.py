@@ -19,9 +19,9 @@ from benchmarks.measuring import machine
 from benchmarks.step_fed import ONE_BATCH, REAL, feeding, open_for_steps
 from benchmarks.step_ways import Build, StepWays, Work, measured, peak_memory
 from seco.config import PretrainConfig, peak_lr, resolve_pretrain
-from seco.model.losses import inter_loss
+from seco.models.losses import inter_loss
 from seco.processes.device import resolve_device
-from seco.runs.run_state import RunState
+from seco.training.state import RunState
 from shards.errors import InputError
 from shards.progress import progress
 

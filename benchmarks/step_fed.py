@@ -11,11 +11,10 @@ import torch
 from benchmarks.measuring import in_turns
 from benchmarks.step_ways import WARM_UP, StepWays, Work, milliseconds_per_step
 from seco.config import PretrainConfig, peak_lr
-from seco.loading.device_views import DeviceViews
-from seco.loading.loader import Batch, TripletLoader
-from seco.pretrain.step import GlobalRows, TrainingStep
+from seco.data.loader import Batch, DeviceViews, TripletLoader
+from seco.data.transforms import ViewConfig
 from seco.processes.device import loader_workers
-from seco.views.view_parameters import ViewConfig
+from seco.training.step import GlobalRows, TrainingStep
 from shards.opening import open_stream
 from shards.stream import Stream
 

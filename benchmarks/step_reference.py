@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seco.config import PretrainConfig, peak_lr
-from seco.model.backbones import build_backbone, feature_dim
+from seco.models.backbones import build_backbone, feature_dim
 
 
 def bare_cost(

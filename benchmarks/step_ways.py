@@ -16,12 +16,12 @@ from torch import Tensor
 from benchmarks.measuring import in_turns
 from benchmarks.step_reference import PlainStep, bare_cost
 from seco.config import PretrainConfig, peak_lr
-from seco.loading.device_views import DeviceViews
-from seco.model.method import SeCo
-from seco.pretrain.step import GlobalRows, TrainingStep, for_device
+from seco.data.loader import DeviceViews
+from seco.data.transforms import VIEW_DRAWS, ViewConfig
+from seco.models.seco import SeCo
 from seco.processes.device import wall_milliseconds
 from seco.processes.ranks import Ranks
-from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
+from seco.training.step import GlobalRows, TrainingStep, for_device
 
 WARM_UP = 2
 _STEPS_AT_A_TIME = 5  # on a GPU: as in a run, the host prepares a step while the last one computes

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.svm import LinearSVC
 
 from benchmarks.probe_reference import made_rows
-from seco.probe.svm import fit_svm
+from seco.evaluation.svm import fit_svm
 
 SIZES = ((2000, 20), (3000, 10), (3000, 60), (4000, 40))  # training rows, classes
 DIMENSION, TOLERANCE = 2048, 0.01

@@ -13,20 +13,20 @@ import torch
 from benchmarks.measuring import in_turns, machine
 from benchmarks.track_reference import PlainStep, PlainTracker, bare_tracking, bare_training
 from seco.checkpoints.weights import random_backbone
+from seco.config import EXEMPLAR_PX, TRAIN_SEARCH_PX, TrackerConfig, TrackTrainConfig
+from seco.data.crops import Pixels
+from seco.data.pairs import PairLoader
+from seco.evaluation.otb import frames_ahead
+from seco.evaluation.tracker import Tracker
+from seco.models.siamfc import SiamFC
 from seco.processes.device import resolve_device, wall_milliseconds
 from seco.processes.ranks import Ranks
-from seco.track.config import EXEMPLAR_PX, TRAIN_SEARCH_PX, TrackerConfig, TrackTrainConfig
-from seco.track.eval import frames_ahead
-from seco.track.model import SiamFC
-from seco.track.pairs import PairLoader
-from seco.track.tracker import Tracker
-from seco.track.train import PairStep
-from seco.views.crops import Pixels
+from seco.training.track import PairStep
+from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.pairs import PairStream, boxes_of
 from shards.progress import progress
-from shards.reader import ShardSet
 
 _FRAME = (480, 640)  # height and width of what is tracked through
 _BOX = (280.0, 200.0, 80.0, 90.0)

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from seco.track.config import EXEMPLAR_PX, SEARCH_PX, STRIDE, TRAIN_SEARCH_PX, TrackerConfig
-from seco.track.crops import target_of
-from seco.track.model import SiamFC
-from seco.track.train import balanced_loss, response_labels
-from seco.views.augment import normalise
-from seco.views.crops import Pixels
+from seco.config import EXEMPLAR_PX, SEARCH_PX, STRIDE, TRAIN_SEARCH_PX, TrackerConfig
+from seco.data.crops import Pixels
+from seco.data.pairs import target_of
+from seco.data.transforms import normalise
+from seco.models.siamfc import SiamFC
+from seco.training.track import balanced_loss, response_labels
 
 
 def bare_tracking(model: SiamFC, device: torch.device, scales: int) -> Callable[[], Tensor]:

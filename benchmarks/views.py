@@ -13,10 +13,9 @@ from PIL import Image
 
 from benchmarks import loader_reference as reference
 from benchmarks.measuring import in_turns, machine
+from seco.data.crops import draw_crops
+from seco.data.transforms import VIEW_DRAWS, ViewConfig, apply_views, draw_views
 from seco.processes.device import resolve_device, wall_milliseconds
-from seco.views.augment import apply_views
-from seco.views.crops import draw_crops
-from seco.views.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.progress import progress
@@ -138,7 +137,7 @@ def _nvjpeg(
     jpegs: list[bytes], boxes: list[list[int]], device: torch.device, repeats: int
 ) -> dict[str, float]:
     """A batch of 512 triplets decoded and cropped on the device."""
-    from seco.views.device_decode import as_tensors, crop_resize_batch, decode_frames
+    from seco.data.gpu_transforms import as_tensors, crop_resize_batch, decode_frames
 
     triplets = 512
     files = as_tensors([jpegs[i % _FRAMES] for i in range(3 * triplets)])

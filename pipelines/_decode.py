@@ -1,5 +1,17 @@
 """Decoding a video in one pass: ffmpeg scales, the pictures come back through a pipe.
 
+When an MP4 or MOV file says its frames are shown, read from its sample tables.
+
+Only a forecast: decoding tells what is really there. It lets ffmpeg scale and hand over the few
+frames that will be stored, where without it every frame would have to be scaled and kept until
+the last is known.
+
+What ffmpeg's log tells of a decoding: times, colour, complaints.
+
+ffmpeg's parts are threads, and write their lines in pieces: those of one part come in order, but
+others may stand between and even within them. Only a piece is whole. So nothing here asks how a
+line begins or ends, and of many complaints the one that is told is the same in every run.
+
 ffmpeg is asked for size only, never for colour: measured, its 8-bit conversions between ranges
 and matrices shift the chroma by up to half a level, so ``_colour.py`` does them exactly.
 """
@@ -8,18 +20,294 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
 import stat
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines._ffmpeg import FfmpegStream, local_url
-from pipelines._ffmpeg_log import FfmpegLog, Shown
+
+_MAX_MOOV_BYTES = 64 << 20
+_MAX_FRAMES = 4_000_000
+_MAX_BOXES = 10_000
+# H.264 profiles of 8 bits and 4:2:0, the only pictures whose colour the scaler leaves alone.
+_PROFILES = (66, 77, 88, 100)
+
+
+def forecast_times(path: Path) -> NDArray[np.float64] | None:
+    """(F,) seconds at which the frames of the first video track are shown, sorted.
+
+    None for everything but H.264 of 8 bits in 4:2:0 with whole sample tables.
+    """
+    try:
+        # Not to wait for ever where a pipe stands for a file.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            moov = _moov(file)
+        return _track_times(moov) if moov is not None else None
+    except (OSError, struct.error, ValueError, IndexError, KeyError, OverflowError):
+        return None
+
+
+def _moov(file: BinaryIO) -> bytes | None:
+    """The box that describes the file; whatever is before it is skipped, not read."""
+    position = 0
+    for _ in range(_MAX_BOXES):
+        file.seek(position)
+        header = file.read(16)
+        if len(header) < 8:
+            return None
+        size, kind = struct.unpack_from(">I4s", header)
+        start = 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", header, 8)
+            start = 16
+        if size < start:
+            return None
+        if kind == b"moov":
+            if size > _MAX_MOOV_BYTES:
+                return None
+            file.seek(position + start)
+            return file.read(size - start)
+        position += size
+    return None
+
+
+def _mp4_boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    position = 0
+    while position + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        if size < 8 or position + size > len(data):
+            return
+        yield kind, data[position + 8 : position + size]
+        position += size
+
+
+def _inside(data: bytes, *path: bytes) -> bytes:
+    """The contents of the first box at a path; raises KeyError when there is none."""
+    for kind in path:
+        data = dict(reversed(list(_mp4_boxes(data))))[kind]
+    return data
+
+
+def _track_times(moov: bytes) -> NDArray[np.float64] | None:
+    for kind, track in _mp4_boxes(moov):
+        if kind == b"trak" and _inside(track, b"mdia", b"hdlr")[8:12] == b"vide":
+            table = _inside(track, b"mdia", b"minf", b"stbl")
+            if not _is_plain_h264(_inside(table, b"stsd")):
+                return None
+            shown = _composition_ticks(table)
+            header = _inside(track, b"mdia", b"mdhd")
+            (scale,) = struct.unpack_from(">I", header, 20 if header[0] == 1 else 12)
+            if shown is None or not scale:
+                return None
+            times: NDArray[np.float64] = np.sort(_edited(shown, track, moov, scale)) / scale
+            return times
+    return None
+
+
+def _is_plain_h264(stsd: bytes) -> bool:
+    if struct.unpack_from(">I", stsd, 4)[0] != 1 or stsd[12:16] not in (b"avc1", b"avc3"):
+        return False
+    entry = stsd[8 : 8 + struct.unpack_from(">I", stsd, 8)[0]]
+    configuration = dict(_mp4_boxes(entry[8 + 78 :])).get(b"avcC", b"")
+    return len(configuration) > 1 and configuration[1] in _PROFILES
+
+
+def _composition_ticks(table: bytes) -> NDArray[np.int64] | None:
+    """When each sample is shown, in the order of the file; ISO 14496-12, 8.6.1."""
+    counts, steps = _runs(_inside(table, b"stts"))
+    if not 0 < counts.sum() <= _MAX_FRAMES:
+        return None
+    decoded = np.cumsum(np.repeat(steps, counts)) - np.repeat(steps, counts)
+    boxes = dict(_mp4_boxes(table))
+    if b"ctts" not in boxes:
+        return decoded
+    counts, offsets = _runs(boxes[b"ctts"])
+    if counts.sum() != len(decoded):
+        return None
+    return decoded + np.repeat(offsets, counts)
+
+
+def _runs(box: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(counts, values) of a run-length table; values are taken as signed."""
+    (length,) = struct.unpack_from(">I", box, 4)
+    pairs = np.frombuffer(box, ">u4", 2 * length, 8).reshape(-1, 2)
+    return pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int32).astype(np.int64)
+
+
+def _edited(shown: NDArray[np.int64], track: bytes, moov: bytes, scale: int) -> NDArray[np.int64]:
+    """What is left of the samples by an edit list of one part."""
+    try:
+        edits = _inside(track, b"edts", b"elst")
+    except KeyError:
+        return shown
+    (length,) = struct.unpack_from(">I", edits, 4)
+    if length != 1:
+        return shown
+    duration, start = struct.unpack_from(">qq" if edits[0] == 1 else ">ii", edits, 8)
+    movie = _inside(moov, b"mvhd")
+    (movie_scale,) = struct.unpack_from(">I", movie, 20 if movie[0] == 1 else 12)
+    end = start + duration * scale / max(1, movie_scale)
+    kept = shown[(shown >= start) & (shown < end)] if duration else shown[shown >= start]
+    return kept if len(kept) else shown
+
+
+_TIME_BASE = re.compile(rb"config in time_base: (\d+)/(\d+)")
+_SHOWN = re.compile(rb"\bn: *\d+ pts: *(-?\d+|NOPTS) .* fmt:(\S+) .*sar:(\d+/\d+) s:(\d+)x(\d+) i:")
+_RANGE = re.compile(rb"color_range:(pc|jpeg)?")
+# Names that matter: all others are taken for BT.601.
+_MATRIX = re.compile(rb"color_space:(bt709|fcc|smpte240m|bt2020nc|bt2020c)?")
+_DURATION = re.compile(rb"  Duration: (\d+):(\d+):(\d+(?:\.\d+)?)")
+_FPS = re.compile(rb"  Stream #0:\d+.*: Video: .*?([\d.]+)(k?) fps")
+_METADATA = re.compile(rb" {4,}[^:]{1,16}: ")  # may hold any words
+_FAULT = re.compile(
+    rb"error|invalid|not found|no such|could not|cannot|unsupported|denied|whitelist|truncat", re.I
+)
+# The verdicts on packets and frames, the same for all codecs: refused, or patched up.
+_DAMAGE = re.compile(
+    rb"Error submitting packet to decoder|Error while decoding stream|Decoding error|"
+    rb"corrupt decoded frame|Packet corrupt|partial file"
+)
+
+
+# One of these is in everything that _FAULT or _DAMAGE finds (in lower case or as written).
+_COMPLAINTS = (
+    b"rror",
+    b"nvalid",
+    b"ot found",
+    b"o such",
+    b"ould not",
+    b"annot",
+    b"nsupported",
+    b"enied",
+    b"hitelist",
+    b"orrupt",
+    b"artial file",
+    b"runcat",
+    b"config in",
+)
+
+
+class Shown(NamedTuple):
+    """A frame that has passed the filters."""
+
+    time: float  # seconds; nan when the stream has none
+    size: tuple[int, int]  # px
+    picture: tuple[bytes, ...]  # pixel format, sample aspect ratio, width, height
+
+
+class FfmpegLog:
+    """Reads the log in pieces while it grows.
+
+    Attributes:
+        shown: the frames so far.
+        fps, duration: as the container says, in frames a second and seconds; None if it does not.
+        opened: whether the container could be opened.
+        no_video_stream: whether it is known to hold none.
+    """
+
+    def __init__(self) -> None:
+        self.shown: list[Shown] = []
+        self.fps: float | None = None
+        self.duration: float | None = None
+        self.opened = False
+        self.no_video_stream = False
+        self._matrix: str | None = None
+        self._full_range: bool | None = None
+        self._time_base = 0.0
+        self._faults: dict[bytes, bytes] = {}
+        self._damages: set[bytes] = set()
+        self._rest = b""
+
+    def update(self, piece: bytes) -> None:
+        """Take in what has been written since the last call."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        # A search of the whole piece for parts of words costs little; of every line, much.
+        complaints = any(part in piece or part in lines[0] for part in _COMPLAINTS) if lines else 0
+        for line in lines:
+            if self._matrix is not None and not complaints:
+                # As good as all lines: a frame's, or its colour that is known by now.
+                if b"pts_time" in line:
+                    self._read_showinfo(line)
+                continue
+            if _METADATA.match(line):
+                continue
+            if not self.shown:
+                self._read_banner(line)
+            self._read_showinfo(line)
+            if found := _DAMAGE.search(line):
+                self._damages.add(found[0])
+            if not line.startswith((b" ", b"[Parsed_showinfo")) and _FAULT.search(line):
+                self._faults.setdefault(_speaker(line), line)
+
+    def _read_showinfo(self, line: bytes) -> None:
+        if found := _TIME_BASE.search(line):
+            self._time_base = int(found[1]) / max(1, int(found[2]))
+        if found := _SHOWN.search(line):
+            ticks, *picture = found.groups()
+            size = (int(picture[2]), int(picture[3]))
+            time = math.nan if ticks == b"NOPTS" else round(int(ticks) * self._time_base, 6)
+            self.shown.append(Shown(time, size, tuple(picture)))
+        if self._matrix is None and self.shown:
+            if found := _RANGE.search(line):
+                self._full_range = found[1] is not None
+            if found := _MATRIX.search(line):
+                self._matrix = (found[1] or b"unknown").decode("ascii")
+
+    def _read_banner(self, line: bytes) -> None:
+        if line.startswith(b"Input #0"):
+            self.opened = True
+        elif b"matches no streams" in line:
+            self.no_video_stream = True
+        elif found := _DURATION.match(line):
+            hours, minutes, seconds = (float(part) for part in found.groups())
+            self.duration = round(hours * 3600 + minutes * 60 + seconds, 3)
+        elif self.fps is None and (found := _FPS.match(line)):
+            self.fps = float(found[1]) * (1000 if found[2] else 1) or None
+
+    def colour(self) -> tuple[str, bool]:
+        """Matrix (ffmpeg's name) and whether the range is full, of the first frame.
+
+        Raises:
+            ValueError: the log does not tell.
+        """
+        if self._matrix is None or self._full_range is None:
+            raise ValueError("ffmpeg did not tell the colour space")
+        return self._matrix, self._full_range
+
+    def damage(self) -> str | None:
+        """A sign that not all of the video decodes, if there is any."""
+        return min(self._damages).decode("ascii") if self._damages else None
+
+    def failure(self, path: Path) -> str:
+        """A complaint, without addresses and places of this machine; empty when there is none.
+
+        It is the first of one of ffmpeg's parts, and of one that reads, if any of those complains:
+        the parts that write only follow.
+        """
+        if not self._faults:
+            return ""
+        follow = (b"[vost", b"[out", b"[fc", b"[af", b"[vf")
+        speaker = min(self._faults, key=lambda part: (part.startswith(follow), part))
+        text = self._faults[speaker].decode("utf-8", "replace")
+        if "not on whitelist" in text:
+            return "it is not in a format of videos; playlists are never followed"
+        text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
+        return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
+
+
+def _speaker(line: bytes) -> bytes:
+    """The part of ffmpeg that wrote the line, for example ``[h264``."""
+    return line.partition(b" ")[0] if line.startswith(b"[") else b"~"
+
 
 # Containers and raw streams of video. Nothing that only names other files or addresses: hls,
 # dash, concat, sdp and image2 dressed up as a video must not be followed.

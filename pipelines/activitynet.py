@@ -15,6 +15,7 @@ from pipelines._adapter import (
     Discovery,
     Video,
     VideoSet,
+    coverage_rows,
     find_annotation_folder,
     find_videos,
     keyed,
@@ -24,7 +25,6 @@ from pipelines._adapter import (
     source_folder,
 )
 from pipelines._config import PrepareConfig
-from pipelines._coverage import coverage_rows
 from shards.errors import InputError
 from shards.format import Exclusion
 

@@ -12,6 +12,7 @@ from pipelines._adapter import (
     FrameFolder,
     Video,
     VideoSet,
+    coverage_rows,
     keyed,
     missing_rows,
     official_splits,
@@ -21,7 +22,6 @@ from pipelines._adapter import (
     subfolders,
 )
 from pipelines._config import PrepareConfig
-from pipelines._coverage import coverage_rows
 from shards.errors import InputError
 from shards.format import Exclusion
 

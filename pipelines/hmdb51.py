@@ -10,6 +10,7 @@ from pipelines._adapter import (
     Discovery,
     Video,
     VideoSet,
+    coverage_rows,
     find_annotation_folder,
     find_videos,
     keyed,
@@ -19,7 +20,6 @@ from pipelines._adapter import (
     source_folder,
 )
 from pipelines._config import PrepareConfig
-from pipelines._coverage import coverage_rows
 from shards.errors import InputError
 from shards.format import Exclusion
 

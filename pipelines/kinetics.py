@@ -23,6 +23,7 @@ from pipelines._adapter import (
     Discovery,
     Video,
     VideoSet,
+    coverage_rows,
     is_video,
     keyed,
     missing_rows,
@@ -33,7 +34,6 @@ from pipelines._adapter import (
     walk,
 )
 from pipelines._config import PrepareConfig
-from pipelines._coverage import coverage_rows
 from shards.errors import InputError
 from shards.format import Exclusion
 

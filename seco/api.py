@@ -24,7 +24,7 @@ def pretrain(config: PretrainConfig) -> Path:
         Stopped: a signal came; everything is saved.
         PeerLost: another process ended, and has said why.
     """
-    from seco.pretrain.trainer import pretrain as train
+    from seco.training.pretrain import pretrain as train
 
     last = train(config)
     if os.environ.get("RANK", "0") == "0":

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.access import UnreadableFrame
-from shards.draws import sample_starts, uniforms
+from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.format import VideoRecord
-from shards.reader import ShardSet
+from shards.sampling import sample_starts, uniforms
+from shards.storage import UnreadableFrame
 from shards.stream import IndexedStream
 
 MIN_FRAMES = 2

@@ -1,4 +1,6 @@
-"""Settings dataclasses: every default is written once, with its help text and its source.
+"""How many processors this process may use.
+
+Settings dataclasses: every default is written once, with its help text and its source.
 
 A stage has one frozen dataclass whose fields are made with :func:`setting`. The command line's
 options are generated from these (``cli.py``), and a run writes them back as TOML.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,3 +86,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value)
+
+
+def usable_cpus() -> int:
+    """Fewer than the machine has, under a scheduler or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

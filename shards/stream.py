@@ -16,12 +16,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.access import UnreadableFrame
-from shards.draws import sample_starts, uniforms
+from shards.dataset import ShardSet
 from shards.errors import InputError
-from shards.order import EpochOrder, Order, WindowOrder, substitute_position
-from shards.reader import ShardSet
-from shards.triplets import DRAWS, MIN_FRAMES, draw_triplets
+from shards.sampling import (
+    DRAWS,
+    MIN_FRAMES,
+    EpochOrder,
+    Order,
+    WindowOrder,
+    draw_triplets,
+    sample_starts,
+    substitute_position,
+    uniforms,
+)
+from shards.storage import UnreadableFrame
 
 TRAIN = "train"  # the value of a split's training videos
 
@@ -242,7 +250,7 @@ class TripletStream(IndexedStream):
     Args:
         shards: the set; videos with fewer than 3 stored frames are left out and counted.
         batch_size: B, the global batch.
-        sampling: ``uniform`` or ``halves`` (:func:`shards.triplets.draw_triplets`).
+        sampling: ``uniform`` or ``halves`` (:func:`shards.sampling.draw_triplets`).
         seed: the run's seed.
         rank: this process's number of ``world_size`` processes; each takes B / world_size.
         window_shards: W, shuffle within windows of so many shards; 0: within the whole set.

@@ -18,13 +18,20 @@ from typing import BinaryIO
 import numpy as np
 import simplejpeg
 
-from shards.cpus import usable_cpus
+from shards.dataset import local_tars
 from shards.errors import InputError
 from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
-from shards.index import CONTENTS, ShardIndex, build_index, read_index, write_index
+from shards.index import (
+    CONTENTS,
+    ShardIndex,
+    TarMember,
+    build_index,
+    read_index,
+    tar_members,
+    write_index,
+)
 from shards.progress import progress
-from shards.spec import local_tars
-from shards.tar_members import TarMember, tar_members
+from shards.settings import usable_cpus
 
 
 def reindex(spec: str | Iterable[str], force: bool = False) -> str:
@@ -129,7 +136,7 @@ def verify(spec: str | Iterable[str], workers: int | None = None) -> Verificatio
     """Check manifests, indexes and tars; every JPEG is decoded.
 
     Args:
-        spec: as :func:`shards.spec.local_tars`; a manifest stands for the set it describes.
+        spec: as :func:`shards.dataset.local_tars`; a manifest stands for the set it describes.
         workers: shards read at once; never changes the outcome.
 
     Raises:

@@ -21,17 +21,27 @@ import pytest
 import torch
 
 import cli
-import seco.extract.forwards
+import seco.features.plan
 from pipelines._config import PrepareConfig
-from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
-from seco.compare.config import EXTRACTION, CompareConfig
-from seco.config import PretrainConfig
-from seco.demo.config import DemoConfig
-from seco.extract.config import ExtractConfig
-from seco.finetune.config import FinetuneConfig, FinetuneTestConfig
-from seco.probe.config import ProbeConfig
-from seco.retrieve.config import BuildConfig, DuplicatesConfig, EvaluateConfig, QueryConfig
-from seco.track.config import TrackEvalConfig, TrackRunConfig, TrackTrainConfig
+from seco.config import (
+    EXTRACTION,
+    BuildConfig,
+    CompareConfig,
+    DemoConfig,
+    DuplicatesConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    FinetuneTestConfig,
+    ImportConfig,
+    PretrainConfig,
+    ProbeConfig,
+    QueryConfig,
+    TrackEvalConfig,
+    TrackRunConfig,
+    TrackTrainConfig,
+)
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -376,7 +386,7 @@ def test_ctrl_c_while_extracting(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    normalise, batches = seco.extract.forwards.normalise, 0
+    normalise, batches = seco.features.plan.normalise, 0
 
     def interrupted(images: torch.Tensor) -> torch.Tensor:
         nonlocal batches
@@ -385,7 +395,7 @@ def test_ctrl_c_while_extracting(
             raise KeyboardInterrupt
         return normalise(images)
 
-    monkeypatch.setattr(seco.extract.forwards, "normalise", interrupted)
+    monkeypatch.setattr(seco.features.plan, "normalise", interrupted)
     options = ["--checkpoint", "random", "--arch", "resnet18", "--out", str(tmp_path / "out")]
     command = ["extract-features", "--shards", shards, *options, *SMALL_FEATURES]
     assert "same again" in complaint([*command, "--workers", "1"], capsys, code=75)

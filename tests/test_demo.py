@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from seco.demo import demo as demo_module
-from seco.demo.config import DemoConfig
-from seco.demo.demo import FULL, SECO, UNTRAINED, demo
+from seco import demo as demo_module
+from seco.config import DemoConfig
+from seco.demo import FULL, SECO, UNTRAINED, demo
 from shards.errors import InputError, Stopped, TooManyExcluded
 from tests.pipelines.made_videos import draw_video
 

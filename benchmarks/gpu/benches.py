@@ -20,9 +20,9 @@ from benchmarks.loader import triplets_per_second
 from benchmarks.track import bench_track
 from benchmarks.views import bench_views
 from seco.checkpoints.weights import load_backbone
-from seco.extract.config import ExtractConfig
-from seco.extract.extract import extract_features
-from seco.probe.svm import fit_svm
+from seco.config import ExtractConfig
+from seco.evaluation.svm import fit_svm
+from seco.features.extract import extract_features
 from shards.opening import open_shards
 from shards.stream import TripletStream
 

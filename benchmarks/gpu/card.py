@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.table import Table, arguments
 from benchmarks.measuring import machine
-from seco.loading.loader import BatchRing
+from seco.data.loader import BatchRing
 
 _BATCH_BYTES = 512 * 4 * 3 * 224 * 224  # crops of a step, uint8
 

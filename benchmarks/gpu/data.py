@@ -106,10 +106,10 @@ def main() -> int:
     """Make the sets, and load all code that later parts use: a missing package shows up here."""
     given = arguments(__doc__)
     import cli  # noqa: F401
-    import seco.extract.extract
-    import seco.pretrain.trainer
-    import seco.probe.probe
-    import seco.track.train  # noqa: F401
+    import seco.evaluation.probe
+    import seco.features.extract
+    import seco.training.pretrain
+    import seco.training.track  # noqa: F401
 
     table = Table(given.device)
     table.row("frames", f"real ({KIT})" if CLIPS.is_file() else "drawn: no kit")

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.step_ways import StepWays
 from seco.config import PretrainConfig
-from seco.model.key_shuffle import KEYS
-from seco.model.method import Embeddings, SeCo
-from seco.pretrain.step import TrainingStep
+from seco.models.seco import KEYS, Embeddings, SeCo
+from seco.training.step import TrainingStep
 from tests.seco.grouped_batchnorm import joined_forward, with_grouped_layers
 
 

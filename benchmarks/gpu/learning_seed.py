@@ -13,13 +13,11 @@ import torch
 
 from benchmarks.gpu.data import labelled
 from benchmarks.gpu.table import arguments
-from seco.config import PretrainConfig
+from seco.config import ExtractConfig, PretrainConfig, ProbeConfig
+from seco.evaluation.probe import probe
 from seco.evaluation.splits import read_train_test
-from seco.extract.config import ExtractConfig
-from seco.extract.extract import extract_features
-from seco.pretrain.trainer import pretrain
-from seco.probe.config import ProbeConfig
-from seco.probe.probe import probe
+from seco.features.extract import extract_features
+from seco.training.pretrain import pretrain
 from shards.opening import open_shards
 
 

@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.data import KIT, clips, cut_set
 from benchmarks.gpu.table import Table, arguments
-from seco.checkpoints.checkpoint import load_checkpoint
-from seco.config import PretrainConfig
-from seco.extract.config import ExtractConfig
-from seco.extract.extract import extract_features
+from seco.checkpoints.io import load_checkpoint
+from seco.config import ExtractConfig, PretrainConfig
+from seco.features.extract import extract_features
 from seco.features.store import read_features
-from seco.model.method import SeCo
-from seco.pretrain.trainer import pretrain
+from seco.models.seco import SeCo
+from seco.training.pretrain import pretrain
 from shards.atomic import write_json
 
 REFERENCE = KIT / "reference.json"

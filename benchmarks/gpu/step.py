@@ -34,7 +34,7 @@ from benchmarks.step_ways import (
     time_alone,
 )
 from seco.config import PretrainConfig, peak_lr, resolve_pretrain
-from seco.pretrain.step import TrainingStep
+from seco.training.step import TrainingStep
 
 _TOP_KERNELS = 12
 _WARM_UP = 3

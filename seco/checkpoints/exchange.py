@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from seco import __version__
-from seco.checkpoints.checkpoint import save_checkpoint
-from seco.checkpoints.exchange_config import ExportConfig, ImportConfig
-from seco.checkpoints.foreign_checkpoints import (
-    SHARED,
-    EncoderWeights,
-    Layer,
-    Weights,
-    read_weights,
-)
-from seco.checkpoints.torch_files import save_torch_file
-from seco.config import TASKS
-from seco.model.backbones import TORCHVISION, backbone_spec
+from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
+from seco.checkpoints.io import save_checkpoint, save_torch_file
+from seco.config import TASKS, ExportConfig, ImportConfig
+from seco.models.backbones import TORCHVISION, backbone_spec
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import sha256_of
@@ -90,7 +82,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     said = f"{out}: {held} of {source.name} ({weights.arch}) as {config.format}"
     if torchvisions:
         return said
-    return f"{said}; build the network with seco.model.backbones.build_backbone({weights.arch!r})"
+    return f"{said}; build the network with seco.models.backbones.build_backbone({weights.arch!r})"
 
 
 def _paths(file: str, out: str) -> tuple[Path, Path]:
@@ -103,7 +95,7 @@ def _paths(file: str, out: str) -> tuple[Path, Path]:
 
 
 def _own_state(weights: Weights) -> Layer:
-    """The names of :class:`seco.model.method.SeCo`; parts that the file lacks are left out."""
+    """The names of :class:`seco.models.seco.SeCo`; parts that the file lacks are left out."""
     state: Layer = {}
     sides = (("query_encoder.", "", weights.query), ("key_encoder.", "key_", weights.key))
     for side, classifier_of, encoder in sides:

@@ -1,4 +1,9 @@
-"""The backbone that features are taken from: of a file of any known layout, or at random."""
+"""Frozen means frozen: a check that a backbone is still the one that was loaded.
+
+The backbone that features are taken from: of a file of any known layout, or at random.
+
+A BatchNorm left in training mode moves with every batch, and features then depend on their order.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from seco.checkpoints.checkpoint import FINETUNED, epochs_reached, load_checkpoint
-from seco.checkpoints.foreign_checkpoints import read_weights
-from seco.finetune.video_classifier import Classes, VideoClassifier
-from seco.model.backbones import build_backbone, tensors_sha256
-from seco.track.config import TrackTrainConfig
-from seco.track.model import TRACKER, SiamFC
+from seco.checkpoints.convert import read_weights
+from seco.checkpoints.io import FINETUNED, epochs_reached, load_checkpoint
+from seco.config import TrackTrainConfig
+from seco.models.backbones import build_backbone, tensors_sha256
+from seco.models.classifier import Classes, VideoClassifier
+from seco.models.siamfc import TRACKER, SiamFC
 from shards.errors import InputError
 
 RANDOM = "random"
@@ -46,7 +51,7 @@ def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbo
     """The query backbone of a file, or a random one.
 
     Args:
-        source: a file of any layout of :mod:`seco.checkpoints.foreign_checkpoints`, or ``random``.
+        source: a file of any layout of :mod:`seco.checkpoints.convert`, or ``random``.
         arch: of ``random``, resnet50 when not given; checked against a file when given.
         seed: of the random weights.
 
@@ -123,3 +128,53 @@ def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
         raise InputError("is a damaged tracker", path) from error
     about: Mapping[str, Any] = {name: value for name, value in content.items() if name != "model"}
     return model.eval(), dict(about)
+
+
+class BackboneChanged(InputError):
+    """The weights are not those that were loaded: results would be of nobody knows what."""
+
+
+class BackboneGuard:
+    """Notices when a backbone that should be frozen has moved.
+
+    Args:
+        backbone: as loaded.
+        meanwhile: when it must not move, and what becomes of the results if it does.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        meanwhile: str = "while features were extracted; none of these is kept",
+    ) -> None:
+        self._backbone = backbone
+        self._meanwhile = meanwhile
+        self._statistics = self._of_buffers()
+
+    def require_same_statistics(self) -> None:
+        """The running statistics are as they were: cheap, and what moves first by mistake.
+
+        Raises:
+            BackboneChanged: they are not.
+        """
+        if self._of_buffers() != self._statistics:
+            raise self._changed("BatchNorm statistics")
+
+    def require_unchanged(self) -> None:
+        """Every tensor is as it was.
+
+        Raises:
+            BackboneChanged: one is not.
+        """
+        if tensors_sha256(self._backbone.network.state_dict()) != self._backbone.sha256:
+            raise self._changed("weights")
+
+    def _of_buffers(self) -> str:
+        return tensors_sha256(dict(self._backbone.network.named_buffers()))
+
+    def _changed(self, what: str) -> BackboneChanged:
+        return BackboneChanged(
+            f"its {what} changed {self._meanwhile}",
+            self._backbone.source,
+            "please report this",
+        )

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seco.features.matrix import release
-from shards.atomic import atomic_path, write_json
-from shards.csv_rows import write_csv
+from shards.atomic import atomic_path, write_csv, write_json
 from shards.errors import InputError
 
 FORMAT_VERSION = 1

@@ -1,4 +1,6 @@
-"""The processes of a run, one a GPU, and what they tell each other.
+"""One model on many processes: gradients are averaged, BatchNorm's buffers are left alone.
+
+The processes of a run, one a GPU, and what they tell each other.
 
 A process that torchrun or ``seco.processes.launch`` started finds the others through the
 environment; any other is alone, and then nothing here communicates.
@@ -9,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import inspect
 import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import EXIT_FAILED, InputError, PeerLost, Stopped
 
@@ -242,3 +246,30 @@ def one_voice() -> Iterator[None]:
         yield
     except InputError as error:
         raise error if local_rank() == 0 else PeerLost from error
+
+
+# Its name before torch 2.14.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
+
+
+def distributed(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The model itself on one process; on many, its gradients are the means over all ranks'."""
+    if ranks.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # BatchNorm's running statistics are those of rank 0.
+        **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
+    )
+
+
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Around a backward pass: only the ``last`` micro-batch of a step exchanges gradients."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        unsynchronised: AbstractContextManager[None] = model.no_sync()
+        return unsynchronised
+    return nullcontext()

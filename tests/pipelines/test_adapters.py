@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines._adapter import Discovery, Video, adapter, dataset_names
+from pipelines._adapter import (
+    Discovery,
+    Video,
+    adapter,
+    coverage_csv,
+    coverage_lines,
+    dataset_names,
+)
 from pipelines._config import PrepareConfig
-from pipelines._coverage import coverage_csv, coverage_lines
 from pipelines.kinetics import ADAPTER as KINETICS
 from shards.errors import InputError
 from shards.format import Exclusion

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines._decode import Frame
-from pipelines._frames import AtRate, Chooser, Evenly, Every, FrameChoice, nearest_distinct
+from pipelines._plan import AtRate, Chooser, Evenly, Every, FrameChoice, nearest_distinct
 
 
 def times_kept(chooser: Chooser, times: list[float], size: int = 1) -> list[float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines import _build
-from pipelines._mp4 import forecast_times
+from pipelines._decode import forecast_times
 from pipelines._plan import ShardPlan
 from tests.data import shared
 from tests.pipelines.made_videos import decode, draw_video

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipelines import _rendered_scenes as scenes
+from pipelines import _demo_set as scenes
+from pipelines._demo_set import CLIPS_PER_GROUP, render_demo_set
 from pipelines._ffmpeg import local_url, run_ffmpeg
-from pipelines._rendered import CLIPS_PER_GROUP, render_demo_set
 from shards.errors import InputError
 
 CLIPS = 12  # a class: four groups, so 96 videos
@@ -97,7 +97,7 @@ def test_no_group_is_in_both_lists_and_each_class_is_in_both(root: Path) -> None
 
 
 def test_the_full_set_is_split_two_to_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipelines._rendered._write_clip", lambda *_: None)
+    monkeypatch.setattr("pipelines._demo_set._write_clip", lambda *_: None)
     render_demo_set(tmp_path, workers=1)
     assert len(_lines(tmp_path, "trainlist01")) == 8 * 24
     assert len(_lines(tmp_path, "testlist01")) == 8 * 12
@@ -280,7 +280,7 @@ def test_an_ffmpeg_without_the_encoder_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoding = (".avi", "avi", ("-c:v", "no_such_encoder"))
-    monkeypatch.setattr("pipelines._rendered.ENCODINGS", (encoding,))
+    monkeypatch.setattr("pipelines._demo_set.ENCODINGS", (encoding,))
     with pytest.raises(InputError, match="no_such_encoder") as caught:
         render_demo_set(tmp_path, clips_per_class=4, workers=1)
     assert "\n" not in str(caught.value)
@@ -290,7 +290,7 @@ def test_an_ffmpeg_without_the_encoder_is_told_in_one_line(
 
 def test_a_killed_parent_leaves_no_worker_behind(tmp_path: Path) -> None:
     program = (
-        "from pathlib import Path; from pipelines._rendered import render_demo_set; "
+        "from pathlib import Path; from pipelines._demo_set import render_demo_set; "
         f"render_demo_set(Path({str(tmp_path)!r}), workers=2)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines._adapter import VideoSet, adapter
+from pipelines._adapter import VideoSet, adapter, coverage_lines
 from pipelines._config import PrepareConfig
-from pipelines._coverage import coverage_lines
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests.data import shared

@@ -13,10 +13,10 @@ import simplejpeg
 import webdataset
 
 from pipelines._prepare import PreparedSet
+from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.opening import open_shards
-from shards.reader import ShardSet
 from shards.verify import verify
 from tests.data import shared
 from tests.pipelines.running import errors, run

@@ -19,14 +19,16 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from seco.views.augment import apply_views, box_kernels, normalise
-from seco.views.view_parameters import (
+from seco.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     VIEW_DRAWS,
     ViewConfig,
     ViewParameters,
+    apply_views,
+    box_kernels,
     draw_views,
+    normalise,
 )
 
 PLAIN = ViewConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # leaves pixels in 0 … 1
@@ -252,7 +254,7 @@ def test_large_batches_are_cut_into_blocks_unnoticed(monkeypatch: pytest.MonkeyP
     images, views = textures(23, 32), drawn(23)
     whole = apply_views(images, views)
     # 5, 5, 5, 5 and 3 images
-    monkeypatch.setattr("seco.views.augment._CPU_BLOCK_PX", 5 * 32 * 32 - 1)
+    monkeypatch.setattr("seco.data.transforms._CPU_BLOCK_PX", 5 * 32 * 32 - 1)
     torch.testing.assert_close(apply_views(images, views), whole, atol=1e-5, rtol=0)
 
 

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
-from seco.checkpoints.foreign_checkpoints import read_weights
-from seco.checkpoints.named_tensors import backbone_shapes
+from seco.checkpoints.convert import backbone_shapes, read_weights
 from seco.checkpoints.weights import load_backbone, random_backbone
+from seco.config import FinetuneConfig
+from seco.evaluation.query import encode_frames
 from seco.features.store import read_features
-from seco.finetune.config import FinetuneConfig
-from seco.finetune.finetune import finetune
-from seco.model.backbones import build_backbone, feature_dim, known_archs
-from seco.retrieve.query import encode_frames
-from seco.track.model import DilatedBackbone
+from seco.models.backbones import build_backbone, feature_dim, known_archs
+from seco.models.siamfc import DilatedBackbone
+from seco.training.finetune import finetune
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests.data import ROOT

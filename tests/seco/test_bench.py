@@ -20,11 +20,9 @@ from benchmarks import loader_reference as reference
 from benchmarks import measuring
 from benchmarks.step import _loss_memory, peak_bytes
 from benchmarks.step_ways import time_alone
-from seco.config import PretrainConfig
-from seco.extract.config import ExtractConfig
-from seco.views.augment import normalise
-from seco.views.video_frames import VideoFrames
-from seco.views.view_parameters import ViewConfig
+from seco.config import ExtractConfig, PretrainConfig
+from seco.data.frames import VideoFrames
+from seco.data.transforms import ViewConfig, normalise
 from shards.opening import open_shards
 from tests.made_shards import drawn_frame, make_set
 from tests.pipelines.test_bench import figures

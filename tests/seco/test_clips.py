@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from seco.finetune.clip_loader import clip_views
-from seco.views.augment import apply_views
-from seco.views.crops import BrokenJpeg, decode_jpeg
-from seco.views.view_parameters import ViewConfig
-from shards.draws import sample_starts
+from seco.data.clips import clip_views
+from seco.data.crops import BrokenJpeg, decode_jpeg
+from seco.data.transforms import ViewConfig, apply_views
+from shards.sampling import sample_starts
 from tests.made_shards import drawn_frame
 
 CONFIG = ViewConfig()

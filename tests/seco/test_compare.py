@@ -13,28 +13,25 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from seco.compare.compare import compare
-from seco.compare.config import CompareConfig
-from seco.compare.encoders import EncoderSpec, parse_encoders
-from seco.compare.intervals import BETTER, UNDECIDED
-from seco.compare.measures import (
+from seco.config import CompareConfig, EvaluateConfig, ExtractConfig, ProbeConfig
+from seco.evaluation.compare import (
     Classified,
+    EncoderSpec,
+    compare,
     draw_labelled,
     effective_rank,
     hold_outs,
     mean_over_classes,
+    parse_encoders,
     same_video,
 )
-from seco.compare.page import place
-from seco.compare.result import CompareResult
+from seco.evaluation.comparison import CompareResult, place
+from seco.evaluation.intervals import BETTER, UNDECIDED
+from seco.evaluation.probe import probe
+from seco.evaluation.retrieval import evaluate
 from seco.evaluation.splits import read_train_test
-from seco.extract.config import ExtractConfig
 from seco.features.store import write_features
-from seco.model.method import build_backbone
-from seco.probe.config import ProbeConfig
-from seco.probe.probe import probe
-from seco.retrieve.config import EvaluateConfig
-from seco.retrieve.retrieval import evaluate
+from seco.models.seco import build_backbone
 from shards.errors import InputError
 from tests.browser import DESKTOP_PX, PHONE_PX, open_page
 from tests.seco.made_features import META

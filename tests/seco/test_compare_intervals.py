@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from seco.compare.intervals import BETTER, UNDECIDED, WORSE, GroupBootstrap, Interval, decide
+from seco.evaluation.intervals import BETTER, UNDECIDED, WORSE, GroupBootstrap, Interval, decide
 
 SIMULATIONS = 150
 RESAMPLES = 2000

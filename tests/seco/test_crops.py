@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from seco.views.crop_resize import crop_resize
-from seco.views.crops import (
+from seco.data.crops import (
     CROP_DRAWS,
     CROP_SCALE,
     BrokenJpeg,
     CropParameters,
     FrameDecoder,
     center_crop,
+    crop_resize,
     decode_jpeg,
     draw_crops,
     jpeg_size,

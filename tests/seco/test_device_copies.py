@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from seco.loading.device_views import DeviceCopies
-from seco.loading.loader import BatchRing
+from seco.data.loader import BatchRing, DeviceCopies
 
 Operation = Callable[[], bool]  # whether it could be done
 

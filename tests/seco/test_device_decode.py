@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from seco.views import device_decode
-from seco.views.crops import CROP_DRAWS, decode_jpeg, draw_crops
-from seco.views.device_decode import crop_resize_batch, decode_frames
+from seco.data import gpu_transforms as device_decode
+from seco.data.crops import CROP_DRAWS, decode_jpeg, draw_crops
+from seco.data.gpu_transforms import crop_resize_batch, decode_frames
 from tests.seco.test_crops import jpeg, mean_difference, texture
 
 

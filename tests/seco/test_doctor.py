@@ -22,9 +22,10 @@ import torch
 
 import cli
 from pipelines._ffmpeg import FfmpegFacts, ffmpeg_binary, ffmpeg_version
-from seco.doctor import distributions, doctor, libraries
-from seco.doctor.doctor import KNOWN, MACHINE, check_libraries
-from seco.doctor.libraries import CHECKS, OTHER_PACKAGES, Check, run_check
+from seco import doctor
+from seco import doctor as distributions
+from seco import doctor as libraries
+from seco.doctor import CHECKS, KNOWN, MACHINE, OTHER_PACKAGES, Check, check_libraries, run_check
 from tests.data import ROOT, lacking
 
 CORE = {name for name, known in KNOWN.items() if known.core}
@@ -346,7 +347,7 @@ def test_the_driver_is_asked(tmp_path: Path) -> None:
     library = tmp_path / "libnvidia-ml.so.1"
     compiler = os.environ.get("CC", "cc").split()
     subprocess.run([*compiler, "-shared", "-fPIC", "-o", library, source], check=True)
-    code = "from seco.doctor.libraries import _nvidia_driver; print(_nvidia_driver())"
+    code = "from seco.doctor import _nvidia_driver; print(_nvidia_driver())"
     shown = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from cli import run
+from pipelines._demo_set import render_demo_set
 from pipelines._ffmpeg import local_url, run_ffmpeg
-from pipelines._rendered import render_demo_set
+from seco.config import DuplicatesConfig
+from seco.evaluation.duplicates import COPY, NEAR, Fingerprint, compare, duplicates, fingerprint
 from seco.features.store import write_features
-from seco.retrieve.config import DuplicatesConfig
-from seco.retrieve.duplicates import duplicates
-from seco.retrieve.fingerprints import COPY, NEAR, Fingerprint, compare, fingerprint
+from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.opening import open_shards
-from shards.reader import ShardSet
 from tests.browser import PHONE_PX, open_page
 from tests.data import shared
 from tests.made_shards import drawn_frame, make_set

@@ -22,20 +22,18 @@ import torch
 import torchvision
 
 import cli
-import seco.extract.extract
-from seco.checkpoints.backbone_guard import BackboneChanged, BackboneGuard
-from seco.checkpoints.weights import load_backbone
-from seco.extract.config import ExtractConfig, check_extract, frames_of
-from seco.extract.extract import extract_features
-from seco.extract.parts import Parts
-from seco.extract.plan import Extraction
+import seco.features.extract
+from seco.checkpoints.weights import BackboneChanged, BackboneGuard, load_backbone
+from seco.config import ExtractConfig, check_extract, frames_of
+from seco.data.crops import center_crop, decode_jpeg
+from seco.data.transforms import normalise
+from seco.features.extract import extract_features
+from seco.features.plan import Extraction, Parts
 from seco.features.store import read_features
-from seco.views.augment import normalise
-from seco.views.crops import center_crop, decode_jpeg
-from shards.draws import evenly_spaced
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import VideoRecord
 from shards.opening import open_shards
+from shards.sampling import evenly_spaced
 from shards.writer import ShardWriter
 from tests.data import ROOT, lacking
 from tests.made_shards import drawn_frame, make_set
@@ -254,7 +252,7 @@ def test_what_is_done_is_done(
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(seco.extract.extract, "shard_features", never)
+    monkeypatch.setattr(seco.features.extract, "shard_features", never)
     extract(shards, tmp_path, workers=1)
     assert "already" in capsys.readouterr().err
     assert (tmp_path / "probe.json").exists()
@@ -317,13 +315,13 @@ def test_shards_that_lack_videos_are_tried_again_and_no_other(
 ) -> None:
     manifest, lost = damaged
     tried: list[list[int]] = []
-    compute = seco.extract.extract.shard_features
+    compute = seco.features.extract.shard_features
 
     def counted(shard_set: Any, numbers: Any, *others: Any) -> Any:
         tried.append(list(numbers))
         return compute(shard_set, numbers, *others)
 
-    monkeypatch.setattr(seco.extract.extract, "shard_features", counted)
+    monkeypatch.setattr(seco.features.extract, "shard_features", counted)
     out = extract(manifest, tmp_path / "out", per_frame=True, max_failures=10)
     before = {path.name: path.stat() for path in out.iterdir() if path.is_file()}
     (out / "probe.json").write_text("{}")
@@ -484,7 +482,7 @@ def test_ray_writes_the_same_bytes(
         import ray  # noqa: F401
     except ImportError:
         lacking("ray is not installed")
-    from seco.extract.ray_engine import extract_on_cluster
+    from seco.features.ray_engine import extract_on_cluster
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     settings = {**SMALL, "per_frame": True, "engine": "ray"}

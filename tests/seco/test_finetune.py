@@ -24,25 +24,28 @@ from torch import nn
 from torch.nn import functional as F
 
 import cli
-import seco.finetune.finetune
+import seco.training.finetune
 from pipelines._config import PrepareConfig
 from pipelines._prepare import prepare
-from seco.checkpoints.backbone_guard import BackboneChanged
-from seco.checkpoints.checkpoint import load_checkpoint
-from seco.checkpoints.torch_files import load_torch_file, save_torch_file
-from seco.checkpoints.weights import load_backbone, load_finetuned
+from seco.checkpoints.io import load_checkpoint, load_torch_file, save_torch_file
+from seco.checkpoints.weights import BackboneChanged, load_backbone, load_finetuned
+from seco.config import FinetuneConfig, FinetuneTestConfig, resolve_finetune
+from seco.data.clips import (
+    ClipBatch,
+    ClipStream,
+    LabelledVideos,
+    clip_batches,
+    clip_starts,
+    segment_frames,
+    segment_middles,
+)
+from seco.data.transforms import ViewConfig
+from seco.evaluation.video_test import ClipProtocol, VideoScores, finetune_eval
 from seco.features.store import read_features
-from seco.finetune.clip_loader import ClipBatch, ClipStream, clip_batches
-from seco.finetune.config import FinetuneConfig, FinetuneTestConfig, resolve_finetune
-from seco.finetune.finetune import Finetuning, finetune
-from seco.finetune.labelled_videos import LabelledVideos
-from seco.finetune.segments import clip_starts, segment_frames, segment_middles
-from seco.finetune.testing import finetune_eval
-from seco.finetune.video_classifier import VideoClassifier
-from seco.finetune.video_scores import ClipProtocol, VideoScores
+from seco.models.classifier import VideoClassifier
 from seco.processes.ranks import Ranks
-from seco.runs.schedule import step_decay
-from seco.views.view_parameters import ViewConfig
+from seco.schedule import step_decay
+from seco.training.finetune import Finetuning, finetune
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import VideoRecord
 from shards.writer import ShardWriter
@@ -195,7 +198,7 @@ def test_frozen_layers_stay_as_they_are(
     assert moved and not any(torch.equal(before[n], state[n]) for n in moved)
     assert state["bn1.num_batches_tracked"] == STEPS
     # A run in which one moved would not go unnoticed.
-    run = seco.finetune.finetune.Finetuning._train_step
+    run = seco.training.finetune.Finetuning._train_step
 
     def spoiled(self: Finetuning, *given: Any) -> Any:
         self.model.frozen[3].running_mean.add_(1e-6)  # type: ignore[operator,union-attr]

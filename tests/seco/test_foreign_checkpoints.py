@@ -22,12 +22,12 @@ import torchvision
 from torch import Tensor
 
 import cli
-from seco.checkpoints.foreign_checkpoints import read_weights
-from seco.checkpoints.torch_files import load_torch_file
+from seco.checkpoints.convert import read_weights
+from seco.checkpoints.io import load_torch_file
 from seco.checkpoints.weights import load_backbone
 from seco.config import PretrainConfig, resolve_pretrain
-from seco.model.method import SeCo
-from seco.pretrain.trainer import initialise
+from seco.models.seco import SeCo
+from seco.training.pretrain import initialise
 from shards.errors import InputError
 from tests.made_shards import make_set
 

@@ -15,11 +15,17 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
-from seco.processes import compiler
-from seco.views import fused_views as fused
-from seco.views.augment import apply_views, normalise
-from seco.views.fused_views import blur_radius, dense_views, fused_views, pack
-from seco.views.view_parameters import IMAGENET_STD, ViewConfig, ViewParameters, draw_views
+from seco.data import gpu_transforms as fused
+from seco.data.gpu_transforms import blur_radius, dense_views, fused_views, pack
+from seco.data.transforms import (
+    IMAGENET_STD,
+    ViewConfig,
+    ViewParameters,
+    apply_views,
+    draw_views,
+    normalise,
+)
+from seco.processes import device as compiler
 from tests.data import lacking
 from tests.seco.test_augment import (
     ADJUST,

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-import seco.checkpoints.checkpoint
-from seco.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
+import seco.checkpoints.io
+from seco.checkpoints.io import CheckpointWriter, load_checkpoint
 from seco.config import PretrainConfig, resolve_pretrain
-from seco.model.method import spread
-from seco.pretrain.health import Health, chance_levels, status
-from seco.pretrain.trainer import pretrain
+from seco.models.seco import spread
+from seco.training.pretrain import Health, chance_levels, pretrain, status
 from shards.errors import InputError
 from tests.made_shards import make_set
 from tests.seco.test_trainer import SMALL
@@ -115,13 +114,13 @@ def test_a_knn_needs_labels(tmp_path: Path) -> None:
 def test_a_checkpoint_is_what_was_when_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_write, save = threading.Event(), seco.checkpoints.checkpoint.save_checkpoint
+    may_write, save = threading.Event(), seco.checkpoints.io.save_checkpoint
 
     def slowly(path: Path, content: dict[str, Any]) -> None:
         assert may_write.wait(30)
         save(path, content)
 
-    monkeypatch.setattr(seco.checkpoints.checkpoint, "save_checkpoint", slowly)
+    monkeypatch.setattr(seco.checkpoints.io, "save_checkpoint", slowly)
     writer, weight = CheckpointWriter(), torch.zeros(3)
     nested = {
         "config": {"arch": "a", "tasks": "b"},

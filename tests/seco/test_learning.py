@@ -35,11 +35,11 @@ import pytest
 import simplejpeg
 import torch
 
-from seco.checkpoints.checkpoint import load_checkpoint
+from seco.checkpoints.io import load_checkpoint
 from seco.config import PretrainConfig
-from seco.model.method import SeCo
-from seco.pretrain.trainer import pretrain
-from seco.views.view_parameters import IMAGENET_MEAN, IMAGENET_STD
+from seco.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from seco.models.seco import SeCo
+from seco.training.pretrain import pretrain
 from tests import learning_sets
 from tests.learning_sets import CARPETS, SWING, Course, make_learning_set
 

@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import seco.loading.loader
-from seco.loading.device_views import DeviceViews
-from seco.loading.loader import Batch, TripletLoader
-from seco.views.augment import apply_views
-from seco.views.chunks import FRAME_OF_VIEW
-from seco.views.crop_resize import crop_resize
-from seco.views.crops import decode_jpeg
-from seco.views.view_parameters import VIEW_DRAWS, ViewConfig, draw_views
+import seco.data.loader
+from seco.data.crops import crop_resize, decode_jpeg
+from seco.data.loader import Batch, DeviceViews, TripletLoader
+from seco.data.transforms import VIEW_DRAWS, ViewConfig, apply_views, draw_views
+from seco.data.triplets import FRAME_OF_VIEW
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_shards, open_stream
 from shards.stream import Stream, TripletFrames
@@ -41,7 +38,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a batch has several, of unequal sizes."""
-    monkeypatch.setattr(seco.loading.loader, "_CHUNK_ROWS", 5)
+    monkeypatch.setattr(seco.data.loader, "_CHUNK_ROWS", 5)
 
 
 def stream_of(spec: str, rank: int = 0, world_size: int = 1, **options: Any) -> Stream:
@@ -223,7 +220,7 @@ def test_damage_mid_epoch_is_counted_named_and_ranks_stay_in_step(
     spec = make_set(tmp_path, videos=60, frames=4, per_shard=13)
     streams = [stream_of(spec, rank, 2) for rank in range(2)]
     # Files that are open outlive their names: with one open at a time, each is opened anew.
-    monkeypatch.setattr("shards.access._MOST_OPEN", 1)
+    monkeypatch.setattr("shards.storage._MOST_OPEN", 1)
     steps = 12
     sound = [load(stream, 0, steps) for stream in streams]
     loaders = [
@@ -369,8 +366,8 @@ RAISING = """
 import sys
 from shards.opening import open_stream
 from shards.stream import TripletStream
-from seco.loading.loader import TripletLoader
-from seco.views.view_parameters import ViewConfig
+from seco.data.loader import TripletLoader
+from seco.data.transforms import ViewConfig
 if __name__ == "__main__":
     read = TripletStream.read
     def broken(self, epoch, step, rows):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from seco.model.losses import inter_loss, intra_loss, order_loss
-from seco.model.queue import NegativeQueue
-from seco.runs.schedule import learning_rate
+from seco.models.losses import inter_loss, intra_loss, order_loss
+from seco.models.queue import NegativeQueue
+from seco.schedule import learning_rate
 from tests.data import golden
 
 
@@ -102,7 +102,7 @@ def test_blocks_of_negatives_change_neither_loss_nor_gradient(
     keys, rows = unit(3, 5, 8, seed=2), unit(11, 8, seed=3)
     masked = torch.rand(5, 11, generator=torch.Generator().manual_seed(4)) < 0.3
     query, plain = unit(5, 8, seed=1).requires_grad_(), unit(5, 8, seed=1).requires_grad_()
-    monkeypatch.setattr("seco.model.queue._BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr("seco.models.queue._BLOCK_LOGITS", {"cpu": block})
     loss, _ = inter_loss(query, keys, rows, 0.1, masked)
     loss.backward()
     positive = (plain * keys).sum(-1) / 0.1

@@ -13,16 +13,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import seco.pretrain.step
+import seco.training.step
 from seco.config import PretrainConfig, negative_count, resolve_pretrain
-from seco.loading.device_views import DeviceViews
-from seco.model.backbones import build_backbone, feature_dim
-from seco.model.batchnorm import running_statistics
-from seco.model.key_shuffle import KeyShuffle
-from seco.model.method import Encoder, SeCo, StepResult
-from seco.pretrain.step import GlobalRows, TrainingStep, _mean, for_device, step_seed
+from seco.data.loader import DeviceViews
+from seco.data.transforms import VIEW_DRAWS, ViewConfig
+from seco.models.backbones import build_backbone, feature_dim
+from seco.models.batchnorm import running_statistics
+from seco.models.seco import Encoder, KeyShuffle, SeCo, StepResult
 from seco.processes.ranks import Ranks
-from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
+from seco.training.step import GlobalRows, TrainingStep, _mean, for_device, step_seed
 from tests.seco.grouped_batchnorm import joined_forward, with_grouped_layers
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
@@ -277,8 +276,8 @@ def test_every_forward_of_a_step_is_one_static_graph(monkeypatch: pytest.MonkeyP
 
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(seco.pretrain.step, "_BACKEND", record)
-    monkeypatch.setattr(seco.pretrain.step, "compiler_works", lambda device: True)
+    monkeypatch.setattr(seco.training.step, "_BACKEND", record)
+    monkeypatch.setattr(seco.training.step, "compiler_works", lambda device: True)
     config = settings(batch_size=8, compile=True, channels_last=True)
     torch.manual_seed(0)
     model = SeCo(config).train()

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from seco.config import BuildConfig, IndexSettings
+from seco.evaluation import index as ivfpq
+from seco.evaluation import nearest
+from seco.evaluation.index import ApproximateIndex, build, build_index, measure_recall, open_index
+from seco.evaluation.nearest import ExactIndex
+from seco.evaluation.query import query
 from seco.features import matrix
 from seco.features.matrix import unit_vectors
 from seco.features.store import read_features
-from seco.retrieve import ivfpq, nearest
-from seco.retrieve.config import BuildConfig, IndexSettings
-from seco.retrieve.index_files import build, open_index
-from seco.retrieve.ivfpq import ApproximateIndex, build_index, measure_recall
-from seco.retrieve.nearest import ExactIndex
-from seco.retrieve.query import query
 from shards.errors import InputError
 from tests.seco.made_features import clusters, write_clusters
 

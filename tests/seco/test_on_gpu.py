@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from seco.config import PretrainConfig, resolve_pretrain
-from seco.loading.device_views import DeviceCopies, DeviceViews
-from seco.loading.loader import BatchRing
-from seco.model.method import SeCo
-from seco.pretrain.step import GlobalRows, TrainingStep, for_device
+from seco.data.gpu_transforms import decode_frames
+from seco.data.loader import BatchRing, DeviceCopies, DeviceViews
+from seco.data.transforms import VIEW_DRAWS, ViewConfig
+from seco.models.seco import SeCo
 from seco.processes.ranks import Ranks
-from seco.views.device_decode import decode_frames
-from seco.views.view_parameters import VIEW_DRAWS, ViewConfig
+from seco.training.step import GlobalRows, TrainingStep, for_device
 from tests.seco.test_crops import jpeg, texture
 from tests.seco.test_device_decode import tensor
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seco.track.otb_metrics import centre_errors, curves, mean_curves, overlaps
+from seco.evaluation.otb import centre_errors, curves, mean_curves, overlaps
 from tests.data import lacking, shared
 
 SEQUENCES = ("Crossing", "Jumping", "MotorRolling", "Skiing")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from seco.report.paper_tables import (
+from seco.report.tables import (
     TABLE_1,
     TABLE_2,
     TABLE_3,

@@ -13,14 +13,12 @@ import torch
 from PIL import Image
 
 from cli import run
+from seco.config import ProbeConfig
+from seco.evaluation.probe import accuracies, fit_linear, probe
 from seco.evaluation.splits import held_out
 from seco.features.matrix import FeatureMatrix, fit_scaling
 from seco.features.store import write_features
-from seco.probe.config import ProbeConfig
-from seco.probe.linear_sgd import fit_linear
-from seco.probe.probe import accuracies, probe
-from seco.report.records import parse_probe
-from seco.report.sources import find_results
+from seco.report.results import find_results, parse_probe
 from shards.errors import InputError
 from tests.seco.made_features import META, clusters, made_rows, write_clusters
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cli import run
-from pipelines._one_file import decode_file
+from pipelines._files import decode_file
+from seco.evaluation.query import encode_frames, frames_of_file
 from seco.features.store import read_features
-from seco.retrieve.query import encode_frames, frames_of_file
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests.browser import open_page

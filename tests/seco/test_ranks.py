@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from seco.checkpoints.checkpoint import load_checkpoint
+from seco.checkpoints.io import load_checkpoint
 from seco.config import PretrainConfig, resolve_pretrain
-from seco.model.key_shuffle import KEYS, KeyShuffle
-from seco.model.method import SeCo
+from seco.models.seco import KEYS, KeyShuffle, SeCo
 from seco.processes.device import resolve_device
 from shards.errors import InputError
 from tests.data import ROOT
@@ -218,7 +217,7 @@ from shards.stream import TripletStream
 import cli
 from seco.config import PretrainConfig
 from seco.processes.launch import launch
-from shards.access import UnreadableFrame
+from shards.storage import UnreadableFrame
 from shards.stream import UnreadableTriplet
 read = TripletStream.read
 lost = UnreadableTriplet("a video", "its disk is gone")

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
-from seco.report.charts import chance_levels, draw_charts
-from seco.report.content import report_content
-from seco.report.report import render_report, write_report
-from seco.report.sources import find_results
+from seco.report.report import (
+    chance_levels,
+    draw_charts,
+    render_report,
+    report_content,
+    write_report,
+)
+from seco.report.results import find_results
 from shards.errors import InputError
 from tests.seco.made_results import (
     CONFIG,

@@ -9,20 +9,10 @@ from typing import Any
 
 import pytest
 
-from seco.config import PretrainConfig
-from seco.finetune.config import FinetuneConfig
-from seco.report.content import ReportContent, report_content
-from seco.report.origin import short_name
-from seco.report.paper_protocol import (
-    DIFFERS,
-    FINETUNING,
-    PRETRAINING,
-    SAME,
-    UNKNOWN,
-    Compared,
-    Reference,
-)
-from seco.report.sources import find_results
+from seco.config import FinetuneConfig, PretrainConfig
+from seco.report.report import ReportContent, report_content
+from seco.report.results import find_results, short_name
+from seco.report.tables import DIFFERS, FINETUNING, PRETRAINING, SAME, UNKNOWN, Compared, Reference
 from tests.seco.made_results import write_evaluation, write_features, write_paper_run
 
 TASKS = "inter,intra,order"

@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 
 from cli import run
+from seco.config import EvaluateConfig
+from seco.data.crops import decode_jpeg
+from seco.data.frames import frames_of
+from seco.evaluation.nearest import ExactIndex
+from seco.evaluation.query import of_video, query, render_query_page, right_among_nearest
+from seco.evaluation.retrieval import evaluate
 from seco.features.matrix import unit_vectors
 from seco.features.store import read_features, write_features
-from seco.pages.thumbnails import frames_of
-from seco.report.records import parse_retrieval
-from seco.retrieve.config import EvaluateConfig
-from seco.retrieve.nearest import ExactIndex
-from seco.retrieve.query import query, right_among_nearest
-from seco.retrieve.retrieval import evaluate
-from seco.retrieve.retrieval_page import of_video, render_query_page
-from seco.views.crops import decode_jpeg
+from seco.report.results import parse_retrieval
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests.browser import DESKTOP_PX, PHONE_PX, open_page

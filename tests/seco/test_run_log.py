@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seco.runs.run_log import MAX_COLUMNS, MAX_POINTS, read_log
+from seco.training.logging import MAX_COLUMNS, MAX_POINTS, read_log
 
 
 def write_lines(path: Path, *rows: object) -> Path:

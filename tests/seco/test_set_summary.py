@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seco.inspect.contact_sheet import (
+from seco.report.inspect import (
     TILE_PX,
     compose,
     contact_sheet,
     draw_strips,
+    human_bytes,
+    lines,
+    render_set_page,
+    summarise,
     write_contact_sheet,
+    write_set_page,
 )
-from seco.inspect.inspection import render_set_page, write_set_page
-from seco.inspect.set_summary import human_bytes, lines, summarise
+from shards.dataset import ShardSet
 from shards.format import VideoRecord
 from shards.opening import open_shards
-from shards.reader import ShardSet
 from shards.writer import ShardWriter
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m[bold]"

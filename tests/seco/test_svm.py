@@ -11,12 +11,15 @@ import torch
 from numpy.typing import NDArray
 from sklearn.svm import LinearSVC
 
+from seco.evaluation import svm as svm_liblinear
+from seco.evaluation import svm as svm_module
+from seco.evaluation import svm as svm_newton
+from seco.evaluation import svm as svm_rounds
+from seco.evaluation.knn import knn_scores
+from seco.evaluation.svm import fit_svm
 from seco.features import matrix as feature_rows
+from seco.features import products as svm_rows
 from seco.features.matrix import FeatureMatrix, Scaling, fit_scaling
-from seco.probe import svm as svm_module
-from seco.probe import svm_liblinear, svm_newton, svm_rounds, svm_rows
-from seco.probe.knn import knn_scores
-from seco.probe.svm import fit_svm
 from tests.seco.made_features import clusters
 
 
@@ -347,7 +350,7 @@ def test_a_gpu_gives_the_same() -> None:
 def test_knn_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     x, labels = clusters(60, 5, 3, 2.0)
     train, test, y = x[:40], x[40:], labels[:40] * 10
-    monkeypatch.setattr("seco.probe.knn._BLOCK_BYTES", 4 * 18 * 3)  # three test rows a block
+    monkeypatch.setattr("seco.evaluation.knn._BLOCK_BYTES", 4 * 18 * 3)  # three test rows a block
     monkeypatch.setattr("seco.features.matrix.BLOCK_BYTES", 4 * 5 * 11)  # eleven training rows
     classes, votes = knn_scores(train, y, test, neighbours=7, temperature=0.1)
     assert classes.tolist() == [0, 10, 20]

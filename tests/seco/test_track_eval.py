@@ -17,18 +17,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import seco.track.eval
+import seco.evaluation.otb
 from cli import run
 from pipelines._ffmpeg import run_ffmpeg
-from pipelines._video_files import open_video, write_video
-from seco.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from pipelines._files import open_video, write_video
+from seco.checkpoints.io import load_checkpoint, save_checkpoint
 from seco.checkpoints.weights import load_tracker
-from seco.track.config import TrackerConfig, TrackEvalConfig, TrackTrainConfig
-from seco.track.eval import track_eval
-from seco.track.otb_metrics import curves, mean_curves
-from seco.track.run import with_boxes
-from seco.track.tracker import Tracker
-from seco.track.train import track_train
+from seco.config import TrackerConfig, TrackEvalConfig, TrackTrainConfig
+from seco.evaluation.otb import curves, mean_curves, track_eval
+from seco.evaluation.tracker import Tracker, with_boxes
+from seco.training.track import track_train
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.pairs import boxes_of
@@ -77,7 +75,7 @@ class Cheap:
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seco.track.eval, "Tracker", Cheap)
+    monkeypatch.setattr(seco.evaluation.otb, "Tracker", Cheap)
 
 
 def evaluate(shards: str, tracker: Path, out: Path, **changed: Any) -> dict[str, Any]:
@@ -141,7 +139,9 @@ def test_a_target_that_leaves_stops_at_the_border(
     follow.init(frame, [220, 140, 20, 20])
     # The response that is farthest to the lower right, again and again, at the largest scale.
     monkeypatch.setattr(
-        "seco.track.tracker.peak", lambda *_: torch.tensor([2, 271, 271, 0.0], dtype=torch.float64)
+        "seco.evaluation.tracker.peak",
+        lambda *_: torch.tensor([2, 271, 271, 0.0], dtype=torch.float64),
+        lambda *_: torch.tensor([2, 271, 271, 0.0], dtype=torch.float64),
     )
     for _ in range(5):
         found = follow.update(frame)
@@ -175,7 +175,7 @@ def test_scores_of_responses_of_any_size(
     frame = patch_frames(3, 1)[0][0]
     follow.init(frame, [50, 50, 20, 20])
     found = torch.tensor([0, 136, 136, response], dtype=torch.float64)
-    monkeypatch.setattr("seco.track.tracker.peak", lambda *_: found)
+    monkeypatch.setattr("seco.evaluation.tracker.peak", lambda *_: found)
     follow.update(frame)
     assert follow.score == score
 
@@ -321,13 +321,13 @@ def test_finished_sequences_are_not_tracked_again(
                 raise KeyboardInterrupt
             super().init(frame, box)
 
-    monkeypatch.setattr(seco.track.eval, "Tracker", Interrupted)
+    monkeypatch.setattr(seco.evaluation.otb, "Tracker", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(spec, tracker, out)
     assert not (out / "track.json").exists()
     found = evaluate(spec, tracker, out)
     assert Interrupted.started == 4
-    monkeypatch.setattr(seco.track.eval, "Tracker", Cheap)
+    monkeypatch.setattr(seco.evaluation.otb, "Tracker", Cheap)
     whole = evaluate(spec, tracker, tmp_path / "whole")
     for row, other in zip(found["per_sequence"], whole["per_sequence"], strict=True):
         assert {**row, "fps": 0} == {**other, "fps": 0}

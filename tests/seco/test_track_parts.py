@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seco.checkpoints.weights import random_backbone
-from seco.model.backbones import build_backbone, tensors_sha256
-from seco.processes.ranks import Ranks
-from seco.track.config import (
+from seco.config import (
     CONTEXT,
     EXEMPLAR_PX,
     SEARCH_PX,
@@ -27,11 +25,12 @@ from seco.track.config import (
     TrackTrainConfig,
     response_cells,
 )
-from seco.track.crops import box_of, mean_colour, square_crops, target_of
-from seco.track.model import DilatedBackbone, SiameseHead, SiamFC, cross_correlation
-from seco.track.pairs import PairMaker, training_crop
-from seco.track.tracker import peak
-from seco.track.train import PairStep, balanced_loss, response_labels
+from seco.data.pairs import PairMaker, box_of, mean_colour, square_crops, target_of, training_crop
+from seco.evaluation.tracker import peak
+from seco.models.backbones import build_backbone, tensors_sha256
+from seco.models.siamfc import DilatedBackbone, SiameseHead, SiamFC, cross_correlation
+from seco.processes.ranks import Ranks
+from seco.training.track import PairStep, balanced_loss, response_labels
 from shards.opening import open_shards
 from shards.pairs import PairStream, draw_pair
 from tests.made_sequences import make_sequences
@@ -334,7 +333,7 @@ def test_pairs_are_stretched_and_shifted(tmp_path: Path, monkeypatch: pytest.Mon
         given.append((size, scale, tuple(moved)))
         return torch.zeros(3, size, size, dtype=torch.uint8)
 
-    monkeypatch.setattr("seco.track.pairs.training_crop", recorded)
+    monkeypatch.setattr("seco.data.pairs.training_crop", recorded)
     spec = make_sequences(tmp_path, sequences=8, frames=3)
     maker = PairMaker(PairStream(open_shards(spec), 8, 0, 100), 0.05)
     for step in range(12):

@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-import seco.track.train
+import seco.training.track
 from cli import run
-from seco.checkpoints.backbone_guard import BackboneChanged
-from seco.checkpoints.checkpoint import load_checkpoint
-from seco.checkpoints.weights import load_backbone, load_tracker, random_backbone
-from seco.model.backbones import tensors_sha256
+from seco.checkpoints.io import load_checkpoint
+from seco.checkpoints.weights import BackboneChanged, load_backbone, load_tracker, random_backbone
+from seco.config import TrackTrainConfig
+from seco.models.backbones import tensors_sha256
+from seco.models.siamfc import SiamFC
 from seco.processes.ranks import Ranks
-from seco.track.config import TrackTrainConfig
-from seco.track.model import SiamFC
-from seco.track.train import PairStep, track_train
+from seco.training.track import PairStep, track_train
 from shards.errors import InputError, Stopped
 from tests.data import ROOT
 from tests.made_sequences import make_sequences
@@ -90,13 +89,13 @@ def test_a_run_leaves_its_log_and_a_frozen_backbone(undisturbed: Path) -> None:
 def test_a_run_that_changed_its_backbone_does_not_end_well(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = seco.track.train.TrackTraining._train_step
+    step = seco.training.track.TrackTraining._train_step
 
     def careless(self: Any, *given: Any) -> Any:
         next(self.model.backbone.parameters()).data.mul_(1.001)
         return step(self, *given)
 
-    monkeypatch.setattr(seco.track.train.TrackTraining, "_train_step", careless)
+    monkeypatch.setattr(seco.training.track.TrackTraining, "_train_step", careless)
     with pytest.raises(BackboneChanged, match="its weights changed while the tracker was trained"):
         train(shards, tmp_path, epochs=1)
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 2  # the last before the end
@@ -141,7 +140,7 @@ def test_both_kinds_of_crops_are_measured() -> None:
 def test_the_mean_response_starts_at_zero(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = seco.track.train.TrackTraining._begin
+    measure = seco.training.track.TrackTraining._begin
     found = []
 
     def measured(self: Any, *given: Any) -> None:
@@ -151,7 +150,7 @@ def test_the_mean_response_starts_at_zero(
         responses = self.step.responses(batch.exemplars, batch.searches)
         found.append((float(responses.mean()), self.model.head.bias.item()))
 
-    monkeypatch.setattr(seco.track.train.TrackTraining, "_begin", measured)
+    monkeypatch.setattr(seco.training.track.TrackTraining, "_begin", measured)
     train(shards, tmp_path)
     ((mean, bias),) = found
     assert abs(bias) > 0.01
@@ -161,13 +160,13 @@ def test_the_mean_response_starts_at_zero(
 def test_stopped_after_measuring_and_resumed(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = seco.track.train.TrackTraining._begin
+    measure = seco.training.track.TrackTraining._begin
 
     def signalled(self: Any, *given: Any) -> None:
         measure(self, *given)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(seco.track.train.TrackTraining, "_begin", signalled)
+    monkeypatch.setattr(seco.training.track.TrackTraining, "_begin", signalled)
     with pytest.raises(Stopped, match=r"saved step 0 of 6"):
         train(shards, tmp_path)
     monkeypatch.undo()
@@ -202,14 +201,14 @@ def test_killed_and_resumed(shards: str, undisturbed: Path, tmp_path: Path) -> N
 def test_sigterm_saves(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = seco.track.train.TrackTraining._train_step
+    step = seco.training.track.TrackTraining._train_step
 
     def signalled(self: Any, *given: Any) -> Any:
         if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *given)
 
-    monkeypatch.setattr(seco.track.train.TrackTraining, "_train_step", signalled)
+    monkeypatch.setattr(seco.training.track.TrackTraining, "_train_step", signalled)
     with pytest.raises(Stopped, match=r"saved step 4 of 6.*--resume auto"):
         train(shards, tmp_path)
     monkeypatch.undo()

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-import seco.pretrain.trainer
+import seco.training.pretrain
 from seco.api import pretrain
-from seco.checkpoints.checkpoint import load_checkpoint
+from seco.checkpoints.io import load_checkpoint
 from seco.config import PretrainConfig, resolve_pretrain
 from shards.errors import InputError, Stopped
 from tests.made_shards import make_set
@@ -136,7 +136,7 @@ def test_a_run_that_ends_during_its_online_knn_loses_no_line(
         )
 
     pretrain(settings("undisturbed"))
-    figures = seco.pretrain.trainer.OnlineKnn.figures
+    figures = seco.training.pretrain.OnlineKnn.figures
     votes: list[dict[str, float]] = []
 
     def killed_at_the_third(self: Any, model: Any) -> dict[str, float]:
@@ -145,7 +145,7 @@ def test_a_run_that_ends_during_its_online_knn_loses_no_line(
         votes.append(figures(self, model))
         return votes[-1]
 
-    monkeypatch.setattr(seco.pretrain.trainer.OnlineKnn, "figures", killed_at_the_third)
+    monkeypatch.setattr(seco.training.pretrain.OnlineKnn, "figures", killed_at_the_third)
     with pytest.raises(Killed):
         pretrain(settings("killed"))
     monkeypatch.undo()
@@ -157,14 +157,14 @@ def test_a_run_that_ends_during_its_online_knn_loses_no_line(
 def test_sigterm_saves_and_says_how_to_go_on(
     shards: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_of_trainer = seco.pretrain.trainer.Trainer._train_step
+    step_of_trainer = seco.training.pretrain.Trainer._train_step
 
     def signalled(self: Any, *given: Any) -> Any:
         if self.state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of_trainer(self, *given)
 
-    monkeypatch.setattr(seco.pretrain.trainer.Trainer, "_train_step", signalled)
+    monkeypatch.setattr(seco.training.pretrain.Trainer, "_train_step", signalled)
     config = PretrainConfig(shards=(shards,), out=str(tmp_path), **SMALL)
     with pytest.raises(Stopped, match=r"saved step 6 of 12.*--resume auto"):
         pretrain(config)
@@ -304,7 +304,7 @@ def test_init_takes_an_earlier_runs_backbone(
     config = PretrainConfig(
         shards=(shards,), out=str(tmp_path), init=str(undisturbed / "last.pt"), **SMALL
     )
-    trainer = seco.pretrain.trainer.Trainer(seco.pretrain.trainer.resolve_pretrain(config))
+    trainer = seco.training.pretrain.Trainer(seco.training.pretrain.resolve_pretrain(config))
     trained = load_checkpoint(undisturbed / "last.pt")["model"]
     for side in ("query", "key"):
         encoder = getattr(trainer.model, f"{side}_encoder").backbone.state_dict()
@@ -313,7 +313,7 @@ def test_init_takes_an_earlier_runs_backbone(
 
 
 def test_the_blur_scales_with_the_view() -> None:
-    assert seco.pretrain.trainer.view_config(PretrainConfig()).blur_sigma == (0.1, 2.0)
-    small = seco.pretrain.trainer.view_config(PretrainConfig(crop_size=56, min_crop_area=0.5))
+    assert seco.training.pretrain.view_config(PretrainConfig()).blur_sigma == (0.1, 2.0)
+    small = seco.training.pretrain.view_config(PretrainConfig(crop_size=56, min_crop_area=0.5))
     assert small.blur_sigma == pytest.approx((0.025, 0.5))
     assert small.crop_scale == (0.5, 1.0)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from seco.processes.ranks import Ranks
-from seco.runs.training_run import TrainingRun
+from seco.training.loop import TrainingRun
 from shards.errors import InputError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from shards.csv_rows import csv_text
+from shards.atomic import csv_text
 
 
 def test_any_text_comes_back() -> None:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.order import EpochOrder, Order, WindowOrder
-from shards.permutation import Permutation
+from shards.sampling import EpochOrder, Order, Permutation, WindowOrder
 
 COUNTS = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any)
 

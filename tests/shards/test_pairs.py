@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.access import ByteRange, RangeAccess, UnreadableFrame
 from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.opening import open_shards
 from shards.pairs import NoPair, PairFrames, PairStream, draw_pair, usable_frames
+from shards.storage import ByteRange, RangeAccess, UnreadableFrame
 from tests.made_sequences import make_sequences
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from shards import cache, remote
-from shards.access import ByteRange, RangeAccess, UnreadableFrame, joined_ranges
-from shards.cache import CachedAccess, ShardCache
+from shards import opening as cache
+from shards import storage as remote
 from shards.errors import InputError
 from shards.format import ShardInfo
-from shards.opening import CacheSettings, open_shards, open_stream
+from shards.opening import CachedAccess, CacheSettings, ShardCache, open_shards, open_stream
+from shards.storage import ByteRange, RangeAccess, UnreadableFrame, joined_ranges
 from shards.stream import TripletFrames
 from tests.data import ROOT
 from tests.made_shards import drawn_frame, make_set

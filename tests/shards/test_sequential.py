@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from shards import sequential
+from shards import streaming as sequential
 from shards.errors import InputError
 from shards.opening import open_shards, open_stream
-from shards.sequential import SequentialStream
 from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet
+from shards.streaming import SequentialStream
 from tests.made_shards import drawn_frame
 
 SIZE = (16, 16)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from shards.dataset import expand_spec, local_tars
 from shards.errors import InputError
-from shards.spec import expand_spec, local_tars
 from tests.made_shards import make_set
 
 

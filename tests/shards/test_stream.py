@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shards.access import LocalAccess
 from shards.errors import InputError
 from shards.opening import open_shards, open_stream
+from shards.storage import LocalAccess
 from shards.stream import Sample, TripletFrames, TripletStream
 from tests.made_shards import drawn_frame, make_set
 
@@ -189,7 +189,7 @@ def test_digest_tells_other_videos(folder: Path, spec: str, tmp_path: Path) -> N
 
 
 def test_more_shards_than_files_may_be_open(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.access._MOST_OPEN", 2)
+    monkeypatch.setattr("shards.storage._MOST_OPEN", 2)
     shards = open_shards(spec)
     frames = shards.read_frames([(video, 0) for video in range(60)])
     assert frames == [drawn_frame(v, 0, (16, 16)) for v in range(60)]

@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shards.draws import below, sample_starts, uniforms
-from shards.triplets import ANCHOR_FIRST, DRAWS, Triplets, draw_triplets
+from shards.sampling import (
+    ANCHOR_FIRST,
+    DRAWS,
+    Triplets,
+    below,
+    draw_triplets,
+    sample_starts,
+    uniforms,
+)
 
 
 def drawn(count: int, frames: int, sampling: str, seed: int = 0) -> Triplets:

@@ -16,8 +16,7 @@ import pytest
 import webdataset
 
 from shards.errors import InputError
-from shards.index import build_index, read_index, write_index
-from shards.tar_members import TarMember, tar_members
+from shards.index import TarMember, build_index, read_index, tar_members, write_index
 from shards.verify import reindex, verify
 from tests.made_shards import drawn_frame, make_set
 

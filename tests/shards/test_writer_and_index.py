@@ -11,11 +11,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.access import UnreadableFrame
 from shards.errors import InputError
 from shards.format import VideoRecord
 from shards.index import build_index, read_index, sha256_of
 from shards.opening import open_shards
+from shards.storage import UnreadableFrame
 from shards.verify import reindex
 from shards.writer import ShardWriter, member_header
 from tests.made_shards import drawn_frame, make_set

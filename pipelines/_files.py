@@ -1,0 +1,159 @@
+"""Videos outside a dataset: read for a query or the tracker, and written.
+
+Whole videos in and out, frame by frame, for what is done to one video at a time.
+
+The frames of one video file that belongs to no set, as ``seco prepare`` would store them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines._adapter import Video
+from pipelines._build import store_video
+from pipelines._colour import encode_jpeg, jpeg_planes
+from pipelines._decode import DecodeError, Decoding, decoding
+from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, ffmpeg_version, local_url, run_ffmpeg
+from pipelines._plan import FrameChoice, ShardPlan
+from shards.atomic import atomic_path
+from shards.errors import InputError
+
+_QUALITY = 95
+_ANY_SIZE = 1 << 20  # px: a short edge that no video has; nothing is scaled
+
+
+class VideoFile:
+    """The frames of a video file as they come, upright and with square pixels.
+
+    They take the way of prepared ones: exact colour, as JPEG files.
+
+    Attributes:
+        damage: ffmpeg's complaint of what did not decode, if any; known at the end.
+    """
+
+    def __init__(self, decoded: Decoding, path: Path) -> None:
+        self.damage: str | None = None
+        self._decoded = decoded
+        self._path = path
+
+    def __iter__(self) -> Iterator[tuple[float, bytes]]:
+        """(seconds, JPEG) of every frame that decodes; after damage, of those before it.
+
+        Raises:
+            InputError: nothing decodes, or the file is no video.
+        """
+        given = 0
+        try:
+            for time, planes in self._decoded:
+                width, height = self._decoded.width, self._decoded.height
+                matrix, full_range = self._decoded.matrix, self._decoded.full_range
+                exact = jpeg_planes(planes, width, height, matrix, full_range)
+                yield time, encode_jpeg(exact, _QUALITY)
+                given += 1
+            self.damage = self._decoded.damage
+        except DecodeError as error:
+            if not given:
+                raise InputError(error.message, self._path) from error
+            self.damage = error.message
+
+    def fps(self) -> float | None:
+        """As the container says; known when the first frame is there."""
+        return self._decoded.source_fps
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[VideoFile]:
+    """Decode a file; ffmpeg is gone when the block ends, however it ends.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    try:
+        # No time limit: how long it takes is up to who uses the frames.
+        with decoding(
+            path, short_edge=_ANY_SIZE, timeout_seconds=None, binary=ffmpeg_binary()
+        ) as decoded:
+            yield VideoFile(decoded, path)
+    except DecodeError as error:
+        raise InputError(error.message, path) from error
+
+
+def write_video(path: Path, fps: float, frames: Iterable[NDArray[np.uint8]]) -> None:
+    """Write (H, W, 3) frames of one size as H.264 in an mp4, whole or not at all.
+
+    Frames are asked for as ffmpeg takes them.
+
+    Raises:
+        InputError: ffmpeg cannot write it.
+        ValueError: there are no frames.
+    """
+    coming = iter(frames)
+    first: Any = next(coming, None)
+    if first is None:
+        raise ValueError("a video of no frames")
+    height, width = first.shape[:2]
+    with atomic_path(path) as temporary:
+        arguments = [
+            *("-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"),
+            *("-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "pipe:0"),
+            # 4:2:0 needs even sides.
+            *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"),
+            *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-movflags", "+faststart"),
+            *("-f", "mp4", "-y", local_url(temporary)),
+        ]
+        try:
+            pieces = (np.ascontiguousarray(f).tobytes() for f in itertools.chain([first], coming))
+            run_ffmpeg(arguments, stdin=pieces)
+        except FfmpegError as error:
+            raise InputError(
+                f"ffmpeg could not write it ({error})",
+                path,
+                "unset SECO_FFMPEG to use imageio-ffmpeg's, which can",
+            ) from error
+
+
+def decode_file(
+    path: Path, *, frames: int, short_edge: int, quality: int, timeout_seconds: float
+) -> list[bytes]:
+    """JPEGs of ``frames`` evenly spaced frames, or of all if there are fewer, in time order.
+
+    The file is not trusted, as none is in preparing: ffmpeg runs apart, under a time limit, and
+    opens this file alone.
+
+    Args:
+        short_edge: px; frames that are smaller stay as they are.
+        quality: of the JPEGs, 1 to 100.
+
+    Raises:
+        InputError: it cannot be decoded, wholly and within the time.
+    """
+    if not timeout_seconds > 0:
+        raise InputError("must be above 0", "--timeout")
+    binary = ffmpeg_binary()
+    plan = ShardPlan(
+        folder="",
+        name="",
+        digest="",
+        dataset="",
+        videos=(),
+        choice=FrameChoice(count=frames),
+        short_edge=short_edge,
+        quality=quality,
+        min_frames=1,
+        keep_damaged=False,
+        timeout_seconds=timeout_seconds,
+        src="",
+        binary=binary,
+        ffmpeg_version=ffmpeg_version(binary),
+    )
+    try:
+        return store_video(Video(source=path.name, path=path), plan).frames
+    except DecodeError as error:
+        raise InputError(f"cannot be decoded ({error})", path, "give a whole video file") from error

@@ -1,0 +1,518 @@
+"""Other people's checkpoints: which formats there are, and their tensors under our names.
+
+The tensors of a file, taken one by one by name; what is missing or left over is an error.
+
+Checkpoints of every layout that this toolkit reads, told apart and taken by name, strictly.
+
+MoCo v1 and v2 (``facebookresearch/moco``), SeCo of its authors and what they fine-tuned
+(``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), state dicts with torchvision's names (torch
+files and safetensors), and the toolkit's own. Nothing in a file is ever run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from seco.checkpoints.io import FINETUNED, FORMAT, checked_checkpoint, load_torch_file
+from seco.config import TASKS
+from seco.models.backbones import build_backbone, known_archs
+from shards.errors import InputError
+
+_COUNTER = "num_batches_tracked"
+_WRAPPED = "module."  # what DistributedDataParallel puts before every name
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_WHOLE = (torch.int64, torch.int32)
+
+Shape = tuple[int | None, ...]  # None: any size
+
+
+class NamedTensors:
+    """Tensors by name, of which each may be taken once.
+
+    Args:
+        content: a state dict.
+        path: the file it is from, for errors.
+        prefix: what stands before these names in the file, for errors.
+
+    Raises:
+        InputError: it is no dictionary of tensors.
+    """
+
+    def __init__(self, content: object, path: Path, prefix: str = "") -> None:
+        if not isinstance(content, Mapping):
+            raise InputError(f"{prefix or 'its content'} is no dictionary of tensors", path)
+        for name, tensor in content.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise InputError(f"{prefix}{name} is not a tensor", path)
+        self._tensors: dict[str, Tensor] = dict(content)
+        self.path = path
+        self.prefix = prefix
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def names(self) -> list[str]:
+        """Of the tensors not taken yet."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        return tuple(self._tensors[name].shape)
+
+    def under(self, prefix: str) -> NamedTensors:
+        """Take all tensors whose names begin with ``prefix``; they are known by the rest of it."""
+        taken = {
+            name[len(prefix) :]: self._tensors.pop(name)
+            for name in self.names()
+            if name.startswith(prefix)
+        }
+        return NamedTensors(taken, self.path, self.prefix + prefix)
+
+    def unwrapped(self) -> NamedTensors:
+        """These without ``module.`` before every name; unchanged unless all have it."""
+        if self._tensors and all(name.startswith(_WRAPPED) for name in self._tensors):
+            return self.under(_WRAPPED)
+        return self
+
+    def take(self, name: str, shape: Shape, *, whole_numbers: bool = False) -> Tensor:
+        """One tensor, in float32 (or int64 for ``whole_numbers``) on the CPU.
+
+        Raises:
+            InputError: it is missing, has another shape or kind, or holds NaN or infinity.
+        """
+        full = self.prefix + name
+        if name not in self._tensors:
+            raise InputError(f"{full} is missing", self.path)
+        tensor = self._tensors.pop(name).detach()
+        if not _fits(tuple(tensor.shape), shape):
+            raise InputError(
+                f"{full} has the shape {_text(tuple(tensor.shape))}, not {_text(shape)}", self.path
+            )
+        if not _is_plain(tensor) or tensor.dtype not in (_WHOLE if whole_numbers else _FLOATING):
+            kind = "whole" if whole_numbers else "floating-point"
+            raise InputError(f"{full} is no dense tensor of {kind} numbers", self.path)
+        if whole_numbers:
+            return tensor.long()
+        tensor = tensor.float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{full} holds values that are not finite", self.path)
+        return tensor
+
+    def require_empty(self) -> None:
+        """Raises:
+        InputError: a tensor was not taken.
+        """
+        if self._tensors:
+            more = f" (and {len(self) - 1} more)" if len(self) > 1 else ""
+            raise InputError(f"{self.prefix}{self.names()[0]} is left over{more}", self.path)
+
+
+def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, dict[str, Tensor]]:
+    """The backbone under ``tensors``, whose names that begin with ``fc`` are left to others.
+
+    Args:
+        tensors: with torchvision's names.
+        stated: the architecture that the file names; any other value is found by the tensors.
+
+    Returns:
+        the name of the architecture, and its tensors.
+
+    Raises:
+        InputError: one of its tensors is missing, left over or has another shape.
+    """
+    shapes = {name: tensors.shape(name) for name in tensors.names() if not name.startswith("fc")}
+    # Files of torch before 0.4.1, torchvision's first weights among them, count no batches.
+    uncounted = not any(name.endswith(_COUNTER) for name in shapes)
+    candidates = (str(stated),) if stated in known_archs() else known_archs()
+    closest, least = candidates[0], len(shapes) + 1_000
+    for arch in candidates:
+        expected = backbone_shapes(arch)
+        if uncounted:
+            expected = {n: shape for n, shape in expected.items() if not n.endswith(_COUNTER)}
+        differing = _differences(shapes, expected)
+        if len(differing) < least:
+            closest, least, first = arch, len(differing), next(iter(differing), "")
+        if not differing:
+            break
+    if least > len(backbone_shapes(closest)) // 2:
+        held = f"{tensors.prefix}* is" if tensors.prefix else "is"
+        kind = closest if len(candidates) == 1 else "ResNet that `--arch` knows"
+        raise InputError(f"{held} not a {kind}", tensors.path)
+    if least:
+        more = f", {least - 1} more differ" if least > 1 else ""
+        raise InputError(f"{tensors.prefix}{first} (compared with a {closest}{more})", tensors.path)
+    backbone = {
+        name: torch.zeros((), dtype=torch.long)
+        if uncounted and name.endswith(_COUNTER)
+        else tensors.take(name, shape, whole_numbers=name.endswith(_COUNTER))
+        for name, shape in backbone_shapes(closest).items()
+    }
+    return closest, backbone
+
+
+def take_mlp(tensors: NamedTensors, width: int, dim: int | None = None) -> dict[str, Tensor]:
+    """A head ``Linear(C, C)-ReLU-Linear(C, D)``: ``{0,2}.{weight,bias}``; C = width, D = dim.
+
+    Raises:
+        InputError: one of its tensors is missing, left over or has another shape.
+    """
+    head = {
+        "0.weight": tensors.take("0.weight", (width, width)),
+        "0.bias": tensors.take("0.bias", (width,)),
+        "2.weight": tensors.take("2.weight", (dim, width)),
+    }
+    head["2.bias"] = tensors.take("2.bias", (len(head["2.weight"]),))
+    tensors.require_empty()
+    return head
+
+
+def take_linear(
+    tensors: NamedTensors, width: int | None, rows: int | None = None
+) -> dict[str, Tensor]:
+    """A layer ``Linear(C, M)``: ``weight`` (M, C) and ``bias`` (M,); C = width, M = rows.
+
+    Raises:
+        InputError: one of the two is missing or has another shape, or there is more.
+    """
+    weight = tensors.take("weight", (rows, width))
+    layer = {"weight": weight, "bias": tensors.take("bias", (len(weight),))}
+    tensors.require_empty()
+    return layer
+
+
+@functools.cache
+def backbone_shapes(arch: str) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of a backbone's tensors by name."""
+    with torch.device("meta"):
+        state = build_backbone(arch).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _differences(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """One sentence a tensor that is missing, has another shape or is left over."""
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    other = [
+        f"{name} has the shape {_text(found[name])}, not {_text(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return missing + other + [f"{name} is left over" for name in found if name not in expected]
+
+
+def _fits(found: tuple[int, ...], wanted: Shape) -> bool:
+    return len(found) == len(wanted) and all(
+        size in (None, actual) for actual, size in zip(found, wanted, strict=True)
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense, in memory, and with as many bytes in it as its shape says."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )
+
+
+def _text(shape: Shape) -> str:
+    return "×".join("any" if size is None else str(size) for size in shape) or "()"
+
+
+SECO, MOCO_V1, MOCO_V2, TORCHVISION = "seco", "moco-v1", "moco-v2", "torchvision"
+AUTHORS, AUTHORS_FINETUNED = "seco-authors", "seco-authors-finetuned"
+SECO_FINETUNED = "seco-finetuned"
+SHARED = "shared"  # the one head of a model that does not have one for each task
+
+DESCRIPTIONS = {
+    SECO: "a checkpoint of this toolkit",
+    MOCO_V1: "MoCo v1",
+    MOCO_V2: "MoCo v2",
+    AUTHORS: "SeCo of its authors",
+    AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
+    SECO_FINETUNED: "fine-tuned by this toolkit",
+    TORCHVISION: "a ResNet state dict",
+}
+
+Layer = dict[str, Tensor]
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors allows no more
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderWeights:
+    """One encoder: the backbone by torchvision's names, and what follows it.
+
+    Args:
+        backbone: float32, and the int64 counters of BatchNorm.
+        heads: ``{0,2}.{weight,bias}`` of C → C → D, by task or ``shared``.
+        order_classifier: ``weight`` (2, 3D) and ``bias`` (2,).
+    """
+
+    backbone: Layer
+    heads: dict[str, Layer]
+    order_classifier: Layer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a file holds.
+
+    Args:
+        layout: which of the module's names; of an imported file, what it was imported from.
+        arch: name of the backbone.
+        query: the encoder that was trained.
+        key: its moving average.
+        queue: (K, D) keys, one a row.
+        next_slot: the row that the next key replaces.
+        tasks: SeCo's tasks it was pre-trained on, when it was.
+        epoch: how many epochs, when the file says.
+        left: parts of the file that nothing here has a place for.
+    """
+
+    layout: str
+    arch: str
+    query: EncoderWeights
+    key: EncoderWeights | None = None
+    queue: Tensor | None = None
+    next_slot: int = 0
+    tasks: str | None = None
+    epoch: int | None = None
+    left: tuple[str, ...] = ()
+
+    def description(self) -> str:
+        """For people: ``MoCo v2, resnet50, epoch 200``."""
+        epoch = [] if self.epoch is None else [f"epoch {self.epoch}"]
+        return ", ".join([DESCRIPTIONS[self.layout], self.arch, *epoch])
+
+
+def read_weights(path: Path) -> Weights:
+    """Everything of use in a file of any of the layouts.
+
+    Raises:
+        InputError: it is of none of them, would run code, or a tensor is missing, left over, has
+            another shape or holds NaN.
+    """
+    if _is_safetensors(path):
+        return _torchvision(*_read_safetensors(path), path)
+    content = load_torch_file(path)
+    if not isinstance(content, Mapping):
+        raise _unknown(path)
+    if content.get("format") == FORMAT:
+        return _own(checked_checkpoint(content, path), path)
+    if "state_dict" in content:
+        return _moco(content, path)
+    if "model" in content and "opt" in content:
+        return _authors(content, path)
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise _unknown(path)
+    return _torchvision(content, None, path)
+
+
+def _unknown(path: Path) -> InputError:
+    return InputError(
+        "is neither a checkpoint of this toolkit, MoCo or SeCo's authors nor a ResNet state dict",
+        path,
+    )
+
+
+def _torchvision(content: object, stated: object, path: Path) -> Weights:
+    tensors = NamedTensors(content, path).unwrapped()
+    arch, backbone = take_backbone(tensors, stated)
+    classified = any(name.startswith("fc.") for name in tensors.names())
+    if classified:
+        take_linear(tensors.under("fc."), _width(backbone))
+    tensors.require_empty()
+    return Weights(
+        layout=TORCHVISION,
+        arch=arch,
+        query=EncoderWeights(backbone=backbone, heads={}),
+        left=("classifier",) if classified else (),
+    )
+
+
+def _moco(content: Mapping[str, Any], path: Path) -> Weights:
+    tensors = NamedTensors(content["state_dict"], path).unwrapped()
+    left: tuple[str, ...] = ()
+    layout = MOCO_V2
+    dim: int | None = None
+    encoders: list[EncoderWeights] = []
+    arch = content.get("arch")
+    for side in ("encoder_q.", "encoder_k."):
+        encoder = tensors.under(side)
+        if encoders and not len(encoder):
+            continue  # published for the query alone
+        arch, backbone = take_backbone(encoder, arch)
+        head = encoder.under("fc.")
+        if "weight" in head.names():
+            dim = len(take_linear(head, _width(backbone), dim)["bias"])
+            layout, left = MOCO_V1, ("one-layer head",)
+            heads = {}
+        else:
+            heads = {SHARED: take_mlp(head, _width(backbone), dim)}
+            dim = len(heads[SHARED]["2.bias"])
+        encoder.require_empty()
+        encoders.append(EncoderWeights(backbone=backbone, heads=heads))
+    queue, next_slot = None, 0
+    if len(tensors):
+        queue = tensors.take("queue", (dim, None)).t().contiguous()  # (D, K) in the file
+        next_slot = int(tensors.take("queue_ptr", (1,), whole_numbers=True))
+    tensors.require_empty()
+    return Weights(
+        layout=layout,
+        arch=str(arch),
+        query=encoders[0],
+        key=encoders[1] if len(encoders) > 1 else None,
+        queue=queue,
+        next_slot=next_slot,
+        epoch=_epoch(content),
+        left=left,
+    )
+
+
+def _authors(content: Mapping[str, Any], path: Path) -> Weights:
+    tensors = NamedTensors(content["model"], path).unwrapped()
+    if not any(name.startswith("fc_") for name in tensors.names()):
+        arch, backbone = take_backbone(tensors)
+        take_linear(tensors.under("fc."), _width(backbone))
+        tensors.require_empty()
+        query = EncoderWeights(backbone=backbone, heads={})
+        return Weights(
+            layout=AUTHORS_FINETUNED,
+            arch=arch,
+            query=query,
+            epoch=_epoch(content),
+            left=("classifier",),
+        )
+    arch, query = _authors_encoder(tensors)
+    key, queue = None, None
+    if "model_ema" in content:
+        # ``model.`` would be taken for a part of the names.
+        arch, key = _authors_encoder(NamedTensors(content["model_ema"], path, "model_ema: "), arch)
+    if "contrast" in content:
+        contrast = NamedTensors(content["contrast"], path, "contrast: ")
+        contrast.take("params", (1,), whole_numbers=True)  # unused in their code
+        queue = contrast.take("memory", (None, len(query.heads["inter"]["2.bias"])))
+        contrast.require_empty()
+    return Weights(
+        layout=AUTHORS,
+        arch=arch,
+        query=query,
+        key=key,
+        queue=queue,
+        tasks=",".join(TASKS),
+        epoch=_epoch(content),
+    )
+
+
+def _authors_encoder(
+    tensors: NamedTensors, stated: str | None = None
+) -> tuple[str, EncoderWeights]:
+    arch, backbone = take_backbone(tensors, stated)
+    heads = {task: take_mlp(tensors.under(f"fc_{task}."), _width(backbone)) for task in TASKS}
+    sequence = 3 * len(heads["order"]["2.bias"])
+    classifier = take_linear(tensors.under("fc_order_classifier."), sequence, rows=2)
+    tensors.require_empty()
+    return arch, EncoderWeights(backbone=backbone, heads=heads, order_classifier=classifier)
+
+
+def _own(content: Mapping[str, Any], path: Path) -> Weights:
+    """A run's, or one that ``seco import`` wrote: then parts may be missing, but whole ones."""
+    tensors = NamedTensors(content["model"], path)
+    if FINETUNED in content:
+        return _own_finetuned(tensors, str(content["config"]["arch"]))
+    imported = content.get("imported")
+    imported = imported if isinstance(imported, dict) else {}
+    classifiers = [tensors.under("order_classifier."), tensors.under("key_order_classifier.")]
+    encoders: list[EncoderWeights] = []
+    arch = str(content["config"]["arch"])
+    for side, classifier in zip(("query_encoder.", "key_encoder."), classifiers, strict=True):
+        encoder = tensors.under(side)
+        if encoders and imported and not len(encoder):
+            continue
+        arch, backbone = take_backbone(encoder.under("backbone."), arch)
+        names = dict.fromkeys(n.split(".")[1] for n in encoder.names() if n.startswith("heads."))
+        heads = {n: take_mlp(encoder.under(f"heads.{n}."), _width(backbone)) for n in names}
+        encoder.require_empty()
+        encoders.append(
+            EncoderWeights(
+                backbone=backbone,
+                heads=heads,
+                order_classifier=take_linear(classifier, None, 2) if len(classifier) else None,
+            )
+        )
+    queue, next_slot = None, 0
+    queued = tensors.under("queue.")
+    if len(queued):
+        queue = queued.take("rows", (None, None))
+        next_slot = int(queued.take("next_slot", (), whole_numbers=True))
+    tensors.require_empty()
+    layout = imported.get("layout", SECO)
+    return Weights(
+        layout=layout if layout in DESCRIPTIONS else SECO,
+        arch=arch,
+        query=encoders[0],
+        key=encoders[1] if len(encoders) > 1 else None,
+        queue=queue,
+        next_slot=next_slot,
+        tasks=str(content["config"].get("tasks") or "") or None,
+        epoch=_epoch(imported),
+    )
+
+
+def _own_finetuned(tensors: NamedTensors, arch: str) -> Weights:
+    arch, backbone = take_backbone(tensors.under("backbone."), arch)
+    take_linear(tensors.under("classifier."), _width(backbone))
+    tensors.require_empty()
+    query = EncoderWeights(backbone=backbone, heads={})
+    return Weights(layout=SECO_FINETUNED, arch=arch, query=query, left=("classifier",))
+
+
+def _width(backbone: Layer) -> int:
+    """C, the width of the pooled feature: the channels of the last BatchNorm."""
+    return len(backbone[[name for name in backbone if name.endswith("running_var")][-1]])
+
+
+def _epoch(content: Mapping[str, Any]) -> int | None:
+    epoch = content.get("epoch")
+    return epoch if isinstance(epoch, int) else None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes: the length of a JSON header, and its opening brace."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
+    """The tensors, and the architecture that the file's metadata name, if they do."""
+    try:
+        # Through memory: a mapped file that is cut while it is read would kill the process.
+        whole = path.read_bytes()
+        tensors = safetensors.torch.load(whole)
+        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        return tensors, header.get("__metadata__", {}).get("arch")
+    except OSError as error:
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", path, "check the path"
+        ) from error
+    except Exception as error:  # damaged bytes, or a number type that torch lacks
+        raise InputError("is a damaged safetensors file", path) from error

@@ -1,0 +1,1 @@
+"""Views, clips, pairs and frames from shards."""

@@ -1,0 +1,372 @@
+"""Batches of training clips, made ahead by loader processes.
+
+Which frames of a video make a clip, in fine-tuning and its test (authors' code). No torch.
+
+The labelled videos of shards that fine-tuning trains on and is tested on.
+
+A clip is a frame of each segment of a video. Which frames, and how they are changed, depends on
+(seed, epoch, video) alone; global batch b of an epoch is positions b·B … of the epoch's order. So
+batches are the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from seco.data.crops import CROP_DRAWS, FrameDecoder, crop_resize, draw_crops, jpeg_size
+from seco.data.loader import forked_loader
+from seco.data.transforms import VIEW_DRAWS, ViewConfig, ViewParameters, draw_views
+from seco.evaluation.splits import choose_split, labelled_rows, no_rows
+from shards.dataset import ShardSet
+from shards.errors import InputError
+from shards.opening import open_shards
+from shards.sampling import EpochOrder, below, sample_starts, substitute_position, uniforms
+from shards.storage import UnreadableFrame, readable
+from shards.stream import rows_of_rank
+
+Integers = NDArray[np.int64]
+
+
+def segment_frames(uniform: NDArray[np.float64], counts: Integers) -> Integers:
+    """A random frame of each of T equal segments.
+
+    A segment is of ``count // T`` frames, so the last few frames of a video belong to none. Of a
+    video with fewer than T frames, T frames evenly spaced, some of them more than once.
+
+    Args:
+        uniform: (n, T) numbers in [0, 1).
+        counts: (n,) stored frames of each video.
+
+    Returns:
+        (n, T) frame numbers in time order.
+    """
+    segments = uniform.shape[1]
+    length = counts // segments
+    number = np.arange(segments)
+    inside = below(uniform, length[:, None].clip(min=1)) + number * length[:, None]
+    spread = _spread(counts, segments)
+    return np.where(length[:, None] > 0, inside, spread)
+
+
+def segment_middles(count: int, segments: int) -> list[int]:
+    """The middle frame of each segment: what :func:`segment_frames` draws around."""
+    length = count // segments
+    if not length:
+        spread: list[int] = _spread(np.array([count]), segments)[0].tolist()
+        return spread
+    return [number * length + length // 2 for number in range(segments)]
+
+
+def _spread(counts: Integers, segments: int) -> Integers:
+    """(n, T) frames of videos that have fewer than T."""
+    spread: Integers = np.arange(segments) * (counts[:, None] - 1) // segments
+    return spread
+
+
+def clip_starts(count: int, clips: int, clip_frames: int) -> list[int]:
+    """Where the clips of a test video begin: clip i of n at floor((count - frames) · i / n).
+
+    So the last clip ends before the video does, as in the authors' code. A video that is no longer
+    than a clip is one clip, of all its frames, ``clips`` times (the authors' code refuses shorter
+    ones, of 15 frames or fewer).
+    """
+    return [max(0, count - clip_frames) * number // clips for number in range(clips)]
+
+
+_TEST = "test"
+
+
+class LabelledVideos:
+    """The videos of a set and one of its splits.
+
+    Args:
+        spec: of the shards.
+        split: its name; None: the set's only, or first, one.
+
+    Attributes:
+        shards: the set.
+        folder: its first shard, for messages.
+        labels: (V,) -1 for none.
+        train: (N,) numbers of the labelled training videos.
+        test: (M,) numbers of the labelled test videos.
+        empty: labelled training videos that are left out because they have no frame.
+        unlabelled: videos of the split that have no label.
+
+    Raises:
+        InputError: the shards cannot be used, or have no such split or no labels.
+    """
+
+    def __init__(self, spec: str | Iterable[str], split: str | None) -> None:
+        self.shards = open_shards(spec)
+        self.folder = self.shards.addresses[0]
+        self.labels: NDArray[np.int64] = self.shards.labels.astype(np.int64)
+        self.splits = self.shards.splits
+        name = choose_split(self, split)
+        if name is None:
+            raise InputError("has no splits", self.folder, "prepare it with its official lists")
+        self.split = name
+        train, without = labelled_rows(self, name, "train")
+        self.train = train[self.shards.frame_counts[train] > 0]
+        self.empty = len(train) - len(self.train)
+        self.test, also = labelled_rows(self, name, _TEST)
+        self.unlabelled = without + also
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def require(self, value: str) -> None:
+        """Refuse a split without ``train`` or ``test`` videos.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not len(self.test if value == _TEST else self.train):
+            raise no_rows(self, self.split, value)
+
+    @cached_property
+    def dataset(self) -> str:
+        """The set's name as its records have it."""
+        for video in range(len(self)):
+            try:
+                return self.shards.record(video).dataset or self.shards.name
+            except UnreadableFrame:
+                continue  # the next one says the same
+        return self.shards.name
+
+    def class_name(self, label: int) -> str:
+        """The label's name, or its number where it has none."""
+        names = self.shards.label_names
+        return names[label] if 0 <= label < len(names) else str(label)
+
+    def digest(self) -> str:
+        """Of the training videos: equal for the same ones, however they are cut into shards."""
+        whole = hashlib.sha256(f"{self.split}\n".encode())
+        for video in self.train.tolist():
+            row = (self.shards.key(video), int(self.labels[video]), self.shards.frame_count(video))
+            whole.update(repr(row).encode("utf-8", "surrogateescape"))
+        return whole.hexdigest()
+
+
+def clip_views(
+    clips: Sequence[Sequence[bytes]],
+    starts: NDArray[np.uint64],
+    size: int,
+    config: ViewConfig,
+    decoder: FrameDecoder | None = None,
+) -> tuple[Tensor, ViewParameters]:
+    """Crop n clips of T frames, each clip by one box, and draw each clip's other changes once.
+
+    Args:
+        clips: (n,) the JPEG files of T frames each; a clip's frames are of one size.
+        starts: (n,) where each clip's random numbers begin (:func:`shards.sampling.sample_starts`).
+        size: S, side of a view, px.
+        config: how views are drawn.
+        decoder: used again by a caller with many clips.
+
+    Returns:
+        (n, T, 3, S, S) uint8, and the parameters of the n·T images for
+        :func:`seco.data.transforms.apply_views`.
+
+    Raises:
+        BrokenJpeg: a frame does not decode.
+        ValueError: the clips differ in length, or the frames of one in size.
+    """
+    decoder = decoder or FrameDecoder()
+    if len({len(frames) for frames in clips}) > 1:
+        raise ValueError(f"clips of {sorted({len(frames) for frames in clips})} frames")
+    drawn = uniforms(starts, CROP_DRAWS + VIEW_DRAWS)
+    sizes = np.array([jpeg_size(frames[0]) for frames in clips])
+    boxes = draw_crops(
+        drawn[:, :CROP_DRAWS], sizes[:, 0], sizes[:, 1], config.crop_scale, config.crop_ratio
+    )
+    crops = np.empty((len(clips), len(clips[0]), size, size, 3), dtype=np.uint8)
+    for number, frames in enumerate(clips):
+        for place, jpeg in enumerate(frames):
+            image = decoder.decode(jpeg)
+            if image.shape[1::-1] != tuple(sizes[number]):
+                raise ValueError(f"frames of {image.shape[1::-1]} and {tuple(sizes[number])} px")
+            crop_resize(image, boxes[number].tolist(), size, out=crops[number, place])
+    once = draw_views(drawn[:, CROP_DRAWS:], config)
+    repeated = once.select(np.repeat(np.arange(len(clips)), crops.shape[1]))
+    return torch.from_numpy(crops).permute(0, 1, 4, 2, 3), repeated
+
+
+_CHUNK_CLIPS = 8  # at 7 frames of 224 px 8 MB of crops
+_MAX_SUBSTITUTES = 20
+
+
+@dataclass
+class ClipBatch:
+    """n clips of T frames."""
+
+    images: Tensor  # (n, T, 3, S, S) uint8 crops
+    views: ViewParameters  # of the n·T images
+    videos: NDArray[np.int64]  # (n,) numbers in the set
+    unreadable: list[str] = field(default_factory=list)  # why each replaced video could not be read
+
+    @staticmethod
+    def joined(parts: Sequence[ClipBatch]) -> ClipBatch:
+        """One batch of one or more parts."""
+        return ClipBatch(
+            images=torch.cat([part.images for part in parts]),
+            views=ViewParameters.joined([part.views for part in parts]),
+            videos=np.concatenate([part.videos for part in parts]),
+            unreadable=[reason for part in parts for reason in part.unreadable],
+        )
+
+
+class ClipStream:
+    """The training clips of a rank, by epoch, step and row.
+
+    Args:
+        shards: the set.
+        train: numbers of its training videos.
+        batch_size: B, the global batch.
+        segments: T.
+        size: S, side of a view, px.
+        views: how they are drawn.
+        seed: the run's.
+        rank: this process's number of ``world_size`` processes; each takes B / world_size.
+
+    Raises:
+        InputError: fewer videos than one batch needs, or B does not divide.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        train: NDArray[np.int64],
+        batch_size: int,
+        segments: int,
+        size: int,
+        views: ViewConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._shards = shards
+        self._videos = train
+        self._batch_size = batch_size
+        self._segments = segments
+        self._size = size
+        self._views = views
+        self._seed = seed
+        self.rows = rows_of_rank(batch_size, world_size)
+        self._first_row = rank * self.rows
+        # Whole global batches; the rest of an epoch is left out and differs every epoch.
+        self.steps_per_epoch = len(self._videos) // batch_size
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"{len(self._videos)} training videos do not fill a batch of {batch_size}",
+                "--batch-size",
+                "lower it or add videos",
+            )
+        self._decoder = FrameDecoder()
+
+    def read(self, step: int, rows: range) -> ClipBatch:
+        """The clips at these rows of this rank's part of a batch.
+
+        Args:
+            step: counted over epochs.
+            rows: 0 … ``rows`` - 1.
+
+        Raises:
+            InputError: one video after another cannot be read.
+        """
+        epoch, step = divmod(step, self.steps_per_epoch)
+        begin = step * self._batch_size
+        parts, unreadable = [], []
+        for row in rows:
+            reason = None
+            for attempt in range(_MAX_SUBSTITUTES + 1):
+                position = begin + self._first_row + row
+                if attempt:
+                    place = (attempt - 1) * self._batch_size + self._first_row + row
+                    position = substitute_position(
+                        place, begin, self._batch_size, len(self._videos)
+                    )
+                try:
+                    parts.append(self._clip(epoch, position))
+                    break
+                except (UnreadableFrame, ValueError) as error:  # broken, or of two sizes
+                    reason = f"{self._key(epoch, position)}: {error}"
+                    unreadable.append(reason)
+            else:
+                raise InputError(
+                    f"{len(unreadable)} videos in a row cannot be read, the last: {reason}",
+                    "--shards",
+                    "are they whole? See `seco verify`",
+                )
+        batch = ClipBatch.joined(parts)
+        batch.unreadable = unreadable
+        return batch
+
+    def _clip(self, epoch: int, position: int) -> ClipBatch:
+        """One clip, a function of (seed, epoch, video)."""
+        video = self._video(epoch, position)
+        keys = [self._shards.key(video)]
+        drawn = uniforms(sample_starts(self._seed, epoch, keys, "segments"), self._segments)
+        (frames,) = segment_frames(drawn, np.array([self._shards.frame_count(video)])).tolist()
+        found = self._shards.read_frames([(video, frame) for frame in frames])
+        images, views = clip_views(
+            [[readable(jpeg) for jpeg in found]],
+            sample_starts(self._seed, epoch, keys, "clip views"),
+            self._size,
+            self._views,
+            self._decoder,
+        )
+        return ClipBatch(images, views, np.array([video]))
+
+    def _video(self, epoch: int, position: int) -> int:
+        order = EpochOrder(np.array([len(self._videos)]), self._seed, epoch)
+        return int(self._videos[order.at([position])[0]])
+
+    def _key(self, epoch: int, position: int) -> str:
+        return self._shards.key(self._video(epoch, position))
+
+
+class _Chunks(Dataset[ClipBatch | InputError]):
+    """Item (step, rows): these clips, or why the run cannot go on."""
+
+    def __init__(self, stream: ClipStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, task: tuple[int, range]) -> ClipBatch | InputError:
+        try:
+            return self._stream.read(*task)
+        except InputError as error:
+            return error  # torch would wrap it in a text of its own
+
+
+def clip_batches(
+    stream: ClipStream, first_step: int, last_step: int, workers: int
+) -> Generator[ClipBatch, None, None]:
+    """This rank's part of the batches of steps ``first_step`` … ``last_step`` - 1, in order.
+
+    Args:
+        workers: loader processes; 0: the batches are made when they are asked for.
+
+    Raises:
+        InputError: videos cannot be read nor replaced.
+    """
+    rows = range(stream.rows)
+    chunks = [rows[begin : begin + _CHUNK_CLIPS] for begin in rows[::_CHUNK_CLIPS]]
+    tasks = ((step, chunk) for step in range(first_step, last_step) for chunk in chunks)
+    with forked_loader(_Chunks(stream), lambda: tasks, workers, None) as read:
+        for _ in range(first_step, last_step):
+            yield ClipBatch.joined([_sound(next(read)) for _ in chunks])
+
+
+def _sound(chunk: ClipBatch | InputError) -> ClipBatch:
+    if isinstance(chunk, InputError):
+        raise chunk
+    return chunk

@@ -1,0 +1,400 @@
+"""From a loader's batch to crops, and from crops to views, on the training device.
+
+Loader processes of torch's DataLoader, forked from this one, that are given tasks as they go.
+
+Batches of triplets for a trainer, made ahead by loader processes.
+
+A batch is made in chunks of rows, so that all processes work on the batch that is needed next, and
+the first batch after a start or resume is there after one chunk's time. Draws depend on the
+sample alone: batches are the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from seco.data.transforms import ViewConfig, ViewParameters, apply_views
+from seco.data.triplets import FRAME_OF_VIEW, VIEWS, Chunk, ChunkMaker
+from seco.processes.stopping import kill_workers, leave_signals_to_parent
+from shards.errors import InputError
+from shards.stream import Stream
+
+_Done = TypeVar("_Done")
+
+
+@contextmanager
+def forked_loader(
+    dataset: Dataset[_Done], tasks: Callable[[], Iterator[Any]], workers: int, prefetch: int | None
+) -> Iterator[Iterator[_Done]]:
+    """Within the block, what became of each task, in their order.
+
+    The processes are forked when the block begins; whatever ends it early kills them, also those
+    that are stuck in a read.
+
+    Args:
+        dataset: its item of a task does it.
+        tasks: makes them; torch asks for one as it hands it out.
+        workers: processes; 0: tasks are done here, when they are asked for.
+        prefetch: tasks of each process that are under way; None without processes.
+    """
+    loader: DataLoader[_Done] = DataLoader(
+        dataset,
+        sampler=_Tasks(tasks),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=leave_signals_to_parent if workers else None,
+    )
+    done = iter(loader)
+    try:
+        yield done
+    except BaseException:
+        kill_workers(done)
+        raise
+    finally:
+        del done  # its processes end with it, not with the interpreter
+
+
+class _Tasks:
+    """The sampler."""
+
+    def __init__(self, tasks: Callable[[], Iterator[Any]]) -> None:
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._tasks()
+
+
+class BatchRing:
+    """Memory for a few batches, which loader processes write and the trainer reads.
+
+    Sending a batch through the queue of torch's DataLoader costs a shared file, its page faults and
+    a copy each time: a third of what the loader spends on the views (``docs/loader.md``). An
+    anonymous shared mapping is made once, needs no room in /dev/shm, and a loader process that was
+    forked writes its part of a batch where the trainer will read it.
+
+    Args:
+        slots: how many.
+        shape: of a batch.
+        dtype: numpy's, of a batch.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.slots = slots
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize * slots
+        self._memory = mmap.mmap(-1, max(size, 1))  # shared with the processes forked later
+        flat = np.frombuffer(self._memory, dtype=dtype, count=slots * int(np.prod(shape)))
+        self._batches: NDArray[np.generic] = flat.reshape(slots, *shape)
+        self._pinned = False
+
+    def __getitem__(self, slot: int) -> NDArray[np.generic]:
+        batch: NDArray[np.generic] = self._batches[slot]
+        return batch
+
+    def __getstate__(self) -> dict[str, object]:
+        raise TypeError("shared memory is inherited by a fork, it cannot be sent")
+
+    def pin(self) -> bool:
+        """Let a GPU read it by itself, so that copies need no second buffer and nobody waits.
+
+        Returns:
+            whether the driver agreed; copies work without it, too, but block.
+        """
+        pointer, size = self._batches.ctypes.data, self._batches.nbytes
+        failed = torch.cuda.cudart().cudaHostRegister(pointer, size, 0)
+        self._pinned = int(failed) == 0
+        if not self._pinned:
+            # The error would be reported again by the next kernel, which has done nothing wrong.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda").add_(1)
+            print("seco: the loader's memory cannot be pinned; copies will wait", file=sys.stderr)
+        return self._pinned
+
+    def close(self) -> None:
+        """Give the memory back to the driver; it is freed with its last user."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._batches.ctypes.data)
+            self._pinned = False
+
+
+_CHUNK_ROWS = 32  # at 224 px 19 MB of crops and some 50 ms of work
+_BATCHES_AHEAD = 2
+
+
+@dataclass
+class Batch:
+    """One step's input on this rank: N samples.
+
+    ``images`` is memory of the loader: valid until the next batch but one is asked for.
+    """
+
+    images: Tensor | None  # (4, N, 3, S, S) uint8 crops, or finished float32 views
+    uniform: NDArray[np.float64]  # (4, N, 13) what the views' parameters are drawn from
+    order: Tensor  # (N,) 0 anchor before, 1 after
+    videos: Tensor  # (N,) numbers in the set
+    unreadable: list[str]  # why each sample that had to be replaced could not be read
+    jpegs: list[tuple[bytes, bytes, bytes]]  # (N,) anchor, second, third; when images is None
+    boxes: Tensor  # (4, N, 4) left, top, width, height of the crops in their frames, px
+
+
+class _Task(NamedTuple):
+    step: int  # counted over epochs
+    first: int  # row
+    last: int  # the row after
+    slot: int
+
+
+class _Chunks(Dataset[Chunk]):
+    """Item (step, rows, slot): writes these rows of the batch to the ring."""
+
+    def __init__(self, stream: Stream, maker: ChunkMaker, ring: BatchRing | None) -> None:
+        self._stream = stream
+        self._maker = maker
+        self._ring = ring
+        self._entered = False
+
+    def __getitem__(self, task: _Task) -> Chunk:
+        worker = get_worker_info()
+        if worker is not None and not self._entered:
+            self._stream.enter(worker.id, worker.num_workers)
+            self._entered = True
+        epoch, step = divmod(task.step, self._stream.steps_per_epoch)
+        rows = range(task.first, task.last)
+        out = self._ring[task.slot][:, task.first : task.last] if self._ring is not None else None
+        return self._maker.make(out, epoch, step, rows)
+
+
+class TripletLoader:
+    """Iterates over the batches of steps ``first_step`` … ``last_step`` - 1, in order.
+
+    Args:
+        stream: gives the samples of this rank.
+        crop_size: S, side of a view, px.
+        views: how they are drawn.
+        workers: loader processes; 0: the batches are made when they are asked for.
+        first_step: counted over epochs.
+        last_step: the one after the last.
+        decode: ``cpu``, or ``nvjpeg``: the batch holds JPEG bytes and boxes instead of crops.
+        views_on: ``device``: the images are crops; ``workers``: they are finished views.
+        pin: let a GPU read the batches' memory by itself.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        crop_size: int,
+        views: ViewConfig,
+        *,
+        workers: int,
+        first_step: int,
+        last_step: int,
+        decode: str = "cpu",
+        views_on: str = "device",
+        pin: bool = False,
+    ) -> None:
+        self._stream = stream
+        self._workers = workers
+        self._steps = range(first_step, last_step)
+        self._decode = decode == "cpu"
+        self._finish = views_on == "workers"
+        self._chunks = math.ceil(stream.rows / _CHUNK_ROWS)
+        self._pin = pin
+        ahead = math.ceil(_BATCHES_AHEAD * self._chunks / workers) if workers else 0
+        self._prefetch = max(2, ahead) if workers else None
+        in_flight = math.ceil((self._prefetch or 0) * workers / self._chunks)
+        self._ring: BatchRing | None = None
+        if self._decode:
+            size = (crop_size, crop_size)
+            pixels = (3, *size) if self._finish else (*size, 3)
+            shape = (VIEWS, stream.rows, *pixels)
+            # One batch being read, one that may still be on its way to a device.
+            self._ring = BatchRing(in_flight + 2, shape, np.float32 if self._finish else np.uint8)
+        maker = ChunkMaker(stream, crop_size, views, decode=self._decode, finish=self._finish)
+        self._dataset = _Chunks(stream, maker, self._ring)
+        self._read = first_step - 1  # the last step whose batch was handed out
+
+    def __enter__(self) -> TripletLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        if self._ring is not None:
+            self._ring.close()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Raises InputError when samples cannot be read nor replaced."""
+        with forked_loader(self._dataset, self.tasks, self._workers, self._prefetch) as chunks:
+            # The processes are there: before shards are fetched ahead in threads.
+            if self._pin and self._ring is not None:
+                self._ring.pin()
+            for step in self._steps:
+                self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
+                parts = [_sound(next(chunks)) for _ in range(self._chunks)]
+                self._read = step
+                yield self._batch(step, parts)
+
+    def tasks(self) -> Iterator[_Task]:
+        """All chunks in order, each with the slot its batch is written to."""
+        rows = self._stream.rows
+        for step in self._steps:
+            slot = step % self._ring.slots if self._ring is not None else 0
+            if self._ring is not None and step - self._read >= self._ring.slots:
+                raise RuntimeError("a batch would be overwritten while it is read")
+            for first in range(0, rows, _CHUNK_ROWS):
+                yield _Task(step, first, min(first + _CHUNK_ROWS, rows), slot)
+
+    def _batch(self, step: int, parts: list[Chunk]) -> Batch:
+        uniform = np.concatenate([part.uniform for part in parts], axis=1)
+        images = None
+        if self._ring is not None:
+            images = torch.from_numpy(self._ring[step % self._ring.slots])
+            images = images if self._finish else images.permute(0, 1, 4, 2, 3)
+        return Batch(
+            images=images,
+            uniform=uniform,
+            order=torch.from_numpy(np.concatenate([part.order for part in parts])),
+            videos=torch.from_numpy(np.concatenate([part.videos for part in parts])),
+            unreadable=[reason for part in parts for reason in part.unreadable],
+            jpegs=[row for part in parts for row in part.jpegs],
+            boxes=torch.from_numpy(np.concatenate([part.boxes for part in parts], axis=1)),
+        )
+
+
+def _sound(chunk: Chunk) -> Chunk:
+    """The chunk; raises InputError when the run cannot go on."""
+    if chunk.fatal:
+        raise InputError(chunk.fatal, "--shards", "are they whole? See `seco verify`")
+    return chunk
+
+
+_UNDER_WAY = 1  # the loader keeps one batch more than the one being read
+
+
+class DeviceCopies:
+    """Copies each batch to a GPU on a stream of its own.
+
+    On the stream of the step a copy would wait for the step before it, and the next step for the
+    copy: 308 MB per step of 512 videos at 224 px. There are two buffers on the device, one that is
+    read and one that is filled, so memory does not grow with how far the host is ahead.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._buffers: list[Tensor] = []
+        self._read = [torch.cuda.Event(), torch.cuda.Event()]  # all kernels that read the buffer
+        self._copies: deque[torch.cuda.Event] = deque()
+        self._slot = 0
+
+    def copy(self, images: Tensor) -> Tensor:
+        """The batch on the device, valid until the next call but one.
+
+        Args:
+            images: always of one shape; in pinned memory (else the host waits), which may be
+                written anew after the next call.
+        """
+        compute = torch.cuda.current_stream(self._device)
+        # What reads the buffer that was handed out last has been queued by now.
+        self._read[self._slot].record(compute)
+        self._slot = 1 - self._slot
+        if not self._buffers:
+            self._buffers = [torch.empty_like(images, device=self._device) for _ in range(2)]
+            # Memory that the host has freed may still be read by queued kernels.
+            self._stream.wait_stream(compute)
+        buffer = self._buffers[self._slot]
+        self._stream.wait_event(self._read[self._slot])
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(images, non_blocking=True)
+            done.record(self._stream)
+        compute.wait_event(done)
+        self._copies.append(done)
+        if len(self._copies) > _UNDER_WAY:
+            self._copies.popleft().synchronize()
+        return buffer
+
+
+class DeviceViews:
+    """Copies, decodes and augments batches on a device.
+
+    Args:
+        device: where the views are wanted.
+        crop_size: S, side of a view, px.
+        config: mean and standard deviation.
+    """
+
+    def __init__(self, device: torch.device, crop_size: int, config: ViewConfig) -> None:
+        self._device = device
+        self._size = crop_size
+        self._config = config
+        self._copies = DeviceCopies(device) if device.type == "cuda" else None
+
+    def crops(self, batch: Batch) -> Tensor:
+        """(4, N, 3, S, S) of query, k1 (both of the anchor), k2, k3: uint8, or float32 views.
+
+        Frames that the device cannot decode are replaced by those of the next sample; the batch's
+        ``unreadable`` names them.
+        """
+        if batch.images is None:
+            return self._decoded(batch)
+        return batch.images if self._copies is None else self._copies.copy(batch.images)
+
+    def finished(self, crops: Tensor, views: ViewParameters) -> Tensor:
+        """(n, 3, S, S) crops to float32 views; those that are finished stay as they are."""
+        if crops.dtype != torch.uint8:
+            return crops
+        return apply_views(crops, views, self._config)
+
+    def _decoded(self, batch: Batch) -> Tensor:
+        """(4, N, 3, S, S) uint8."""
+        # Loads torchvision, which nobody else needs here.
+        from seco.data.gpu_transforms import as_tensors, crop_resize_batch, decode_frames
+
+        n = len(batch.order)
+        of_sample = np.arange(n)
+        frames, reasons = decode_frames(
+            as_tensors([jpeg for row in batch.jpegs for jpeg in row]), self._device
+        )
+        broken = {index // 3: reason for index, reason in reasons.items()}
+        for row in sorted(broken):
+            batch.unreadable.append(f"video {int(batch.videos[row])}: {broken[row]}")
+            whole = [r for r in (*range(row + 1, n), *range(row)) if r not in broken]
+            if not whole:
+                raise InputError(
+                    f"not one frame of a batch can be decoded: {broken[row]}", "--decode"
+                )
+            of_sample[row] = whole[0]
+            batch.order[row], batch.videos[row] = batch.order[whole[0]], batch.videos[whole[0]]
+        frame_of_view = 3 * of_sample[None, :] + np.array(FRAME_OF_VIEW)[:, None]
+        boxes = batch.boxes.numpy()[:, of_sample]
+        crops = crop_resize_batch(
+            frames, frame_of_view.reshape(-1), boxes.reshape(-1, 4), self._size
+        )
+        return crops.view(VIEWS, n, *crops.shape[1:])

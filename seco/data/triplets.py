@@ -1,0 +1,177 @@
+"""The CPU part of the views: some rows of a batch, from JPEG bytes to crops.
+
+Each distinct frame is decoded once, the anchor for two views. A sample that cannot be read or
+decoded is replaced by another, counted and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seco.data.crops import CROP_DRAWS, BrokenJpeg, FrameDecoder, crop_resize, draw_crops, jpeg_size
+from seco.data.transforms import VIEW_DRAWS, ViewConfig, apply_views, draw_views
+from shards.sampling import sample_starts, uniforms
+from shards.stream import NothingToRead, Sample, Stream, TripletFrames, UnreadableTriplet
+
+VIEWS = 4  # query and k1, both of the anchor frame, k2, k3
+FRAME_OF_VIEW = (0, 0, 1, 2)
+_VIEWS_OF_FRAME = ((0, 1), (2,), (3,))
+_MAX_SUBSTITUTES = 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``first`` … ``first + n - 1`` of this rank's part of a batch, but for the pixels."""
+
+    first: int
+    uniform: NDArray[np.float64]  # (4, n, 13) what the views' parameters are drawn from
+    order: NDArray[np.int64]  # (n,) 0 anchor before, 1 after
+    videos: NDArray[np.int64]  # (n,)
+    boxes: NDArray[np.int64]  # (4, n, 4) left, top, width, height in the frame, px
+    unreadable: list[str] = field(default_factory=list)  # a reason for each replaced sample
+    jpegs: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)  # if decoded elsewhere
+    fatal: str | None = None  # the run cannot go on
+
+
+class ChunkMaker:
+    """Makes chunks of a stream's batches.
+
+    Args:
+        stream: gives the samples.
+        crop_size: S, side of a view, px.
+        views: how they are drawn.
+        decode: False: leave the JPEG bytes to the device.
+        finish: also do the device part of the views here.
+    """
+
+    def __init__(
+        self, stream: Stream, crop_size: int, views: ViewConfig, *, decode: bool, finish: bool
+    ) -> None:
+        self._stream = stream
+        self._size = crop_size
+        self._views = views
+        self._decode = decode
+        self._finish = finish
+        self._decoder = FrameDecoder()
+        self._scratch: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+
+    def make(self, out: NDArray[np.generic] | None, epoch: int, step: int, rows: range) -> Chunk:
+        """Read, crop and write these rows of a batch.
+
+        Args:
+            out: (4, n, S, S, 3) uint8 crops to write, or (4, n, 3, S, S) float32 views if these are
+                finished here; None when decoding is left to the device.
+            epoch: of the batch.
+            step: its number within the epoch.
+            rows: of the batch.
+        """
+        n = len(rows)
+        crops = self._crops_of(out, n)
+        chunk = Chunk(
+            first=rows.start,
+            uniform=np.empty((VIEWS, n, VIEW_DRAWS)),
+            order=np.empty(n, dtype=np.int64),
+            videos=np.empty(n, dtype=np.int64),
+            boxes=np.empty((VIEWS, n, 4), dtype=np.int64),
+            jpegs=[] if self._decode else [(b"", b"", b"")] * n,
+        )
+        try:
+            self._fill_all(chunk, crops, epoch, step, rows)
+        except NothingToRead as error:
+            return replace(chunk, fatal=str(error))
+        if self._finish and out is not None and crops is not None:
+            images = torch.from_numpy(crops).flatten(0, 1).permute(0, 3, 1, 2)
+            drawn = draw_views(chunk.uniform.reshape(-1, VIEW_DRAWS), self._views)
+            views = apply_views(images, drawn, self._views)
+            torch.from_numpy(out).copy_(views.view(VIEWS, n, *views.shape[1:]))
+        return chunk
+
+    def _fill_all(
+        self, chunk: Chunk, crops: NDArray[np.uint8] | None, epoch: int, step: int, rows: range
+    ) -> None:
+        """Raises NothingToRead when one video after another cannot be read."""
+        reasons = self._fill(chunk, crops, epoch, 0, self._stream.read(epoch, step, rows))
+        for at, reason in enumerate(reasons):
+            attempt = 0
+            while reason is not None:
+                chunk.unreadable.append(reason)
+                attempt += 1
+                if attempt > _MAX_SUBSTITUTES:
+                    raise NothingToRead(
+                        f"{attempt} videos in a row cannot be read, the last: {reason}"
+                    )
+                sample = self._stream.substitute(epoch, step, rows[at], attempt)
+                (reason,) = self._fill(chunk, crops, epoch, at, [sample])
+
+    def _crops_of(self, out: NDArray[np.generic] | None, n: int) -> NDArray[np.uint8] | None:
+        """(4, n, S, S, 3) where the crops are written."""
+        if not self._decode:
+            return None
+        if not self._finish:
+            assert out is not None and out.dtype == np.uint8
+            return out.view(np.uint8)
+        shape = (VIEWS, n, self._size, self._size, 3)
+        if self._scratch.shape != shape:
+            self._scratch = np.empty(shape, dtype=np.uint8)
+        return self._scratch
+
+    def _fill(
+        self,
+        chunk: Chunk,
+        crops: NDArray[np.uint8] | None,
+        epoch: int,
+        at: int,
+        samples: Sequence[Sample],
+    ) -> list[str | None]:
+        """Write samples to places ``at``, ``at`` + 1, …; for each why it failed, or None."""
+        sizes = np.ones((len(samples), 3, 2), dtype=np.int64)
+        reasons: list[str | None] = [None] * len(samples)
+        for i, sample in enumerate(samples):
+            if isinstance(sample, UnreadableTriplet):
+                reasons[i] = f"{sample.key}: {sample.reason}"
+                continue
+            try:
+                sizes[i] = [jpeg_size(jpeg) for jpeg in sample.jpegs]
+            except BrokenJpeg as error:
+                reasons[i] = f"{sample.key}: {error}"
+        starts = sample_starts(self._stream.seed, epoch, [s.key for s in samples], "views")
+        drawn = uniforms(starts, VIEWS * (CROP_DRAWS + VIEW_DRAWS)).reshape(
+            len(samples), VIEWS, CROP_DRAWS + VIEW_DRAWS
+        )
+        of_view = sizes[:, FRAME_OF_VIEW]  # (n, 4, 2)
+        boxes = draw_crops(
+            drawn[..., :CROP_DRAWS].reshape(-1, CROP_DRAWS),
+            of_view[..., 0].reshape(-1),
+            of_view[..., 1].reshape(-1),
+            self._views.crop_scale,
+            self._views.crop_ratio,
+        ).reshape(len(samples), VIEWS, 4)
+        to = slice(at, at + len(samples))
+        chunk.uniform[:, to] = drawn[..., CROP_DRAWS:].transpose(1, 0, 2)
+        chunk.boxes[:, to] = boxes.transpose(1, 0, 2)
+        for i, sample in enumerate(samples):
+            if reasons[i] is not None or not isinstance(sample, TripletFrames):
+                continue
+            chunk.order[at + i], chunk.videos[at + i] = sample.order, sample.video
+            if crops is None:
+                chunk.jpegs[at + i] = sample.jpegs
+                continue
+            try:
+                self._crop(crops[:, at + i], sample.jpegs, boxes[i].tolist())
+            except BrokenJpeg as error:
+                reasons[i] = f"{sample.key}: {error}"
+        return reasons
+
+    def _crop(
+        self, out: NDArray[np.uint8], jpegs: Sequence[bytes], boxes: Sequence[Sequence[int]]
+    ) -> None:
+        """The views of one sample into (4, S, S, 3)."""
+        for jpeg, views in zip(jpegs, _VIEWS_OF_FRAME, strict=True):
+            image = self._decoder.decode(jpeg)
+            for view in views:
+                crop_resize(image, boxes[view], self._size, out=out[view])

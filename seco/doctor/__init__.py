@@ -1,1 +1,0 @@
-"""``seco doctor``: what this machine has, what is missing, how to get it."""

@@ -1,0 +1,433 @@
+"""Saved indexes: ``retrieval.faiss`` and what it was made of, ``retrieval.faiss.json``.
+
+An approximate index: IVF-PQ (Jégou et al. 2011) of faiss, its candidates compared exactly.
+
+The vectors have length 1, so the order by distance is the order by cosine. They are first turned
+and cut to 256 values by PCA: the features of a video encoder fill few directions, and lists and
+codes of shorter vectors are quicker to make and truer. What this costs is made good by comparing
+the candidates with the whole vectors, which stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from seco.config import BuildConfig, IndexSettings, validate_index
+from seco.evaluation.nearest import ExactIndex, Found, NearestIndex, gpus_for, nothing_found
+from seco.features.matrix import FeatureMatrix, release, unit_vectors
+from seco.features.store import Features, discard, encoder_name, read_features
+from seco.text import percent
+from shards.atomic import atomic_path, write_json
+from shards.errors import InputError
+from shards.progress import progress, size_text
+
+RECALL_QUERIES = 256
+RECALL_KS = (1, 10)
+
+_LEAST_ROWS = 256  # a code book of 8 bits has 256 entries
+_MOST_VALUES = 256  # after the PCA
+_PCA_ROWS = 32_768
+_ROWS_A_LIST = 64  # to train on; faiss warns of poor clusters below 39
+_LEAST_ROWS_A_LIST = 39
+_ROWS_A_CODE, _CODE_ROUNDS = 64, 10
+_LEAST_TRAINED_ON = _ROWS_A_CODE * 256
+_GPU_MOST = 2048  # candidates and probes a GPU search can have
+_QUERIES_AT_ONCE = 256
+_COMPARED_AT_ONCE = 16  # queries whose scattered candidates are mapped at a time
+
+
+class ApproximateIndex:
+    """A trained IVF-PQ over ``vectors``, which are read for the exact comparison.
+
+    Args:
+        index: of :func:`train_ivfpq`.
+        vectors: those it was filled with.
+        rerank: candidates for each video wanted; 0 keeps the approximate order and cosines.
+        device: where it is searched; ``auto`` takes GPUs when faiss can use any.
+    """
+
+    def __init__(
+        self, index: Any, vectors: FeatureMatrix, rerank: int, device: str = "auto"
+    ) -> None:
+        self.index = index
+        self._vectors = vectors
+        self._rerank = rerank
+        self._placed, self._on_gpu = _place(index, device)
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    def search(self, queries: FeatureMatrix, k: int, title: str = "") -> Found:
+        """See :class:`seco.evaluation.nearest.NearestIndex`."""
+        k = min(k, len(self))
+        wanted = min(len(self), k * max(1, self._rerank))
+        if self._on_gpu:
+            wanted = max(k, min(wanted, _GPU_MOST))
+        cosines, found = nothing_found(len(queries), k)
+        with progress(title, len(queries), "queries", quiet=not title) as shown:
+            for start in range(0, len(queries), _QUERIES_AT_ONCE):
+                some = slice(start, min(start + _QUERIES_AT_ONCE, len(queries)))
+                asked = queries.take(np.arange(some.start, some.stop))
+                squared, at = self._placed.search(asked, wanted)
+                if self._rerank:
+                    self._compare(asked, at, cosines[some], found[some])
+                else:
+                    # |a - b|² = 2 - 2 a·b for vectors of length 1.
+                    cosines[some] = np.where(at[:, :k] < 0, -np.inf, 1 - squared[:, :k] / 2)
+                    found[some] = at[:, :k]
+                shown.advance(len(asked))
+        return cosines, found
+
+    def _compare(
+        self,
+        queries: NDArray[np.float32],
+        candidates: NDArray[np.int64],
+        cosines: NDArray[np.float32],
+        found: NDArray[np.int64],
+    ) -> None:
+        k = cosines.shape[1]
+        for row, query in enumerate(queries):
+            at = np.sort(candidates[row][candidates[row] >= 0])  # in the order of the file
+            exact = self._vectors.take(at) @ query
+            best = np.argsort(-exact, kind="stable")[:k]
+            cosines[row, : len(best)] = exact[best]
+            found[row, : len(best)] = at[best]
+            if row % _COMPARED_AT_ONCE == _COMPARED_AT_ONCE - 1:
+                release(self._vectors.array)
+        release(self._vectors.array)
+
+
+def build_index(
+    vectors: FeatureMatrix, config: IndexSettings, device: str = "auto", title: str = ""
+) -> NearestIndex:
+    """An exact index, or past ``config.ivfpq_above`` vectors an approximate one.
+
+    Raises:
+        InputError: too few vectors for an IVF-PQ, or settings that cannot work.
+    """
+    validate_index(config)
+    if index_kind(len(vectors), config) == "flat":
+        return ExactIndex(vectors, device)
+    return ApproximateIndex(
+        train_ivfpq(vectors, config, device, title), vectors, config.rerank, device
+    )
+
+
+def index_kind(rows: int, config: IndexSettings) -> str:
+    """``flat`` or ``ivfpq``."""
+    return "ivfpq" if 0 < config.ivfpq_above < rows else "flat"
+
+
+def train_ivfpq(
+    vectors: FeatureMatrix, config: IndexSettings, device: str = "auto", title: str = "Adding"
+) -> Any:
+    """Train an IVF-PQ on a sample of the vectors and add all, block by block.
+
+    Memory: 64 shortened vectors a list, one block of whole ones, and the index itself:
+    ``config.code_bytes`` + 8 bytes a vector.
+
+    Raises:
+        InputError: too few vectors.
+    """
+    rows = len(vectors)
+    if rows < _LEAST_ROWS:
+        raise InputError(
+            f"{rows} videos are too few for an approximate index", "--ivfpq-above", "raise it"
+        )
+    codes = min(config.code_bytes, vectors.dimension)
+    values = codes * max(1, min(_MOST_VALUES, vectors.dimension) // codes)
+    lists = max(1, min(round(4 * rows**0.5), rows // _LEAST_ROWS_A_LIST))
+    pca = _principal_axes(vectors, values)
+    trained_on = max(_LEAST_TRAINED_ON, _ROWS_A_LIST * lists)
+    shortened = np.empty((min(trained_on, rows), values), dtype=np.float32)
+    filled = 0
+    for block in vectors.sample(trained_on, seed=1):
+        shortened[filled : filled + len(block)] = pca.apply(block)
+        filled += len(block)
+    quantizer = faiss.IndexFlatL2(values)
+    ivf = faiss.IndexIVFPQ(quantizer, values, lists, codes, 8)
+    ivf.pq.cp.min_points_per_centroid = 1  # no warnings for small sets
+    # With faiss's own 256 points and 25 rounds the codes take ten times as long, and come 2 %
+    # closer, which the exact comparison of the candidates does not need.
+    ivf.pq.cp.max_points_per_centroid, ivf.pq.cp.niter = _ROWS_A_CODE, _CODE_ROUNDS
+    if gpus_for(device):  # the lists' centres are found there; the codes are few
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(values))
+    ivf.train(shortened)
+    del shortened
+    ivf.nprobe = min(config.probes, lists)
+    index = faiss.IndexPreTransform(pca, ivf)
+    with progress(title, rows, "videos", quiet=not title) as shown:
+        for _, block in vectors.blocks():
+            index.add(block)
+            shown.advance(len(block))
+    return index
+
+
+def _principal_axes(vectors: FeatureMatrix, values: int) -> Any:
+    """The faiss transform of (B, D) to (B, values): the strongest directions, turned at random.
+
+    Without the turn the first bytes of a code would have to tell most of a vector. Distances do
+    not change when the mean is left where it is. faiss's own ``PCAMatrix`` needs the whole sample
+    in memory, and ten times as long.
+    """
+    size = vectors.dimension
+    total, products, rows = np.zeros(size), np.zeros((size, size)), 0
+    for block in vectors.sample(_PCA_ROWS, seed=0):
+        total += block.sum(axis=0, dtype=np.float64)
+        products += block.T @ block
+        rows += len(block)
+    mean = total / rows
+    _, axes = np.linalg.eigh(products / rows - np.outer(mean, mean))  # the strongest last
+    rng = np.random.Generator(np.random.PCG64(3))
+    turn, _ = np.linalg.qr(rng.standard_normal((values, values)))
+    transform = faiss.LinearTransform(size, values, False)
+    matrix = np.ascontiguousarray(turn @ axes[:, -values:].T, dtype=np.float32)
+    faiss.copy_array_to_vector(matrix.ravel(), transform.A)
+    transform.is_trained = True
+    return transform
+
+
+def measure_recall(
+    index: NearestIndex, vectors: FeatureMatrix, device: str = "auto"
+) -> dict[str, float]:
+    """How much of the exact result the index finds, on a sample of the vectors as queries.
+
+    Returns:
+        ``recall@1`` and ``recall@10``: the mean share of a query's k nearest, itself left out,
+        that are among the k found.
+    """
+    rng = np.random.Generator(np.random.PCG64(2))
+    chosen = np.sort(rng.permutation(len(vectors))[:RECALL_QUERIES])
+    rows = chosen if vectors.rows is None else vectors.rows[chosen]
+    queries = unit_vectors(vectors.array, rows)
+    most = max(RECALL_KS) + 1
+    _, true = ExactIndex(vectors, device).search(queries, most, "Recall against flat")
+    _, found = index.search(queries, most)
+    shares: dict[str, float] = {}
+    for k in RECALL_KS:
+        each = []
+        for own, a, b in zip(chosen.tolist(), true.tolist(), found.tolist(), strict=True):
+            wanted = [row for row in a if row != own][:k]
+            got = [row for row in b if row not in (own, -1)][:k]
+            each.append(len(set(wanted) & set(got)) / len(wanted))
+        shares[f"recall@{k}"] = float(np.mean(each))
+    return shares
+
+
+def _place(index: Any, device: str) -> tuple[Any, bool]:
+    """The index where it is searched, and whether that is a GPU."""
+    if not gpus_for(device):
+        return index, False
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16 = True  # the look-up tables of 64 bytes a code fit in no other type
+    try:
+        return faiss.index_cpu_to_all_gpus(index, options), True
+    except RuntimeError as error:  # faiss's: no memory, or a --code-bytes that GPUs do not know
+        reason = str(error).strip().splitlines()[-1][:120]
+        if device == "cuda":
+            raise InputError(
+                f"the index does not fit on a GPU ({reason})", "--device", "give cpu"
+            ) from error
+        print(f"seco: the index is searched on the CPU: {reason}", file=sys.stderr)
+        return index, False
+
+
+INDEX = "retrieval.faiss"
+_FORMAT_VERSION = 2
+_BUILD_AGAIN = "run `seco retrieve build` again"
+
+
+@dataclass(frozen=True)
+class BuiltIndex:
+    """A saved index, for people."""
+
+    path: Path
+    description: dict[str, Any]
+    seconds: float  # of training and adding
+
+    def table(self) -> str:
+        """Lines for a terminal."""
+        told = self.description
+        lines = [
+            f"{self.path}: {told['videos']} videos, {told['kind']}, {size_text(told['bytes'])}"
+        ]
+        if told["kind"] == "ivfpq":
+            lines.append(
+                f"{told['lists']} lists, {told['code_bytes']} bytes a video, "
+                f"{told['probes']} lists probed, built in {self.seconds:.1f} s"
+            )
+            lines.append(recall_line(told["recall"]))
+        return "\n".join(lines)
+
+
+def recall_line(recall: dict[str, Any]) -> str:
+    """What an approximate index is worth, as a line for people."""
+    shares = ", ".join(
+        f"{name} {percent(value)}%" for name, value in recall.items() if name != "queries"
+    )
+    return f"against the exact (flat) search, {recall['queries']} queries: {shares}"
+
+
+def build(config: BuildConfig) -> BuiltIndex:
+    """Save an index of all videos with a description of it.
+
+    Exact searches of this toolkit read ``features.npy`` itself; a flat index is for other users of
+    faiss. Of an IVF-PQ the description states the recall against the exact search.
+
+    Raises:
+        InputError: the feature folder cannot be used, or the file not be written.
+    """
+    validate_index(config)
+    features = read_features(config.features)
+    path = Path(config.out or config.features) / INDEX
+    vectors = unit_vectors(features.features)
+    told = {**_identity(features), "kind": index_kind(len(vectors), config)}
+    began = time.monotonic()
+    if told["kind"] == "flat":
+        _withdraw(path)
+        _write_flat(vectors, path)
+        seconds = time.monotonic() - began
+    else:
+        index = train_ivfpq(vectors, config, config.device)
+        seconds = time.monotonic() - began
+        _withdraw(path)
+        _write_ivfpq(index, path)
+        ivf: Any = faiss.downcast_index(index.index)
+        searched = ApproximateIndex(index, vectors, config.rerank, config.device)
+        told |= {
+            "lists": ivf.nlist,
+            "code_bytes": ivf.pq.M,
+            "probes": ivf.nprobe,
+            "rerank": config.rerank,
+            "recall": stated_recall(searched, vectors, config.device),
+        }
+    told["bytes"] = path.stat().st_size
+    write_json(_description(path), told)
+    return BuiltIndex(path, told, seconds)
+
+
+def _withdraw(path: Path) -> None:
+    """Take an earlier index out of use, once there is one to take its place.
+
+    The description is written last: without it an index is not used.
+    """
+    discard(_description(path))
+
+
+def stated_recall(index: NearestIndex, vectors: FeatureMatrix, device: str) -> dict[str, Any]:
+    """What is written of an approximate index: queries, and the recalls against exact search."""
+    queries = min(RECALL_QUERIES, len(vectors))
+    return {"queries": queries, **measure_recall(index, vectors, device)}
+
+
+def open_index(
+    path: Path, features: Features, device: str = "auto", probes: int | None = None
+) -> NearestIndex:
+    """Open a saved index, which must be of these features.
+
+    Args:
+        probes: lists of an IVF-PQ to look into; as built if not given.
+
+    Raises:
+        InputError: damaged, or an index of another encoder or of other videos.
+    """
+    told = _read_description(path, features)
+    if probes is not None and probes < 1:
+        raise InputError("must be 1 or more", "--probes")
+    if not path.is_file() or path.stat().st_size != told["bytes"]:
+        # Looked at first: faiss does not notice every end that comes too early.
+        raise InputError("is missing or damaged", path, _BUILD_AGAIN)
+    vectors = unit_vectors(features.features)
+    if told["kind"] == "flat":
+        return ExactIndex(vectors, device)
+    try:
+        index = faiss.read_index(str(path))
+    except (RuntimeError, MemoryError) as error:
+        raise InputError("is damaged", path, _BUILD_AGAIN) from error
+    if (index.ntotal, index.d) != features.features.shape:
+        raise InputError(f"holds {index.ntotal} x {index.d} values", path, _BUILD_AGAIN)
+    if probes is not None:
+        ivf = faiss.extract_index_ivf(index)
+        ivf.nprobe = min(probes, ivf.nlist)
+    return ApproximateIndex(index, vectors, int(told["rerank"]), device)
+
+
+def _write_flat(vectors: FeatureMatrix, path: Path) -> None:
+    """A faiss ``IndexFlatIP`` of the vectors, written block by block.
+
+    faiss itself could only write it from memory. The file is an empty index's with the two counts
+    set, then the rows; that faiss reads it is seen before it gets its name.
+    """
+    header = bytearray(faiss.serialize_index(faiss.IndexFlatIP(vectors.dimension)).tobytes())
+    struct.pack_into("<q", header, 8, len(vectors))
+    struct.pack_into("<Q", header, len(header) - 8, len(vectors) * vectors.dimension)
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(header)
+            for _, block in vectors.blocks():
+                file.write(np.ascontiguousarray(block, dtype="<f4").data)
+        written = faiss.read_index(str(temporary), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+        last = vectors.take(np.array([len(vectors) - 1]))[0]
+        if written.ntotal != len(vectors) or not np.array_equal(
+            written.reconstruct(len(vectors) - 1), last
+        ):
+            raise AssertionError(f"faiss {faiss.__version__} reads another layout of flat indexes")
+
+
+def _write_ivfpq(index: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:  # faiss's for any failing write
+            raise InputError("cannot be written", path, "free some space") from error
+
+
+def _identity(features: Features) -> dict[str, Any]:
+    keys = hashlib.sha256("\n".join(features.keys).encode()).hexdigest()
+    return {
+        "format_version": _FORMAT_VERSION,
+        "encoder": features.encoder,
+        "frames": [features.meta.get(name) for name in ("frames", "short_edge", "crop_size")],
+        "videos": len(features),
+        "keys_sha256": keys,
+    }
+
+
+def _read_description(path: Path, features: Features) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(_description(path).read_bytes())
+        encoder, videos = dict(told["encoder"]), (told["keys_sha256"], told["frames"])
+        known = told["format_version"] == _FORMAT_VERSION and told["kind"] in ("flat", "ivfpq")
+        known = known and isinstance(told["bytes"], int)
+        if told["kind"] == "ivfpq":
+            known = known and isinstance(told["rerank"], int)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("has no readable description", path, _BUILD_AGAIN) from error
+    if not known:
+        raise InputError("is of another version of this toolkit", path, _BUILD_AGAIN)
+    if encoder.get("sha256") != features.encoder["sha256"]:
+        raise InputError(
+            f"is of another encoder ({encoder_name(encoder)}) than {features.folder} "
+            f"({encoder_name(features.encoder)})",
+            path,
+            _BUILD_AGAIN,
+        )
+    wanted = _identity(features)
+    if videos != (wanted["keys_sha256"], wanted["frames"]):
+        raise InputError(f"is of other videos or frames than {features.folder}", path, _BUILD_AGAIN)
+    return told
+
+
+def _description(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

@@ -1,0 +1,362 @@
+"""``seco retrieve query``: a page of pictures of the videos nearest to some.
+
+``seco retrieve query``: the videos nearest to some of the set, or to a video file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seco.checkpoints.weights import RANDOM, load_backbone
+from seco.config import QueryConfig
+from seco.data.crops import BrokenJpeg, center_crop, decode_jpeg
+from seco.data.frames import FramesOf, frames_of, thumbnail
+from seco.data.transforms import normalise
+from seco.evaluation.index import INDEX, open_index
+from seco.evaluation.nearest import ExactIndex, NearestIndex
+from seco.features.matrix import FeatureMatrix, unit_vectors
+from seco.features.store import UNLABELLED, Features, encoder_name, read_features
+from seco.pages import render_page
+from seco.processes.device import resolve_device
+from seco.text import percent, printable
+from shards.atomic import require_writable, write_text
+from shards.dataset import ShardSet
+from shards.errors import InputError
+from shards.format import read_manifest
+from shards.opening import open_shards
+
+_FRAMES_AT_ONCE = 64
+_JUDGED_AT_MOST = 1000
+_TESTS = ("test", "val")
+# What `seco prepare` stores when it is told nothing; the manifest of a set says what it was told.
+_SHORT_EDGE_PX, _QUALITY = 256, 90
+
+
+class DecodeFile(Protocol):
+    """Evenly spaced frames of a video file as JPEGs (``pipelines/``, which is another room)."""
+
+    def __call__(
+        self, path: Path, *, frames: int, short_edge: int, quality: int, timeout_seconds: float
+    ) -> list[bytes]: ...
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A video near another; ``right`` is None where one of the two has no label."""
+
+    row: int
+    key: str
+    similarity: float
+    label_name: str
+    right: bool | None
+
+
+def query(features: Features, key: str, neighbours: int, index: NearestIndex) -> list[Neighbour]:
+    """The videos nearest to one of them, itself left out, the nearest first.
+
+    Args:
+        index: of all rows of ``features``.
+
+    Raises:
+        InputError: there is no such video.
+    """
+    row = features.find(key)
+    asked = unit_vectors(features.features, np.array([row]))
+    return _neighbours(features, asked, neighbours, index, row)
+
+
+def query_vector(
+    features: Features, vector: NDArray[np.float32], neighbours: int, index: NearestIndex
+) -> list[Neighbour]:
+    """The videos nearest to a feature (D,) of the same encoder, the nearest first."""
+    return _neighbours(features, unit_vectors(vector[None]), neighbours, index, None)
+
+
+@dataclass(frozen=True)
+class NearestShare:
+    """How many of the videos nearest to a set's videos are of their classes, on average."""
+
+    share: float
+    neighbours: int
+    queries: int
+    tests: bool  # the queries are test videos only
+
+    def sentence(self) -> str:
+        """In words."""
+        which = "test videos" if self.tests else "videos with a label"
+        return (
+            f"averaged over {self.queries} {which}, {percent(self.share)} % of the "
+            f"{self.neighbours} nearest have the query's label"
+        )
+
+
+def right_among_nearest(
+    features: Features, neighbours: int, index: NearestIndex
+) -> NearestShare | None:
+    """Over the labelled test videos, or over all with a label where there are no test videos.
+
+    At most 1,000 of them are asked for. None without labels.
+    """
+    labelled = features.labels != UNLABELLED
+    tests = np.zeros(len(features), dtype=bool)
+    for values in features.splits.values():
+        tests |= labelled & np.isin(values, _TESTS)
+    rows = np.flatnonzero(tests if tests.any() else labelled)
+    rows = rows[:: -(-len(rows) // _JUDGED_AT_MOST)] if len(rows) else rows
+    if not len(rows):
+        return None
+    _, found = index.search(unit_vectors(features.features, rows), neighbours + 1)
+    shares = []
+    for row, others in zip(rows, found, strict=True):
+        near = others[(others != row) & (others != -1)][:neighbours]
+        near = near[labelled[near]]
+        if len(near):
+            shares.append(np.mean(features.labels[near] == features.labels[row]))
+    if not shares:
+        return None
+    return NearestShare(float(np.mean(shares)), neighbours, len(shares), bool(tests.any()))
+
+
+def frames_of_file(
+    path: Path, features: Features, shards: ShardSet, decode: DecodeFile, timeout_seconds: float
+) -> list[bytes]:
+    """The file's frames (JPEG), taken and stored as those of the features' set were.
+
+    Raises:
+        InputError: the file cannot be decoded.
+    """
+    stored = _prepared_with(shards)
+    count = _whole(features, "frames")
+    if isinstance(stored.get("frames"), int):
+        count = min(count, stored["frames"])
+    short_edge, quality = stored.get("short_edge"), stored.get("quality")
+    return decode(
+        path,
+        frames=count,
+        short_edge=short_edge if isinstance(short_edge, int) else _SHORT_EDGE_PX,
+        quality=quality if isinstance(quality, int) else _QUALITY,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def encode_frames(
+    jpegs: Sequence[bytes], features: Features, checkpoint: str | None, device: str = "auto"
+) -> NDArray[np.float32]:
+    """The feature (D,) of a video's frames, by the encoder and crops ``features`` were made with.
+
+    Args:
+        checkpoint: a file of this encoder; by default the path the features name.
+
+    Raises:
+        InputError: it is another encoder, or a frame does not decode.
+    """
+    encoder = features.encoder
+    source = str(checkpoint or encoder.get("checkpoint"))
+    if checkpoint is None and source != RANDOM and not Path(source).is_file():
+        raise InputError("is not where it was", source, "name the encoder with --checkpoint")
+    seed = encoder.get("seed")
+    arch = str(encoder["arch"]) if source == RANDOM else None
+    backbone = load_backbone(source, arch, seed if isinstance(seed, int) else 0)
+    if backbone.sha256 != encoder["sha256"]:
+        own = {"arch": backbone.arch, "checkpoint": source, "sha256": backbone.sha256}
+        raise InputError(
+            f"is another encoder ({encoder_name(own)}) than that of {features.folder} "
+            f"({encoder_name(encoder)})",
+            "--checkpoint",
+            "give the features' own",
+        )
+    short_edge, crop_size = _whole(features, "short_edge"), _whole(features, "crop_size")
+    try:
+        crops = [center_crop(decode_jpeg(jpeg), short_edge, crop_size) for jpeg in jpegs]
+    except BrokenJpeg as error:  # of our own encoder: the memory or disk is at fault
+        raise InputError(f"a decoded frame is damaged ({error})", "--file") from error
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    on = resolve_device(device)
+    network = backbone.network.to(on).eval()
+    with torch.inference_mode():
+        parts = [
+            network(normalise(part.to(on))).float().cpu() for part in images.split(_FRAMES_AT_ONCE)
+        ]
+    mean: NDArray[np.float32] = torch.cat(parts).numpy().mean(0)
+    return mean
+
+
+def _neighbours(
+    features: Features, asked: FeatureMatrix, count: int, index: NearestIndex, row: int | None
+) -> list[Neighbour]:
+    if count < 1:
+        raise InputError("must be 1 or more", "--neighbours")
+    similarity, found = index.search(asked, count + 1)
+    label = UNLABELLED if row is None else features.labels[row]
+    nearest = []
+    for other, s in zip(found[0].tolist(), similarity[0].tolist(), strict=True):
+        if other in (row, -1):
+            continue
+        labelled = UNLABELLED not in (label, features.labels[other])
+        right = bool(label == features.labels[other]) if labelled else None
+        name = features.label_names[other]
+        nearest.append(Neighbour(other, features.keys[other], s, name, right))
+    return nearest[:count]
+
+
+def _prepared_with(shards: ShardSet) -> dict[str, Any]:
+    """The settings in the set's manifest, where it lies beside the shards."""
+    first = Path(shards.addresses[0])
+    manifest = first.with_name(f"{shards.name}.json")
+    return read_manifest(manifest).settings if manifest.is_file() else {}
+
+
+def _whole(features: Features, name: str) -> int:
+    value = features.meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"does not say its {name}", features.folder, "extract the features again")
+    return value
+
+
+FRAMES_OF_QUERY = 5
+FRAMES_OF_NEIGHBOUR = 3
+
+
+def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
+    """Write the page of the videos nearest to those of ``config.video``, or to ``config.file``.
+
+    An index saved by ``seco retrieve build`` is used if there is one.
+
+    Args:
+        decode: gives the frames of a video file.
+
+    Returns:
+        What to show the user: the videos, the nearest first, and where the page is.
+
+    Raises:
+        InputError: no such video, a file that cannot be decoded, another encoder, an index of
+            other features, or the shards cannot be opened.
+    """
+    if bool(config.video) == (config.file is not None):
+        raise InputError("give one of them", "--video KEY, --file PATH")
+    if config.file is None and config.checkpoint is not None:
+        raise InputError("is for --file", "--checkpoint", "leave it out")
+    path = Path(config.html)
+    require_writable(path.parent)  # before anything that takes long
+    features = read_features(config.features)
+    shards = open_shards(config.shards or tuple(features.meta.get("shards", ())))
+    pictures = frames_of(shards)
+    if config.file is None:
+        index = _index(config, features)
+        shown = [
+            of_video(features, key, query(features, key, config.neighbours, index), pictures)
+            for key in config.video
+        ]
+    else:
+        file = Path(config.file)
+        frames = frames_of_file(file, features, shards, decode, config.timeout)
+        vector = encode_frames(frames, features, config.checkpoint, config.device)
+        index = _index(config, features)
+        shown = [_of_file(file, frames, query_vector(features, vector, config.neighbours, index))]
+    share = right_among_nearest(features, config.neighbours, index)
+    write_text(path, render_query_page(features, shown, share, pictures))
+    lines = []
+    for one in shown:
+        if len(shown) > 1:
+            lines.append(f"{one.key}  {one.label}")
+        lines += [
+            f"{rank:>4}  {n.similarity:6.3f}  {printable(n.key)}  {printable(n.label_name)}"
+            for rank, n in enumerate(one.nearest, start=1)
+        ]
+    return "\n".join([*map(str.rstrip, lines), *([share.sentence()] if share else []), str(path)])
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query as the page shows it, and the videos nearest to it."""
+
+    key: str
+    label: str
+    source: str
+    frames: list[bytes]  # JPEG
+    nearest: Sequence[Neighbour]
+
+
+def of_video(
+    features: Features, key: str, nearest: Sequence[Neighbour], pictures: FramesOf
+) -> Query:
+    """A video of the set with the videos nearest to it (:func:`seco.evaluation.query.query`)."""
+    row = features.find(key)
+    return Query(
+        key=printable(key),
+        label=printable(features.label_names[row]),
+        source=printable(features.sources[row]),
+        frames=pictures(key, FRAMES_OF_QUERY),
+        nearest=nearest,
+    )
+
+
+def _of_file(file: Path, frames: Sequence[bytes], nearest: Sequence[Neighbour]) -> Query:
+    shown = [frames[len(frames) * n // FRAMES_OF_QUERY] for n in range(FRAMES_OF_QUERY)]
+    return Query(printable(file.name), "", "a file", shown, nearest)
+
+
+def render_query_page(
+    features: Features, shown: Sequence[Query], share: NearestShare | None, pictures: FramesOf
+) -> str:
+    """The page as HTML; nothing is loaded from elsewhere.
+
+    Args:
+        share: of :func:`seco.evaluation.query.right_among_nearest`.
+        pictures: gives the frames of the neighbours.
+    """
+    return render_page(
+        "retrieval.html.j2",
+        title=f"Nearest to {shown[0].key if len(shown) == 1 else f'{len(shown)} videos'}",
+        queries=[_query_values(one, pictures) for one in shown],
+        share=share,
+        videos=len(features),
+        encoder=printable(encoder_name(features.encoder)),
+    )
+
+
+def _query_values(one: Query, pictures: FramesOf) -> dict[str, Any]:
+    judged = [n.right for n in one.nearest if n.right is not None]
+    return {
+        "key": one.key,
+        "label": one.label,
+        "source": one.source,
+        "pictures": _thumbnails(one.frames),
+        "right": sum(judged),
+        "judged": len(judged),
+        "neighbours": [
+            {
+                "rank": rank,
+                "key": printable(n.key),
+                "label": printable(n.label_name),
+                "similarity": f"{n.similarity:.3f}",
+                "right": n.right,
+                "pictures": _thumbnails(pictures(n.key, FRAMES_OF_NEIGHBOUR)),
+            }
+            for rank, n in enumerate(one.nearest, start=1)
+        ],
+    }
+
+
+def _index(config: QueryConfig, features: Features) -> NearestIndex:
+    # faiss knows cpu and cuda alone; a GPU by its number is torch's.
+    device = config.device.partition(":")[0]
+    saved = Path(config.out or config.features) / INDEX
+    if saved.is_file():
+        return open_index(saved, features, device, config.probes)
+    if config.probes is not None:
+        raise InputError(
+            "there is no saved index", saved, "run `seco retrieve build`, or leave --probes out"
+        )
+    return ExactIndex(unit_vectors(features.features), device)
+
+
+def _thumbnails(jpegs: Sequence[bytes]) -> list[str]:
+    return [uri for uri in map(thumbnail, jpegs) if uri is not None]

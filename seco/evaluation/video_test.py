@@ -1,0 +1,506 @@
+"""The test of a classifier: scores of all clips and crops of a video, and the result.
+
+What a test of a fine-tuned network found: ``finetune.json``, confusion matrix, table.
+
+The scores of test videos: the mean over clips and crops of a clip's scores (authors' code).
+
+Clips overlap and a frame's feature does not depend on its neighbours, so each distinct frame is
+decoded once and goes through the backbone once for each crop; clips are means over its rows.
+
+Testing a fine-tuned network: ``seco finetune-eval``, and the end of ``seco finetune``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from seco import __version__
+from seco.checkpoints.weights import load_finetuned
+from seco.config import PROTOCOL, FinetuneTestConfig, require_test_ranges
+from seco.data.clips import LabelledVideos, clip_starts, segment_middles
+from seco.data.crops import crop_corners, decode_jpeg, resize_short_edge
+from seco.data.loader import forked_loader
+from seco.data.transforms import normalise
+from seco.evaluation.metrics import (
+    ClassAccuracy,
+    class_accuracies,
+    class_lines,
+    confusions,
+    draw_confusion,
+    judge,
+)
+from seco.evaluation.splits import split_notes
+from seco.models.classifier import Classes, VideoClassifier
+from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
+from seco.processes.ranks import Ranks, joined, one_voice
+from seco.processes.stopping import StopRequest
+from seco.text import percent, printable
+from shards.atomic import atomic_path, require_writable, write_json
+from shards.errors import InputError, PeerLost, Stopped, TooManyExcluded
+from shards.progress import progress
+from shards.storage import UnreadableFrame, readable
+
+RESULT, CONFUSION = "finetune.json", "finetune-confusion.png"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Accuracies as fractions; ``confusion`` (U, U) counts videos of true by predicted class."""
+
+    dataset: str
+    split: str
+    top1: float
+    top5: float
+    mean_class: float
+    clips: int
+    crops: int
+    protocol: dict[str, Any]
+    encoder: dict[str, Any]
+    n_train: int
+    n_test: int
+    unreadable: int  # test videos that are left out
+    classes: int
+    notes: list[str]
+    per_class: list[ClassAccuracy]
+    class_names: list[str]
+    confusion: NDArray[np.int64]
+    method: str = "fine-tuned"
+
+    def to_json(self) -> dict[str, Any]:
+        """``finetune.json``."""
+        left_out = ("class_names", "confusion", "method")
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in left_out]
+        rows = [dataclasses.asdict(row) for row in self.per_class]
+        given = {name: getattr(self, name) for name in fields}
+        return {**given, "per_class": rows, "toolkit": __version__}
+
+    def table(self) -> str:
+        """The figures as lines for a terminal."""
+        lines = [
+            f"{printable(self.dataset)} split {printable(self.split)}: trained on {self.n_train} "
+            f"videos, tested on {self.n_test} with {self.clips} clips x {self.crops} crops",
+            f"top-1 {percent(self.top1)}%   top-5 {percent(self.top5)}%   "
+            f"mean class {percent(self.mean_class)}%",
+            *class_lines(self.per_class),
+        ]
+        return "\n".join(lines + [f"note: {printable(note)}" for note in self.notes])
+
+    def write(self, folder: Path) -> Path:
+        """Write ``finetune.json`` and the confusion matrix; returns the former's path."""
+        with atomic_path(folder / CONFUSION) as temporary:
+            draw_confusion(self).savefig(temporary, format="png", dpi=100)
+        write_json(folder / RESULT, self.to_json())
+        return folder / RESULT
+
+
+def finetune_result(
+    videos: LabelledVideos,
+    classes: Classes,
+    scores: NDArray[np.float64],
+    protocol: dict[str, Any],
+    encoder: dict[str, Any],
+    dataset: str,
+) -> FinetuneResult:
+    """The result of the scores (M, K) of the test videos; rows of NaN could not be read.
+
+    Raises:
+        InputError: none could be read.
+    """
+    known = np.isfinite(scores).all(axis=1)
+    if not known.any():
+        raise InputError("not one test video could be read", videos.folder, "see `seco verify`")
+    labels, scores = videos.labels[videos.test][known], scores[known]
+    row_labels = np.array(classes.labels, dtype=np.int64)
+    names = dict(zip(classes.labels, classes.names, strict=True))
+    found = judge(row_labels, [(slice(None), scores)], labels)
+    every, confusion = confusions(row_labels, found)
+    class_names = [names.get(label, videos.class_name(label)) for label in every.tolist()]
+    notes = split_notes(videos.unlabelled, row_labels, labels, videos.class_name)
+    training = protocol["training"]
+    epochs, planned = training["epochs"], training["epochs_planned"]
+    if epochs is not None and epochs != planned:
+        notes.append(f"its training stopped after {epochs:g} of {planned} epochs")
+    if videos.empty:
+        notes.append(f"{videos.empty} training videos without frames are left out")
+    if not known.all():
+        notes.append(f"{int((~known).sum())} test videos could not be read and are left out")
+    top1, top5, mean_class = found.accuracies()
+    return FinetuneResult(
+        dataset=dataset,
+        split=videos.split,
+        top1=top1,
+        top5=top5,
+        mean_class=mean_class,
+        clips=protocol["clips"],
+        crops=protocol["crops"],
+        protocol=protocol,
+        encoder=encoder,
+        n_train=len(videos.train),
+        n_test=len(labels),
+        unreadable=int((~known).sum()),
+        classes=len(classes.labels),
+        notes=notes,
+        per_class=class_accuracies(every, class_names, confusion),
+        class_names=class_names,
+        confusion=confusion,
+    )
+
+
+@dataclass(frozen=True)
+class ClipProtocol:
+    """How a video is tested."""
+
+    clips: int
+    clip_frames: int
+    crops: int  # 1 or 3
+    size: int  # short edge and side of the crops, px
+    middles: bool = False  # instead: one clip of the middle frames of ``clip_frames`` segments
+
+    def frames(self, count: int) -> list[list[int]]:
+        """The frames of each clip of a video with ``count``."""
+        if self.middles:
+            return [segment_middles(count, self.clip_frames)]
+        starts = clip_starts(count, self.clips, self.clip_frames)
+        return [list(range(start, min(start + self.clip_frames, count))) for start in starts]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some frames of a test video: (F, H, W, 3) uint8, or why they cannot be read."""
+
+    images: Tensor | None
+    reason: str = ""
+
+
+class _Frames(Dataset[_Part]):
+    """Item (video, frames): the frames, resized."""
+
+    def __init__(self, videos: LabelledVideos, short_edge: int) -> None:
+        self._shards = videos.shards
+        self._short_edge = short_edge
+
+    def __getitem__(self, task: tuple[int, list[int]]) -> _Part:
+        video, frames = task
+        try:
+            images = [
+                resize_short_edge(decode_jpeg(readable(jpeg)), self._short_edge)
+                for jpeg in self._shards.read_frames([(video, frame) for frame in frames])
+            ]
+            return _Part(torch.from_numpy(np.stack(images)))
+        except (UnreadableFrame, ValueError) as error:  # broken, or of two sizes
+            return _Part(None, str(error))
+
+
+class VideoScores:
+    """Scores videos with a classifier, on all ranks together.
+
+    A video's scores do not depend on which rank computes them, nor on the other videos.
+
+    Args:
+        videos: the set.
+        protocol: which clips and crops.
+        device: this rank's.
+        ranks: the processes; each takes every ``size``-th video.
+        bf16: whether the backbone runs in bf16.
+        workers: loader processes; never changes a result.
+        frames_a_forward: frames whose crops go through the backbone together.
+    """
+
+    def __init__(
+        self,
+        videos: LabelledVideos,
+        protocol: ClipProtocol,
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        bf16: bool,
+        workers: int,
+        frames_a_forward: int,
+    ) -> None:
+        self._videos = videos
+        self._protocol = protocol
+        self._device = device
+        self._ranks = ranks
+        self._bf16 = bf16
+        self._workers = workers
+        self._step = frames_a_forward
+
+    def of(
+        self,
+        model: VideoClassifier,
+        numbers: NDArray[np.int64],
+        done: Callable[[], None] = lambda: None,
+    ) -> NDArray[np.float64]:
+        """The scores (M, K) of videos (M,); NaN where one cannot be read, which is said.
+
+        Args:
+            model: on the device; put back into training mode where it was.
+            done: called after each video of this rank; may raise.
+
+        Raises:
+            InputError: the network gives a video scores that are not finite.
+        """
+        ranks = self._ranks
+        ranks.from_first(model.backbone.buffers())  # the running statistics that are saved
+        classes = model.classifier.out_features
+        share = -(-len(numbers) // ranks.size)
+        mine = numbers[ranks.rank :: ranks.size]
+        rows = np.full((share, classes), np.nan)
+        training = model.training
+        model.eval()
+        try:
+            for place, scores in enumerate(self._scores(model, mine)):
+                if scores is not None:
+                    self._require_finite(scores, int(mine[place]))
+                    rows[place] = scores
+                done()
+        finally:
+            model.train(training)
+        everyone = ranks.gather_host(rows).reshape(ranks.size, share, classes)
+        # Rank r's video i is number i · size + r.
+        merged: NDArray[np.float64] = everyone.transpose(1, 0, 2).reshape(-1, classes)
+        return merged[: len(numbers)]
+
+    def _require_finite(self, scores: NDArray[np.float64], video: int) -> None:
+        if not np.isfinite(scores).all():
+            raise InputError(
+                "the network's scores are not finite",
+                self._videos.shards.key(video),
+                "train again with a lower --lr, or try --precision fp32",
+            )
+
+    @torch.inference_mode()
+    def _scores(
+        self, model: VideoClassifier, numbers: Sequence[int] | NDArray[np.int64]
+    ) -> Iterator[NDArray[np.float64] | None]:
+        plans = [self._protocol.frames(self._videos.shards.frame_count(int(v))) for v in numbers]
+        distinct = [sorted({frame for clip in clips for frame in clip}) for clips in plans]
+        parts = [[f[at : at + self._step] for at in range(0, len(f), self._step)] for f in distinct]
+        tasks = [(int(v), part) for v, p in zip(numbers, parts, strict=True) for part in p]
+        wanted = _Frames(self._videos, self._protocol.size)
+        with forked_loader(wanted, lambda: iter(tasks), self._workers, None) as read:
+            for video, clips, frames, cut in zip(numbers, plans, distinct, parts, strict=True):
+                features: list[Tensor] = []
+                reason = ""
+                for part in (next(read) for _ in cut):
+                    reason = reason or part.reason
+                    if part.images is not None and not reason:
+                        features.append(self._features(model, part.images))
+                if features and not reason:
+                    yield _of_video(model, torch.cat(features), frames, clips)
+                    continue
+                key = self._videos.shards.key(int(video))
+                print(
+                    f"seco: left out: {key}: {reason or 'no frames'}", file=sys.stderr, flush=True
+                )
+                yield None
+
+    def _features(self, model: VideoClassifier, frames: Tensor) -> Tensor:
+        """(F, H, W, 3) uint8 frames to the (F, crops, C) features of their crops."""
+        size, crops = self._protocol.size, self._protocol.crops
+        images = to_device(frames, self._device).permute(0, 3, 1, 2)
+        corners = crop_corners(images.shape[2], images.shape[3], size, crops)
+        cut = [images[:, :, top : top + size, left : left + size] for top, left in corners]
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            features = model.backbone(normalise(torch.stack(cut, 1).flatten(0, 1)))
+        together: Tensor = features.float().view(len(frames), crops, -1)
+        return together
+
+
+def _of_video(
+    model: VideoClassifier, features: Tensor, frames: list[int], clips: list[list[int]]
+) -> NDArray[np.float64]:
+    """(F, crops, C) features of distinct frames to the (K,) mean score of all clips and crops."""
+    place = {frame: number for number, frame in enumerate(frames)}
+    index = torch.tensor([[place[frame] for frame in clip] for clip in clips])
+    of_clips = features[index.to(features.device)].mean(1)  # (clips, crops, C)
+    scores: NDArray[np.float64] = model.scores(of_clips).double().mean((0, 1)).cpu().numpy()
+    return scores
+
+
+# What a result says of the training before it.
+_TRAINING = (
+    *("segments", "epochs", "batch_size", "lr", "lr_decay_epochs", "momentum", "weight_decay"),
+    *("clip_norm", "dropout", "freeze_bn", "bn_group", "crop_size", "min_crop_area", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A classifier, what it tells apart, and what it was trained from and on."""
+
+    model: VideoClassifier
+    classes: Classes
+    encoder: dict[str, Any]  # the pre-trained one
+    dataset: str
+    settings: Mapping[str, Any]  # of its run
+    epochs: float | None  # reached; None where nobody wrote them down
+
+
+def finetune_eval(config: FinetuneTestConfig) -> str:
+    """Test a fine-tuned checkpoint on its split's test videos.
+
+    Returns:
+        What to show the user; nothing on all ranks but the first.
+
+    Raises:
+        InputError: the checkpoint or the shards cannot be used, or do not go together.
+        TooManyExcluded: all is written, but more than ``max_failures`` percent could not be read.
+        Stopped: a signal came.
+    """
+    device = resolve_device(config.device)
+    with joined(device) as ranks:
+        with one_voice():
+            require_test_ranges(config)
+            path = Path(config.checkpoint)
+            model, classes, said, settings = load_finetuned(path)
+            config = _as_its_run(config, settings)
+            videos = LabelledVideos(config.shards, settings.get("split"))
+            videos.require("test")
+            _require_same_classes(videos, classes, path)
+            out = Path(config.out or path.parent)
+            _require_other_protocols_elsewhere(config, out)
+            if ranks.first:
+                require_writable(out)
+        fine_tuned = FineTuned(
+            model.to(device), classes, said["encoder"], said["dataset"], settings, said["epochs"]
+        )
+        return written(tested(fine_tuned, videos, config, device, ranks), config, out, ranks)
+
+
+def tested(
+    fine_tuned: FineTuned,
+    videos: LabelledVideos,
+    config: FinetuneTestConfig,
+    device: torch.device,
+    ranks: Ranks,
+) -> FinetuneResult:
+    """Score the test videos by the test protocol.
+
+    Raises:
+        Stopped: a signal came.
+        InputError: no test video could be read.
+    """
+    protocol = _protocol(config)
+    scorer = scorer_of(videos, protocol, config, device, ranks)
+    mine = len(videos.test[ranks.rank :: ranks.size])
+    with StopRequest() as stop, progress("Testing", mine, "videos", quiet=not ranks.first) as shown:
+
+        def done() -> None:
+            if stop:
+                said = (
+                    f"{stop.signal_name}: stopped while testing; `seco finetune-eval` tests again"
+                )
+                raise Stopped(said if ranks.first else "")
+            shown.advance()
+
+        scores = scorer.of(fine_tuned.model, videos.test, done)
+    said = dataclasses.asdict(protocol)
+    del said["middles"]
+    said["precision"] = "bf16" if uses_bf16(config.precision, device) else "fp32"
+    said["training"] = {name: fine_tuned.settings.get(name) for name in _TRAINING} | {
+        "epochs": fine_tuned.epochs,
+        "epochs_planned": fine_tuned.settings.get("epochs"),
+    }
+    return finetune_result(
+        videos, fine_tuned.classes, scores, said, fine_tuned.encoder, fine_tuned.dataset
+    )
+
+
+def scorer_of(
+    videos: LabelledVideos,
+    protocol: ClipProtocol,
+    config: FinetuneTestConfig,
+    device: torch.device,
+    ranks: Ranks,
+) -> VideoScores:
+    """Scores videos by a protocol, as the settings say."""
+    return VideoScores(
+        videos,
+        protocol,
+        device,
+        ranks,
+        bf16=uses_bf16(config.precision, device),
+        workers=loader_workers(config.workers, device),
+        frames_a_forward=config.test_frames,
+    )
+
+
+def written(result: FinetuneResult, config: FinetuneTestConfig, out: Path, ranks: Ranks) -> str:
+    """Write a result, on the first rank; returns what to show the user, there.
+
+    Raises:
+        TooManyExcluded: all is written, but more than ``max_failures`` percent could not be read.
+        PeerLost: the same, on the other ranks.
+    """
+    shown = f"{result.table()}\n{result.write(out)}" if ranks.first else ""
+    wanted = result.n_test + result.unreadable
+    if result.unreadable * 100 <= config.max_failures * wanted:
+        return shown
+    if not ranks.first:
+        raise PeerLost
+    print(shown)
+    raise TooManyExcluded(
+        f"{result.unreadable} of {wanted} test videos could not be read, more than "
+        f"--max-failures {config.max_failures:g}",
+        out,
+        "prepare or copy the shards again",
+    )
+
+
+def _as_its_run(config: FinetuneTestConfig, settings: Mapping[str, Any]) -> FinetuneTestConfig:
+    """With the run's test protocol where nothing else is said."""
+    of_run: dict[str, Any] = {
+        name: settings.get(name) for name in PROTOCOL if getattr(config, name) is None
+    }
+    if not all(isinstance(value, int) for value in of_run.values()):
+        raise InputError("is a damaged checkpoint of `seco finetune`", config.checkpoint)
+    resolved = dataclasses.replace(config, **of_run)
+    require_test_ranges(resolved)
+    return resolved
+
+
+def _protocol(config: FinetuneTestConfig) -> ClipProtocol:
+    clips, frames, crops, size = (getattr(config, name) for name in PROTOCOL)
+    return ClipProtocol(clips, frames, crops, size)
+
+
+def _require_other_protocols_elsewhere(config: FinetuneTestConfig, out: Path) -> None:
+    """A result by another test protocol is not replaced unless its folder is named."""
+    if config.out is not None:
+        return
+    there: Any = None
+    with suppress(OSError, ValueError):  # no result, or none that anybody can read
+        there = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    there = there.get("protocol") if isinstance(there, dict) else None
+    for name, here in dataclasses.asdict(_protocol(config)).items():
+        if isinstance(there, dict) and there.get(name, here) != here:
+            raise InputError(
+                f"is of another test protocol ({name} {there[name]}, not {here})",
+                out / RESULT,
+                "give --out",
+            )
+
+
+def _require_same_classes(videos: LabelledVideos, classes: Classes, path: Path) -> None:
+    for label, name in zip(classes.labels, classes.names, strict=True):
+        here = videos.class_name(label)
+        if here != name:
+            raise InputError(
+                f"label {label} is {here!r} here and {name!r} in {path}",
+                videos.folder,
+                "give the shards it was trained on",
+            )

@@ -1,1 +1,0 @@
-"""``seco finetune`` and ``seco finetune-eval``."""

@@ -1,1 +1,0 @@
-"""``seco inspect``: what shards hold."""

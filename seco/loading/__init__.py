@@ -1,1 +1,0 @@
-"""Loader processes and the batches they make."""

@@ -1,1 +1,0 @@
-"""SeCo itself: encoder, heads, queue and the three losses (paper §4)."""

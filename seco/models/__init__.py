@@ -1,0 +1,1 @@
+"""Networks: backbones, the SeCo model, heads, queue and losses."""

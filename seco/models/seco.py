@@ -1,0 +1,247 @@
+"""SeCo itself: query and key encoder, queue, order classifier, and the losses of a batch.
+
+Which rank encodes which key image, and in which order: MoCo's shuffled BatchNorm.
+
+The query and its keys must not be normalised with the statistics of the same images (paper §5.2:
+shuffling BN). Each of the three keys has a permutation of the global batch; a run of consecutive
+places of it is one BatchNorm group. Rank r encodes the places r·n … (r+1)·n - 1 of each, so that no
+rank receives more images than it normalises, and the groups are the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seco.config import PretrainConfig, task_list
+from seco.models.backbones import build_backbone, feature_dim
+from seco.models.batchnorm import running_statistics
+from seco.models.losses import inter_loss, intra_loss, order_loss
+from seco.models.queue import NegativeQueue
+from seco.processes.device import to_device
+
+KEYS = 3
+Ints = NDArray[np.int64]
+
+
+class KeyShuffle:
+    """The plan of one step, the same on all ranks.
+
+    Args:
+        batch: N, the global batch.
+        rank: this process's number of ``size`` processes.
+        size: their number; divides N.
+        generator: seeded alike on all ranks.
+
+    Attributes:
+        wanted: (3n,) of the 3N key images (k1 of all rows, then k2, then k3) those that this rank
+            encodes, by key and place; n = N / size.
+        sent: (3n,) of this rank's own 3n key images the order in which they leave, rank after rank.
+        sent_counts: how many go to each rank.
+        received_counts: how many come from each.
+        arrived: (3n,) where in what came each wanted image is.
+    """
+
+    def __init__(self, batch: int, rank: int, size: int, generator: torch.Generator) -> None:
+        share = batch // size
+        self._batch = batch
+        self._share = share
+        self._permutations = torch.stack(
+            [torch.randperm(batch, generator=generator) for _ in range(KEYS)]
+        )
+        rows = self._permutations.numpy().reshape(KEYS, size, share)
+        numbers = rows + batch * np.arange(KEYS)[:, None, None]
+        self.wanted: Ints = numbers[:, rank].reshape(-1)
+        owners = rows // share  # (3, R, n)
+        own = owners == rank
+        self.sent_counts: list[int] = own.sum(axis=(0, 2)).tolist()
+        local = rows - rank * share + share * np.arange(KEYS)[:, None, None]
+        self.sent: Ints = np.concatenate([local[:, to][own[:, to]] for to in range(size)])
+        coming = owners[:, rank].reshape(-1)
+        self.received_counts: list[int] = np.bincount(coming, minlength=size).tolist()
+        self.arrived: Ints = np.empty(KEYS * share, dtype=np.int64)
+        self.arrived[np.argsort(coming, kind="stable")] = np.arange(KEYS * share)
+
+    def by_row(self, vectors: Tensor) -> Tensor:
+        """(R · 3n, D) by rank, key and place to (3, N, D) by key and row of the global batch."""
+        size = self._batch // self._share
+        by_place = vectors.view(size, KEYS, self._share, -1).transpose(0, 1)
+        by_place = by_place.reshape(KEYS, self._batch, -1)
+        rows = to_device(self._permutations, vectors.device)[:, :, None].expand_as(by_place)
+        return torch.empty_like(by_place).scatter_(1, rows, by_place)
+
+
+class Encoder(nn.Module):
+    """Backbone and heads; the output is an L2-normalised embedding for each task.
+
+    Args:
+        arch: name of the backbone.
+        heads: names of the heads, ``("shared",)`` or the tasks (paper §5.2: C → C → D with a ReLU).
+        embedding_dim: D.
+    """
+
+    def __init__(self, arch: str, heads: Iterable[str], embedding_dim: int) -> None:
+        super().__init__()
+        width = feature_dim(arch)
+        self.backbone = build_backbone(arch)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, embedding_dim)
+                )
+                for name in heads
+            }
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) → for each head, unit vectors (N, D), in float32 even under autocast."""
+        feature = self.backbone(images)
+        vectors = {name: head(feature) for name, head in self.heads.items()}
+        return {
+            name: F.normalize(vector.to(torch.promote_types(vector.dtype, torch.float32)))
+            for name, vector in vectors.items()
+        }
+
+
+Embeddings = dict[str, Tensor]  # by head
+
+
+@dataclass
+class StepResult:
+    """What one forward gives: the summed loss, and detached figures by name for the log.
+
+    Each of them is a mean over the rows, so those of groups of one size, or of all ranks, are the
+    means of theirs.
+    """
+
+    loss: Tensor
+    figures: dict[str, Tensor]
+    moments: Tensor  # (2, D) means of the first task's embeddings and of their squares
+
+
+class SeCo(nn.Module):
+    """The model of paper §4 with every switch of its settings.
+
+    Its parts are called one after the other by :class:`seco.training.step.TrainingStep`: the keys
+    first, without gradients, then ``forward`` with the queries, then the queue.
+
+    Args:
+        config: resolved settings (:func:`seco.config.resolve_pretrain`).
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tasks = task_list(config)
+        self.head_of = {t: t if config.heads == "separate" else "shared" for t in self.tasks}
+        heads = dict.fromkeys(self.head_of.values())
+        self.query_encoder = Encoder(config.arch, heads, config.embedding_dim)
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.order_classifier = nn.Linear(3 * config.embedding_dim, 2)
+        self.order_classifier.requires_grad_("order" in self.tasks)
+        generator = torch.Generator().manual_seed(config.seed)
+        # Without a queue its place is taken by the keys of the batch, put there before the losses.
+        self.queue = NegativeQueue(
+            config.queue_size or KEYS * config.batch_size,
+            config.embedding_dim,
+            config.queue_init or "unit",
+            generator,
+        )
+        self._mask_same_video = config.mask_same_video or not config.queue_size
+
+    @torch.no_grad()
+    def encode_keys(self, groups: Iterable[Tensor], per_key: int) -> Embeddings:
+        """Encode this rank's key images, one BatchNorm group at a time.
+
+        Args:
+            groups: (g, 3, S, S) each, in the order of :class:`seco.models.seco.KeyShuffle`:
+                those of k1, then those of k2 and of k3. Taken one after the other, so that
+                a generator needs memory for one alone.
+            per_key: groups of each key. The running statistics follow the first of them, as those
+                of rank 0 do in the authors' code, which has a forward for each key.
+
+        Returns:
+            for each head unit vectors (3n, D) in the groups' order.
+        """
+        encoded: list[Embeddings] = []
+        for number, images in enumerate(groups):
+            with running_statistics(self.key_encoder, follow=number % per_key == 0):
+                encoded.append(self.key_encoder(images))
+        return {name: torch.cat([group[name] for group in encoded]) for name in encoded[0]}
+
+    def forward(
+        self,
+        images: Tensor,
+        keys: Mapping[str, Tensor],
+        order: Tensor,
+        videos: Tensor,
+        first: bool = True,
+    ) -> StepResult:
+        """The losses of the g queries of one BatchNorm group.
+
+        Args:
+            images: (g, 3, S, S) query views.
+            keys: for each head (3, g, D), k1, k2, k3 of the same rows.
+            order: (g,) 0 when the anchor is before k2 and k3, 1 when after.
+            videos: (g,) numbers of the videos.
+            first: of the groups of a step: BatchNorm's running statistics follow it.
+        """
+        config = self.config
+        with running_statistics(self.query_encoder, follow=first):
+            queries: Embeddings = self.query_encoder(images)
+        figures: dict[str, Tensor] = {}
+        total = torch.zeros((), device=images.device)
+        # Logits of unit vectors divided by 0.1 do not bear 8 bits of mantissa.
+        with torch.autocast(images.device.type, enabled=False):
+            for task in self.tasks:
+                query, key = queries[self.head_of[task]], keys[self.head_of[task]]
+                if task == "inter":
+                    masked = self.queue.same_video(videos) if self._mask_same_video else None
+                    rows = self.queue.rows
+                    loss, accuracy = inter_loss(query, key, rows, config.temperature, masked)
+                elif task == "intra":
+                    loss, accuracy = intra_loss(
+                        query, key, config.intra_temperature, config.intra or "three-way"
+                    )
+                else:
+                    sequence = torch.cat([query, key[1], key[2]], dim=1)  # (g, 3D), Eq. 4
+                    loss, accuracy = order_loss(self.order_classifier(sequence), order)
+                total = total + loss
+                figures |= {f"loss_{task}": loss.detach(), f"acc_{task}": accuracy}
+        vectors = queries[self.head_of[self.tasks[0]]].detach()
+        moments = torch.stack([vectors.mean(0), vectors.square().mean(0)])
+        return StepResult(total, figures, moments)
+
+    def append_keys(self, keys: Mapping[str, Tensor], videos: Tensor) -> None:
+        """The keys of the global batch, for each head (3, N, D), become negatives."""
+        if "inter" in self.tasks:
+            self.queue.append(keys[self.head_of["inter"]].flatten(0, 1), videos.repeat(KEYS))
+
+    @torch.no_grad()
+    def update_key_encoder(self) -> None:
+        """Eq. 6, after the optimizer's step; parameters only (the key BN buffers are its own)."""
+        key = [p.detach() for p in self.key_encoder.parameters()]
+        query = [p.detach() for p in self.query_encoder.parameters()]
+        torch._foreach_lerp_(key, query, 1 - self.config.ema)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps: the query encoder and the order classifier."""
+        parameters = list(self.query_encoder.parameters())
+        return parameters + (
+            list(self.order_classifier.parameters()) if "order" in self.tasks else []
+        )
+
+
+def spread(moments: Tensor) -> Tensor:
+    """1 for embeddings spread evenly over the sphere, 0 when all collapse into one."""
+    mean, square = moments
+    deviation: Tensor = (square - mean.square()).clamp_min(0).sqrt()
+    value: Tensor = deviation.mean() * len(mean) ** 0.5
+    return value

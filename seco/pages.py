@@ -1,0 +1,108 @@
+"""Self-contained HTML pages: templates, pictures as data URIs, charts as inline SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from seco.text import percent, printable
+
+INK = "#010203"  # drawn in this colour, a line or word takes the page's text colour
+SERIES = ("#2f7ed8", "#d1701f", "#2f9e68", "#9a63c9")  # 3:1 or more on white and on near-black
+CHART_INCHES = (4.4, 2.5)
+
+_DROPPED = re.compile(
+    r"<\?xml[^>]*\?>|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>|<style[^>]*>.*?</style>", re.DOTALL
+)
+_NUMBERED_ID = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
+_SVG_TAG = re.compile(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]")
+_FONT = re.compile(r"font-family: [^;\"]*;? ?")
+
+
+def new_chart(
+    height_inches: float = CHART_INCHES[1], width_inches: float = CHART_INCHES[0]
+) -> Figure:
+    """An empty figure of the size that :func:`figure_svg` is meant for."""
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def style_axes(axes: Axes) -> None:
+    """Thin axes in the page's text colour, for light and dark alike."""
+    axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=2.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+        spine.set_alpha(0.4)
+
+
+def figure_svg(figure: Figure, label: str, salt: str) -> Markup:
+    """The figure as an ``<svg>`` element without a fixed size or background.
+
+    The same figure gives the same bytes.
+
+    Args:
+        label: what a screen reader says.
+        salt: differs between the charts of a page. Ids are hashes of it, and a chart whose ids
+            repeat those of one in a closed ``<details>`` would lose its clip paths with it.
+    """
+    # Text as text, not as outlines: smaller, selectable, in the page's font and colour.
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+    svg = _DROPPED.sub("", drawn.getvalue())
+    svg = _FONT.sub("", _NUMBERED_ID.sub("", svg)).replace(INK, "currentColor")
+    head = Markup('<svg role="img" aria-label="{}" ').format(label)
+    return Markup(_SVG_TAG.sub(lambda tag: f"{head}{tag[1]}>", svg, count=1).strip())
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """``data:`` URI of a picture's bytes."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Fill a template of ``templates/``; every value is escaped unless it is ``Markup``."""
+    return _environment(autoescape=True, finalize=_shown).get_template(template).render(**values)
+
+
+def render_markdown(template: str, **values: Any) -> str:
+    """Fill a template of ``templates/``; no value can be more than text."""
+    environment = _environment(autoescape=False, finalize=_markdown_text)
+    return environment.get_template(template).render(**values)
+
+
+def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("seco", "templates"),
+        autoescape=autoescape,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    # A name on disk may hold bytes that are no text at all.
+    return value if isinstance(value, Markup) else printable(value)
+
+
+def _markdown_text(value: Any) -> str:
+    return _MARKDOWN.sub(r"\\\g<0>", printable(value))

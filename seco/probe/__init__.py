@@ -1,1 +1,0 @@
-"""``seco probe``: SVM, kNN and linear classifier on frozen features."""

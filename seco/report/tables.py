@@ -1,0 +1,557 @@
+"""The paper's tables and protocol.
+
+Tables 1–3 of the paper, and which of our figures may stand beside which of theirs.
+
+Figures are text, exactly as printed. A figure of ours takes a place in a table only where data
+set and metric are the paper's; it takes the row of a method only where arch and tasks are.
+
+What a figure was measured with, setting by setting, beside what the paper (or its authors' code)
+
+used: what equals it, what differs, and what nobody wrote down.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seco.report.results import Evaluation, Probe, Run, tasks_of, words
+
+NOT_COMPARABLE = (
+    "Figures measured on rendered, made-up or partial sets are not comparable with the paper's, "
+    "nor are those of shorter training; only a full set under the paper's protocol is."
+)
+NOT_MEASURED = "not measured"
+
+SECO_INTER = ("inter",)
+SECO_INTER_INTRA = ("inter", "intra")
+SECO = ("inter", "intra", "order")
+
+# Videos and classes of the sets (§5.1); a figure over fewer videos is of a partial set.
+TRAIN_VIDEOS = {"kinetics400": 240_000, "activitynet": 10_024, "ucf101": 9_500, "hmdb51": 3_500}
+TEST_VIDEOS = {"kinetics400": 20_000, "activitynet": 4_926, "ucf101": 3_700, "hmdb51": 1_500}
+CLASSES = {"kinetics400": 400, "activitynet": 200, "ucf101": 101, "hmdb51": 51}
+OTB_SEQUENCES = 100
+_LOST_OR_ROUNDED = 0.05
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures; ``metric`` is what of ours corresponds to it."""
+
+    heading: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method and its figures, one a column; "-" as the paper prints it, "" outside it."""
+
+    method: str
+    figures: tuple[str, ...]
+    tasks: tuple[str, ...] | None = None  # of the SeCo run that corresponds
+    extra: bool = False  # not in the paper's table
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table; ``arch`` is the backbone that its SeCo rows have."""
+
+    number: int
+    caption: str
+    arch: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A figure of ours that corresponds to a column of the paper."""
+
+    metric: str
+    encoder: str  # its name for people
+    arch: str
+    tasks: tuple[str, ...] | None
+    percent: float
+    note: str
+    results: tuple[int, ...] = ()  # the numbers of what it is a figure of, on the page
+    split: str = ""  # of fine-tuning
+    alike: str = ""  # equal for runs that differ in nothing but the split
+    size: str = ""  # what a set lacks
+
+
+@dataclass
+class FilledRow:
+    """A row of the page: the paper's figures and ours, column by column."""
+
+    method: str
+    figures: tuple[str, ...]
+    ours: list[list[Measured]] = field(default_factory=list)
+    kind: str = "paper"  # "extra": quoted from elsewhere; "ours": a method of no row
+    is_seco: bool = False  # a method that this toolkit trains
+
+
+TABLE_1 = PaperTable(
+    1,
+    "Performance comparison of the representations pre-trained by different mechanisms in three "
+    "downstream tasks under “Pre-trained Representation + Linear Model” protocol.",
+    "resnet50",
+    (
+        Column("Kinetics 400, linear SVM, top-1", "kinetics400-svm"),
+        Column("ActivityNet, linear SVM, top-1", "activitynet-svm"),
+        Column("OTB-100, 1x1 convolution, precision", "otb100-precision"),
+        Column("OTB-100, 1x1 convolution, success", "otb100-success"),
+    ),
+    (
+        Row("MoCo-ImageNet", ("51.30", "66.17", "59.91", "43.06")),
+        Row("Supervised ImageNet Pre-training", ("52.34", "67.19", "69.54", "48.01")),
+        Row("VINCE [8]", ("36.20", "-", "62.90", "46.50")),
+        Row("SeCo-Inter", ("58.97", "66.69", "67.92", "48.03"), SECO_INTER),
+        Row("SeCo-Inter+Intra", ("60.74", "68.31", "70.29", "50.48"), SECO_INTER_INTRA),
+        Row("SeCo-Inter+Intra+Order", ("61.91", "68.55", "71.86", "51.78"), SECO),
+        Row("VINCE, by its own README (ResNet-50)", ("", "", "40.2", "30.0"), extra=True),
+        Row("VCLR, which builds on SeCo", ("64.1", "", "", ""), extra=True),
+    ),
+)
+
+TABLE_2 = PaperTable(
+    2,
+    "Performance comparisons of unsupervised representation learning on Kinetics400.",
+    "resnet18",
+    (Column("Top-1 (%)", "kinetics400-svm"),),
+    (
+        Row("OPN† [19]", ("20.86",)),
+        Row("RotNet† [7]", ("23.33",)),
+        Row("3DRotNet† [16]", ("19.33",)),
+        Row("VIE-Single [42]", ("44.41",)),
+        Row("VIE-TRN [42]", ("44.91",)),
+        Row("VIE-3DResNet [42]", ("43.40",)),
+        Row("VIE-SlowFast [42]", ("47.37",)),
+        Row("VIE-Full [42]", ("48.53",)),
+        Row("SeCo (ResNet18)", ("50.81",), SECO),
+    ),
+)
+
+TABLE_3 = PaperTable(
+    3,
+    "Performance comparisons of pre-training + fine-tuning protocol on UCF101 and HMDB51.",
+    "resnet50",
+    (
+        Column("UCF101, top-1 (%)", "ucf101-finetune"),
+        Column("HMDB51, top-1 (%)", "hmdb51-finetune"),
+    ),
+    (
+        Row("Shuffle&Learn [24]", ("50.20", "18.10")),
+        Row("OPN [19]", ("59.60", "23.80")),
+        Row("ClipOrder [40]", ("72.40", "30.90")),
+        Row("3DRotNet [16]", ("66.00", "37.10")),
+        Row("DPC [10]", ("75.70", "35.70")),
+        Row("CBT [33]", ("79.50", "44.60")),
+        Row("VIE-Full [42]", ("80.40", "52.50")),
+        Row("Supervised ImageNet Pre-training", ("85.30", "49.08")),
+        Row("SeCo", ("88.26", "55.55"), SECO),
+    ),
+)
+
+TABLES = (TABLE_1, TABLE_2, TABLE_3)
+
+_NAMES = {
+    "kinetics400": r"(kinetics|k)[-_ ]?400",
+    "activitynet": r"activity[-_ ]?net|anet",
+    "ucf101": r"ucf[-_ ]?101",
+    "hmdb51": r"hmdb[-_ ]?51",
+    "otb100": r"otb[-_ ]?(100|2015)",
+}
+_VERSION_OR_SPLIT = r"([-_ ]?(v?1[.-]?3|train|val|validation|test))*"
+
+
+def known_dataset(name: str, classes: int | None = None) -> str | None:
+    """The data set of the paper that a set's name stands for, or None.
+
+    ``kinetics`` alone may be 400, 600 or 700: the number of classes decides. A set with another
+    number of classes than the paper's is another task, whatever its name.
+    """
+    lowered = name.strip().lower()
+    unversioned = re.fullmatch("kinetics" + _VERSION_OR_SPLIT, lowered)
+    if unversioned and classes == CLASSES["kinetics400"]:
+        return "kinetics400"
+    for dataset, pattern in _NAMES.items():
+        if re.fullmatch(f"({pattern}){_VERSION_OR_SPLIT}", lowered):
+            right = classes is None or CLASSES.get(dataset, classes) == classes
+            return dataset if right else None
+    return None
+
+
+def is_whole(videos: int, whole: int) -> bool:
+    """Whether so many are the whole set: some videos are always lost, and §5.1 rounds."""
+    return abs(videos - whole) <= _LOST_OR_ROUNDED * whole
+
+
+def set_size_note(dataset: str, n_test: int | None) -> str:
+    """How much of the official test set a figure is over, in words."""
+    tracking = dataset == "otb100"
+    whole = OTB_SEQUENCES if tracking else TEST_VIDEOS[dataset]
+    unit = "sequences" if tracking else "videos"
+    if n_test is None:
+        return f"number of {unit} unknown"
+    if n_test >= whole or (is_whole(n_test, whole) and not tracking):
+        return f"{n_test} {unit}"
+    return f"partial set: {n_test} of {whole} {unit}"
+
+
+def fill(table: PaperTable, measured: Sequence[Measured]) -> list[FilledRow]:
+    """The table's rows with our figures in their places.
+
+    A figure of an encoder that is no method of the table (random weights, other tasks) gets a row
+    of its own at the end. ResNet-18 belongs to Table 2, every other backbone to Table 1.
+    """
+    metrics = [column.metric for column in table.columns]
+    ours = [m for m in measured if m.metric in metrics and _belongs(table, m)]
+    rows = [
+        FilledRow(
+            row.method,
+            row.figures,
+            kind="extra" if row.extra else "paper",
+            is_seco=row.tasks is not None,
+        )
+        for row in table.rows
+    ]
+    for filled, row in zip(rows, table.rows, strict=True):
+        mine = [m for m in ours if _is_method(table, row, m)]
+        filled.ours = [[m for m in mine if m.metric == metric] for metric in metrics]
+    unplaced = [m for m in ours if not any(_is_method(table, row, m) for row in table.rows)]
+    for encoder in dict.fromkeys(m.encoder for m in unplaced):
+        mine = [m for m in unplaced if m.encoder == encoder]
+        cells = [[m for m in mine if m.metric == metric] for metric in metrics]
+        rows.append(FilledRow(encoder, ("",) * len(metrics), cells, kind="ours"))
+    return rows
+
+
+def _belongs(table: PaperTable, measured: Measured) -> bool:
+    if measured.metric != "kinetics400-svm":
+        return True
+    return (measured.arch == TABLE_2.arch) == (table.number == TABLE_2.number)
+
+
+def _is_method(table: PaperTable, row: Row, measured: Measured) -> bool:
+    return row.tasks is not None and measured.tasks == row.tasks and measured.arch == table.arch
+
+
+def probe_metric(dataset: str, split: str, method: str, classes: int | None) -> str | None:
+    """The column that a probe's top-1 corresponds to: linear SVM on a validation set, else None."""
+    known = known_dataset(dataset, classes)
+    if known not in ("kinetics400", "activitynet") or method.lower() != "svm":
+        return None
+    tested_on = split.lower()
+    validated = "val" in tested_on or tested_on == "official" or dataset.lower().endswith("val")
+    return f"{known}-svm" if validated else None
+
+
+def evaluation_metrics(
+    kind: str, dataset: str, classes: int | None, figures: Mapping[str, float]
+) -> dict[str, tuple[str, float]]:
+    """For each figure of a fine-tuning or tracking run that corresponds: (column, fraction)."""
+    known = known_dataset(dataset, classes)
+    places = {}
+    if kind == "finetune" and known in ("ucf101", "hmdb51"):
+        places = {"top1": f"{known}-finetune"}
+    elif kind == "track" and known == "otb100":
+        # §5.2 calls both "AUC"; the usual precision is the one at 20 px. Both are shown.
+        places = {
+            "precision_20": "otb100-precision",
+            "precision_auc": "otb100-precision",
+            "success_auc": "otb100-success",
+        }
+    return {name: (place, figures[name]) for name, place in places.items() if name in figures}
+
+
+SAME, DIFFERS, UNKNOWN = "same", "differs", "unknown"
+NOT_RECORDED = "not recorded"
+
+_PAPER, _AUTHORS, _SIAMFC = "paper §5.2", "authors' code", "SiamFC; the paper is silent"
+_LONGEST_NAME = 500
+_SHARDS = re.compile(r"(-\d{3,}|[-_]?[{<*?\[].*)?\.(tar|json)$")
+_EPOCH_CHECKPOINT = re.compile(r"epoch-(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A setting: the paper's value, ours as recorded, and whether they are the same."""
+
+    stage: str
+    what: str
+    paper: str
+    source: str  # of the paper's value
+    here: str
+    state: str  # SAME, DIFFERS or UNKNOWN
+
+    @property
+    def whose(self) -> str:
+        """Who names the value that it is compared with."""
+        return re.split(r" §| Eq|[:;]", self.source)[0] or "paper"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The value of a setting in the paper; ``names`` are those it is recorded under."""
+
+    what: str
+    names: tuple[str, ...]
+    value: str | float
+    source: str = _PAPER
+
+
+PRETRAINING = (
+    Reference("batch", ("batch_size",), 512),
+    Reference("queue", ("queue_size",), 131_072),
+    Reference("view, px", ("crop_size",), 224),
+    Reference("learning rate", ("lr",), 0.2),
+    Reference("learning rate at the end", ("final_lr",), 0, "paper §5.2, “annealed down to zero”"),
+    Reference("epochs of warm-up", ("warmup_epochs",), 0, "paper §5.2, which names none"),
+    Reference("temperature", ("temperature",), 0.1),
+    Reference("EMA", ("ema",), 0.999),
+    Reference("embedding", ("embedding_dim",), 128),
+    Reference("heads", ("heads",), "shared"),
+    Reference("intra loss", ("intra",), "three-way", "paper Eq. 3"),
+    Reference("frames of a triplet", ("sampling",), "uniform", "paper §4.1"),
+    Reference("BatchNorm group", ("bn_group",), 128, "authors' code: 4 ranks of 128"),
+    Reference("SGD momentum", ("momentum",), 0.9, _AUTHORS),
+    Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
+    Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
+    Reference("temperature of intra", ("intra_temperature",), 0.1),
+    Reference("queue at the start", ("queue_init",), "unit", "MoCo; the paper is silent"),
+    Reference("same video masked", ("mask_same_video",), "False", "paper Eq. 2, which masks none"),
+)
+FEATURES = (
+    Reference("short edge, px", ("short_edge",), 256),
+    Reference("centre crop, px", ("crop_size",), 224),
+)
+PROBE = (
+    Reference("C", ("C",), 1, _AUTHORS),
+    Reference("stopped at tolerance", ("tolerance",), 0.01, "authors' code: LIBLINEAR's default"),
+    Reference("features scaled", ("normalise",), "none", _AUTHORS),
+)
+FINETUNING = (
+    Reference("clips of a test video", ("clips",), 20, _AUTHORS),
+    Reference("crops of a clip", ("crops",), 3, _AUTHORS),
+    Reference("frames of a clip", ("clip_frames",), 16, _AUTHORS),
+    Reference("test crop, px", ("test_size", "size"), 256, _AUTHORS),
+    Reference("epochs", ("epochs",), 150, _AUTHORS),
+    Reference("batch", ("batch_size",), 256, "authors' code: 16 × 4 × 4"),
+    Reference("learning rate", ("lr",), 1e-3, _AUTHORS),
+    Reference("segments", ("segments",), 7, _AUTHORS),
+    Reference("dropout", ("dropout",), 0.9, _AUTHORS),
+    Reference("frozen BatchNorm", ("freeze_bn",), "all-but-first", _AUTHORS),
+    Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
+    Reference("training view, px", ("crop_size",), 224, _AUTHORS),
+    Reference("learning rate falls after", ("lr_decay_epochs",), "50,100", _AUTHORS),
+    Reference("SGD momentum", ("momentum",), 0.9, _AUTHORS),
+    Reference("largest gradient norm", ("clip_norm",), 40, _AUTHORS),
+    Reference("BatchNorm group, clips", ("bn_group",), 16, _AUTHORS),
+    Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
+)
+TRACKING = (
+    Reference("feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"),
+    Reference("raw features", ("raw_features",), "True", "paper §5.2 names nothing else"),
+    Reference("epochs", ("epochs",), 50, _SIAMFC),
+    Reference("batch", ("batch_size",), 8, _SIAMFC),
+    Reference("learning rate", ("lr",), 1e-2, _SIAMFC),
+    Reference("learning rate at the end", ("final_lr",), 1e-5, _SIAMFC),
+    Reference("SGD momentum", ("momentum",), 0.9, _SIAMFC),
+    Reference("weight decay", ("weight_decay",), 5e-4, _SIAMFC),
+    Reference("pairs of a sequence", ("pairs_per_sequence",), 1, _SIAMFC),
+    Reference("frames between a pair", ("max_gap",), 99, _SIAMFC),
+    Reference("change of scale in training", ("max_stretch",), 0.05, _SIAMFC),
+    Reference("radius of the target, px", ("positive_radius",), 16, _SIAMFC),
+    Reference("factor of the response", ("response_scale",), 1e-3, _SIAMFC),
+    Reference("scales searched", ("scales",), 3, _SIAMFC),
+    Reference("scale step", ("scale_step",), 1.0375, _SIAMFC),
+    Reference("scale penalty", ("scale_penalty",), 0.9745, _SIAMFC),
+    Reference("change of scale", ("scale_update",), 0.59, _SIAMFC),
+    Reference("window", ("window",), 0.176, _SIAMFC),
+)
+
+
+def pretraining_protocol(
+    encoder: Mapping[str, Any], run: Run | None, arch: str
+) -> Iterator[Compared]:
+    """How an encoder was trained, as far as its run is in the report.
+
+    Args:
+        encoder: as a result records it.
+        run: that trained it.
+        arch: of the table's SeCo rows.
+    """
+    stage = "pre-training"
+    yield _compared(stage, Reference("backbone", ("arch",), arch), encoder)
+    checkpoint = words(encoder.get("checkpoint"))
+    if checkpoint == "random":
+        yield Compared(stage, "training", "400 epochs", _PAPER, "none: random weights", DIFFERS)
+        return
+    if run is None:
+        here = f"the run of {checkpoint or 'its checkpoint'} is not in the report"
+        yield Compared(stage, "training", "400 epochs, batch 512", _PAPER, here, UNKNOWN)
+        return
+    if tasks_of(run.config) is None:
+        here = f"{run.folder}, which is no pre-training"
+        yield Compared(stage, "training", "400 epochs, batch 512", _PAPER, here, DIFFERS)
+        return
+    yield from _pretraining_data(stage, run)
+    yield _epochs(stage, run, checkpoint)
+    init = run.config.get("init")
+    here = f"{words(init)}, as named" if init else "random weights"
+    state = UNKNOWN if init else DIFFERS
+    yield Compared(stage, "start from", "MoCo on ImageNet", _PAPER, here, state)
+    for reference in PRETRAINING:
+        yield _compared(stage, reference, run.config)
+
+
+def probe_protocol(probe: Probe, meta: Mapping[str, Any], dataset: str) -> Iterator[Compared]:
+    """Features and classifier of a probe on a data set of the paper."""
+    stage = "features"
+    frames = 50 if dataset == "activitynet" else 30
+    yield _compared(stage, Reference("frames a video", ("frames",), frames), meta)
+    for reference in FEATURES:
+        yield _compared(stage, reference, meta)
+    unreadable = meta.get("unreadable")
+    if unreadable:
+        yield Compared(
+            stage, "videos left out", "–", "", f"{words(unreadable)} unreadable", DIFFERS
+        )
+    stage = "linear SVM"
+    yield _videos(stage, "training videos", TRAIN_VIDEOS[dataset], probe.n_train)
+    yield _videos(stage, "test videos", TEST_VIDEOS[dataset], probe.n_test)
+    tolerance = "exact" if probe.tolerance is None else probe.tolerance
+    recorded = {"C": probe.c, "tolerance": tolerance, "normalise": probe.normalise or None}
+    for reference in PROBE:
+        yield _compared(stage, reference, recorded)
+
+
+def evaluation_protocol(
+    item: Evaluation, dataset: str, settings: Mapping[str, Any]
+) -> Iterator[Compared]:
+    """Training and test of a fine-tuned network or a tracker on a data set of the paper.
+
+    Args:
+        settings: of the run in the same folder, which the result's own settings complete.
+    """
+    recorded = {**settings, **item.settings}
+    references: tuple[Reference, ...]
+    if item.kind == "finetune":
+        stage = "fine-tuning"
+        yield _videos(stage, "training videos", TRAIN_VIDEOS[dataset], item.n_train)
+        yield _videos(stage, "test videos", TEST_VIDEOS[dataset], item.n_test)
+        split = item.split or NOT_RECORDED
+        yield Compared(stage, "split", "not stated", "paper §5.1, §5.4", split, UNKNOWN)
+        references = FINETUNING
+    else:
+        stage = "tracking"
+        sequences = "of 100" if item.n_test is not None else ""
+        here = f"{words(item.n_test)} {sequences}".strip() or NOT_RECORDED
+        whole = UNKNOWN if item.n_test is None else SAME if item.n_test == 100 else DIFFERS
+        yield Compared(stage, "sequences", "100", "paper §5.1", here, whole)
+        yield _tracking_data(stage, item.settings.get("train_shards"))
+        if "epochs_planned" not in item.settings:
+            recorded.pop("epochs", None)  # older files name those planned; reached may be fewer
+        references = TRACKING
+    for reference in references:
+        yield _compared(stage, reference, recorded)
+
+
+def in_state(protocol: Sequence[Compared], state: str) -> list[Compared]:
+    """Those settings alone."""
+    return [setting for setting in protocol if setting.state == state]
+
+
+def _pretraining_data(stage: str, run: Run) -> Iterator[Compared]:
+    shards = run.config.get("shards")
+    names = _set_names(shards)
+    trained = bool(names) and all(
+        known_dataset(name) == "kinetics400" and "val" not in name for name in names
+    )
+    state = SAME if trained else DIFFERS if names else UNKNOWN
+    here = ", ".join(names) or NOT_RECORDED
+    if run.config.get("split") is not None:
+        here += f", training videos of split {words(run.config['split'])}"
+    yield Compared(stage, "data", "training set of Kinetics-400", _PAPER, here, state)
+    videos = _videos_an_epoch(run)
+    if videos is not None:
+        whole = TRAIN_VIDEOS["kinetics400"]
+        state = SAME if is_whole(videos, whole) else DIFFERS
+        here = f"about {videos:,}, by its steps"
+        yield Compared(stage, "videos", f"{whole:,}", "paper §5.1", here, state)
+
+
+def _tracking_data(stage: str, shards: Any) -> Compared:
+    names = _set_names(shards)
+    whole = all(name.lower() in ("got10k", "got10k-train") for name in names)
+    state = UNKNOWN if not names else SAME if whole else DIFFERS
+    here = ", ".join(names) or NOT_RECORDED
+    return Compared(stage, "training set", "GOT-10k", _PAPER, here, state)
+
+
+def _set_names(shards: Any) -> list[str]:
+    """Of a recorded ``shards``, whatever it is."""
+    specs = [shards] if isinstance(shards, str) else shards if isinstance(shards, list) else []
+    return [_set_name(words(spec)) for spec in specs]
+
+
+def _set_name(spec: str) -> str:
+    """``k400`` of ``shards/k400.json`` or ``shards/k400-{000..999}.tar``."""
+    return _SHARDS.sub("", Path(spec[-_LONGEST_NAME:]).name) or spec
+
+
+def _videos_an_epoch(run: Run) -> int | None:
+    """From the last step and the batch, once the run is in its last epoch; batches are whole."""
+    epoch, batch = run.log.curves.get("epoch"), run.config.get("batch_size")
+    if epoch is None or not isinstance(batch, int) or not math.isfinite(epoch.last):
+        return None
+    epochs = int(epoch.last) + 1
+    if epochs != run.config.get("epochs"):
+        return None
+    return round(run.log.last_step / epochs) * batch
+
+
+def _epochs(stage: str, run: Run, checkpoint: str) -> Compared:
+    planned = run.config.get("epochs")
+    kept = _EPOCH_CHECKPOINT.fullmatch(Path(checkpoint).name)
+    logged = run.log.curves.get("epoch")
+    reached = logged.last + 1 if logged is not None and math.isfinite(logged.last) else None
+    if kept:
+        done: float | None = int(kept[1])
+        here = f"{done:g} of {words(planned) or 'unknown'} planned"
+    elif reached is not None and planned is not None and reached != planned:
+        done, here = reached, f"its log ends in epoch {reached:g} of {words(planned)}"
+    else:
+        done = planned if isinstance(planned, int) else None
+        here = words(planned) or NOT_RECORDED
+    state = UNKNOWN if done is None else SAME if done == 400 else DIFFERS
+    return Compared(stage, "epochs", "400", _PAPER, here, state)
+
+
+def _videos(stage: str, what: str, whole: int, here: int | None) -> Compared:
+    if here is None:
+        return Compared(stage, what, f"{whole:,}", "paper §5.1", NOT_RECORDED, UNKNOWN)
+    state = SAME if is_whole(here, whole) else DIFFERS
+    return Compared(stage, what, f"{whole:,}", "paper §5.1", f"{here:,}", state)
+
+
+def _compared(stage: str, reference: Reference, recorded: Mapping[str, Any]) -> Compared:
+    found = [recorded[name] for name in reference.names if recorded.get(name) is not None]
+    here = found[0] if found else None
+    paper = words(reference.value)
+    if here is None or words(here) == "":
+        return Compared(stage, reference.what, paper, reference.source, NOT_RECORDED, UNKNOWN)
+    state = SAME if _equal(here, reference.value) else DIFFERS
+    return Compared(stage, reference.what, paper, reference.source, words(here), state)
+
+
+def _equal(here: Any, paper: str | float) -> bool:
+    if isinstance(paper, str):
+        return words(here) == paper
+    number = isinstance(here, (int, float)) and not isinstance(here, bool)
+    return number and math.isclose(here, paper, rel_tol=1e-6, abs_tol=1e-12)

@@ -1,1 +1,0 @@
-"""``seco retrieve``: nearest videos, indexes, near-duplicates."""

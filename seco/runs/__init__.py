@@ -1,1 +1,0 @@
-"""What every training run has: state, log, schedule, the loop's common part."""

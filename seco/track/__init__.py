@@ -1,1 +1,0 @@
-"""``seco track``: SiamFC on frozen features."""

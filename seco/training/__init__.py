@@ -1,0 +1,1 @@
+"""Pre-training, fine-tuning and the SiamFC training over one loop."""

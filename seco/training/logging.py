@@ -1,0 +1,239 @@
+"""The log of a run: metrics.jsonl, speed.jsonl and TensorBoard.
+
+The log of a run: ``metrics.jsonl``, ``speed.jsonl`` and TensorBoard events.
+
+``metrics.jsonl`` holds only what the computation determines, so that a resumed run's file equals
+an undisturbed one's; clock readings go to ``speed.jsonl``.
+
+The log of a run, read in memory that does not grow with it.
+
+A run of 400 epochs logs some 20,000 lines, others ten times as many; a chart shows a thousand
+points. Neighbouring lines are joined while they are read, and joined again when there are too many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.atomic import write_text
+
+METRICS = "metrics.jsonl"
+SPEED = "speed.jsonl"
+
+
+class RunLog:
+    """Appends a line a logged step; lines after ``start_step`` of an earlier try are dropped.
+
+    A run that begins anew drops the line of step 0, too: its ``start_step`` is -1.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self._files: dict[str, TextIO] = {}
+        for name in (METRICS, SPEED):
+            _drop_after(folder / name, start_step)
+            self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
+        # Half a second of imports, which only the first of many processes needs.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def log(self, step: int, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
+        """One line in each file, and the same figures for TensorBoard."""
+        for name, values in ((METRICS, metrics), (SPEED, speed)):
+            self._files[name].write(json.dumps({"step": step, **values}) + "\n")
+            self._files[name].flush()
+        for name, value in {**metrics, **speed}.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.is_file():
+        kept = [line for line in path.read_text("utf-8").splitlines() if _step(line) <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut by a kill
+
+
+MAX_POINTS = 1024  # of a curve; even
+MAX_COLUMNS = 64
+_MAX_LINE_CHARACTERS = 1 << 16
+_STEP = "step"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A column of a log, (P,) each: steps in increasing order, and means over the lines joined.
+
+    A value is nan where no line has one, and infinity where one of them is not finite: a mean over
+    the others would hide it.
+    """
+
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
+    last: float  # the last value as logged
+    not_finite: int  # values that are not
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedRun:
+    """The numeric columns of a ``.jsonl`` log."""
+
+    curves: dict[str, Curve]
+    last_step: float
+    lines: int  # that are usable, without those logged again after a resume
+    lines_a_point: int  # how many were joined into a point; 1: none
+    skipped_lines: int
+
+
+@dataclass
+class _Point:
+    """Consecutive lines of the log, joined."""
+
+    first_step: float
+    last_step: float
+    step_sum: float
+    lines: int = 1
+    sums: dict[str, float] = field(default_factory=dict)  # of finite values
+    counts: dict[str, int] = field(default_factory=dict)
+    not_finite: dict[str, int] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def join(self, later: _Point) -> None:
+        self.last_step = later.last_step
+        self.step_sum += later.step_sum
+        self.lines += later.lines
+        for name, value in later.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for mine, theirs in ((self.counts, later.counts), (self.not_finite, later.not_finite)):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+        self.last |= later.last
+
+    def value(self, name: str) -> float:
+        if self.not_finite.get(name):
+            return math.inf
+        count = self.counts.get(name)
+        return self.sums[name] / count if count else math.nan
+
+
+def read_log(path: Path) -> LoggedRun:
+    """Read a ``.jsonl`` log.
+
+    A run resumed from an older checkpoint logs some steps again: the later lines count (where lines
+    are joined already, a point that has some of them is dropped whole). A last line cut short by a
+    kill is not counted as unusable.
+
+    Raises:
+        ValueError: no line is usable.
+        OSError: the file cannot be read.
+    """
+    reader = _Reader()
+    skipped, cut_short, inside = 0, False, False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while line := file.readline(_MAX_LINE_CHARACTERS):
+            continued, inside = inside, not line.endswith("\n")
+            if continued or not line.strip():
+                continue  # the rest of a line too long to be one of ours, or nothing
+            row = _numbers(line)
+            if row is None:
+                skipped += 1
+                cut_short = inside
+            else:
+                reader.add(row)
+    if not reader.points:
+        raise ValueError("has no usable line")
+    return reader.log(skipped - cut_short)
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.points: list[_Point] = []
+        self._width = 1  # lines of a full point
+        self._names: dict[str, None] = {}  # in the order in which the columns appeared
+
+    def add(self, row: dict[str, float]) -> None:
+        step = row.pop(_STEP)
+        while self.points and self.points[-1].last_step >= step:
+            self.points.pop()  # logged again
+        line = _Point(step, step, step)
+        for name, value in row.items():
+            if name not in self._names and len(self._names) >= MAX_COLUMNS:
+                continue
+            self._names[name] = None
+            line.last[name] = value
+            if math.isfinite(value):
+                line.sums[name], line.counts[name] = value, 1
+            else:
+                line.not_finite[name] = 1
+        if self.points and self.points[-1].lines < self._width:
+            self.points[-1].join(line)
+            return
+        if len(self.points) == MAX_POINTS:
+            self._join_pairs()
+        self.points.append(line)
+
+    def _join_pairs(self) -> None:
+        for kept, joined in zip(self.points[::2], self.points[1::2], strict=True):
+            kept.join(joined)
+        del self.points[1::2]
+        self._width *= 2
+
+    def log(self, skipped: int) -> LoggedRun:
+        last: dict[str, float] = {}
+        for point in self.points:
+            last |= point.last
+        steps = np.array([point.step_sum / point.lines for point in self.points])
+        curves = {
+            name: Curve(
+                steps,
+                np.array([point.value(name) for point in self.points]),
+                last[name],
+                sum(point.not_finite.get(name, 0) for point in self.points),
+            )
+            for name in self._names
+            if name in last
+        }
+        return LoggedRun(
+            curves=curves,
+            last_step=self.points[-1].last_step,
+            lines=sum(point.lines for point in self.points),
+            lines_a_point=self._width,
+            skipped_lines=skipped,
+        )
+
+
+def _numbers(line: str) -> dict[str, float] | None:
+    """The line's numbers by name, infinity for what is not finite; None if it has no step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    numbers = {}
+    for name, value in row.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            numbers[name] = number if math.isfinite(number) else math.inf
+    return numbers if math.isfinite(numbers.get(_STEP, math.inf)) else None

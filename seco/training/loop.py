@@ -1,0 +1,310 @@
+"""The training loop: agree with the other processes, step, log, save, stop, fail.
+
+Pre-training, fine-tuning and tracking are subclasses that say what a batch, a step and its figures
+are. What a step has done is logged before it is saved, so that a run that goes on from a checkpoint
+writes the lines after it and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from seco.processes.ranks import Ranks
+from seco.processes.stopping import StopRequest, StopWaiting
+from seco.training.logging import RunLog
+from seco.training.state import RunState
+from shards.atomic import write_text
+from shards.errors import InputError, PeerLost, Stopped
+from shards.progress import Progress, progress
+from shards.settings import as_settings
+
+CONFIG = "config.toml"
+_SAMPLES_JUDGED = 1000  # before so many a percentage of unreadable ones says little
+
+
+class Replacing(Protocol):
+    """A batch in which other samples stand for what could not be read."""
+
+    @property
+    def unreadable(self) -> Sequence[str]:
+        """Why, of each."""
+
+
+_Batch = TypeVar("_Batch", bound=Replacing)
+_Any = TypeVar("_Any")
+_Result = TypeVar("_Result")
+
+
+class TrainingRun(ABC, Generic[_Batch, _Result]):
+    """One process of a run.
+
+    Subclasses set the attributes, say what is abstract, and may override what does nothing here.
+
+    Attributes:
+        command: of the command line, for messages.
+        title: of the progress display.
+        replaced_by: what takes the place of something unreadable.
+        config: resolved settings (:class:`seco.config.TrainingConfig`).
+        ranks: the processes of the run.
+        out: its folder.
+        state: its checkpoints and position.
+        steps_per_epoch: of this run.
+        images_per_step: of all ranks.
+    """
+
+    command: str
+    title: str
+    replaced_by = "video"
+    config: Any
+    ranks: Ranks
+    out: Path
+    state: RunState
+    steps_per_epoch: int
+    images_per_step: int
+    _everyone: NDArray[np.float64]
+
+    @abstractmethod
+    def _batches(self, first: int, last: int) -> AbstractContextManager[Iterator[_Batch]]:
+        """This rank's batches of the steps from ``first`` to before ``last``."""
+
+    @abstractmethod
+    def _train_step(self, batch: _Batch, lr: float) -> _Result:
+        """Train on this rank's part of a batch."""
+
+    @abstractmethod
+    def _learning_rate(self) -> float:
+        """Of the next step."""
+
+    @abstractmethod
+    def _figures(self, result: _Result) -> dict[str, float]:
+        """The step's figures of all ranks by name, among them ``loss``."""
+
+    @abstractmethod
+    def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+        """The end of the progress line."""
+
+    def _told(self, batch: _Batch | None) -> NDArray[np.float64]:
+        """(n, F) numbers that the other ranks are told of this batch; n ≥ 1 and F never change."""
+        return np.zeros((1, 0))
+
+    def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
+        """Before the first batch, of a resumed run too."""
+
+    def _evaluates(self, epoch: int, last: bool) -> bool:
+        """Whether :meth:`_evaluate` is called after this epoch."""
+        return False
+
+    def _evaluate(self) -> dict[str, float]:
+        """More figures to log with the step's."""
+        return {}
+
+    def _look(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        """At every logged step."""
+
+    def _require_unchanged(self) -> None:
+        """Before the last save: raises InputError when something frozen has changed."""
+
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run."""
+        return int(self.config.epochs) * self.steps_per_epoch
+
+    def run(self) -> Path:
+        """Train to the end; returns the last checkpoint.
+
+        Raises:
+            InputError: the loss is no longer finite; too many samples cannot be read; a checkpoint
+                cannot be written.
+            Stopped: a signal came; everything is saved.
+            PeerLost: another process ended, and has said why.
+        """
+        with self._under_way() as (log, stop, shown):
+            try:
+                self._begin(log, stop)
+                with self._batches(self.state.step, self.total_steps) as batches:
+                    self._steps(batches, log, stop, shown)
+            finally:
+                self.state.finish()
+        return self.state.last
+
+    def _steps(
+        self, batches: Iterator[_Batch], log: RunLog | None, stop: StopRequest, shown: Progress
+    ) -> None:
+        config, state = self.config, self.state
+        waiting, logged_step = Waiting(), state.step
+        while state.step < self.total_steps:
+            batch = waiting.next(batches, stop)
+            if self._stopping(batch) or batch is None:
+                raise self._saved_and_stopped(stop)
+            lr = self._learning_rate()
+            result = self._train_step(batch, lr)
+            state.step += 1
+            state.check()
+            epoch, rest = divmod(state.step, self.steps_per_epoch)
+            last = state.step == self.total_steps
+            evaluated = rest == 0 and self._evaluates(epoch, last)
+            kept = rest == 0 and epoch % config.keep_every_epochs == 0
+            saved = last or state.step % config.checkpoint_every_steps == 0
+            logged = last or evaluated or state.step % config.log_every == 0
+            if saved or logged or kept:
+                metrics = self._metrics(result, lr)  # which refuse what is not worth saving
+            if last:
+                self._require_unchanged()
+            if logged:
+                speed = waiting.speed((state.step - logged_step) * self.images_per_step)
+                self._look(metrics, speed)
+                if evaluated:
+                    metrics |= self._evaluate()
+                if log is not None:
+                    log.log(state.step, metrics, speed)
+                waiting.restart()
+                logged_step = state.step
+                shown.advance(0, self._status(metrics, speed))
+            if saved:
+                state.save()  # after the line: a run that goes on from here does not write it again
+            shown.advance()
+            if kept:
+                state.keep_epoch(epoch)
+
+    def _metrics(self, result: _Result, lr: float) -> dict[str, Any]:
+        """A line of ``metrics.jsonl``.
+
+        Raises:
+            InputError: the loss is no number.
+        """
+        figures = self._figures(result)
+        loss = figures.pop("loss")
+        if not math.isfinite(loss):
+            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
+        epoch = (self.state.step - 1) // self.steps_per_epoch
+        unreadable = self.state.unreadable
+        return {"epoch": epoch, "loss": loss, "lr": lr, **figures, "unreadable": unreadable}
+
+    def _require_agreement(self) -> None:
+        """All processes must be about to do the same, or they would wait for each other."""
+        if not self.ranks.agree(repr(self.state.plan())):
+            raise self._told_once(
+                InputError(
+                    "the processes do not see the same run: other settings, videos or checkpoints",
+                    self.out,
+                    "put --out and --shards where all machines see them",
+                )
+            )
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[tuple[RunLog | None, StopRequest, Progress]]:
+        """The log (of the first rank), the signals and the progress display of the loop."""
+        with contextlib.ExitStack() as open_things:
+            log = None
+            if self.ranks.first:
+                write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
+                log = RunLog(self.out, self.state.step or -1)
+                open_things.callback(log.close)
+            stop = open_things.enter_context(StopRequest())
+            shown = open_things.enter_context(
+                progress(
+                    *(self.title, self.total_steps, "steps", self.state.step),
+                    quiet=not self.ranks.first,
+                )
+            )
+            yield log, stop, shown
+
+    def _saved_and_stopped(self, stop: StopRequest) -> Stopped:
+        """Save everything; raises InputError when that fails."""
+        with contextlib.suppress(InputError):
+            self.state.finish()  # whatever became of an earlier one, this one is tried
+        self.state.save()
+        self.state.finish()
+        self.ranks.wait()  # nobody ends before everything is saved
+        if not self.ranks.first:
+            return Stopped("")
+        return Stopped(
+            f"{stop.signal_name or 'another process was stopped'}: saved step {self.state.step} of "
+            f"{self.total_steps} in {self.state.last}; go on with the same command and "
+            "--resume auto"
+        )
+
+    def _stopping(self, batch: _Batch | None, counted: bool = True) -> bool:
+        """Whether any rank was told to stop.
+
+        This is the one exchange of the hosts a step; ``_everyone`` is what they :meth:`_told`.
+
+        Args:
+            batch: this rank's; None when it was told to stop.
+            counted: whether this batch is trained on, so that its unreadable samples count.
+        """
+        unreadable = batch.unreadable if batch is not None and counted else []
+        for reason in unreadable:
+            self._tell(f"unreadable, replaced by another {self.replaced_by}: {reason}")
+        told = self._told(batch)
+        mine = np.column_stack([np.zeros((len(told), 2)), told])
+        mine[0, :2] = batch is None, len(unreadable)
+        everyone = self.ranks.gather_host(mine)
+        stopping = bool(everyone[:, 0].any())
+        if not stopping:  # else the batch comes again
+            self._note_unreadable(int(everyone[:, 1].sum()))
+        self._everyone = everyone[:, 2:]
+        return stopping
+
+    def _note_unreadable(self, count: int) -> None:
+        """Count samples of the step that no rank could read; InputError when they are too many."""
+        state, config = self.state, self.config
+        state.unreadable += count
+        judged = max(_SAMPLES_JUDGED, (state.step + 1) * config.batch_size)
+        if state.unreadable > config.max_unreadable / 100 * judged:
+            raise self._told_once(
+                InputError(
+                    f"{state.unreadable} samples could not be read by step {state.step + 1}, more "
+                    f"than --max-unreadable {config.max_unreadable} % allows",
+                    "--shards",
+                    "prepare or copy the named shards again",
+                )
+            )
+
+    def _told_once(self, error: InputError) -> Exception:
+        """All ranks end for the same reason; the first one says it."""
+        return error if self.ranks.first else PeerLost()
+
+    def _say(self, message: str) -> None:
+        if self.ranks.first:
+            self._tell(message)
+
+    def _tell(self, message: str) -> None:
+        print(f"seco {self.command}: {message}", file=sys.stderr, flush=True)
+
+
+class Waiting:
+    """The batches of a loop, and how long it waited for them since ``restart``."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window of time."""
+        self._began, self._waited = time.perf_counter(), 0.0
+
+    def next(self, batches: Iterator[_Any], stop: StopRequest) -> _Any | None:
+        """The next batch; None when a signal came: the other ranks have to be told."""
+        asked = time.perf_counter()
+        batch = None
+        with contextlib.suppress(StopWaiting), stop.while_waiting():
+            batch = next(batches)
+        self._waited += time.perf_counter() - asked
+        return batch
+
+    def speed(self, images: int) -> dict[str, float]:
+        """Images a second, and the share of the time that went in waiting."""
+        elapsed = time.perf_counter() - self._began
+        return {"images_per_s": images / elapsed, "data_wait": self._waited / elapsed}

@@ -1,0 +1,491 @@
+"""The training loop of ``seco pretrain``, on one process or many.
+
+Is the run healthy? Losses beside their chance levels, and warnings a user can act on.
+
+A kNN on labelled shards every few epochs: does the backbone learn what classes share?
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from seco.checkpoints.convert import AUTHORS, SHARED, EncoderWeights, Layer, Weights, read_weights
+from seco.config import TASKS, PretrainConfig, negative_count, peak_lr, resolve_pretrain
+from seco.data.frames import VideoFrames
+from seco.data.loader import Batch, DeviceViews, TripletLoader
+from seco.data.transforms import VIEW_DRAWS, normalise, view_config
+from seco.data.triplets import VIEWS
+from seco.evaluation.knn import knn_scores
+from seco.models.seco import SeCo, StepResult, spread
+from seco.processes.device import loader_workers, resolve_device
+from seco.processes.ranks import Ranks, joined, one_voice
+from seco.processes.stopping import StopRequest
+from seco.schedule import learning_rate
+from seco.training.logging import RunLog
+from seco.training.loop import TrainingRun
+from seco.training.state import RunState, checkpoint_to_resume, resumed_settings
+from seco.training.step import GlobalRows, TrainingStep, for_device
+from shards.atomic import require_writable
+from shards.errors import InputError
+from shards.opening import CacheSettings, open_shards, open_stream
+
+_ORDER_TRIAL_EPOCHS = 20  # at chance after so many: the clips may have no direction of time
+_CHANCE_BAND = 0.02  # of the accuracy; 0.5 is chance
+_COLLAPSED = 0.1  # of the spread; 1 is evenly over the sphere
+_WAITS_TOO_LONG = 0.2  # share of the time
+_SETTLED_STEPS = 50  # the loader fills its buffers first
+_ORDER_LOOKS = 20  # at least
+_MEMORY = 0.9  # of the running mean of the order accuracy
+
+
+def chance_levels(config: PretrainConfig) -> dict[str, float]:
+    """The loss of each task when nothing is known: ln(1 + K), ln 3 or ln 2, ln 2."""
+    intra = 3 if config.intra == "three-way" else 2
+    return {
+        "inter": math.log(1 + negative_count(config.queue_size, config.batch_size)),
+        "intra": math.log(intra),
+        "order": math.log(2),
+    }
+
+
+def status(metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+    """The end of the progress line."""
+    parts = [f"{t} {metrics[f'loss_{t}']:.3f}" for t in TASKS if f"loss_{t}" in metrics]
+    accuracies = [f"{metrics[f'acc_{t}']:.0%}" for t in TASKS if f"acc_{t}" in metrics]
+    queue = f"queue {metrics['queue_fill']:.0%}, " if "queue_fill" in metrics else ""
+    return (
+        f"loss {metrics['loss']:.3f} ({', '.join(parts)}), right {'/'.join(accuracies)}, "
+        f"spread {metrics['feature_std']:.2f}, {queue}"
+        f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
+    )
+
+
+class Health:
+    """Looks at every logged step and says each kind of trouble once.
+
+    Args:
+        config: resolved settings.
+        say: shows a line to the user.
+    """
+
+    def __init__(self, config: PretrainConfig, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: set[str] = set()
+        self._begun_at: int | None = None
+        self._order: float | None = None
+        self._looks = 0
+        chance = chance_levels(config)
+        levels = ", ".join(f"{t} {chance[t]:.3f}" for t in TASKS if t in config.tasks.split(","))
+        say(f"loss at chance: {levels}")
+
+    def look(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        """Warn of what these figures show.
+
+        Args:
+            step: steps done.
+            metrics: of the step.
+            speed: since the last look.
+        """
+        if self._begun_at is None:
+            self._begun_at = step
+        if "acc_order" in metrics:
+            accuracy = float(metrics["acc_order"])
+            before = accuracy if self._order is None else self._order
+            self._order = _MEMORY * before + (1 - _MEMORY) * accuracy
+            self._looks += 1
+            at_chance = self._looks >= _ORDER_LOOKS and abs(self._order - 0.5) < _CHANCE_BAND
+            if metrics["epoch"] >= _ORDER_TRIAL_EPOCHS and at_chance:
+                self._warn(
+                    "order",
+                    f"order is still guessed after {metrics['epoch']} epochs: the clips may have "
+                    "no direction of time; --tasks inter,intra leaves the task out",
+                )
+        if metrics["feature_std"] < _COLLAPSED:
+            self._warn(
+                "spread",
+                f"the embeddings collapse (spread {metrics['feature_std']:.3f} of 1): lower --lr",
+            )
+        if step - self._begun_at > _SETTLED_STEPS and speed["data_wait"] > _WAITS_TOO_LONG:
+            self._warn(
+                "data",
+                f"{speed['data_wait']:.0%} of the time goes in waiting for data: raise --workers, "
+                "keep the shards on a local disk, or give --decode nvjpeg on a GPU",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self._say(f"warning: {message}")
+
+
+_FRAMES = 5  # of each video: a trend needs no more
+_CROP_OF_EDGE = 224 / 256
+_HELD_OUT = 2  # without splits every second video of the set is the test
+
+
+class OnlineKnn:
+    """Accuracy of a kNN on the mean backbone feature of a few frames of each video.
+
+    Training videos vote for test videos where the shards have splits; without, even videos for odd
+    ones. The ranks share the videos.
+
+    Args:
+        config: resolved settings.
+        device: this rank's.
+        ranks: the processes of the run.
+
+    Raises:
+        InputError: the shards have no labels.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device, ranks: Ranks) -> None:
+        self._every = config.knn_every_epochs
+        self._device = device
+        self._ranks = ranks
+        self._shards = open_shards(config.knn_shards)
+        self._labels = self._shards.labels.astype(np.int64)
+        size = config.crop_size
+        short_edge = max(size, round(size / _CROP_OF_EDGE))
+        self._frames = VideoFrames(self._shards, _FRAMES, short_edge, size)
+        labelled = self._labels >= 0
+        train, test = self._split()
+        self._train, self._test = train & labelled, test & labelled
+        self._untrained: float | None = None
+        if not self._train.any() or not self._test.any():
+            raise InputError(
+                "hold no labelled videos to vote or to be judged", "--knn-shards", "name others"
+            )
+
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        for values in self._shards.splits.values():
+            names = np.array([value or "" for value in values])
+            if (names == "train").any() and (names != "train").any():
+                return names == "train", (names != "train") & (names != "")
+        odd = np.arange(len(self._shards)) % _HELD_OUT == 1
+        return ~odd, odd
+
+    def due(self, epoch: int, last: bool) -> bool:
+        """Whether it is to be done after this epoch: every few, and after the last."""
+        return last or epoch % self._every == 0
+
+    def figures(self, model: SeCo) -> dict[str, float]:
+        """``knn_top1``; nothing if no video can be read."""
+        features = self._features(model)
+        known = np.isfinite(features).all(axis=1)
+        train, test = self._train & known, self._test & known
+        if not train.any() or not test.any():
+            return {}
+        classes, votes = knn_scores(features[train], self._labels[train], features[test])
+        right = classes[votes.argmax(1)] == self._labels[test]
+        return {"knn_top1": float(right.mean())}
+
+    def sentence(self, step: int, found: Mapping[str, float]) -> str:
+        """What the figures of a step say, beside the untrained network's where they are known."""
+        if not found:
+            return "kNN: no video can be read"
+        top1 = found["knn_top1"]
+        if step == 0:
+            self._untrained = top1
+            return f"kNN, untrained: {top1:.1%} of {int(self._test.sum())} videos are right"
+        beside = "" if self._untrained is None else f"; untrained {self._untrained:.1%}"
+        return f"kNN, step {step}: {top1:.1%}{beside}"
+
+    @torch.no_grad()
+    def _features(self, model: SeCo) -> np.ndarray:
+        """(V, C), NaN where a video cannot be read."""
+        backbone = model.query_encoder.backbone
+        self._ranks.from_first(backbone.buffers())  # the running statistics that are saved
+        share = -(-len(self._shards) // self._ranks.size)
+        mine = range(
+            self._ranks.rank * share, min((self._ranks.rank + 1) * share, len(self._shards))
+        )
+        rows: list[np.ndarray] = []
+        with _evaluating(backbone):
+            for video in mine:
+                frames, reason = self._frames.video(video)
+                if reason:
+                    rows.append(np.full(0, np.nan))
+                    continue
+                feature = backbone(normalise(frames.to(self._device))).float().mean(0)
+                rows.append(feature.cpu().numpy().astype(np.float64))
+        width = self._ranks.gather_host(np.array([[max((len(r) for r in rows), default=0)]]))
+        padded = np.full((share, int(width.max())), np.nan)
+        for place, row in enumerate(rows):
+            padded[place, : len(row)] = row
+        everyone: np.ndarray = self._ranks.gather_host(padded)[: len(self._shards)]
+        return everyone
+
+
+@contextlib.contextmanager
+def _evaluating(backbone: torch.nn.Module) -> Any:
+    backbone.eval()
+    try:
+        yield
+    finally:
+        backbone.train()
+
+
+def initialise(model: SeCo, config: PretrainConfig) -> None:
+    """Load ``--init`` into a new model and say in one line what was taken.
+
+    Both encoders start from the file's query encoder, as in MoCo; from the authors' own SeCo each
+    starts from its counterpart. A head is taken where the file has one of its name; a file's one
+    head for all is copied into each (so do the authors with MoCo v2's). The queue is never taken:
+    its keys are of other images. The key encoder takes the BatchNorm statistics, too, which the
+    authors' code leaves new; in training, nothing reads them.
+
+    Raises:
+        InputError: the file cannot be used, or holds another architecture.
+    """
+    path = Path(str(config.init))
+    weights = read_weights(path)
+    if weights.arch != config.arch:
+        raise InputError(
+            f"holds a {weights.arch}, not a {config.arch}", path, f"give --arch {weights.arch}"
+        )
+    query = weights.query
+    key = weights.key if weights.layout == AUTHORS and weights.key is not None else query
+    model.query_encoder.backbone.load_state_dict(query.backbone, strict=True)
+    model.key_encoder.backbone.load_state_dict(key.backbone, strict=True)
+    heads = [name for name in model.query_encoder.heads if _take_head(model, name, query, key)]
+    classified = model.head_of.get("order") in heads and _take(
+        model.order_classifier, query.order_classifier
+    )
+    if os.environ.get("RANK", "0") == "0":  # once for a run of several processes
+        said = _summary(weights, model, heads, classified, own_key=key is not query)
+        print(f"seco pretrain: --init {path}: {said}", file=sys.stderr, flush=True)
+
+
+def _take_head(model: SeCo, name: str, query: EncoderWeights, key: EncoderWeights) -> bool:
+    source = name if name in query.heads else SHARED
+    return _take(model.query_encoder.heads[name], query.heads.get(source)) and _take(
+        model.key_encoder.heads[name], key.heads.get(source)
+    )
+
+
+def _take(module: nn.Module, layer: Layer | None) -> bool:
+    """Load ``layer`` if it is there and fits (a head of another width stays new)."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    if layer is None or {name: tensor.shape for name, tensor in layer.items()} != shapes:
+        return False
+    module.load_state_dict(layer, strict=True)
+    return True
+
+
+def _summary(
+    weights: Weights, model: SeCo, heads: list[str], classified: bool, own_key: bool
+) -> str:
+    """One line: what the file is, what came from it, what of it stays there, what starts new."""
+    new = [name for name in model.query_encoder.heads if name not in heads]
+    copied = " (its one head)" if heads and set(heads).isdisjoint(weights.query.heads) else ""
+    used = {name if name in weights.query.heads else SHARED for name in heads}
+    unused = [name for name in weights.query.heads if name not in used]
+    taken = ["the backbone"]
+    taken += [f"{_named_heads(heads)}{copied}"] if heads else []
+    taken += ["the order classifier"] if classified else []
+    taken += ["the key encoder"] if own_key else []
+    left = [*weights.left, *([_named_heads(unused)] if unused else [])]
+    left += ["order classifier"] if weights.query.order_classifier and not classified else []
+    left += ["key encoder"] if weights.key is not None and not own_key else []
+    left += ["queue"] if weights.queue is not None else []
+    parts = [f"{weights.description()}: took {', '.join(taken)}"]
+    parts += [f"left its {', '.join(left)}"] if left else []
+    parts += [f"new: {_named_heads(new)}"] if new else []
+    return "; ".join(parts)
+
+
+def _named_heads(names: list[str]) -> str:
+    return f"head{'s' if len(names) > 1 else ''} {'/'.join(names)}"
+
+
+_DRAWN = VIEWS * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
+_ORDER, _VIDEO, _COLUMNS = range(_DRAWN, _DRAWN + 3)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run or resume a pre-training on the processes there are; returns its last checkpoint.
+
+    Raises:
+        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
+            longer finite; too many samples cannot be read.
+        Stopped: a signal came; everything is saved.
+        PeerLost: another process ended, and has said why.
+    """
+    device = resolve_device(config.device)
+    with joined(device) as ranks:
+        with one_voice():
+            trainer = Trainer(_adopted(resolve_pretrain(config, ranks.size), config), ranks, device)
+        return trainer.run()
+
+
+def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
+    """Take BatchNorm's groups and the learning rate of the resumed run unless they are given.
+
+    The default of the groups depends on the number of processes, which may be another now; that of
+    the learning rate was 0.2 for every batch size in runs of earlier versions.
+    """
+    left_open = [name for name in ("bn_group", "lr") if getattr(given, name) is None]
+    run = resumed_settings(given.out, given.resume) if left_open else {}
+    kept = {name: run[name] for name in left_open if name in run}
+    return dataclasses.replace(resolved, **kept)
+
+
+class Trainer(TrainingRun[Batch, StepResult]):
+    """Everything of one process of a run: data, model, optimizer, log, position."""
+
+    command, title = "pretrain", "Pre-training"
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        ranks: Ranks | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.ranks = ranks = ranks or Ranks()
+        self.device = device = device or resolve_device(config.device)
+        if config.out and ranks.first:
+            require_writable(Path(config.out))  # before anything that takes long
+        self.stream = open_stream(
+            config.shards,
+            config.batch_size,
+            config.sampling or "uniform",
+            config.seed,
+            cache=CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None,
+            window_shards=config.window_shards,
+            steps_per_epoch=config.steps_per_epoch,
+            split=config.split,
+            rank=ranks.rank,
+            world_size=ranks.size,
+        )
+        self.out = Path(config.out or f"runs/{self.stream.name}")
+        # The window that was chosen is written down: another one would be another order.
+        window = self.stream.window_shards if config.steps_per_epoch is None else None
+        self.config = config = dataclasses.replace(config, out=str(self.out), window_shards=window)
+        if ranks.first:
+            require_writable(self.out)
+        checkpoint = checkpoint_to_resume(self.out, config.resume)
+        if config.decode == "nvjpeg" and device.type != "cuda":
+            raise InputError("nvjpeg needs a GPU", "--decode", "leave it out")
+        if self.stream.left_out:
+            self._say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
+        self.steps_per_epoch = self.stream.steps_per_epoch
+        self.images_per_step = config.batch_size * VIEWS
+        torch.manual_seed(config.seed)
+        model = SeCo(config)
+        if config.init and checkpoint is None:
+            initialise(model, config)
+        self.model = model.to(device).train()
+        self.view_config = view_config(config)
+        self.device_views = DeviceViews(device, config.crop_size, self.view_config)
+        self.knn = OnlineKnn(config, device, ranks) if config.knn_shards else None
+        self.step = TrainingStep(
+            model,
+            for_device(config, device),
+            self.view_config,
+            self.device_views,
+            ranks,
+            device,
+        )
+        self.state = RunState(
+            self.out,
+            config,
+            model,
+            self.step.optimizer,
+            self.stream.digest(),
+            writes=ranks.first,
+        )
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+            self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
+        self.health = Health(config, self._say)
+        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+
+    @contextlib.contextmanager
+    def _batches(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
+        loader = TripletLoader(
+            self.stream,
+            self.config.crop_size,
+            self.view_config,
+            workers=loader_workers(self.config.workers, self.device),
+            first_step=first,
+            last_step=last,
+            decode=self.config.decode,
+            views_on=self.config.views_on,
+            pin=self.device.type == "cuda",
+        )
+        with loader, contextlib.closing(iter(loader)) as batches:
+            yield batches
+
+    def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
+        """What the untrained network is worth."""
+        if self.knn is not None and self.state.step == 0:
+            found = self._evaluate()
+            if log is not None:
+                log.log(0, found, {})
+
+    def _evaluates(self, epoch: int, last: bool) -> bool:
+        return self.knn is not None and self.knn.due(epoch, last)
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.knn is not None
+        found = self.knn.figures(self.model)
+        self._say(self.knn.sentence(self.state.step, found))
+        return found
+
+    def _look(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        self.health.look(self.state.step, metrics, speed)
+
+    def _told(self, batch: Batch | None) -> NDArray[np.float64]:
+        """Draws, order and video of each row: the shuffle hands its views to another rank."""
+        n = self.stream.rows
+        told = np.zeros((n, _COLUMNS))
+        if batch is not None:
+            told[:, :_DRAWN] = batch.uniform.transpose(1, 0, 2).reshape(n, _DRAWN)
+            told[:, _ORDER], told[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
+        return told
+
+    def _train_step(self, batch: Batch, lr: float) -> StepResult:
+        rows = self._everyone
+        uniform = rows[:, :_DRAWN].reshape(-1, VIEWS, VIEW_DRAWS).transpose(1, 0, 2)
+        known = GlobalRows(
+            uniform=uniform,
+            order=torch.from_numpy(rows[:, _ORDER].astype(np.int64)),
+            videos=torch.from_numpy(rows[:, _VIDEO].astype(np.int64)),
+        )
+        return self.step.run(self.device_views.crops(batch), known, self.state.step, lr)
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.state.step,
+            base_lr=peak_lr(self.config),
+            final_lr=self.config.final_lr or 0.0,
+            warmup_epochs=self.config.warmup_epochs or 0,
+            epochs=self.config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _figures(self, result: StepResult) -> dict[str, float]:
+        names = ["loss", *result.figures]
+        scalars = torch.stack([result.loss.float(), *(v.float() for v in result.figures.values())])
+        means = self.ranks.mean(torch.cat([scalars, result.moments.float().flatten()]))
+        moments = means[len(scalars) :].view_as(result.moments)
+        figures = dict(zip(names, means[: len(scalars)].tolist(), strict=True))
+        figures["feature_std"] = float(spread(moments))
+        if self.config.queue_size:
+            figures["queue_fill"] = self.model.queue.fill
+        return figures
+
+    def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+        return status(metrics, speed)

@@ -1,0 +1,198 @@
+"""The checkpoints of a run: what they hold, when they are kept, how a run goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from seco.checkpoints.io import LAST, CheckpointWriter, load_checkpoint
+from shards.errors import InputError, PeerLost
+from shards.settings import as_settings, resumable_settings
+
+
+class TrainedModel(Protocol):
+    """A module that says which of its parameters are trained."""
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Take them."""
+
+
+class RunState:
+    """Model, optimizer and position of a run, saved into its folder.
+
+    Args:
+        folder: of the run.
+        config: resolved settings, a settings dataclass.
+        model: whose state is saved.
+        optimizer: of it.
+        videos: digest of what is trained on.
+        writes: whether this process is the one that saves.
+        about: more plain values and tensors that every checkpoint holds.
+
+    Attributes:
+        step: steps done, over all epochs.
+        unreadable: samples that had to be replaced so far, on all ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        model: TrainedModel,
+        optimizer: torch.optim.Optimizer,
+        videos: str,
+        *,
+        writes: bool,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.step = 0
+        self.unreadable = 0
+        self._folder = folder
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._videos = videos
+        self._may_differ = resumable_settings(config)
+        self._about = dict(about or {})
+        self._writer = CheckpointWriter() if writes else None
+
+    @property
+    def last(self) -> Path:
+        """Where the newest checkpoint is."""
+        return self._folder / LAST
+
+    def save(self, path: Path | None = None) -> None:
+        """Take everything as it is now and write it in the background, to ``last.pt`` by default.
+
+        Raises:
+            InputError: a weight is not finite, or an earlier checkpoint could not be written.
+        """
+        self._require_finite_weights()
+        if self._writer is not None:
+            self._writer.save(path or self.last, self._content())
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Save ``epoch-0100.pt`` and drop the oldest of them."""
+        self.save(self._folder / f"epoch-{epoch:04d}.pt")
+        if self._writer is not None:
+            self._writer.then(self._drop_oldest)
+
+    def check(self) -> None:
+        """Raises InputError when what was saved turned out not to be writable."""
+        if self._writer is not None:
+            self._writer.check()
+
+    def finish(self) -> None:
+        """Wait until what was saved is on disk; raises InputError when it could not be written."""
+        if self._writer is not None:
+            self._writer.finish()
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is of other settings or videos, or does not fit.
+        """
+        content = load_checkpoint(path)
+        if "optimizer" not in content or "videos" not in content:
+            raise InputError("is no run to go on with", path, "start from it with --init")
+        differing = {
+            name: value
+            for name, value in as_settings(self._config).items()
+            if name not in self._may_differ and content["config"].get(name) != value
+        }
+        if differing:
+            name = next(iter(differing))
+            raise InputError(
+                f"was made with {name} = {content['config'].get(name)}, not {differing[name]}",
+                path,
+                "resume with the run's own settings (its config.toml)",
+            )
+        if content["videos"] != self._videos:
+            raise InputError("was made on other videos", path, "resume on the same --shards")
+        try:
+            self._model.load_state_dict(content["model"], strict=True)
+            self._optimizer.load_state_dict(content["optimizer"])
+            torch.set_rng_state(content["torch_rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError("does not fit this run", path, "give the run's own last.pt") from error
+        self.step = content["step"]
+        self.unreadable = content["unreadable"]
+
+    def not_finite(self, what: str) -> InputError:
+        """What is told when the run has diverged."""
+        with suppress(InputError):
+            self.finish()
+        kept = f"the last good checkpoint is {self.last}"
+        return InputError(
+            f"{what} is not finite at step {self.step}; "
+            + (kept if self.last.is_file() else "none was saved yet"),
+            "--lr",
+            "lower the learning rate",
+        )
+
+    def plan(self) -> object:
+        """What all processes of a run must be about to do alike."""
+        settings = as_settings(self._config).items()
+        same = sorted((name, value) for name, value in settings if name not in self._may_differ)
+        return (self.step, same, self._videos)
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            **self._about,
+            "config": as_settings(self._config),
+            "step": self.step,
+            "unreadable": self.unreadable,
+            "videos": self._videos,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def _require_finite_weights(self) -> None:
+        """A step can spoil the weights while its own loss was still a number."""
+        sums = torch.stack([p.detach().sum() for p in self._model.trained_parameters()])
+        if not bool(torch.isfinite(sums).all()):
+            raise self.not_finite("a weight") if self._writer is not None else PeerLost()
+
+    def _drop_oldest(self) -> None:
+        kept = sorted(self._folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
+        for old in kept[: -self._config.keep]:
+            old.unlink()
+
+
+def resumed_settings(folder: str | None, resume: str | None) -> dict[str, Any]:
+    """The settings of the run being resumed; none for a new run."""
+    if resume is None or folder is None:
+        return {}
+    checkpoint = checkpoint_to_resume(Path(folder), resume)
+    return {} if checkpoint is None else dict(load_checkpoint(checkpoint)["config"])
+
+
+def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint that ``--resume`` means; None for a new run.
+
+    Raises:
+        InputError: the folder holds a run and nothing is said of resuming it.
+    """
+    last = folder / LAST
+    if resume == "auto":
+        return last if last.is_file() else None
+    if resume is not None:
+        return Path(resume)
+    if last.is_file():
+        raise InputError(
+            "holds a run already", folder, "give --resume auto to go on, or another --out"
+        )
+    return None

@@ -1,0 +1,210 @@
+"""One training step, on one rank or many: what is exchanged, encoded, differentiated and updated.
+
+A rank works on one BatchNorm group at a time: first the groups of its key images, without
+gradients, then those of its queries, forward and backward, whose gradients add up. So memory holds
+the activations of one group at most, every forward has the same shape, and all queries see the
+queue as it was before the step; without a queue, the keys of the step itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from seco.config import PretrainConfig, peak_lr
+from seco.data.loader import DeviceViews
+from seco.data.transforms import VIEW_DRAWS, ViewConfig, draw_views
+from seco.models.seco import KeyShuffle, SeCo, StepResult
+from seco.processes.device import compile_faults, compiler_works, to_device, uses_bf16
+from seco.processes.ranks import Ranks, distributed, synchronised
+
+_BACKEND = "inductor"
+
+
+@dataclass(frozen=True)
+class GlobalRows:
+    """What all ranks know of a batch of N rows."""
+
+    uniform: NDArray[np.float64]  # (4, N, 13) what the views are drawn from
+    order: Tensor  # (N,)
+    videos: Tensor  # (N,)
+
+
+def for_device(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+    """Decide what is left to the device: precision, memory format and compiling."""
+    on_gpu = device.type == "cuda"
+    return dataclasses.replace(
+        config,
+        precision="bf16" if uses_bf16(config.precision, device) else "fp32",
+        channels_last=on_gpu if config.channels_last is None else config.channels_last,
+        compile=on_gpu if config.compile is None else config.compile,
+    )
+
+
+class TrainingStep:
+    """Runs steps of a model.
+
+    Args:
+        model: on the device, in training mode.
+        config: resolved settings, decided for the device (:func:`for_device`).
+        views: how views are drawn.
+        device_views: makes them.
+        ranks: the processes of the run.
+        device: this rank's.
+    """
+
+    def __init__(
+        self,
+        model: SeCo,
+        config: PretrainConfig,
+        views: ViewConfig,
+        device_views: DeviceViews,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self._config = config
+        self._views = views
+        self._ranks = ranks
+        self._device = device
+        self._device_views = device_views
+        self._share = config.batch_size // ranks.size
+        self._group = config.bn_group or self._share
+        self._autocast = config.precision == "bf16"
+        self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self._compiled = bool(config.compile) and compiler_works(device)
+        if self._compiled:
+            for encoder in (model.query_encoder, model.key_encoder):
+                encoder.compile(backend=_BACKEND, dynamic=False)  # their forward is shared code
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # a group's shape never changes
+        self.optimizer = torch.optim.SGD(
+            model.trained_parameters(),
+            lr=peak_lr(config),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._losses = distributed(model, ranks, device)
+
+    def run(self, crops: Tensor, known: GlobalRows, step: int, lr: float) -> StepResult:
+        """Train on this rank's part of a batch.
+
+        Args:
+            crops: (4, n, 3, S, S) of this rank's rows, on the device.
+            known: of all ranks.
+            step: counted over epochs; seeds the shuffle.
+            lr: the learning rate.
+
+        Returns:
+            loss and figures of this rank's rows.
+
+        Raises:
+            InputError: torch.compile fails on the encoders.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        order, videos = (to_device(t, self._device) for t in (known.order, known.videos))
+        with compile_faults() if self._compiled else nullcontext():
+            keys = self._keys(crops, known, step)
+            if not self._config.queue_size:
+                self.model.append_keys(keys, videos)
+            self.optimizer.zero_grad(set_to_none=True)
+            results = self._queries(crops[0], keys, known, order, videos)
+        self.optimizer.step()
+        if self._config.queue_size:
+            self.model.append_keys(keys, videos)
+        self.model.update_key_encoder()
+        return _mean(results)
+
+    def _keys(self, crops: Tensor, known: GlobalRows, step: int) -> dict[str, Tensor]:
+        """For each head (3, N, D), the keys of the global batch."""
+        config, ranks = self._config, self._ranks
+        generator = torch.Generator().manual_seed(step_seed(config.seed, step))
+        shuffle = KeyShuffle(config.batch_size, ranks.rank, ranks.size, generator)
+        own = crops[1:].flatten(0, 1)
+        if ranks.size == 1:
+            places = shuffle.wanted
+        else:
+            leaving = own[_index(shuffle.sent, self._device)]
+            own = ranks.exchange(leaving, shuffle.sent_counts, shuffle.received_counts)
+            places = shuffle.arrived
+        drawn = known.uniform[1:].reshape(-1, VIEW_DRAWS)[shuffle.wanted]
+
+        def groups() -> Iterator[Tensor]:
+            for begin in range(0, len(places), self._group):
+                rows = slice(begin, begin + self._group)
+                yield self._finished(own[_index(places[rows], self._device)], drawn[rows])
+
+        with self._precision():
+            encoded = self.model.encode_keys(groups(), self._share // self._group)
+        return {name: shuffle.by_row(ranks.gather(vectors)) for name, vectors in encoded.items()}
+
+    def _queries(
+        self,
+        crops: Tensor,
+        keys: dict[str, Tensor],
+        known: GlobalRows,
+        order: Tensor,
+        videos: Tensor,
+    ) -> list[StepResult]:
+        """Forward and backward of this rank's queries, a group at a time; gradients add up."""
+        results = []
+        for begin in range(0, self._share, self._group):
+            end = begin + self._group
+            first = self._ranks.rank * self._share
+            rows = slice(first + begin, first + end)  # of the global batch
+            images = self._finished(crops[begin:end], known.uniform[0, rows])
+            some = {name: vectors[:, rows] for name, vectors in keys.items()}
+            with synchronised(self._losses, last=end == self._share):
+                with self._precision():
+                    result: StepResult = self._losses(
+                        images, some, order[rows], videos[rows], first=begin == 0
+                    )
+                with self._ranks.watched():
+                    (result.loss * (self._group / self._share)).backward()
+            results.append(StepResult(result.loss.detach(), result.figures, result.moments))
+        return results
+
+    def _finished(self, crops: Tensor, drawn: NDArray[np.float64]) -> Tensor:
+        """(g, 3, S, S) crops, or views that are finished already, as the encoder wants them."""
+        views = self._device_views.finished(crops, draw_views(drawn, self._views))
+        if self._autocast:
+            views = views.bfloat16()  # what the first convolution would make of them
+        return views.contiguous(memory_format=self._layout)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
+
+
+def _index(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(numbers), device)
+
+
+def _mean(results: list[StepResult]) -> StepResult:
+    """Of groups of one size."""
+    if len(results) == 1:
+        return results[0]
+    figures = {
+        name: torch.stack([result.figures[name] for result in results]).mean()
+        for name in results[0].figures
+    }
+    return StepResult(
+        torch.stack([result.loss for result in results]).mean(),
+        figures,
+        torch.stack([result.moments for result in results]).mean(0),
+    )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Of a step's permutations, the same on all ranks."""
+    return (seed * 1_000_003 + step * 7_919 + 12_345) % (1 << 63)

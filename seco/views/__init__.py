@@ -1,1 +1,0 @@
-"""The views of a frame: decode, crop, resize, jitter, blur, flip, normalise (paper §5.1)."""

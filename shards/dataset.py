@@ -1,0 +1,378 @@
+"""Shards as a dataset: what names them, and the videos they hold.
+
+Naming shards on the command line: brace patterns, globs, manifests, lists, local or remote.
+
+Random access to the videos of a set: only the frames asked for are read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import braceexpand
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import InputError
+from shards.format import Manifest, VideoRecord, parse_manifest, read_manifest
+from shards.index import FrameAt, ShardIndex
+from shards.storage import (
+    Access,
+    ByteRange,
+    LocalAccess,
+    UnreadableFrame,
+    fetch_parts,
+    in_words,
+    is_remote,
+    open_filesystem,
+    readable,
+    told_of,
+    try_again,
+)
+
+_ANGLE = re.compile(r"<(\d+\.\.\d+(?:\.\.\d+)?)>")
+_COMMA_BEFORE_URL = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+_ADVICE = 'give a pattern such as "shards/k400-{000..999}.tar", a glob, a folder or a manifest'
+PIPE = "pipe:"  # WebDataset's: what follows is a command whose output is a tar
+
+
+def expand_spec(spec: str | Iterable[str]) -> list[str]:
+    """The addresses of the tars a specification names, in its order, without repeats.
+
+    Accepts ``k400-{000..999}.tar``, the same with ``<000..999>`` (which shells leave alone),
+    globs, a manifest (``NAME.json``: all its shards), a folder (every tar in it), or a list of
+    these, also separated by commas. All of them may be addresses fsspec knows (``s3://…``; a folder
+    then ends with a slash); ``pipe:COMMAND`` stands for itself, braces expanded.
+
+    Local addresses are paths; that the remote ones exist is not checked here.
+
+    Raises:
+        InputError: nothing matches, or a named local file does not exist.
+    """
+    parts = [spec] if isinstance(spec, str) else list(spec)
+    addresses: dict[str, None] = {}
+    for part in parts:
+        if part.startswith(PIPE):
+            found = _braces(part)
+        elif is_remote(part):
+            found = [address for url in _COMMA_BEFORE_URL.split(part) for address in _remote(url)]
+        else:
+            found = [str(path) for path in _local(part.removeprefix("file://"))]
+        addresses.update(dict.fromkeys(found))
+    if not addresses:
+        raise InputError("names no shards", " ".join(parts) or "--shards", _ADVICE)
+    return list(addresses)
+
+
+def local_tars(spec: str | Iterable[str]) -> list[Path]:
+    """As :func:`expand_spec`, for what works on files of this machine alone.
+
+    Raises:
+        InputError: also for remote shards.
+    """
+    addresses = expand_spec(spec)
+    for address in addresses:
+        if address.startswith(PIPE) or is_remote(address):
+            raise InputError("is not on this machine", address, "copy it to a local folder")
+    return [Path(address) for address in addresses]
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(_ANGLE.sub(r"{\1}", pattern))) if pattern else []
+    except ValueError as error:
+        raise InputError("has unbalanced braces", pattern, _ADVICE) from error
+
+
+def _local(part: str) -> list[Path]:
+    whole = Path(part)
+    if whole.is_dir():
+        return _some(sorted(whole.glob("*.tar")), part)
+    if whole.suffix == ".json":
+        manifest = read_manifest(whole)
+        return _existing([whole.parent / row.file for row in manifest.shards], part)
+    if whole.is_file():
+        return [whole]
+    found: list[Path] = []
+    missing: list[Path] = []
+    for pattern in (piece for text in _braces(part) for piece in _commas(text)):
+        if glob.has_magic(pattern) and not Path(pattern).exists():
+            found += map(Path, sorted(glob.glob(pattern)))
+        else:
+            (found if Path(pattern).is_file() else missing).append(Path(pattern))
+    if missing:
+        several = len(missing) + len(found) > 1
+        count = (
+            f"{len(missing)} of {len(missing) + len(found)} shards do not exist" if several else ""
+        )
+        raise InputError(count or "no such shard", missing[0] if several else part, _ADVICE)
+    return _some([path for path in found if path.suffix == ".tar"], part)
+
+
+def _commas(text: str) -> list[str]:
+    return [piece for piece in text.split(",") if piece] if not Path(text).exists() else [text]
+
+
+def _some(paths: list[Any], part: str) -> list[Any]:
+    if not paths:
+        raise InputError("matches no shards", part, _ADVICE)
+    return paths
+
+
+def _existing(paths: list[Path], part: str) -> list[Path]:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of its {len(paths)} shards are missing, first {missing[0].name}",
+            part,
+            "copy them beside the manifest or prepare them again",
+        )
+    return _some(paths, part)
+
+
+def _remote(url: str) -> list[str]:
+    if url.endswith(".json"):
+        folder = url.rpartition("/")[0]
+        try:
+            manifest = read_remote_manifest(url)
+        except FileNotFoundError as error:
+            raise InputError("is not there", url, "is the address right?") from error
+        return _some([f"{folder}/{row.file}" for row in manifest.shards], url)
+    if url.endswith("/"):
+        url += "*.tar"
+    found: list[str] = []
+    for pattern in _braces(url):
+        found += _remote_glob(pattern) if _has_magic(pattern) else [pattern]
+    return _some(found, url)
+
+
+def _has_magic(url: str) -> bool:
+    """In a web address a question mark begins the query."""
+    web = url.startswith(("http://", "https://"))
+    return any(sign in url for sign in "*[") if web else glob.has_magic(url)
+
+
+def beside(tar: str, ending: str) -> str:
+    """The address of the file beside a tar that has another ending."""
+    path, mark, query = tar.partition("?") if is_remote(tar) else (tar, "", "")
+    return path.removesuffix(".tar") + ending + mark + query
+
+
+def _remote_glob(pattern: str) -> list[str]:
+    system, path = open_filesystem(pattern)
+    try:
+        names = try_again(lambda: system.glob(path))
+    except Exception as error:
+        raise InputError(
+            f"cannot be listed ({in_words(error)})", pattern, "check address and credentials"
+        ) from error
+    return sorted(system.unstrip_protocol(name) for name in names if name.endswith(".tar"))
+
+
+def read_remote_manifest(url: str) -> Manifest:
+    """``NAME.json`` behind fsspec.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it cannot be read, or is no manifest of this version.
+    """
+    (content,) = fetch_parts([(url, None, None)])
+    if isinstance(content, FileNotFoundError):
+        raise content
+    return parse_manifest(told_of(content, url), url)
+
+
+class ShardSet:
+    """The videos of several shards, numbered 0 … V-1 in the order of the shards.
+
+    May be pickled to other processes and used after a fork.
+
+    Args:
+        addresses: (S,) of the tars.
+        indexes: (S,) theirs.
+        label_names: in index order, or empty.
+        access: the way to the tars' bytes.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        indexes: Sequence[ShardIndex],
+        label_names: list[str],
+        access: Access | None = None,
+    ) -> None:
+        self.addresses = list(addresses)
+        self.indexes = list(indexes)
+        self.label_names = label_names
+        self.access: Access = access or LocalAccess()
+        self.counts: NDArray[np.int64] = np.array(
+            [index.info.videos for index in indexes], dtype=np.int64
+        )
+        self._ends: list[int] = np.cumsum(self.counts).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """(V,) the videos' keys; :meth:`key` gives one without making them all."""
+        return [key for index in self.indexes for key in index.keys]
+
+    def key(self, video: int) -> str:
+        """The key of one video."""
+        shard, row = self._locate(video)
+        return self.indexes[shard].key(row)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self.keys)}
+
+    def find(self, key: str) -> int:
+        """The number of the video with this key.
+
+        Raises:
+            InputError: there is none.
+        """
+        try:
+            return self._numbers[key]
+        except KeyError:
+            raise InputError("no video has this key", key, "see the key column") from None
+
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """(V,) class indices, -1 for none."""
+        return np.concatenate([index.label for index in self.indexes]).astype(np.int32)
+
+    @cached_property
+    def frame_counts(self) -> NDArray[np.int64]:
+        """(V,) stored frames a video."""
+        return np.concatenate([index.frame_counts for index in self.indexes])
+
+    @cached_property
+    def splits(self) -> dict[str, list[str | None]]:
+        """For each split name, (V,) its values ("train", "test", …), None where there is none."""
+        rows = [row for index in self.indexes for row in index.splits]
+        names = sorted({name for row in rows for name in row})
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of all tars together."""
+        return sum(index.info.bytes for index in self.indexes)
+
+    @property
+    def name(self) -> str:
+        """The first set's name: that of its tars without their numbers."""
+        return set_name(self.addresses[0])
+
+    def shard_of(self, video: int) -> str:
+        """The address of the tar that holds the video."""
+        return self.addresses[self._locate(video)[0]]
+
+    def frame_count(self, video: int) -> int:
+        """How many frames are stored of this video."""
+        shard, row = self._locate(video)
+        first = self.indexes[shard].first_frame
+        return int(first[row + 1]) - int(first[row])
+
+    def read_frames(self, wanted: Sequence[tuple[int, int]]) -> list[bytes | UnreadableFrame]:
+        """The JPEG bytes of (video, frame) pairs; in their place why they cannot be had.
+
+        Raises:
+            IndexError: a video has no such frame.
+        """
+        ranges: list[ByteRange] = []
+        places: list[FrameAt] = []
+        for video, frame in wanted:
+            shard, row = self._locate(video)
+            at = self.indexes[shard].frame_at(row, frame)
+            places.append(at)
+            ranges.append(ByteRange(self.addresses[shard], at.offset, at.size))
+        found = self.access.read(ranges)
+        for number, (data, at) in enumerate(zip(found, places, strict=True)):
+            # libjpeg decodes most single flipped bits without a word.
+            if isinstance(data, bytes) and zlib.crc32(data) != at.crc:
+                found[number] = UnreadableFrame(
+                    f"{ranges[number].address}: the bytes at {at.offset} have changed"
+                )
+        return found
+
+    def read_frame(self, video: int, frame: int) -> bytes:
+        """The JPEG bytes of one stored frame, counted from 0 in time order.
+
+        Raises:
+            UnreadableFrame: the shard no longer holds them.
+            IndexError: the video has no such frame.
+        """
+        (data,) = self.read_frames([(video, frame)])
+        return readable(data)
+
+    def record(self, video: int) -> VideoRecord:
+        """``KEY.json`` of the video; in a foreign tar, a record with the key alone.
+
+        Raises:
+            UnreadableFrame: the shard no longer holds it, or it is damaged.
+        """
+        (found,) = self.records([video])
+        if isinstance(found, UnreadableFrame):
+            raise found
+        return found
+
+    def records(self, videos: Sequence[int]) -> list[VideoRecord | UnreadableFrame]:
+        """``KEY.json`` of each, read at once; in its place why it cannot be had."""
+        places = [self._record_at(video) for video in videos]
+        read = iter(self.access.read([at for _, at in places if at.size]))
+        return [_record(key, at, next(read) if at.size else b"") for key, at in places]
+
+    def _record_at(self, video: int) -> tuple[str, ByteRange]:
+        """A video's key, and where its record is; of no bytes in a foreign tar."""
+        shard, row = self._locate(video)
+        index = self.indexes[shard]
+        offset, size = int(index.record_offset[row]), int(index.record_size[row])
+        return index.key(row), ByteRange(self.addresses[shard], offset, size)
+
+    def _locate(self, video: int) -> tuple[int, int]:
+        if not 0 <= video < len(self):
+            raise IndexError(f"no video {video} in a set of {len(self)}")
+        shard = bisect.bisect_right(self._ends, video)
+        return shard, video - (self._ends[shard - 1] if shard else 0)
+
+
+def _record(
+    key: str, at: ByteRange, data: bytes | UnreadableFrame
+) -> VideoRecord | UnreadableFrame:
+    if not at.size:
+        return VideoRecord(key=key, dataset="", source=key)
+    if isinstance(data, UnreadableFrame):
+        return data
+    try:
+        return VideoRecord.from_json(data)
+    except (ValueError, TypeError) as error:
+        return UnreadableFrame(f"{at.address}: {key}.json: {error}")
+
+
+def set_name(address: str) -> str:
+    """The name of the set a tar belongs to: its own without its number."""
+    stem = PurePosixPath(address).stem
+    return stem.rpartition("-")[0] or stem
+
+
+def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
+    """Keys stand for videos, so each may occur once.
+
+    Raises:
+        InputError: some videos occur twice.
+    """
+    seen: set[str] = set()
+    for index in shards.indexes:
+        seen.update(index.keys)
+    repeated = len(shards) - len(seen)
+    if repeated:
+        raise InputError(f"{repeated} videos occur twice", spec, "name each set once")

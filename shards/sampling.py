@@ -1,0 +1,320 @@
+"""Draws by key: the epoch order, the permutation behind it, and the frames of a triplet.
+
+Random numbers that depend on the run, the epoch and the video, never on who draws them.
+
+Counter-based: number i of a sample is SplitMix64's i-th output from the sample's own start (Steele,
+Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), so the numbers of a
+whole batch are one numpy expression. A generator object for each sample costs 20 to 30 µs.
+
+A keyed pseudo-random permutation of 0 … N-1, computed point by point without any list.
+
+A balanced Feistel network over the next even number of bits, with cycle walking into 0 … N-1
+(Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002): each value outside the
+range is fed back, which on average takes fewer than four rounds.
+
+The order of an epoch: which video stands at each position, computed and never listed.
+
+Both orders are functions of (seed, epoch) alone, so any rank, worker or resumed run finds the same
+video at the same position in O(1).
+
+Triplets: which three frames of a video are taken, and which end is the anchor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# The golden ratio's step, and the finaliser: every output bit depends on every input bit.
+_STREAM_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_TO_UNIT = np.uint64(11), 2.0**-53
+
+
+def sample_starts(seed: int, epoch: int, keys: Sequence[str], purpose: str) -> NDArray[np.uint64]:
+    """(n,) starts for the videos with these keys.
+
+    The video enters by its key rather than its number, so that adding shards to a set does not
+    change the draws of the others.
+    """
+    before = hashlib.blake2b(f"seco/{purpose}/{seed}/{epoch}/".encode(), digest_size=8)
+    digests = []
+    for key in keys:
+        digest = before.copy()
+        digest.update(key.encode("utf-8", "surrogateescape"))
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def uniforms(starts: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+    """(n,) starts to (n, count) numbers, uniform in [0, 1)."""
+    counters = starts[:, None] + _STREAM_STEP * np.arange(1, count + 1, dtype=np.uint64)
+    shift, scale = _TO_UNIT
+    # All modulo 2**64, as numpy does it.
+    numbers: NDArray[np.float64] = (mix(counters) >> shift) * scale
+    return numbers
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser, a permutation of 64-bit numbers."""
+    values = values ^ (values >> _SHIFTS[0])
+    values *= _FIRST
+    values ^= values >> _SHIFTS[1]
+    values *= _SECOND
+    values ^= values >> _SHIFTS[2]
+    return values
+
+
+def below(uniform: NDArray[np.float64], count: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    """Uniform whole numbers 0 … count - 1."""
+    whole: NDArray[np.int64] = np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+    return whole
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """``wanted`` frame numbers from the first to the last of ``count``; all if there are fewer.
+
+    ``linspace`` rounded, as in the authors' code: places half-way between two frames, which only an
+    odd ``wanted`` has, go where its float64 steps put them. One frame is the middle one.
+    """
+    if wanted >= count:
+        return list(range(count))
+    if wanted == 1:
+        return [count // 2]
+    numbers: list[int] = np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+    return numbers
+
+
+_ROUNDS = 6
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Permutation:
+    """A permutation of 0 … N-1; equal N and key give the same one on every machine.
+
+    Args:
+        count: N.
+        key: any text; every key has a permutation of its own.
+    """
+
+    def __init__(self, count: int, key: str) -> None:
+        if count < 1:
+            raise ValueError(f"a permutation of {count} values")
+        self.count = count
+        half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
+        self._shift = np.uint64(half_bits)
+        self._mask = np.uint64((1 << half_bits) - 1)
+        digest = hashlib.sha256(key.encode()).digest()
+        digest += hashlib.sha256(digest).digest()
+        self._keys = np.frombuffer(digest, dtype="<u8")[:_ROUNDS].astype(np.uint64)
+
+    def __getitem__(self, position: int) -> int:
+        """Where a position is sent, both in 0 … N-1."""
+        return int(self.at([position])[0])
+
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """(n,) positions in 0 … N-1 to (n,) values, the same as one by one.
+
+        Raises:
+            IndexError: a position outside.
+        """
+        given = np.asarray(positions, dtype=np.int64)
+        outside = (given < 0) | (given >= self.count)
+        if outside.any():
+            raise IndexError(f"position {given[outside][0]} of {self.count}")
+        values = self._permute(given.astype(np.uint64))
+        while len(astray := np.flatnonzero(values >= np.uint64(self.count))):
+            values[astray] = self._permute(values[astray])
+        return values.astype(np.int64)
+
+    def _permute(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> self._shift, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (mix((right ^ key) + _STEP) & self._mask)
+        permuted: NDArray[np.uint64] = (left << self._shift) | right
+        return permuted
+
+
+class Order(Protocol):
+    """An order of N videos."""
+
+    count: int  # N
+
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """(n,) positions in 0 … N-1 to the (n,) videos there; raises IndexError outside."""
+
+    def shards_from(self, position: int) -> NDArray[np.int64]:
+        """The shards needed from this position on, in the order in which they are needed."""
+
+
+class EpochOrder:
+    """Any video may follow any other: for sets whose shards are all at hand.
+
+    Args:
+        counts: (S,) videos of each shard; N is their sum.
+        seed: the run's seed.
+        epoch: its number; every epoch has an order of its own.
+    """
+
+    def __init__(self, counts: NDArray[np.int64], seed: int, epoch: int) -> None:
+        self.count = int(counts.sum())
+        self._shards = len(counts)
+        self._permutation = Permutation(self.count, f"seco-epoch-order/{seed}/{epoch}")
+
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        return self._permutation.at(positions)
+
+    def shards_from(self, position: int) -> NDArray[np.int64]:
+        return np.arange(self._shards)
+
+
+class WindowOrder:
+    """Shards in random order, ``window`` at a time; within a window any video may follow any other.
+
+    For sets whose shards are fetched: only a window's shards need to be at hand. Costs O(S) once
+    an epoch, for S shards.
+
+    Args:
+        counts: (S,) videos of each shard; N is their sum.
+        window: W, shards in a window.
+        seed: the run's seed.
+        epoch: its number.
+    """
+
+    def __init__(self, counts: NDArray[np.int64], window: int, seed: int, epoch: int) -> None:
+        if window < 1:
+            raise ValueError(f"a window of {window} shards")
+        self.count = int(counts.sum())
+        self._window = window
+        self._name = f"seco-window-order/{seed}/{epoch}"
+        shards = Permutation(len(counts), self._name).at(np.arange(len(counts)))
+        self._shards = shards[counts[shards] > 0]
+        first_of_shard = np.cumsum(counts) - counts
+        self._first_video = first_of_shard[self._shards]
+        # Position of the first video of each shard in the shards' new order, and the end of all.
+        self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])
+
+    def at(self, positions: ArrayLike) -> NDArray[np.int64]:
+        given = np.asarray(positions, dtype=np.int64)
+        outside = (given < 0) | (given >= self.count)
+        if outside.any():
+            raise IndexError(f"position {given[outside][0]} of {self.count}")
+        windows = self._window_of(given)
+        within = np.empty_like(given)
+        for window in np.unique(windows):
+            chosen = windows == window
+            start, end = self._bounds(int(window))
+            permutation = Permutation(end - start, f"{self._name}/{window}")
+            within[chosen] = start + permutation.at(given[chosen] - start)
+        rank = np.searchsorted(self._starts, within, side="right") - 1
+        videos: NDArray[np.int64] = self._first_video[rank] + within - self._starts[rank]
+        return videos
+
+    def shards_from(self, position: int) -> NDArray[np.int64]:
+        window = int(self._window_of(np.array([position]))[0])
+        return self._shards[window * self._window :]
+
+    def _window_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        rank = np.searchsorted(self._starts, positions, side="right") - 1
+        return np.asarray(rank // self._window, dtype=np.int64)
+
+    def _bounds(self, window: int) -> tuple[int, int]:
+        """The positions of a window: its first, and the one after its last."""
+        first = window * self._window
+        last = min(first + self._window, len(self._shards))
+        return int(self._starts[first]), int(self._starts[last])
+
+
+def substitute_position(place: int, batch_begin: int, batch_size: int, count: int) -> int:
+    """The position of what takes the place of something unreadable: not one of its own batch.
+
+    Args:
+        place: row in the batch + (attempt - 1) · batch size, attempts counted from 1.
+        batch_begin: position of the batch's first row.
+        batch_size: B.
+        count: N, positions of an epoch.
+
+    Returns:
+        The same place of the ``attempt``-th next batch. After the epoch's end it goes on at its
+        beginning, a place further.
+    """
+    others = count - batch_size
+    if others:
+        rounds, place = divmod(place, others)
+        position = batch_begin + batch_size + (place + rounds) % others
+    else:  # this batch is all there is
+        attempt, row = divmod(place, batch_size)
+        position = batch_begin + row + attempt + 1
+    return position % count
+
+
+ANCHOR_FIRST = 0
+ANCHOR_LAST = 1
+SAMPLINGS = ("uniform", "halves")
+MIN_FRAMES = 3
+DRAWS = 4  # uniform numbers a triplet takes
+
+Integers = NDArray[np.int64]
+
+
+class Triplets(NamedTuple):
+    """Frame numbers within n videos and the order labels y of Eq. 4.
+
+    ``frames[:, 0]`` is the anchor and gives the query and k1; the other two, in time order, give k2
+    and k3 (they may coincide under ``halves``). ``order`` is 0 when the anchor is before them, 1
+    when after.
+    """
+
+    frames: Integers  # (n, 3)
+    order: Integers  # (n,)
+
+
+def draw_triplets(uniform: NDArray[np.float64], frame_counts: Integers, sampling: str) -> Triplets:
+    """Draw a triplet from each of n videos.
+
+    ``uniform`` (paper §4.1): three distinct frames at random, the first or the last in time is the
+    anchor. ``halves`` (authors' code): the anchor from one half of the video, the other two from
+    the other half, where they may coincide.
+
+    Args:
+        uniform: (n, 4) numbers in [0, 1).
+        frame_counts: (n,) stored frames of each video.
+        sampling: ``uniform`` or ``halves``.
+
+    Raises:
+        ValueError: fewer than 3 frames, or an unknown sampling.
+    """
+    if len(frame_counts) and frame_counts.min() < MIN_FRAMES:
+        raise ValueError(f"a triplet needs {MIN_FRAMES} frames, one has {frame_counts.min()}")
+    order = (uniform[:, 0] >= 0.5).astype(np.int64)
+    if sampling == "uniform":
+        frames = _three_distinct(uniform[:, 1:], frame_counts)
+        anchor_last = frames[:, [2, 0, 1]]
+        return Triplets(np.where((order == ANCHOR_LAST)[:, None], anchor_last, frames), order)
+    if sampling == "halves":
+        half = frame_counts // 2
+        rest = frame_counts - half
+        first = order == ANCHOR_FIRST
+        anchor = below(uniform[:, 1], np.where(first, half, rest)) + np.where(first, 0, half)
+        size, start = np.where(first, rest, half), np.where(first, half, 0)
+        others = np.sort(below(uniform[:, 2:], size[:, None]) + start[:, None], axis=1)
+        return Triplets(np.column_stack([anchor, others]), order)
+    raise ValueError(f"unknown sampling {sampling!r}")
+
+
+def _three_distinct(uniform: NDArray[np.float64], frame_counts: Integers) -> Integers:
+    """(n, 3) frames in time order, every set of three equally likely."""
+    one = below(uniform[:, 0], frame_counts)
+    two = below(uniform[:, 1], frame_counts - 1)
+    two += two >= one  # counted without the first …
+    low, high = np.minimum(one, two), np.maximum(one, two)
+    three = below(uniform[:, 2], frame_counts - 2)
+    three += three >= low  # … and without both
+    three += three >= high
+    return np.sort(np.column_stack([low, high, three]), axis=1)

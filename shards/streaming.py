@@ -1,0 +1,203 @@
+"""Shards that can only be read from beginning to end: ``pipe:`` commands, tars without index.
+
+A WebDataset pipeline with a shuffle buffer. What an indexed set guarantees does not hold here: the
+batches depend on the number of ranks and loader processes, an epoch is a number of steps rather
+than a visit to every video, and a resumed run reads on from other videos. Every rank has the same
+number of steps all the same, because each repeats its shards without end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from shards.dataset import PIPE, set_name
+from shards.errors import InputError
+from shards.sampling import DRAWS, MIN_FRAMES, Permutation, draw_triplets, sample_starts, uniforms
+from shards.storage import is_remote, open_filesystem, try_again
+from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet, rows_of_rank
+
+_BUFFERED = 1000  # samples of three frames, in each loader process
+
+
+class SequentialStream:
+    """Batches of triplets from shards read in order; a :class:`shards.stream.Stream`.
+
+    Args:
+        addresses: of the tars.
+        batch_size: B, the global batch.
+        sampling: ``uniform`` or ``halves``.
+        seed: of the shards' order, the buffer and the draws.
+        steps_per_epoch: how many batches count as an epoch.
+        rank: this process's number of ``world_size`` processes.
+
+    Raises:
+        InputError: no number of steps is given, or B does not divide.
+    """
+
+    window_shards = 0
+    left_out = 0  # of a stream nobody knows; short videos are counted when they pass by
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        batch_size: int,
+        sampling: str,
+        seed: int,
+        steps_per_epoch: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if steps_per_epoch is None:
+            raise InputError(
+                "has no index, so nobody knows how long an epoch is",
+                addresses[0],
+                "give --steps-per-epoch to stream it, or make indexes with `seco index` on a copy",
+            )
+        self.addresses = list(addresses)
+        piped = addresses[0].startswith(PIPE)
+        self.name = "stream" if piped else set_name(addresses[0])
+        self.batch_size = batch_size
+        self.rows = rows_of_rank(batch_size, world_size)
+        self.seed = seed
+        self.steps_per_epoch = steps_per_epoch
+        self._sampling = sampling
+        self._reader, self._readers = rank, world_size
+        self._samples: Iterator[Sample] | None = None
+        self._ended: str | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_samples": None}
+
+    def enter(self, worker: int, workers: int) -> None:
+        self._reader, self._readers = self._reader * workers + worker, self._readers * workers
+        self._samples = None
+
+    def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
+        """The next samples of this process, whichever rows are asked for.
+
+        Raises:
+            NothingToRead: a whole pass over the shards gave not one usable video.
+        """
+        if self._ended is not None:
+            raise NothingToRead(self._ended)
+        if self._samples is None:
+            self._samples = self._shuffled(f"{self.seed}/{epoch}/{step}/{self._reader}")
+        try:
+            return [next(self._samples) for _ in rows]
+        except NothingToRead as error:
+            self._ended = str(error)
+            raise
+
+    def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
+        """The next sample."""
+        (sample,) = self.read(epoch, step, [row])
+        return sample
+
+    def announce(self, epoch: int, step: int) -> None:
+        pass
+
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.addresses).encode()).hexdigest()
+
+    def close(self) -> None:
+        self._samples = None
+
+    def _shuffled(self, name: str) -> Iterator[Sample]:
+        import webdataset
+
+        buffered = webdataset.filters.shuffle(
+            _BUFFERED, initial=_BUFFERED // 4, rng=random.Random(name)
+        )
+        samples: Iterator[Sample] = iter(buffered(self._passes(name)))
+        return samples
+
+    def _passes(self, name: str) -> Iterator[Sample]:
+        """The samples of this reader's shards, over and over, the shards in new orders.
+
+        With fewer shards than readers some readers share one; they shuffle and draw differently.
+        """
+        mine = self.addresses[self._reader % len(self.addresses) :: self._readers]
+        number = 0
+        while True:
+            order = Permutation(len(mine), f"{name}/{number}").at(np.arange(len(mine)))
+            usable, short, last = 0, 0, "the shards are empty"
+            for shard in order:
+                for sample in self._shard(mine[int(shard)], f"{name}/{number}"):
+                    if sample is None:
+                        short += 1
+                        continue
+                    usable += isinstance(sample, TripletFrames)
+                    last = last if isinstance(sample, TripletFrames) else sample.reason
+                    yield sample
+            if short and not number:  # once, not in every pass
+                print(
+                    f"seco: {short} videos of fewer than {MIN_FRAMES} frames were left out",
+                    file=sys.stderr,
+                )
+            if not usable:
+                raise NothingToRead(f"not one video can be read: {last}")
+            number += 1
+
+    def _shard(self, address: str, name: str) -> Iterator[Sample | None]:
+        """A shard's samples, None for videos that are too short; if it broke off, what ended it."""
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        faults: list[Exception] = []
+
+        def note(fault: Exception) -> bool:
+            faults.append(fault)
+            return False
+
+        try:
+            source = [{"url": address, "stream": _open(address)}]
+            groups: Iterator[dict[str, Any]] = group_by_keys(
+                tar_file_expander(source, handler=note, select_files=_is_frame), handler=note
+            )
+            for group in groups:
+                yield self._sample(group, name)
+        except Exception as fault:
+            faults.append(fault)
+        for first in faults[:1]:
+            yield UnreadableTriplet(address, _words(first))
+
+    def _sample(self, group: dict[str, Any], name: str) -> Sample | None:
+        """The triplet is drawn as soon as a video is here: the buffer need not hold its rest."""
+        key = group["__key__"]
+        frames = [data for field, data in group.items() if not field.startswith("__")]
+        if len(frames) < MIN_FRAMES:
+            return None
+        start = sample_starts(self.seed, 0, [f"{name}/{key}"], "triplet")
+        drawn = draw_triplets(uniforms(start, DRAWS), np.array([len(frames)]), self._sampling)
+        one, two, three = drawn.frames[0].tolist()
+        video = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "little")
+        jpegs = (frames[one], frames[two], frames[three])
+        return TripletFrames(key, video, int(drawn.order[0]), jpegs)
+
+
+def _words(fault: Exception) -> str:
+    """WebDataset adds the stream to a fault's text, and its address to its arguments."""
+    text = " ".join(str(fault.args[0] if fault.args else fault).partition(" @ <")[0].split())
+    return f"{type(fault).__name__}: {text}"
+
+
+def _is_frame(name: str) -> bool:
+    return name.lower().endswith((".jpg", ".jpeg"))
+
+
+def _open(address: str) -> Any:
+    if address.startswith(PIPE):
+        from webdataset.gopen import gopen
+
+        return gopen(address)
+    if not is_remote(address):
+        return open(address, "rb")
+    system, path = open_filesystem(address)
+    # Blocks would be asked for by ranges, which not every web server knows.
+    options = {"block_size": 0} if address.startswith(("http://", "https://")) else {}
+    return try_again(lambda: system.open(path, "rb", **options))
