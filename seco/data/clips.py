@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 
 from seco.data.crops import CROP_DRAWS, FrameDecoder, crop_resize, draw_crops, jpeg_size
 from seco.data.loader import forked_loader
+from seco.data.splits import choose_split, labelled_rows, no_rows
 from seco.data.transforms import VIEW_DRAWS, ViewConfig, ViewParameters, draw_views
-from seco.evaluation.splits import choose_split, labelled_rows, no_rows
 from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.opening import open_shards

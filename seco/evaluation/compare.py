@@ -30,6 +30,7 @@ from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import LAST
 from seco.checkpoints.weights import RANDOM
 from seco.config import CompareConfig, ExtractConfig, check_compare, fractions_of, values_of_c
+from seco.data.splits import UNLABELLED, held_out
 from seco.evaluation.comparison import (
     FEWEST_VIDEOS,
     RANK,
@@ -46,10 +47,10 @@ from seco.evaluation.intervals import UNDECIDED, GroupBootstrap, Interval, decid
 from seco.evaluation.knn import knn_votes
 from seco.evaluation.metrics import judge
 from seco.evaluation.nearest import ExactIndex
-from seco.evaluation.splits import TrainTest, held_out, train_test, video_groups
+from seco.evaluation.splits import TrainTest, train_test, video_groups
 from seco.evaluation.svm import LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
-from seco.features.store import UNLABELLED, Features, read_features
+from seco.features.store import Features, read_features
 from seco.models.backbones import feature_dim
 from seco.processes.device import resolve_device
 from shards.atomic import atomic_path, require_writable, write_json, write_text

@@ -32,8 +32,8 @@ from PIL import Image
 
 from seco.config import DuplicatesConfig
 from seco.data.frames import frames_of, small_picture, thumbnail
+from seco.data.splits import choose_split
 from seco.evaluation.nearest import ExactIndex, NearestIndex
-from seco.evaluation.splits import choose_split
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, read_features, require_same_encoder
 from seco.pages import render_page

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, linear
 
 from seco.config import ProbeConfig
+from seco.data.splits import held_out, usual_split
 from seco.evaluation.knn import knn_votes
 from seco.evaluation.metrics import (
     ClassAccuracy,
@@ -36,14 +37,7 @@ from seco.evaluation.metrics import (
     draw_confusion,
     judge,
 )
-from seco.evaluation.splits import (
-    SINGLE_VIDEOS,
-    TrainTest,
-    held_out,
-    read_train_test,
-    usual_split,
-    video_groups,
-)
+from seco.evaluation.splits import SINGLE_VIDEOS, TrainTest, read_train_test, video_groups
 from seco.evaluation.svm import LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, fit_scaling
 from seco.features.products import Products

@@ -18,11 +18,12 @@ from seco.checkpoints.weights import RANDOM, load_backbone
 from seco.config import QueryConfig
 from seco.data.crops import BrokenJpeg, center_crop, decode_jpeg
 from seco.data.frames import FramesOf, frames_of, thumbnail
+from seco.data.splits import UNLABELLED
 from seco.data.transforms import normalise
 from seco.evaluation.index import INDEX, open_index
 from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
-from seco.features.store import UNLABELLED, Features, encoder_name, read_features
+from seco.features.store import Features, encoder_name, read_features
 from seco.pages import render_page
 from seco.processes.device import resolve_device
 from seco.text import percent, printable

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seco.config import ALL_SPLITS, EvaluateConfig
+from seco.data.splits import UNLABELLED, choose_split
 from seco.evaluation.index import build_index, index_kind, recall_line, stated_recall
 from seco.evaluation.nearest import NearestIndex
-from seco.evaluation.splits import TrainTest, choose_split, read_train_test
+from seco.evaluation.splits import TrainTest, read_train_test
 from seco.features.matrix import FeatureMatrix, unit_vectors
-from seco.features.store import UNLABELLED, Features, read_features
+from seco.features.store import Features, read_features
 from seco.text import percent, printable
 from shards.atomic import require_writable, write_json
 from shards.errors import InputError

@@ -33,6 +33,7 @@ from seco.config import PROTOCOL, FinetuneTestConfig, require_test_ranges
 from seco.data.clips import LabelledVideos, clip_starts, segment_middles
 from seco.data.crops import crop_corners, decode_jpeg, resize_short_edge
 from seco.data.loader import forked_loader
+from seco.data.splits import split_notes
 from seco.data.transforms import normalise
 from seco.evaluation.metrics import (
     ClassAccuracy,
@@ -42,7 +43,6 @@ from seco.evaluation.metrics import (
     draw_confusion,
     judge,
 )
-from seco.evaluation.splits import split_notes
 from seco.models.classifier import Classes, VideoClassifier
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.ranks import Ranks, joined, one_voice

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from seco.data.splits import UNLABELLED
 from seco.features.matrix import release
 from shards.atomic import atomic_path, write_csv, write_json
 from shards.errors import InputError
@@ -235,24 +236,6 @@ def _write_csv(path: Path, rows: Iterator[Sequence[object]] | Sequence[Sequence[
     ):
         write_csv(file, rows)
 
-
-# Reader and writer are to be had from one place.
-__all__ = [
-    "FEATURES",
-    "FRAMES",
-    "HALVES",
-    "META",
-    "UNLABELLED",
-    "VIDEOS",
-    "Features",
-    "discard",
-    "encoder_name",
-    "read_features",
-    "require_same_encoder",
-    "write_features",
-]
-
-UNLABELLED = -1
 
 _EXTRACT_AGAIN = "run `seco extract-features` again"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seco.data.splits import UNLABELLED
 from seco.evaluation.splits import read_train_test
 from seco.features import store as feature_writer
 from seco.features.store import (
@@ -19,7 +20,6 @@ from seco.features.store import (
     FRAMES,
     HALVES,
     META,
-    UNLABELLED,
     VIDEOS,
     FeaturePart,
     read_features,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seco.evaluation.splits import recordings, video_groups
+from seco.data.splits import recordings
+from seco.evaluation.splits import video_groups
 from seco.features.store import read_features
 from tests.seco.made_features import made_rows, write_clusters
 

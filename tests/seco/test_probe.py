@@ -14,8 +14,8 @@ from PIL import Image
 
 from cli import run
 from seco.config import ProbeConfig
+from seco.data.splits import held_out
 from seco.evaluation.probe import accuracies, fit_linear, probe
-from seco.evaluation.splits import held_out
 from seco.features.matrix import FeatureMatrix, fit_scaling
 from seco.features.store import write_features
 from seco.report.results import find_results, parse_probe
