@@ -1,7 +1,4 @@
-"""What a dataset's file provides: an :class:`Adapter` named ``ADAPTER``, found by its file name.
-
-What of a dataset's official lists is there, by split and class.
-"""
+"""What a dataset's file provides: an :class:`Adapter` named ``ADAPTER``, found by its file name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Building one shard: a function of its plan and nothing else.
+"""Build one shard: a function of its plan and nothing else.
 
-Storing a sequence: a folder of JPEG frames whose bytes pass through, with a box a frame.
-
-Finished shards of an earlier run: found, compared with the plan, and read back for a retry.
+A video is decoded; a sequence, a folder of JPEG frames with a box per frame, is stored byte by
+byte. Finished shards of an earlier run are compared with the plan and kept.
 """
 
 from __future__ import annotations

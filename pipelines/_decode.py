@@ -1,19 +1,17 @@
-"""Decoding a video in one pass: ffmpeg scales, the pictures come back through a pipe.
+"""Decode a video in one pass: ffmpeg scales, and the pictures come back through a pipe.
 
-When an MP4 or MOV file says its frames are shown, read from its sample tables.
+ffmpeg is asked for the size only, never for colour: its 8-bit conversions between ranges and
+matrices shift the chroma by up to half a level (measured), so ``_colour.py`` does them exactly.
 
-Only a forecast: decoding tells what is really there. It lets ffmpeg scale and hand over the few
-frames that will be stored, where without it every frame would have to be scaled and kept until
-the last is known.
+The sample tables of an MP4 or MOV file tell when its frames are shown. This is a forecast only;
+decoding tells what is really there. It lets ffmpeg scale and hand over only the few frames that
+will be stored, where otherwise every frame would have to be scaled and kept until the last is
+known.
 
-What ffmpeg's log tells of a decoding: times, colour, complaints.
-
-ffmpeg's parts are threads, and write their lines in pieces: those of one part come in order, but
-others may stand between and even within them. Only a piece is whole. So nothing here asks how a
-line begins or ends, and of many complaints the one that is told is the same in every run.
-
-ffmpeg is asked for size only, never for colour: measured, its 8-bit conversions between ranges
-and matrices shift the chroma by up to half a level, so ``_colour.py`` does them exactly.
+ffmpeg's log gives times, colour and complaints. Its parts are threads and write their lines in
+pieces: pieces of one part come in order, but others may stand between and even within lines. So
+nothing here depends on how a line begins or ends, and of many complaints the one reported is the
+same in every run.
 """
 
 from __future__ import annotations

@@ -1,42 +1,30 @@
-"""A small labelled set of real encoded videos, drawn where no data set is at hand.
+"""Draw a small labelled dataset of real encoded videos, for where no dataset is at hand.
 
-Colours, backgrounds and the patterned object ("sprite") of one rendered clip.
-
-Everything that is drawn at random here except the pattern's family has the same distribution in
-every class: colours, contrast, frequencies, phases, the fine second texture and the background. The
-silhouette is a disc or a hexagon, but a star's is a star. A class can therefore not be told by
-colour. What differs among the videos of a class is kept small, so that the class is most of what
-tells videos apart: that alone is what pre-training looks for.
-
-The action classes of the demo set and the frames of one clip.
-
-A class is a pair (pattern of the object, motion of the object); see :data:`CLASSES`. These are
-drawn scenes, not people: each shows one patterned object that moves over a drifting, textured
-background. Motion is visible in single frames because each frame is exposed over most of its
-interval (:data:`SHUTTER`), and over time because positions, angles or sizes differ from frame to
-frame. ``DropStar`` and ``GrowRings`` (and, less so, ``BounceRings``, which crosses the frame) also
-show time's direction.
+A class is a pair (pattern of the object, motion of the object); see :data:`CLASSES`. Each clip
+shows one patterned object that moves over a drifting, textured background. Motion is visible in
+single frames because each frame is exposed over most of its interval (:data:`SHUTTER`), and over
+time because positions, angles or sizes differ from frame to frame. ``DropStar`` and ``GrowRings``
+(and, less so, ``BounceRings``, which crosses the frame) also show the direction of time.
 
 Nuisances have one distribution for all classes: the four colours, the light, exposure, flicker,
-noise, background pattern and drift, object size and place, and the frame size, frame rate and codec
-(``_rendered.py``). The light is a stage light: while a clip plays it turns through the hues and
-swings in contrast and saturation. Colour therefore tells neither the class nor the video, and what
-the frames of one video share, which is what SeCo looks for (paper §4.2), is pattern, shape and
-motion. Backgrounds are faint, since the clips of a group share theirs whatever their class: a
-strong one would be the easiest sign of a video, and pre-training would learn nothing else.
+noise, background pattern and drift, object size and place, silhouette (a disc or a hexagon, except
+that a star's is a star), frame size, frame rate and codec. The light is a stage light: during a
+clip it turns through the hues and swings in contrast and saturation. Colour therefore tells neither
+class nor video, and what the frames of one video share, which is what SeCo looks for (paper §4.2),
+is pattern, shape and motion. Backgrounds are faint, since the clips of a group share theirs
+whatever their class: a strong one would be the easiest sign of a video. What differs among the
+videos of a class is kept small for the same reason. The motion itself is no nuisance: a star that
+falls leaves the frame for a while and a growing disc ends large, so brightness statistics are close
+to equal among classes, not exactly so.
 
-The motion itself is not a nuisance: a star that falls leaves the frame for a while, a growing disc
-ends large, so brightness statistics are close to equal among classes, not exactly so.
-
-The set has UCF101's layout, so that it takes the way any UCF101 copy takes::
+The layout is UCF101's, so the dataset takes the way any copy of UCF101 takes::
 
     OUT/UCF-101/<Class>/v_<Class>_gNN_cNN.(avi|mp4|webm|mkv|mov)
     OUT/ucfTrainTestlist/classInd.txt, trainlist01.txt, testlist01.txt
 
-It is no benchmark: its numbers compare features with one another on this set only. What the eight
-classes show, and what is kept equal among them, is told in ``_rendered_scenes.py``. As in UCF101,
-the clips of a group share their surroundings; here group NN of every class has the same background
-pattern, and the first third of the groups is the test list.
+As in UCF101, the clips of a group share their surroundings: group NN of every class has the same
+background pattern, and the first third of the groups is the test list. This is not a benchmark: its
+numbers compare features with one another on this dataset only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The engines: shards built by processes of this machine, or by the workers of a Ray cluster.
+"""Build shards with processes of this machine, or with the workers of a Ray cluster.
 
-Whatever ends a local run - Ctrl-C, SIGTERM, a killed driver, a killed worker - leaves finished
-shards under their final names and no running ffmpeg. All nodes of a cluster must see the raw videos
-under the same path, and ``--out`` must be an address (s3://…) or a folder they share; a shard whose
-node is lost is built again on another.
+Whatever ends a local run (Ctrl-C, SIGTERM, a killed driver, a killed worker), finished shards keep
+their final names and no ffmpeg keeps running. All nodes of a cluster must see the raw videos under
+the same path, and ``--out`` must be an address (s3://…) or a folder they share; a shard whose node
+is lost is built again on another.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Videos outside a dataset: read for a query or the tracker, and written.
-
-Whole videos in and out, frame by frame, for what is done to one video at a time.
-
-The frames of one video file that belongs to no set, as ``seco prepare`` would store them.
-"""
+"""Single video files: read for a query or the tracker, and written."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The shard plan: which video goes into which shard, fixed before the first decode.
+"""The shard plan: which video goes into which shard, and which of its frames are kept.
 
-Which of a video's decoded frames are kept.
-
-A chooser is offered every frame in time order and hands back those to store, as early as it can:
-:meth:`offer` what is certain now, :meth:`finish` the rest.
+The plan is fixed before the first decode. A frame chooser is offered every decoded frame in time
+order and returns those to store as early as it can: :meth:`offer` what is certain so far,
+:meth:`finish` the rest.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""``seco prepare``: find the videos, plan the shards, build them, and say what became of all.
+"""``seco prepare``: find the videos, plan the shards, build them, and report what became of all.
 
-What a plan will cost, from the headers of a few of its videos: for ``--dry-run``.
-
-Nothing is decoded. The rates were measured on one core of a server of 2023 (benchmarks/results/
-prepare.md); real ones differ by a factor of two either way, so the result says "about".
-
-What is written beside a set's shards: manifest, lists of what is not in it, and the log.
+``--dry-run`` estimates the cost from the headers of a few videos. Nothing is decoded: the rates
+were measured on one core of a server of 2023 (``benchmarks/results/prepare.md``), and real ones
+differ by a factor of two either way, so the result says "about".
 """
 
 from __future__ import annotations

@@ -1,26 +1,8 @@
-"""Settings of every command: one frozen dataclass each, with defaults and their sources.
+"""Settings of every command: one frozen dataclass each, every default with its source.
 
-Settings of a pre-training run; every default with its source. No torch here.
-
-Settings of ``seco import`` and ``seco export``. No torch here.
-
-Settings of ``seco extract-features``. No torch here.
-
-Settings of ``seco probe``, and words it shares with ``seco retrieve``. No torch here.
-
-Settings of ``seco finetune`` and ``seco finetune-eval``. No torch here.
-
-Settings of ``seco track train``, ``eval`` and ``run``; every default with its source. No torch.
-
-"SiamFC" is Bertinetto et al., "Fully-convolutional Siamese networks for object tracking" (ECCV
-Workshops 2016), in the values of its public PyTorch code; the authors of SeCo name it and give no
-others (paper §5.2).
-
-Settings of ``seco retrieve``. No torch, no faiss here.
-
-Settings of ``seco compare``. No torch here.
-
-Settings of ``seco demo``. No torch here.
+Nothing here imports torch or faiss, so `--help` stays fast. "SiamFC" is Bertinetto et al.,
+"Fully-convolutional Siamese networks for object tracking" (ECCV Workshops 2016), with the values of
+its public PyTorch code; the authors of SeCo name it and give no others (paper §5.2).
 """
 
 from __future__ import annotations

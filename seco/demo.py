@@ -1,8 +1,8 @@
-"""``seco demo``: the whole chain on a small set, by the commands a user would type.
+"""``seco demo``: the whole chain on a small dataset, with the commands a user would type.
 
-Each step is one command of the toolkit, printed before it runs, so that the demo is also the
-recipe. Its scale is what a two-core machine trains in three minutes: a narrow ResNet for small
-images, views of 32 px. It shows that SeCo learns, not what SeCo reaches at full size.
+Each step is one command of the toolkit, printed before it runs, so the demo is also the recipe. It
+is small enough to train in three minutes on two cores: a narrow ResNet for small images and views
+of 32 px. It shows that SeCo learns, not what SeCo reaches at full size.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What this machine has, what each missing part costs, and how to get it.
+"""``seco doctor``: what this machine has, what each missing part costs, and how to get it.
 
-Which installed distributions provide a package, and whether they get into each other's way.
-
-Import and try each library, in a process of its own, which a library may crash.
+Each library is imported and used in a process of its own, since a broken one may crash. Nothing
+else is imported here, so that the command works where little else does.
 """
 
 from __future__ import annotations
@@ -294,7 +293,7 @@ def _faiss() -> Found:
 def _faiss_gpu() -> Found:
     import faiss
 
-    # As seco/retrieve/nearest.py asks.
+    # As seco/evaluation/nearest.py asks.
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if gpus:
         return Found(OK, faiss.__version__, f"uses {gpus} GPUs")
@@ -519,7 +518,7 @@ KNOWN: dict[str, Known] = {
 }
 
 
-_LEAST_OPEN_FILES = 1024  # a reader holds up to 256 shards (shards/access.py); workers add pipes
+_LEAST_OPEN_FILES = 1024  # a reader holds up to 256 shards (shards/storage.py); workers add pipes
 _LEAST_SHARED_BYTES = 1e9
 _COMPILER_SECONDS = 180.0
 

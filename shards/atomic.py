@@ -1,7 +1,4 @@
-"""CSV as all files of this toolkit have it: UTF-8, lines that end in a line feed.
-
-Files that appear whole or not at all: temporary name, fsync, rename.
-"""
+"""Files that appear complete or not at all: temporary name, fsync, rename. Also CSV in UTF-8."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Shards as a dataset: what names them, and the videos they hold.
+"""Shards as a dataset: the names a user gives, and random access to the frames of its videos.
 
-Naming shards on the command line: brace patterns, globs, manifests, lists, local or remote.
-
-Random access to the videos of a set: only the frames asked for are read.
+Names are brace patterns, globs, manifests or lists, local or remote. Only the frames asked for are
+read.
 """
 
 from __future__ import annotations

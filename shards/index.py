@@ -1,9 +1,8 @@
 """The index of a shard (``NAME-000.idx``): where every frame lies, and what sampling needs.
 
-The one reader of tars: where each member lies. Nothing is ever unpacked.
-
-A reader fetches exactly the frames it wants with ``pread`` instead of streaming a whole tar. The
-index is a cache: :func:`build_index` makes it again from the tar, foreign WebDataset tars included.
+A reader fetches exactly the frames it wants with ``pread`` instead of streaming the tar. The index
+is a cache: :func:`build_index` rebuilds it from the tar, also for other WebDataset tars. Nothing in
+a tar is ever unpacked.
 """
 
 from __future__ import annotations

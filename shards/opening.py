@@ -1,9 +1,8 @@
-"""Opening sets: from what a user names to a :class:`~shards.dataset.ShardSet`.
+"""Open what a user names as a :class:`~shards.dataset.ShardSet`; cache remote shards locally.
 
-Remote shards kept in a folder of this machine, shared by all its processes, under a size limit.
-
-A shard is fetched whole by one process while the others wait for it; it appears under its name only
-when it is whole. The shards used longest ago make room for new ones.
+The cache is a folder of this machine, shared by all its processes, with a size limit. One process
+fetches a shard while the others wait for it; it appears under its name only once it is complete.
+The least recently used shards make room for new ones.
 """
 
 from __future__ import annotations

@@ -1,23 +1,15 @@
-"""Draws by key: the epoch order, the permutation behind it, and the frames of a triplet.
+"""Which video stands at each position of an epoch, and which of its frames make a triplet.
 
-Random numbers that depend on the run, the epoch and the video, never on who draws them.
-
-Counter-based: number i of a sample is SplitMix64's i-th output from the sample's own start (Steele,
+Random numbers depend on the run, the epoch and the video, never on who draws them. They are
+counter-based: number i of a sample is SplitMix64's i-th output from the sample's own start (Steele,
 Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), so the numbers of a
-whole batch are one numpy expression. A generator object for each sample costs 20 to 30 µs.
+whole batch are one numpy expression; a generator object per sample would cost 20 to 30 µs.
 
-A keyed pseudo-random permutation of 0 … N-1, computed point by point without any list.
-
-A balanced Feistel network over the next even number of bits, with cycle walking into 0 … N-1
-(Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002): each value outside the
-range is fed back, which on average takes fewer than four rounds.
-
-The order of an epoch: which video stands at each position, computed and never listed.
-
-Both orders are functions of (seed, epoch) alone, so any rank, worker or resumed run finds the same
-video at the same position in O(1).
-
-Triplets: which three frames of a video are taken, and which end is the anchor.
+The order of an epoch is computed and never listed: any rank, worker or resumed run finds the video
+at a position in O(1). It is a keyed pseudo-random permutation of 0 … N-1: a balanced Feistel
+network over the next even number of bits, with cycle walking into the range (Black and Rogaway,
+"Ciphers with arbitrary finite domains", CT-RSA 2002). A value outside is fed back, which takes
+fewer than four rounds on average.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""How many processors this process may use.
-
-Settings dataclasses: every default is written once, with its help text and its source.
+"""Settings dataclasses: every default is written once, with its help text and its source.
 
 A stage has one frozen dataclass whose fields are made with :func:`setting`. The command line's
 options are generated from these (``cli.py``), and a run writes them back as TOML.

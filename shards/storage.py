@@ -1,15 +1,7 @@
-"""Bytes of shards, in folders or behind fsspec: ranges to read, whole files to write.
+"""Read byte ranges of shards and write files, in local folders or behind fsspec (``s3://`` etc.).
 
-Places behind fsspec (``s3://``, ``gs://``, ``https://``): opening them, and trying again.
-
-Reading byte ranges of shards, wherever these are kept.
-
-What cannot be read is returned in the place of its bytes, not raised: one lost shard must not
-take the other samples of a batch with it.
-
-Where a set is kept: a local folder, or any place fsspec knows (``s3://bucket/shards``).
-
-A set is written by naming files in one flat folder; this is all that writing needs of it.
+What cannot be read is returned in the place of its bytes, not raised: one lost shard must not take
+the other samples of a batch with it. Writing a dataset means naming files in one flat folder.
 """
 
 from __future__ import annotations

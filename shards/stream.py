@@ -1,8 +1,8 @@
 """The triplet stream: which videos make up each batch, and the frames of each triplet.
 
 Global batch b of an epoch is positions b·B … (b+1)·B-1 of the epoch's order, whatever the number of
-ranks and workers; rank r takes its slice. Every rank therefore has the same number of steps, and
-a run resumes at any step without replaying the epoch.
+ranks and workers; rank r takes its slice. Every rank therefore has the same number of steps, and a
+run resumes at any step without replaying the epoch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Shards that can only be read from beginning to end: ``pipe:`` commands, tars without index.
+"""Shards that can only be read from beginning to end: ``pipe:`` commands, tars without an index.
 
-A WebDataset pipeline with a shuffle buffer. What an indexed set guarantees does not hold here: the
-batches depend on the number of ranks and loader processes, an epoch is a number of steps rather
-than a visit to every video, and a resumed run reads on from other videos. Every rank has the same
-number of steps all the same, because each repeats its shards without end.
+A WebDataset pipeline with a shuffle buffer. It gives fewer guarantees than an indexed dataset:
+batches depend on the number of ranks and workers, an epoch is a number of steps rather than a visit
+to every video, and a resumed run continues with other videos. Every rank still has the same number
+of steps, because each repeats its shards without end.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Other people's checkpoints: which formats there are, and their tensors under our names.
+"""Checkpoints of every known layout: recognised, and read tensor by tensor under our names.
 
-The tensors of a file, taken one by one by name; what is missing or left over is an error.
-
-Checkpoints of every layout that this toolkit reads, told apart and taken by name, strictly.
-
-MoCo v1 and v2 (``facebookresearch/moco``), SeCo of its authors and what they fine-tuned
-(``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), state dicts with torchvision's names (torch
-files and safetensors), and the toolkit's own. Nothing in a file is ever run.
+Layouts: MoCo v1 and v2 (``facebookresearch/moco``), SeCo by its authors and the networks they
+fine-tuned (``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), state dicts with torchvision's
+names (torch files and safetensors), and the toolkit's own. A missing or extra tensor is an error.
+Nothing in a file is ever executed.
 """
 
 from __future__ import annotations

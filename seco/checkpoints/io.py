@@ -1,9 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, read without running code.
-
-Files of ``torch.save``: read without running anything in them, written whole or not at all.
-
-Checkpoints: tensors and plain values only, written whole or not at all, loaded without code.
-"""
+"""Checkpoint files: tensors and plain values, written completely or not, loaded without code."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Frozen means frozen: a check that a backbone is still the one that was loaded.
+"""The frozen backbone that features come from: loaded from any known checkpoint, or random.
 
-The backbone that features are taken from: of a file of any known layout, or at random.
-
-A BatchNorm left in training mode moves with every batch, and features then depend on their order.
+A BatchNorm left in training mode changes with every batch, and features then depend on their order;
+so a frozen backbone is compared, before and after use, with what was loaded.
 """
 
 from __future__ import annotations

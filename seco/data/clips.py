@@ -1,12 +1,8 @@
-"""Batches of training clips, made ahead by loader processes.
+"""Training clips for fine-tuning: which frames, how they change, and batches of them.
 
-Which frames of a video make a clip, in fine-tuning and its test (authors' code). No torch.
-
-The labelled videos of shards that fine-tuning trains on and is tested on.
-
-A clip is a frame of each segment of a video. Which frames, and how they are changed, depends on
-(seed, epoch, video) alone; global batch b of an epoch is positions b·B … of the epoch's order. So
-batches are the same for any number of processes.
+A clip is one frame from each segment of a video. Which frames, and how they are augmented, depends
+on (seed, epoch, video) alone; global batch b of an epoch is positions b·B … (b+1)·B-1 of its order.
+So batches are the same for any number of ranks.
 """
 
 from __future__ import annotations

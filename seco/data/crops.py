@@ -1,10 +1,8 @@
-"""The resize of the views: a box of a decoded frame to S × S, written where it is wanted.
+"""Decode JPEG frames, draw random crops, and resize a box of a frame. No torch at import.
 
-Decoding, drawing random crops, centre crops. No torch here.
-
-Torch's antialiased bilinear kernel for interleaved uint8 images takes a third of PIL's time and
-differs from it by rounding (``benchmarks/results/loader.md``); written straight into the batch it
-saves one allocation and one copy a view.
+The resize is torch's antialiased bilinear kernel for interleaved uint8 images. It takes a third of
+PIL's time and differs from it by rounding (``benchmarks/results/loader.md``); it writes straight
+into the batch, which saves one allocation and one copy per view.
 """
 
 from __future__ import annotations

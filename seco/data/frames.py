@@ -1,12 +1,8 @@
-"""Batches of centre crops for a backbone, made ahead by loader processes.
-
-Small pictures of stored frames, for pages and sheets; a frame that does not decode is None.
-
-A video's frames on their way to its feature: which ones, and their centre crops.
+"""Stored frames of a video: batches of centre crops for a backbone, and thumbnails for pages.
 
 A batch holds frames of several videos and never of two shards: frames b·B … (b+1)·B-1 of a shard,
-video after video. Which frame lies where depends on the shard alone, not on what can be read, who
-reads it, or where an earlier run was stopped; so the same features come out to the last bit.
+video after video. Where a frame lies depends on the shard alone, not on what can be read, on who
+reads it, or on where an earlier run stopped; so features are equal to the last bit.
 """
 
 from __future__ import annotations

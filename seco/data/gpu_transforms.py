@@ -1,23 +1,20 @@
-"""What a GPU does for the views: decoding and crops, and the augmentations in fused kernels.
+"""Views on a GPU: frames decoded and cropped by nvJPEG, augmentations as one compiled graph.
 
-Frames decoded and cropped on the training device, a batch at a time (``--decode nvjpeg``).
+With ``--decode nvjpeg`` the loader's workers only read bytes and draw boxes. Frames differ slightly
+from those of the CPU: nvJPEG repeats the chroma samples of subsampled (4:2:0) files where
+libjpeg-turbo interpolates (which alone makes a mean difference of 1.3 to 1.6 of 255 on textures
+with hard colour edges), and its inverse DCT rounds differently. Gray values should agree to 1.
 
-The loader's processes then read bytes and draw boxes, no more. Frames differ a little from those of
-the CPU: nvJPEG repeats the chroma samples of subsampled (4:2:0) files where libjpeg-turbo
-interpolates between them (which alone makes 1.3 to 1.6 of 255 in the mean on textures with hard
-colour edges), and its inverse DCT rounds differently. Gray values should agree to 1.
+``apply_views`` regroups the images between two operations. On a GPU, moving them costs more than
+computing what is not needed, so here every image goes through every operation, with parameters that
+leave it unchanged where none was drawn. The graph has no branch, no shape that depends on a draw,
+and never waits for the host. Brightness, contrast, saturation and grayscale are one formula,
+clamp(m + f · (x - m)), where m is 0, the mean gray of the image or the gray of the pixel; so the
+order drawn for an image is a matter of parameters.
 
-The device part of the views as one dense graph, for GPUs: what ``apply_views`` does in groups.
-
-On a GPU moving images to their groups costs more than computing what is not needed, so here every
-image goes through every operation, with parameters that leave it as it is where none was drawn. The
-graph has no branch, no shape that depends on a draw and no wait for the host. Brightness, contrast,
-saturation and grayscale are one formula, clamp(m + f · (x - m)), in which m is 0, the mean gray of
-the image or the gray of the pixel; so the order drawn for an image is a matter of parameters.
-
-Compiled by inductor for a GPU it becomes three kernels: the mean gray that contrast needs and the
-chain, both from uint8; the blur across; the blur down with the normalisation. Per value these read
-and write 1 + 1 + 4, 8 and 8 bytes, 6.8 GB for 2048 images of 224² px.
+Inductor compiles it to three kernels for a GPU: the mean gray that contrast needs and the chain,
+both from uint8; the blur across; the blur down with the normalisation. Per value these read and
+write 1 + 1 + 4, 8 and 8 bytes: 6.8 GB for 2048 images of 224² px.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""From a loader's batch to crops, and from crops to views, on the training device.
+"""Batches of triplets, made ahead by the loader's workers, and their views on the training device.
 
-Loader processes of torch's DataLoader, forked from this one, that are given tasks as they go.
-
-Batches of triplets for a trainer, made ahead by loader processes.
-
-A batch is made in chunks of rows, so that all processes work on the batch that is needed next, and
-the first batch after a start or resume is there after one chunk's time. Draws depend on the
-sample alone: batches are the same for any number of processes.
+A batch is made in chunks of rows, so all workers work on the batch that is needed next, and the
+first batch after a start or a resume takes only as long as one chunk. Draws depend on the sample
+alone: batches are the same for any number of workers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Batches of exemplar and search crops, made ahead by loader processes.
+"""Exemplar and search crops for SiamFC: squares around a target, and batches of pairs.
 
-SiamFC's crops: squares around a target with context, the image's mean colour outside it.
-
-Boxes are (x, y, w, h) in px as the data sets have them: the first pixel is 1.
-
-A pair is a function of (seed, epoch, sequence): which frames, and how much each is stretched and
-shifted. Batches are the same for any number of loader processes and of ranks.
+Boxes are (x, y, w, h) in px as the datasets have them: the first pixel is 1. Outside the image a
+crop has the image's mean colour. A pair is a function of (seed, epoch, sequence): which frames, and
+how far each is stretched and shifted. Batches are the same for any number of workers and ranks.
 """
 
 from __future__ import annotations

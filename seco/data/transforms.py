@@ -1,10 +1,8 @@
-"""The device part of the views: flip, jitter, grayscale, blur, normalisation, a batch at a time.
+"""Augment views on the training device: flip, jitter, grayscale, blur, normalisation, by the batch.
 
-How views differ: the settings, and what is drawn for each image. No torch here.
-
-Every image has parameters of its own, drawn beforehand on the CPU (``view_parameters.py``). Between
-two operations the batch is regrouped so that each operation finds its images side by side and works
-on them in place; the host knows all groups in advance, so a GPU never waits.
+Every image has parameters of its own, drawn beforehand on the CPU. Between two operations the batch
+is regrouped so that the images of each operation lie next to each other and are changed in place;
+the host knows all groups in advance, so a GPU never waits.
 """
 
 from __future__ import annotations
@@ -176,7 +174,7 @@ def apply_views(
         images: (N, 3, S, S) uint8.
         views: of the N images.
         config: gives the mean and standard deviation.
-        fused: through the compiled graph of ``fused_views.py``; None: on a GPU, if it compiles.
+        fused: through the compiled graph of ``gpu_transforms.py``; None: on a GPU, if it compiles.
 
     Returns:
         (N, 3, S, S) float32.

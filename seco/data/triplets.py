@@ -1,7 +1,7 @@
 """The CPU part of the views: some rows of a batch, from JPEG bytes to crops.
 
 Each distinct frame is decoded once, the anchor for two views. A sample that cannot be read or
-decoded is replaced by another, counted and named.
+decoded is replaced by another, counted and reported by name.
 """
 
 from __future__ import annotations

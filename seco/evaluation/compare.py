@@ -1,16 +1,8 @@
 """``seco compare``: which of several encoders is better on one dataset, and can that be told?
 
-The encoders to compare: what the user named, and their features, extracted where missing.
-
-Which videos are compared, and in which groups they are.
-
-What is measured of each encoder: right or wrong for every test video, and the effective rank.
-
-Every measure by labels is taken with some of the training labels: the classifier, or the gallery of
-R@1, has the labelled videos alone. All encoders get the same draws of them.
-
-All encoders are measured on the same videos with the same draws of labels, so that differences are
-paired: what makes a video hard for all of them falls out of their intervals.
+All encoders are measured on the same videos with the same draws of labels, so differences are
+paired: what makes a video hard for all of them cancels out. Every measure that uses labels is
+repeated with a part of them: the classifier, or the gallery of R@1, has the labelled videos alone.
 """
 
 from __future__ import annotations

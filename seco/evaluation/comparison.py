@@ -1,9 +1,4 @@
-"""A comparison of encoders: JSON, terminal table and page.
-
-What ``seco compare`` has found: values, differences, verdicts; as JSON and for a terminal.
-
-The page of ``seco compare``: verdicts, intervals, and what they mean.
-"""
+"""The result of ``seco compare``: values, differences and verdicts as JSON, a table and a page."""
 
 from __future__ import annotations
 

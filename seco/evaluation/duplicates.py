@@ -1,19 +1,14 @@
-"""``seco retrieve duplicates``: the same video, or nearly, on both sides of a split.
-
-Whether two videos show the same moving picture: small gray frames, aligned in time.
+"""``seco retrieve duplicates``: the same video, or nearly the same, on both sides of a split.
 
 A feature says what kind of thing a video shows, so videos of one class lie close together, and
-under an untrained encoder all do. Here the pixels decide. Frames are shrunk to 16 x 16 gray
-values, which re-encoding and resizing hardly change. Two numbers are taken where the videos
-overlap best:
+under an untrained encoder all do. Candidates therefore come from features and small pictures, and
+frames decide: they are shrunk to 16 x 16 gray values, which re-encoding and resizing hardly change.
+Two numbers are taken where the videos overlap best:
 
 * ``appearance``: the mean correlation of frame with frame. A camera that has not moved gives a
   high one for any two clips of it.
-* ``motion``: the correlation of what is left when each video's mean frame is taken away, which is
+* ``motion``: the correlation of what remains when each video's mean frame is subtracted, which is
   high only where the same things move at the same time.
-
-Candidates come cheaply and too many, from features and from small pictures; frames decide
-(:mod:`seco.evaluation.duplicates`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Saved indexes: ``retrieval.faiss`` and what it was made of, ``retrieval.faiss.json``.
+"""Saved faiss indexes, exact or approximate: ``retrieval.faiss`` and ``retrieval.faiss.json``.
 
-An approximate index: IVF-PQ (Jégou et al. 2011) of faiss, its candidates compared exactly.
-
-The vectors have length 1, so the order by distance is the order by cosine. They are first turned
-and cut to 256 values by PCA: the features of a video encoder fill few directions, and lists and
-codes of shorter vectors are quicker to make and truer. What this costs is made good by comparing
-the candidates with the whole vectors, which stay where they are.
+The approximate index is faiss's IVF-PQ (Jégou et al. 2011). Vectors have length 1, so the order by
+distance is the order by cosine. PCA first rotates them and cuts them to 256 values: the features of
+a video encoder fill few directions, and lists and codes of shorter vectors are faster to build and
+more accurate. To make up for what this costs, the candidates are compared again with the full
+vectors, which stay where they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What an evaluation says of its classes: accuracies, confusions, their picture.
-
-What a classifier says of the test rows, kept small: a label and two flags a row.
-"""
+"""Predictions and what follows: accuracies, per-class accuracies, the confusion matrix."""
 
 from __future__ import annotations
 

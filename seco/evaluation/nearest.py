@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine, with faiss, of vectors that may exceed the memory."""
+"""Exact nearest neighbours by cosine, in blocks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
 """``seco track eval``: one-pass evaluation of a tracker on sequences with boxes (paper §5.2).
 
-OTB's one-pass evaluation: overlap, centre error, success and precision (Wu et al., PAMI 2015).
-
-The conventions are those of the GOT-10k toolkit, which the numbers equal. Boxes are (x, y, w, h) in
-px and cover x … x + w; the overlap of two empty boxes is 0. Success counts overlaps *above* a
-threshold, so that even a perfect tracker has none at 1 and scores 20/21; precision counts centre
-errors *up to* one. Curves are averaged over sequences, however long these are.
-
-What an evaluation leaves behind: OTB result files, ``track.json``, what is shown.
+The metrics are OTB's (Wu et al., PAMI 2015): overlap, centre error, success and precision, with the
+conventions of the GOT-10k toolkit, whose numbers they equal. Boxes are (x, y, w, h) in px and cover
+x … x + w; the overlap of two empty boxes is 0. Success counts overlaps *above* a threshold, so even
+a perfect tracker has none at 1 and scores 20/21; precision counts centre errors *up to* one. Curves
+are averaged over sequences, whatever their length.
 """
 
 from __future__ import annotations

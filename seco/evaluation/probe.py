@@ -1,13 +1,9 @@
-"""``seco probe``: how well frozen features are classified by a linear classifier or neighbours.
+"""``seco probe``: classify frozen features with an SVM, by SGD, or by the nearest neighbours.
 
-A linear classifier trained by SGD on frozen features: softmax and cross-entropy, with biases.
-
-MoCo's protocol (lr 30, batch 256, 100 epochs, momentum 0.9, no weight decay) is for features of
-about unit length. Multiplying features by s changes nothing if the rate is divided by s², so the
-rate here is divided by the mean squared length of the training rows: ``lr`` means the same for
-every scale of features, and is MoCo's own for unit length.
-
-What ``seco probe`` leaves behind: ``probe.json``, a table a class and the confusion matrix.
+The SGD classifier is a softmax with biases in MoCo's protocol (lr 30, batch 256, 100 epochs,
+momentum 0.9, no weight decay), which is for features of about unit length. Multiplying features by
+s changes nothing if the rate is divided by s², so the rate is divided by the mean squared length of
+the training rows: ``lr`` means the same for every scale of features, and is MoCo's for unit length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""``seco retrieve query``: a page of pictures of the videos nearest to some.
-
-``seco retrieve query``: the videos nearest to some of the set, or to a video file.
-"""
+"""``seco retrieve query``: a page of the videos nearest to one of the dataset or to a file."""
 
 from __future__ import annotations
 

@@ -1,45 +1,37 @@
 """Linear SVM of LIBLINEAR's ``-s 2`` form, solved for all classes at once with matrix products.
 
-Truncated Newton for classes that have many rows within the margin (``svm.py``).
-
-Newton's systems (I + 2C X_aᵀ X_a) d = -gradient, X_a the rows within a class's margin, are solved
-by conjugate gradients in float32, all classes in one pass over the features, preconditioned with
-the eigenvectors that all classes share. Gradient, line search and objective are float64, so that
-rounding in a direction costs steps and never the result.
-
-LIBLINEAR's way to an SVM and its stopping rule, for all classes at once (``--tolerance``).
-
-Trust-region Newton from weights of zero (Lin, Weng and Keerthi, "Trust region Newton method for
-large-scale logistic regression", JMLR 2008). A class stops at
-
-    ||gradient|| <= tolerance · min(positives, negatives) / N · ||gradient at zero||
-
-With features of unequal directions that is many per cent above the minimum, and where in that
-neighbourhood depends on the steps taken. So the steps are LIBLINEAR's, in float64; another solver
-with the same rule stops elsewhere and predicts other classes.
-
-Rounds of working sets for a group of classes (``svm.py``).
-
-Each round solves every class on its few rows, exactly and in their span: the minimum depends only
-on the rows within the margin, a few per cent as a rule, and with w = X_Wᵀ b for the n rows W every
-quantity is one of the kernel matrix X_W X_Wᵀ (n, n), where Newton's steps cost n³/3 instead of
-passes over the features. It then finds the margins of all rows for all classes in one pass, lets
-rows outside the margin go and takes those in that lie within it, the deepest first and at most as
-many as there are. The solution on some of the rows also bounds the objective over all of them from
-below, so that a finished class is proven to be.
-
 Paper §5.2 and the authors' protocol: L2-regularised squared hinge, one-vs-rest, no bias. For every
 class k, with y = +1 for its rows and -1 for the others, the weights are the minimum of
 
     0.5 ||w_k||² + C Σ_i max(0, 1 - y_ik w_k·x_i)²
 
-which is strictly convex, so that any solver that converges gives the same weights. This one takes
-each class's rows within the margin for a working set and solves it exactly (``svm_rounds.py``); a
-class with too many such rows goes on by truncated Newton (``svm_newton.py``). Both need the margins
-of all rows for many classes at once, which are matrix products.
+which is strictly convex, so any solver that converges gives the same weights.
 
-Features are float32 and so are the products that only lead somewhere; objectives, line searches and
-the margins that prove a class finished are float64.
+Rounds of working sets. Each round solves every class on a few rows, exactly and in their span: the
+minimum depends only on the rows within the margin, usually a few per cent, and with w = X_Wᵀ b for
+the n rows W every quantity is one of the kernel matrix X_W X_Wᵀ (n, n), where a Newton step costs
+n³/3 instead of passes over the features. It then finds the margins of all rows for all classes in
+one pass, drops rows outside the margin and adds those inside, the deepest first and at most as many
+as there are. The solution on some of the rows bounds the objective over all rows from below, which
+proves that a finished class is solved.
+
+Truncated Newton, for classes with many rows within the margin. Newton's systems
+(I + 2C X_aᵀ X_a) d = -gradient, where X_a are these rows, are solved by conjugate gradients in
+float32, all classes in one pass over the features, preconditioned with the eigenvectors that all
+classes share.
+
+Features are float32, and so are products that only give a direction. Objectives, gradients, line
+searches and the margins that prove a class solved are float64, so rounding costs steps and never
+the result.
+
+LIBLINEAR's way (``--tolerance``): trust-region Newton from weights of zero (Lin, Weng and Keerthi,
+"Trust region Newton method for large-scale logistic regression", JMLR 2008). A class stops at
+
+    ||gradient|| <= tolerance · min(positives, negatives) / N · ||gradient at zero||
+
+With features of unequal directions this is many per cent above the minimum, and where it stops
+depends on the steps taken. So the steps are LIBLINEAR's, in float64; another solver with the same
+rule stops elsewhere and predicts other classes.
 """
 
 from __future__ import annotations
@@ -615,9 +607,8 @@ class WorkingSets:
 
 _Advance = Callable[[int], object]
 
-# What a class's objective may lie above its minimum, relatively, by the dual bound. LIBLINEAR's
-# rule compares gradients instead, and in the primal stops many per cent above on features of
-# unequal directions (``svm_liblinear.py``).
+# How far a class's objective may lie above its minimum, relatively, by the dual bound. LIBLINEAR's
+# rule compares gradients instead, and stops many per cent above on features of unequal directions.
 RELATIVE_GAP = 1e-8
 
 MAX_ROUNDS = 40

@@ -1,6 +1,6 @@
-"""``seco track run``: follow one target through a video of one's own.
+"""SiamFC's inference: follow one target from frame to frame (Bertinetto et al., ECCVW 2016).
 
-SiamFC's inference: follow one target from frame to frame (Bertinetto et al., ECCVW 2016).
+``seco track run`` does so in a video of your own.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
-"""The test of a classifier: scores of all clips and crops of a video, and the result.
-
-What a test of a fine-tuned network found: ``finetune.json``, confusion matrix, table.
-
-The scores of test videos: the mean over clips and crops of a clip's scores (authors' code).
+"""Test a fine-tuned classifier: mean scores over clips and crops of each video (authors' code).
 
 Clips overlap and a frame's feature does not depend on its neighbours, so each distinct frame is
-decoded once and goes through the backbone once for each crop; clips are means over its rows.
-
-Testing a fine-tuned network: ``seco finetune-eval``, and the end of ``seco finetune``.
+decoded once and passes through the backbone once per crop; clips are means over its rows.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""``extract-features``: frozen features of a set, one vector a video (paper §5.2).
+"""``seco extract-features``: frozen features of a dataset, one vector per video (paper §5.2).
 
-The features of whole shards: loader, backbone and means put together.
-
-The unit of work is a shard. Processes share the shards, each keeps what it has finished
-(``parts.py``), and the first one puts all together. What comes out depends on shards,
-weights and settings alone: not on how many processes there were, nor on interruptions.
+The unit of work is a shard. Ranks divide the shards, each stores what it has finished as a partial
+result, and the first one joins them. The result depends on shards, weights and settings alone: not
+on the number of ranks, and not on interruptions.
 """
 
 from __future__ import annotations

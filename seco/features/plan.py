@@ -1,19 +1,12 @@
-"""What an extraction computes: its plan, its forward passes, finished shards as partial results.
-
-Forwards of a frozen backbone, several batches at a time.
+"""What an extraction computes: its plan, the forward passes, finished shards as partial results.
 
 On the CPU each batch is computed by one thread, as many batches at a time as there are cores: no
-thread waits for another at every layer (which costs most on a machine that is shared), and a sum
-is the same to the last bit on a machine with any number of cores. On a GPU two batches are under
-way, so that one is copied while the other is computed.
+thread waits for another at every layer (which costs most on a shared machine), and a sum is the
+same to the last bit on a machine with any number of cores. On a GPU two batches are in flight, so
+that one is copied while the other is computed.
 
-Finished shards of an extraction, kept until all are there: what a run is resumed from.
-
-``OUT/parts/SHARD-DIGEST.npz`` holds the features of one shard. The digest is of all that they
-depend on, so what was made with other settings, of other weights or of other videos is not taken
-for them.
-
-What an extraction consists of, what of it is there already, and how it is put together.
+``OUT/parts/SHARD-DIGEST.npz`` holds the features of one shard. The digest covers everything they
+depend on, so features of other settings, weights or videos are never taken for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products with features that may be larger than memory, for many classes at once."""
+"""Matrix products with features that may be larger than memory, for many classes at once."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
-"""SeCo itself: query and key encoder, queue, order classifier, and the losses of a batch.
+"""The SeCo model: query and key encoder, queue, order classifier, and the losses of a batch.
 
-Which rank encodes which key image, and in which order: MoCo's shuffled BatchNorm.
-
-The query and its keys must not be normalised with the statistics of the same images (paper §5.2:
+A query and its keys must not be normalised with the statistics of the same images (paper §5.2:
 shuffling BN). Each of the three keys has a permutation of the global batch; a run of consecutive
-places of it is one BatchNorm group. Rank r encodes the places r·n … (r+1)·n - 1 of each, so that no
-rank receives more images than it normalises, and the groups are the same on any number of ranks.
+places of it is one BatchNorm group. Rank r encodes the places r·n … (r+1)·n - 1 of each, so no rank
+receives more images than it normalises, and the groups are the same for any number of ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""torch.compile where it works; without a compiler, one line and eager execution.
-
-Which device computes, and how many of the processor's cores.
-"""
+"""The device that computes, the number of cores to use, and torch.compile where it works."""
 
 from __future__ import annotations
 

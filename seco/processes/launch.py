@@ -1,6 +1,6 @@
-"""Starting the processes of a run: one a GPU, by torch's elastic launcher.
+"""Start the ranks of a run, one per GPU, with torch's elastic launcher.
 
-Under ``torchrun`` (also on several machines) the processes are there already, and each joins.
+Under ``torchrun`` (on several machines, too) the processes already exist, and each one joins.
 """
 
 from __future__ import annotations

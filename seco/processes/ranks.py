@@ -1,9 +1,7 @@
-"""One model on many processes: gradients are averaged, BatchNorm's buffers are left alone.
+"""The ranks of a run, one per GPU, and what they exchange.
 
-The processes of a run, one a GPU, and what they tell each other.
-
-A process that torchrun or ``seco.processes.launch`` started finds the others through the
-environment; any other is alone, and then nothing here communicates.
+A process started by torchrun or ``seco.processes.launch`` finds the others through the environment;
+any other process is alone, and then nothing here communicates.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""``seco inspect``: what shards hold, as lines, as a page and as a picture.
-
-What a shard set holds, in figures: sizes, labels, splits, frames a video, durations.
-
-A contact sheet: some videos of a set as strips of frames, to see what was stored.
-"""
+"""``seco inspect``: what shards hold, as lines, a page and a contact sheet."""
 
 from __future__ import annotations
 

@@ -1,14 +1,7 @@
-"""``seco report``: every result found, beside the paper's tables, as one self-contained page.
+"""``seco report``: all results found, compared with the paper's tables, as one page.
 
-The curves of a training run as inline SVG charts.
-
-Our figures that correspond to one of the paper's, and how each was measured.
-
-Proxy tasks side by side, as in the last rows of Table 1, on whatever sets were evaluated.
-
-Only like is compared with like: figures of one set, split, classifier, backbone and extraction.
-
-What a report says, before it is a page, Markdown or JSON.
+Only results of the same dataset, split, classifier, backbone and extraction are compared with each
+other. The report is built as data first, and then written as a page, as Markdown or as JSON.
 """
 
 from __future__ import annotations

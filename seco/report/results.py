@@ -1,16 +1,8 @@
-"""Results on disk, read defensively: what was measured, by which run, on what.
+"""Find and read the results of evaluations and runs, whatever the files hold.
 
-What evaluation commands leave behind, as typed records.
-
-Parsers forgive absent keys, since files of older versions lie about, and refuse figures that
-cannot be what they claim.
-
-Finding what a report is made of: the results under some folders.
-
-Files of any age and state lie in such folders. One that cannot be read is named on the page and
-never stops the rest.
-
-Where an encoder of the report comes from: its name, its proxy tasks, the run that trained it.
+Files of any age and state lie in result folders. One that cannot be read is named on the page and
+never stops the rest. Missing keys are accepted, since older versions wrote fewer; values that
+cannot be what they claim are refused.
 """
 
 from __future__ import annotations

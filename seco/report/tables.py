@@ -1,13 +1,8 @@
-"""The paper's tables and protocol.
+"""Tables 1–3 of the paper and its protocol, and which of our results compare with which of its.
 
-Tables 1–3 of the paper, and which of our figures may stand beside which of theirs.
-
-Figures are text, exactly as printed. A figure of ours takes a place in a table only where data
-set and metric are the paper's; it takes the row of a method only where arch and tasks are.
-
-What a figure was measured with, setting by setting, beside what the paper (or its authors' code)
-
-used: what equals it, what differs, and what nobody wrote down.
+Numbers are text, exactly as printed. A result takes a place in a table only where dataset and
+metric are the paper's; it takes the row of a method only where architecture and tasks are. Every
+setting is listed as equal to the paper (or its authors' code), different, or not recorded.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
-"""The log of a run: metrics.jsonl, speed.jsonl and TensorBoard.
+"""The log of a run: ``metrics.jsonl``, ``speed.jsonl`` and TensorBoard events.
 
-The log of a run: ``metrics.jsonl``, ``speed.jsonl`` and TensorBoard events.
-
-``metrics.jsonl`` holds only what the computation determines, so that a resumed run's file equals
-an undisturbed one's; clock readings go to ``speed.jsonl``.
-
-The log of a run, read in memory that does not grow with it.
-
-A run of 400 epochs logs some 20,000 lines, others ten times as many; a chart shows a thousand
-points. Neighbouring lines are joined while they are read, and joined again when there are too many.
+``metrics.jsonl`` holds only what the computation determines, so a resumed run's file equals that of
+an undisturbed one; clock readings go to ``speed.jsonl``. A run of 400 epochs logs some 20,000
+lines, others ten times as many, and a chart shows a thousand points: a reader joins neighbouring
+lines as it reads, so its memory does not grow with the run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The training loop: agree with the other processes, step, log, save, stop, fail.
+"""The training loop: agree with the other ranks, step, log, save, stop, fail.
 
-Pre-training, fine-tuning and tracking are subclasses that say what a batch, a step and its figures
-are. What a step has done is logged before it is saved, so that a run that goes on from a checkpoint
-writes the lines after it and no other.
+Pre-training, fine-tuning and tracking are subclasses that define a batch, a step and its metrics. A
+step is logged before it is saved, so a resumed run writes the lines after its checkpoint and no
+others.
 """
 
 from __future__ import annotations

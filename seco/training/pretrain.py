@@ -1,9 +1,4 @@
-"""The training loop of ``seco pretrain``, on one process or many.
-
-Is the run healthy? Losses beside their chance levels, and warnings a user can act on.
-
-A kNN on labelled shards every few epochs: does the backbone learn what classes share?
-"""
+"""``seco pretrain``: the run, its warnings about the model's health, and the online kNN."""
 
 from __future__ import annotations
 

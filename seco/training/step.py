@@ -1,9 +1,9 @@
-"""One training step, on one rank or many: what is exchanged, encoded, differentiated and updated.
+"""One training step, on one rank or many: exchange, encode, differentiate, update.
 
 A rank works on one BatchNorm group at a time: first the groups of its key images, without
-gradients, then those of its queries, forward and backward, whose gradients add up. So memory holds
-the activations of one group at most, every forward has the same shape, and all queries see the
-queue as it was before the step; without a queue, the keys of the step itself.
+gradients, then those of its queries, forward and backward, whose gradients are summed. So memory
+holds the activations of one group at most, every forward has the same shape, and all queries see
+the queue as it was before the step; without a queue, they see the keys of the step itself.
 """
 
 from __future__ import annotations
