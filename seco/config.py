@@ -211,7 +211,7 @@ def resolve_pretrain(config: PretrainConfig, processes: int = 1) -> PretrainConf
     )
     share = config.batch_size // processes
     if config.bn_group is None:
-        chosen["bn_group"] = _default_group(config.batch_size, share)
+        chosen["bn_group"] = default_group(config.batch_size, share)
     if config.lr is None:
         chosen["lr"] = _default_lr(config)
     resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
@@ -235,8 +235,9 @@ def _default_lr(config: PretrainConfig) -> float:
     return config.batch_size / 2560 if config.preset == "authors" else 0.2
 
 
-def _default_group(batch_size: int, share: int) -> int:
-    """A quarter of the batch, or the largest part of a process's share that is no larger."""
+def default_group(batch_size: int, share: int | None = None) -> int:
+    """A quarter of the batch, or the largest part of a rank's ``share`` that is no larger."""
+    share = share or batch_size
     return largest_part(share, max(2, min(batch_size // 4, share)))
 
 

@@ -127,7 +127,3 @@ class NegativeQueue(nn.Module):
         self.videos[slots] = videos[first:]
         self.next_slot.copy_((self.next_slot + appended) % self.size)
         self.seen += appended
-
-    def same_video(self, videos: Tensor) -> Tensor:
-        """(N, K) bool: row k holds a key of the query's own video."""
-        return videos[:, None] == self.videos[None, :]

@@ -9,8 +9,9 @@ receives more images than it normalises, and the groups are the same for any num
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seco.config import PretrainConfig, task_list
+from seco.config import PretrainConfig, default_group, resolve_pretrain, task_list
 from seco.models.backbones import build_backbone, feature_dim
 from seco.models.batchnorm import running_statistics
 from seco.models.losses import inter_loss, intra_loss, order_loss
 from seco.models.queue import NegativeQueue
 from seco.processes.device import to_device
+from shards.settings import require
 
 KEYS = 3
 Ints = NDArray[np.int64]
@@ -111,31 +113,78 @@ class Encoder(nn.Module):
 Embeddings = dict[str, Tensor]  # by head
 
 
-@dataclass
-class StepResult:
-    """What one forward gives: the summed loss, and detached figures by name for the log.
+class TripletViews(Protocol):
+    """A batch of N triplets: what ``seco.triplet_loader`` yields, or a ``DataLoader``."""
 
-    Each of them is a mean over the rows, so those of groups of one size, or of all ranks, are the
-    means of theirs.
+    @property
+    def views(self) -> Tensor | Sequence[Tensor]:
+        """Query, k1 (both of the anchor), k2 and k3: four times (N, 3, S, S), normalised."""
+
+    @property
+    def order(self) -> Tensor:
+        """(N,) 0 when the anchor is before k2 and k3, 1 when it is after."""
+
+    @property
+    def video(self) -> Tensor:
+        """(N,) numbers of the videos."""
+
+
+@dataclass
+class SeCoOutput:
+    """The summed loss of some queries, and detached metrics by name.
+
+    Each metric is a mean over the rows, so the means of equally large groups, or of all ranks, are
+    those of the batch.
     """
 
     loss: Tensor
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     moments: Tensor  # (2, D) means of the first task's embeddings and of their squares
+    keys: Embeddings = field(default_factory=dict)  # of the batch, for SeCo.update
+    videos: Tensor | None = None
+
+
+class Negatives(NamedTuple):
+    """K rows that are not positives of any query, or only of those of their own video."""
+
+    rows: Tensor  # (K, D)
+    videos: Tensor  # (K,) -1: of no video
 
 
 class SeCo(nn.Module):
-    """The model of paper §4 with every switch of its settings.
+    """The SeCo model (paper §4): query and key encoder, queue, order classifier, losses.
 
-    Its parts are called one after the other by :class:`seco.training.step.TrainingStep`: the keys
-    first, without gradients, then ``forward`` with the queries, then the queue.
+    In a training loop of your own, on one device::
+
+        model = seco.SeCo("resnet50", queue_size=65_536).cuda()
+        optimizer = torch.optim.SGD(model.trained_parameters(), lr=0.1, momentum=0.9)
+        for batch in loader:
+            out = model(batch.to("cuda"))
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+            model.update(out)
+
+    For several GPUs, :func:`seco.pretrain` runs the same parts (:class:`TrainingStep`).
 
     Args:
-        config: resolved settings (:func:`seco.config.resolve_pretrain`).
+        arch: name of the backbone; or the resolved settings of a run.
+        settings: options of ``seco pretrain`` that concern the model, with its defaults: ``tasks``,
+            ``heads``, ``embedding_dim``, ``queue_size``, ``queue_init``, ``mask_same_video``,
+            ``temperature``, ``intra``, ``intra_temperature``, ``ema``, ``bn_group``, ``preset``,
+            ``seed`` (of the queue's first rows).
+
+    Raises:
+        InputError: unknown architecture or task, or a value out of range.
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, arch: str | PretrainConfig = "resnet50", **settings: Any) -> None:
         super().__init__()
+        if isinstance(arch, PretrainConfig):
+            config, self._bn_group = arch, arch.bn_group
+        else:
+            self._bn_group = settings.pop("bn_group", None)
+            config = resolve_pretrain(PretrainConfig(arch=arch, **settings))
         self.config = config
         self.tasks = task_list(config)
         self.head_of = {t: t if config.heads == "separate" else "shared" for t in self.tasks}
@@ -144,15 +193,54 @@ class SeCo(nn.Module):
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.order_classifier = nn.Linear(3 * config.embedding_dim, 2)
         self.order_classifier.requires_grad_("order" in self.tasks)
-        generator = torch.Generator().manual_seed(config.seed)
-        # Without a queue its place is taken by the keys of the batch, put there before the losses.
-        self.queue = NegativeQueue(
-            config.queue_size or KEYS * config.batch_size,
-            config.embedding_dim,
-            config.queue_init or "unit",
-            generator,
-        )
+        self.queue: NegativeQueue | None = None  # None: the negatives are the keys of the batch
+        if config.queue_size:
+            self.queue = NegativeQueue(
+                config.queue_size,
+                config.embedding_dim,
+                config.queue_init or "unit",
+                torch.Generator().manual_seed(config.seed),
+            )
         self._mask_same_video = config.mask_same_video or not config.queue_size
+
+    def forward(self, batch: TripletViews) -> SeCoOutput:
+        """The loss of a batch, on one device.
+
+        Keys are shuffled over BatchNorm groups of ``bn_group`` images (default: a quarter of the
+        batch) with torch's global generator. The activations of all queries are kept until
+        ``backward``.
+
+        Raises:
+            InputError: ``bn_group`` does not divide the batch.
+        """
+        views, order, videos = batch.views, batch.order, batch.video
+        count = len(order)
+        group = default_group(count) if self._bn_group is None else self._bn_group
+        require(count % group == 0, "bn_group", f"{group} does not divide the batch of {count}")
+        shuffle = KeyShuffle(count, 0, 1, torch.default_generator)
+        groups = (
+            views[1 + part[0] // count][to_device(torch.from_numpy(part % count), order.device)]
+            for part in np.split(shuffle.wanted, KEYS * count // group)
+        )
+        encoded = self.encode_keys(groups, count // group)
+        keys = {name: shuffle.by_row(vectors) for name, vectors in encoded.items()}
+        negatives = self.negatives(keys, videos)
+        results = []
+        for begin in range(0, count, group):
+            rows = slice(begin, begin + group)
+            some = {name: vectors[:, rows] for name, vectors in keys.items()}
+            results.append(
+                self.losses(views[0][rows], some, order[rows], videos[rows], negatives, begin == 0)
+            )
+        out = mean_output(results)
+        out.keys, out.videos = keys, videos
+        return out
+
+    def update(self, out: SeCoOutput) -> None:
+        """After the optimizer's step: the key encoder follows, the batch's keys join the queue."""
+        if out.videos is not None:
+            self.append_keys(out.keys, out.videos)
+        self.update_key_encoder()
 
     @torch.no_grad()
     def encode_keys(self, groups: Iterable[Tensor], per_key: int) -> Embeddings:
@@ -174,14 +262,27 @@ class SeCo(nn.Module):
                 encoded.append(self.key_encoder(images))
         return {name: torch.cat([group[name] for group in encoded]) for name in encoded[0]}
 
-    def forward(
+    def negatives(self, keys: Mapping[str, Tensor], videos: Tensor) -> Negatives:
+        """The queue's rows, or without a queue the keys of the batch.
+
+        Args:
+            keys: for each head (3, N, D).
+            videos: (N,) numbers of the videos.
+        """
+        if self.queue is not None:
+            return Negatives(self.queue.rows, self.queue.videos)
+        rows = keys[self.head_of.get("inter", next(iter(keys)))]
+        return Negatives(rows.flatten(0, 1), videos.repeat(KEYS))
+
+    def losses(
         self,
         images: Tensor,
         keys: Mapping[str, Tensor],
         order: Tensor,
         videos: Tensor,
+        negatives: Negatives,
         first: bool = True,
-    ) -> StepResult:
+    ) -> SeCoOutput:
         """The losses of the g queries of one BatchNorm group.
 
         Args:
@@ -189,20 +290,21 @@ class SeCo(nn.Module):
             keys: for each head (3, g, D), k1, k2, k3 of the same rows.
             order: (g,) 0 when the anchor is before k2 and k3, 1 when after.
             videos: (g,) numbers of the videos.
+            negatives: for all groups of a batch.
             first: of the groups of a step: BatchNorm's running statistics follow it.
         """
         config = self.config
         with running_statistics(self.query_encoder, follow=first):
             queries: Embeddings = self.query_encoder(images)
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=images.device)
         # Logits of unit vectors divided by 0.1 do not bear 8 bits of mantissa.
         with torch.autocast(images.device.type, enabled=False):
             for task in self.tasks:
                 query, key = queries[self.head_of[task]], keys[self.head_of[task]]
                 if task == "inter":
-                    masked = self.queue.same_video(videos) if self._mask_same_video else None
-                    rows = self.queue.rows
+                    rows, owners = negatives
+                    masked = videos[:, None] == owners if self._mask_same_video else None
                     loss, accuracy = inter_loss(query, key, rows, config.temperature, masked)
                 elif task == "intra":
                     loss, accuracy = intra_loss(
@@ -212,14 +314,14 @@ class SeCo(nn.Module):
                     sequence = torch.cat([query, key[1], key[2]], dim=1)  # (g, 3D), Eq. 4
                     loss, accuracy = order_loss(self.order_classifier(sequence), order)
                 total = total + loss
-                figures |= {f"loss_{task}": loss.detach(), f"acc_{task}": accuracy}
+                metrics |= {f"loss_{task}": loss.detach(), f"acc_{task}": accuracy}
         vectors = queries[self.head_of[self.tasks[0]]].detach()
         moments = torch.stack([vectors.mean(0), vectors.square().mean(0)])
-        return StepResult(total, figures, moments)
+        return SeCoOutput(total, metrics, moments)
 
     def append_keys(self, keys: Mapping[str, Tensor], videos: Tensor) -> None:
-        """The keys of the global batch, for each head (3, N, D), become negatives."""
-        if "inter" in self.tasks:
+        """The keys of the global batch, for each head (3, N, D), become negatives of later ones."""
+        if self.queue is not None and "inter" in self.tasks:
             self.queue.append(keys[self.head_of["inter"]].flatten(0, 1), videos.repeat(KEYS))
 
     @torch.no_grad()
@@ -235,6 +337,21 @@ class SeCo(nn.Module):
         return parameters + (
             list(self.order_classifier.parameters()) if "order" in self.tasks else []
         )
+
+
+def mean_output(results: Sequence[SeCoOutput]) -> SeCoOutput:
+    """The means over groups of one size."""
+    if len(results) == 1:
+        return results[0]
+    metrics = {
+        name: torch.stack([result.metrics[name] for result in results]).mean()
+        for name in results[0].metrics
+    }
+    return SeCoOutput(
+        torch.stack([result.loss for result in results]).mean(),
+        metrics,
+        torch.stack([result.moments for result in results]).mean(0),
+    )
 
 
 def spread(moments: Tensor) -> Tensor:

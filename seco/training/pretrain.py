@@ -23,7 +23,7 @@ from seco.data.loader import Batch, DeviceViews, TripletLoader
 from seco.data.transforms import VIEW_DRAWS, normalise, view_config
 from seco.data.triplets import VIEWS
 from seco.evaluation.knn import knn_scores
-from seco.models.seco import SeCo, StepResult, spread
+from seco.models.seco import SeCo, SeCoOutput, spread
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, one_voice
 from seco.processes.stopping import StopRequest
@@ -337,7 +337,7 @@ def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(resolved, **kept)
 
 
-class Trainer(TrainingRun[Batch, StepResult]):
+class Trainer(TrainingRun[Batch, SeCoOutput]):
     """Everything of one process of a run: data, model, optimizer, log, position."""
 
     command, title = "pretrain", "Pre-training"
@@ -451,7 +451,7 @@ class Trainer(TrainingRun[Batch, StepResult]):
             told[:, _ORDER], told[:, _VIDEO] = batch.order.numpy(), batch.videos.numpy()
         return told
 
-    def _train_step(self, batch: Batch, lr: float) -> StepResult:
+    def _train_step(self, batch: Batch, lr: float) -> SeCoOutput:
         rows = self._everyone
         uniform = rows[:, :_DRAWN].reshape(-1, VIEWS, VIEW_DRAWS).transpose(1, 0, 2)
         known = GlobalRows(
@@ -471,14 +471,14 @@ class Trainer(TrainingRun[Batch, StepResult]):
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _figures(self, result: StepResult) -> dict[str, float]:
-        names = ["loss", *result.figures]
-        scalars = torch.stack([result.loss.float(), *(v.float() for v in result.figures.values())])
+    def _figures(self, result: SeCoOutput) -> dict[str, float]:
+        names = ["loss", *result.metrics]
+        scalars = torch.stack([result.loss.float(), *(v.float() for v in result.metrics.values())])
         means = self.ranks.mean(torch.cat([scalars, result.moments.float().flatten()]))
         moments = means[len(scalars) :].view_as(result.moments)
         figures = dict(zip(names, means[: len(scalars)].tolist(), strict=True))
         figures["feature_std"] = float(spread(moments))
-        if self.config.queue_size:
+        if self.model.queue is not None:
             figures["queue_fill"] = self.model.queue.fill
         return figures
 

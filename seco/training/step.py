@@ -12,16 +12,17 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from seco.config import PretrainConfig, peak_lr
 from seco.data.loader import DeviceViews
 from seco.data.transforms import VIEW_DRAWS, ViewConfig, draw_views
-from seco.models.seco import KeyShuffle, SeCo, StepResult
+from seco.models.seco import KeyShuffle, Negatives, SeCo, SeCoOutput, mean_output
 from seco.processes.device import compile_faults, compiler_works, to_device, uses_bf16
 from seco.processes.ranks import Ranks, distributed, synchronised
 
@@ -94,9 +95,9 @@ class TrainingStep:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._losses = distributed(model, ranks, device)
+        self._losses = distributed(_Losses(model), ranks, device)
 
-    def run(self, crops: Tensor, known: GlobalRows, step: int, lr: float) -> StepResult:
+    def run(self, crops: Tensor, known: GlobalRows, step: int, lr: float) -> SeCoOutput:
         """Train on this rank's part of a batch.
 
         Args:
@@ -106,7 +107,7 @@ class TrainingStep:
             lr: the learning rate.
 
         Returns:
-            loss and figures of this rank's rows.
+            loss and metrics of this rank's rows.
 
         Raises:
             InputError: torch.compile fails on the encoders.
@@ -116,15 +117,14 @@ class TrainingStep:
         order, videos = (to_device(t, self._device) for t in (known.order, known.videos))
         with compile_faults() if self._compiled else nullcontext():
             keys = self._keys(crops, known, step)
-            if not self._config.queue_size:
-                self.model.append_keys(keys, videos)
+            negatives = self.model.negatives(keys, videos)
             self.optimizer.zero_grad(set_to_none=True)
-            results = self._queries(crops[0], keys, known, order, videos)
+            results = self._queries(crops[0], keys, known, order, videos, negatives)
         self.optimizer.step()
-        if self._config.queue_size:
-            self.model.append_keys(keys, videos)
-        self.model.update_key_encoder()
-        return _mean(results)
+        out = mean_output(results)
+        out.keys, out.videos = keys, videos
+        self.model.update(out)
+        return out
 
     def _keys(self, crops: Tensor, known: GlobalRows, step: int) -> dict[str, Tensor]:
         """For each head (3, N, D), the keys of the global batch."""
@@ -156,7 +156,8 @@ class TrainingStep:
         known: GlobalRows,
         order: Tensor,
         videos: Tensor,
-    ) -> list[StepResult]:
+        negatives: Negatives,
+    ) -> list[SeCoOutput]:
         """Forward and backward of this rank's queries, a group at a time; gradients add up."""
         results = []
         for begin in range(0, self._share, self._group):
@@ -167,12 +168,12 @@ class TrainingStep:
             some = {name: vectors[:, rows] for name, vectors in keys.items()}
             with synchronised(self._losses, last=end == self._share):
                 with self._precision():
-                    result: StepResult = self._losses(
-                        images, some, order[rows], videos[rows], first=begin == 0
+                    result: SeCoOutput = self._losses(
+                        images, some, order[rows], videos[rows], negatives, first=begin == 0
                     )
                 with self._ranks.watched():
                     (result.loss * (self._group / self._share)).backward()
-            results.append(StepResult(result.loss.detach(), result.figures, result.moments))
+            results.append(SeCoOutput(result.loss.detach(), result.metrics, result.moments))
         return results
 
     def _finished(self, crops: Tensor, drawn: NDArray[np.float64]) -> Tensor:
@@ -190,19 +191,15 @@ def _index(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(numbers), device)
 
 
-def _mean(results: list[StepResult]) -> StepResult:
-    """Of groups of one size."""
-    if len(results) == 1:
-        return results[0]
-    figures = {
-        name: torch.stack([result.figures[name] for result in results]).mean()
-        for name in results[0].figures
-    }
-    return StepResult(
-        torch.stack([result.loss for result in results]).mean(),
-        figures,
-        torch.stack([result.moments for result in results]).mean(0),
-    )
+class _Losses(nn.Module):
+    """:meth:`SeCo.losses` as a forward, which DistributedDataParallel needs."""
+
+    def __init__(self, model: SeCo) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> SeCoOutput:
+        return self.model.losses(*args, **kwargs)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from seco.data.loader import DeviceViews
 from seco.data.transforms import VIEW_DRAWS, ViewConfig
 from seco.models.backbones import build_backbone, feature_dim
 from seco.models.batchnorm import running_statistics
-from seco.models.seco import Encoder, KeyShuffle, SeCo, StepResult
+from seco.models.seco import Encoder, KeyShuffle, SeCo, SeCoOutput
 from seco.processes.ranks import Ranks
-from seco.training.step import GlobalRows, TrainingStep, _mean, for_device, step_seed
+from seco.training.step import GlobalRows, TrainingStep, for_device, step_seed
 from tests.seco.grouped_batchnorm import joined_forward, with_grouped_layers
 
 N, GROUP, SIZE, DIM = 4, 2, 32, 16
@@ -58,22 +59,23 @@ def embed(network: tuple[nn.Module, nn.ModuleDict], images: Tensor, head: str) -
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
-def forward(
-    model: SeCo, views: Tensor, order: Tensor, videos: Tensor, generator: torch.Generator
-) -> StepResult:
-    """Keys, queries and queue of one step on finished views, as a training step calls them."""
-    shuffle = KeyShuffle(N, 0, 1, generator)
-    images = views[1:].flatten(0, 1)[torch.from_numpy(shuffle.wanted)]
-    encoded = model.encode_keys(images.split(GROUP), N // GROUP)
-    keys = {name: shuffle.by_row(vectors) for name, vectors in encoded.items()}
-    results: list[StepResult] = []
-    for begin in range(0, N, GROUP):
-        rows = slice(begin, begin + GROUP)
-        some = {name: vectors[:, rows] for name, vectors in keys.items()}
-        results.append(model(views[0][rows], some, order[rows], videos[rows], first=begin == 0))
-        (results[-1].loss * GROUP / N).backward()
-    model.append_keys(keys, videos)
-    return _mean(results)
+@dataclass
+class Views:
+    """A batch as a user's own loop hands it over."""
+
+    views: Tensor
+    order: Tensor
+    video: Tensor
+
+
+def forward(model: SeCo, views: Tensor, order: Tensor, videos: Tensor, seed: int) -> SeCoOutput:
+    """Forward, backward and queue of one step of a loop of one's own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model(Views(views, order, videos))
+    out.loss.backward()
+    model.append_keys(out.keys, out.videos)
+    return out
 
 
 def step_of(model: SeCo, config: PretrainConfig) -> TrainingStep:
@@ -109,7 +111,7 @@ def test_one_step_equals_the_reference(preset: str) -> None:
     classifier = copy.deepcopy(model.order_classifier)
     rows_before = model.queue.rows.clone()
 
-    result = forward(model, views, order, videos, torch.Generator().manual_seed(5))
+    result = forward(model, views, order, videos, 5)
 
     # Reference: groups one by one, keys one by one, losses term by term.
     shuffle = torch.Generator().manual_seed(5)
@@ -148,7 +150,7 @@ def test_one_step_equals_the_reference(preset: str) -> None:
         ordering.append(-torch.log_softmax(logits, 0)[order[n]])
     expected = [sum(terms) / len(terms) for terms in (inter, intra, ordering)]
     for task, value in zip(("inter", "intra", "order"), expected, strict=True):
-        assert float(result.figures[f"loss_{task}"]) == pytest.approx(float(value), abs=1e-9)
+        assert float(result.metrics[f"loss_{task}"]) == pytest.approx(float(value), abs=1e-9)
     total = sum(expected)
     assert isinstance(total, Tensor)
     total.backward()
@@ -179,8 +181,7 @@ def test_two_whole_steps_equal_plain_ones(preset: str) -> None:
         result = step.run(views + number, known, number, lr)
         for parameter in plain.parameters():
             parameter.grad = None
-        generator = torch.Generator().manual_seed(step_seed(config.seed, number))
-        expected = forward(plain, views + number, order, videos, generator)
+        expected = forward(plain, views + number, order, videos, step_seed(config.seed, number))
         torch.testing.assert_close(result.loss, expected.loss.detach())
         with torch.no_grad():
             for name, parameter in plain.named_parameters():
@@ -228,7 +229,9 @@ def test_a_group_at_a_time_equals_all_groups_in_one_forward(preset: str) -> None
                 other.query_encoder.load_state_dict(before, strict=False)
             other.query_encoder.forward = lambda _, found=embedded: found  # type: ignore[method-assign,assignment,misc]
             some = {name: vectors[:, part] for name, vectors in keys.items()}
-            found = other(views[0][part], some, order[part], videos[part])
+            found = other.losses(
+                views[0][part], some, order[part], videos[part], other.negatives(keys, videos)
+            )
             del other.query_encoder.forward
             (found.loss / parts).backward()
             total += found.loss.detach() / parts
@@ -336,7 +339,8 @@ def test_without_a_queue_the_negatives_are_the_keys_of_the_batchs_other_videos()
     step = step_of(model, config)
     step.run(views, known, 0, 0.0)  # no key of an earlier step must count
     result = step.run(views + 1, known, 1, 0.0)
-    keys = model.queue.rows.view(3, N, DIM)
+    assert model.queue is None
+    keys = result.keys["shared"]
     with torch.no_grad():
         queries = torch.cat([model.query_encoder(g)["shared"] for g in (views[0] + 1).split(GROUP)])
     losses = []
@@ -353,20 +357,20 @@ def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
     views, order, videos = made_input()
     owners = torch.tensor([7, 3, 9, 5, 100, 101, 102, 103, 104, 105])
 
-    def loss(masked: bool) -> float:
+    def loss(masked: bool, owners: Tensor = owners) -> float:
         torch.manual_seed(0)
         model = SeCo(settings(mask_same_video=masked, tasks="inter")).double().train()
         model.queue.videos[:] = owners
-        result = forward(model, views, order, videos, torch.Generator().manual_seed(0))
-        return float(result.figures["loss_inter"])
+        result = forward(model, views, order, videos, 0)
+        return float(result.metrics["loss_inter"])
 
     # Every query of the batch owns one of the first four rows; a foreign one of them still counts.
     assert loss(masked=True) < loss(masked=False)
-    model = SeCo(settings(mask_same_video=True, tasks="inter"))
-    model.queue.videos[:] = owners
-    expected = torch.zeros(4, 10, dtype=torch.bool)
-    expected[0, 0] = expected[1, 1] = expected[2, 2] = expected[3, 3] = True
-    assert torch.equal(model.queue.same_video(videos), expected)
+    foreign = owners + 1000
+    assert loss(masked=True, owners=foreign) == loss(masked=False)
+    # Where all rows but one are a query's own, only that one and no other counts for it.
+    own = torch.full_like(owners, int(videos[0]))
+    assert loss(masked=True, owners=own) < loss(masked=False)
 
 
 @pytest.mark.parametrize(("arch", "width"), [("resnet18", 512), ("resnet50", 2048)])
