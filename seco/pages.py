@@ -1,10 +1,11 @@
-"""Self-contained HTML pages: templates, pictures as data URIs, charts as inline SVG."""
+"""Self-contained HTML pages: templates, thumbnails as data URIs, charts as inline SVG."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from seco.text import percent, printable
+from shards.dataset import ShardSet
+from shards.sampling import evenly_spaced
+from shards.storage import UnreadableFrame
 
 INK = "#010203"  # drawn in this colour, a line or word takes the page's text colour
 SERIES = ("#2f7ed8", "#d1701f", "#2f9e68", "#9a63c9")  # 3:1 or more on white and on near-black
@@ -106,3 +111,50 @@ def _shown(value: Any) -> Any:
 
 def _markdown_text(value: Any) -> str:
     return _MARKDOWN.sub(r"\\\g<0>", printable(value))
+
+
+THUMBNAIL_PX = (320, 180)  # twice what a page shows, for sharp screens
+_JPEG_QUALITY = 78
+_UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,  # Pillow's for a broken PNG
+    struct.error,
+    Image.DecompressionBombError,
+)
+# (key, how many) -> JPEG bytes in time order, fewer or none if there are no more.
+FramesOf = Callable[[str, int], list[bytes]]
+
+
+def small_picture(data: bytes, box_px: tuple[int, int]) -> Image.Image | None:
+    """The picture in RGB at most as large as the box (width, height), its aspect kept."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as stored:
+            stored.draft("RGB", box_px)  # libjpeg decodes at a fraction of the size
+            picture: Image.Image = stored.convert("RGB")
+    except _UNDECODABLE:
+        return None
+    picture.thumbnail(box_px)
+    return picture
+
+
+def thumbnail(data: bytes, box_px: tuple[int, int] = THUMBNAIL_PX) -> str | None:
+    """The small picture as a data URI: encoded anew, so nothing of the file itself gets through."""
+    picture = small_picture(data, box_px)
+    if picture is None:
+        return None
+    encoded = io.BytesIO()
+    picture.save(encoded, format="JPEG", quality=_JPEG_QUALITY)
+    return data_uri(encoded.getvalue(), "image/jpeg")
+
+
+def frames_of(shards: ShardSet) -> FramesOf:
+    """Evenly spaced stored frames of a video; those that cannot be read are left out."""
+
+    def read(key: str, count: int) -> list[bytes]:
+        video = shards.find(key)
+        numbers = evenly_spaced(shards.frame_count(video), count)
+        found = shards.read_frames([(video, number) for number in numbers])
+        return [data for data in found if not isinstance(data, UnreadableFrame)]
+
+    return read

@@ -1,4 +1,4 @@
-"""Decode JPEG frames, draw random crops, and resize a box of a frame. No torch at import.
+"""Decode JPEG frames, draw random crops, and resize a box of a frame.
 
 The resize is torch's antialiased bilinear kernel for interleaved uint8 images. It takes a third of
 PIL's time and differs from it by rounding (``benchmarks/results/loader.md``); it writes straight

@@ -1,4 +1,4 @@
-"""Stored frames of a video: batches of centre crops for a backbone, and thumbnails for pages.
+"""Stored frames of videos: which ones, and batches of their centre crops for a backbone.
 
 A batch holds frames of several videos and never of two shards: frames b·B … (b+1)·B-1 of a shard,
 video after video. Where a frame lies depends on the shard alone, not on what can be read, on who
@@ -7,10 +7,8 @@ reads it, or on where an earlier run stopped; so features are equal to the last 
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,63 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from seco.data.crops import BrokenJpeg, FrameDecoder, center_crop
 from seco.data.loader import BatchRing, forked_loader
-from seco.pages import data_uri
 from shards.dataset import ShardSet
 from shards.sampling import evenly_spaced
 from shards.storage import UnreadableFrame, readable
-
-THUMBNAIL_PX = (320, 180)  # twice what a page shows, for sharp screens
-_JPEG_QUALITY = 78
-_UNDECODABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,  # Pillow's for a broken PNG
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-# (key, how many) -> JPEG bytes in time order, fewer or none if there are no more.
-FramesOf = Callable[[str, int], list[bytes]]
-
-
-def small_picture(data: bytes, box_px: tuple[int, int]) -> Image.Image | None:
-    """The picture in RGB at most as large as the box (width, height), its aspect kept."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as stored:
-            stored.draft("RGB", box_px)  # libjpeg decodes at a fraction of the size
-            picture: Image.Image = stored.convert("RGB")
-    except _UNDECODABLE:
-        return None
-    picture.thumbnail(box_px)
-    return picture
-
-
-def thumbnail(data: bytes, box_px: tuple[int, int] = THUMBNAIL_PX) -> str | None:
-    """The small picture as a data URI: encoded anew, so nothing of the file itself gets through."""
-    picture = small_picture(data, box_px)
-    if picture is None:
-        return None
-    encoded = io.BytesIO()
-    picture.save(encoded, format="JPEG", quality=_JPEG_QUALITY)
-    return data_uri(encoded.getvalue(), "image/jpeg")
-
-
-def frames_of(shards: ShardSet) -> FramesOf:
-    """Evenly spaced stored frames of a video; those that cannot be read are left out."""
-
-    def read(key: str, count: int) -> list[bytes]:
-        video = shards.find(key)
-        numbers = evenly_spaced(shards.frame_count(video), count)
-        found = shards.read_frames([(video, number) for number in numbers])
-        return [data for data in found if not isinstance(data, UnreadableFrame)]
-
-    return read
 
 
 class VideoFrames:

@@ -26,12 +26,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from seco.config import DuplicatesConfig
-from seco.data.frames import frames_of, small_picture, thumbnail
 from seco.data.splits import choose_split
 from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, read_features, require_same_encoder
-from seco.pages import render_page
+from seco.pages import frames_of, render_page, small_picture, thumbnail
 from seco.text import printable
 from shards.atomic import csv_text, require_writable, write_text
 from shards.dataset import ShardSet

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from seco.checkpoints.weights import RANDOM, load_backbone
 from seco.config import QueryConfig
 from seco.data.crops import BrokenJpeg, center_crop, decode_jpeg
-from seco.data.frames import FramesOf, frames_of, thumbnail
 from seco.data.splits import UNLABELLED
 from seco.data.transforms import normalise
 from seco.evaluation.index import INDEX, open_index
 from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, encoder_name, read_features
-from seco.pages import render_page
+from seco.pages import FramesOf, frames_of, render_page, thumbnail
 from seco.processes.device import resolve_device
 from seco.text import percent, printable
 from shards.atomic import require_writable, write_text

@@ -19,8 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from seco.data.frames import small_picture
-from seco.pages import INK, SERIES, data_uri, figure_svg, new_chart, render_page, style_axes
+from seco.pages import (
+    INK,
+    SERIES,
+    data_uri,
+    figure_svg,
+    new_chart,
+    render_page,
+    small_picture,
+    style_axes,
+)
 from seco.text import printable
 from shards.atomic import atomic_path, write_text
 from shards.format import VideoRecord

@@ -137,7 +137,7 @@ def test_every_requirement_is_checked() -> None:
 
 
 def test_it_imports_no_library_itself() -> None:
-    code = "import sys, seco.doctor.doctor; print(*sys.modules)"
+    code = "import sys, seco.doctor; print(*sys.modules)"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

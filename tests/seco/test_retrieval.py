@@ -16,12 +16,12 @@ import pytest
 from cli import run
 from seco.config import EvaluateConfig
 from seco.data.crops import decode_jpeg
-from seco.data.frames import frames_of
 from seco.evaluation.nearest import ExactIndex
 from seco.evaluation.query import of_video, query, render_query_page, right_among_nearest
 from seco.evaluation.retrieval import evaluate
 from seco.features.matrix import unit_vectors
 from seco.features.store import read_features, write_features
+from seco.pages import frames_of
 from seco.report.results import parse_retrieval
 from shards.errors import InputError
 from shards.opening import open_shards

@@ -141,7 +141,6 @@ def test_a_target_that_leaves_stops_at_the_border(
     monkeypatch.setattr(
         "seco.evaluation.tracker.peak",
         lambda *_: torch.tensor([2, 271, 271, 0.0], dtype=torch.float64),
-        lambda *_: torch.tensor([2, 271, 271, 0.0], dtype=torch.float64),
     )
     for _ in range(5):
         found = follow.update(frame)

@@ -328,17 +328,17 @@ def test_what_is_fetched_ahead_does_not_keep_a_process(tmp_path: Path) -> None:
     program = f"""
 import threading, time
 from pathlib import Path
-from shards import cache
+from shards import opening
 from shards.format import ShardInfo
 def download(address, path, size):
     print("fetching", flush=True)
     begun.set()
     time.sleep(600)
 begun = threading.Event()
-cache._download = download
+opening._download = download
 info = ShardInfo(file="x", bytes=10, sha256="d", videos=1, frames=1)
-held = cache.ShardCache(Path({str(tmp_path)!r}), 1000, {{"s3://b/x.tar": info}})
-access = cache.CachedAccess(held)
+held = opening.ShardCache(Path({str(tmp_path)!r}), 1000, {{"s3://b/x.tar": info}})
+access = opening.CachedAccess(held)
 access.want(["s3://b/x.tar"])
 assert begun.wait(50)
 access.close()
