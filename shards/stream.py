@@ -8,10 +8,10 @@ run resumes at any step without replaying the epoch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,33 @@ class NothingToRead(Exception):
 
 
 Sample = TripletFrames | UnreadableTriplet
+_MOST_SUBSTITUTES = 20
+_Read = TypeVar("_Read")
+
+
+def first_readable(
+    read: Callable[[int], _Read],
+    note: Callable[[UnreadableFrame], object],
+    what: str = "videos in a row cannot be read",
+) -> _Read:
+    """The one rule for samples that cannot be read: what is next in their place.
+
+    Args:
+        read: called with 0 for the sample itself, with 1, 2, … for its substitutes; raises
+            UnreadableFrame.
+        note: told of each that cannot be read, so that it is counted and named.
+        what: of the message.
+
+    Raises:
+        NothingToRead: neither the sample nor any of 20 substitutes can be read.
+    """
+    for attempt in range(_MOST_SUBSTITUTES + 1):
+        try:
+            return read(attempt)
+        except UnreadableFrame as error:
+            note(error)
+            last = error
+    raise NothingToRead(f"{attempt + 1} {what}, the last: {last}")
 
 
 class Stream(Protocol):
@@ -180,14 +207,14 @@ class IndexedStream:
         self._first_row = rank * self.rows
         self.window_shards = window_shards
         self._split = split
-        self._videos = UsableVideos(shards, min_frames, split)
-        self.left_out = self._videos.left_out
+        self.usable = UsableVideos(shards, min_frames, split)
+        self.left_out = self.usable.left_out
         # Whole global batches; the rest of an epoch is left out and differs every epoch.
-        self.steps_per_epoch = len(self._videos) // batch_size
+        self.steps_per_epoch = len(self.usable) // batch_size
         self._wanted: tuple[str, ...] = ()
         if not self.steps_per_epoch:
             raise InputError(
-                f"{len(self._videos)} videos of {min_frames} frames or more do not fill a batch "
+                f"{len(self.usable)} videos of {min_frames} frames or more do not fill a batch "
                 f"of {batch_size}",
                 "--shards",
                 "lower --batch-size or add videos",
@@ -195,11 +222,11 @@ class IndexedStream:
 
     def order(self, epoch: int) -> Order:
         """In which the epoch visits the usable videos."""
-        return _order(self._videos, self.window_shards, self.seed, epoch)
+        return _order(self.usable, self.window_shards, self.seed, epoch)
 
     def videos(self, epoch: int, positions: Sequence[int]) -> NDArray[np.int64]:
         """(n,) numbers, in the set, of the videos at these positions of an epoch."""
-        return self._videos.numbers(self.order(epoch).at(positions))
+        return self.usable.numbers(self.order(epoch).at(positions))
 
     def enter(self, worker: int, workers: int) -> None:
         pass  # who reads makes no difference
@@ -213,7 +240,7 @@ class IndexedStream:
         """Where the video stands that takes a row's place: not in the same batch."""
         place = (attempt - 1) * self.batch_size + self._first_row + row
         begin = step * self.batch_size
-        return substitute_position(place, begin, self.batch_size, len(self._videos))
+        return substitute_position(place, begin, self.batch_size, len(self.usable))
 
     def announce(self, epoch: int, step: int) -> None:
         if self.window_shards:
@@ -237,7 +264,7 @@ class IndexedStream:
         if self.window_shards:
             whole.update(self.shards.counts.tobytes())
         if self._split is not None:
-            whole.update(self._videos.numbers(np.arange(len(self._videos))).tobytes())
+            whole.update(self.usable.numbers(np.arange(len(self.usable))).tobytes())
         return whole.hexdigest()
 
     def close(self) -> None:
@@ -284,15 +311,16 @@ class TripletStream(IndexedStream):
         self._sampling = sampling
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
-        return self._read(epoch, self.positions(step, rows))
+        return self.samples(epoch, self.videos(epoch, self.positions(step, rows)))
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
-        (sample,) = self._read(epoch, [self.substitute_position(step, row, attempt)])
+        position = self.substitute_position(step, row, attempt)
+        (sample,) = self.samples(epoch, self.videos(epoch, [position]))
         return sample
 
-    def _read(self, epoch: int, positions: Sequence[int]) -> list[Sample]:
-        """A sample is a function of (seed, epoch, video) alone."""
-        videos = self.videos(epoch, positions).tolist()
+    def samples(self, epoch: int, numbers: NDArray[np.int64]) -> list[Sample]:
+        """The samples of videos (n,): each is a function of (seed, epoch, video) alone."""
+        videos = numbers.tolist()
         keys = [self.shards.key(video) for video in videos]
         counts = np.array([self.shards.frame_count(video) for video in videos])
         starts = sample_starts(self.seed, epoch, keys, "triplet")

@@ -27,7 +27,7 @@ from shards.errors import InputError
 from shards.opening import open_shards
 from shards.sampling import EpochOrder, below, sample_starts, substitute_position, uniforms
 from shards.storage import UnreadableFrame, readable
-from shards.stream import rows_of_rank
+from shards.stream import NothingToRead, first_readable, rows_of_rank
 
 Integers = NDArray[np.int64]
 
@@ -197,7 +197,6 @@ def clip_views(
 
 
 _CHUNK_CLIPS = 8  # at 7 frames of 224 px 8 MB of crops
-_MAX_SUBSTITUTES = 20
 
 
 @dataclass
@@ -280,10 +279,11 @@ class ClipStream:
         """
         epoch, step = divmod(step, self.steps_per_epoch)
         begin = step * self._batch_size
-        parts, unreadable = [], []
+        parts: list[ClipBatch] = []
+        unreadable: list[str] = []
         for row in rows:
-            reason = None
-            for attempt in range(_MAX_SUBSTITUTES + 1):
+
+            def read_clip(attempt: int, row: int = row) -> ClipBatch:
                 position = begin + self._first_row + row
                 if attempt:
                     place = (attempt - 1) * self._batch_size + self._first_row + row
@@ -291,17 +291,16 @@ class ClipStream:
                         place, begin, self._batch_size, len(self._videos)
                     )
                 try:
-                    parts.append(self._clip(epoch, position))
-                    break
+                    return self._clip(epoch, position)
                 except (UnreadableFrame, ValueError) as error:  # broken, or of two sizes
-                    reason = f"{self._key(epoch, position)}: {error}"
-                    unreadable.append(reason)
-            else:
+                    raise UnreadableFrame(f"{self._key(epoch, position)}: {error}") from error
+
+            try:
+                parts.append(first_readable(read_clip, lambda e: unreadable.append(str(e))))
+            except NothingToRead as error:
                 raise InputError(
-                    f"{len(unreadable)} videos in a row cannot be read, the last: {reason}",
-                    "--shards",
-                    "are they whole? See `seco verify`",
-                )
+                    str(error), "--shards", "are they whole? See `seco verify`"
+                ) from error
         batch = ClipBatch.joined(parts)
         batch.unreadable = unreadable
         return batch

@@ -11,10 +11,12 @@ import contextlib
 import math
 import mmap
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from seco.data.transforms import ViewConfig, ViewParameters, apply_views
+from seco.data.transforms import VIEW_DRAWS, ViewConfig, ViewParameters, apply_views, draw_views
 from seco.data.triplets import FRAME_OF_VIEW, VIEWS, Chunk, ChunkMaker
 from seco.processes.stopping import kill_workers, leave_signals_to_parent
 from shards.errors import InputError
@@ -394,3 +396,90 @@ class DeviceViews:
             frames, frame_of_view.reshape(-1), boxes.reshape(-1, 4), self._size
         )
         return crops.view(VIEWS, n, *crops.shape[1:])
+
+
+@dataclass
+class TripletBatch:
+    """N triplets for a training loop of one's own; augmented on the device they are on.
+
+    Attributes:
+        crops: (4, N, 3, S, S) uint8 of query, k1 (both of the anchor frame), k2 and k3.
+        uniform: (4, N, 13) what the augmentations are drawn from.
+        order: (N,) 0 when the anchor is before k2 and k3, 1 when it is after.
+        video: (N,) numbers of the videos in the dataset.
+        unreadable: why each sample that had to be replaced by another could not be read.
+        config: how views are drawn.
+    """
+
+    crops: Tensor
+    uniform: NDArray[np.float64]
+    order: Tensor
+    video: Tensor
+    unreadable: list[str]
+    config: ViewConfig
+
+    def to(self, device: torch.device | str) -> TripletBatch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            crops=self.crops.to(device),
+            order=self.order.to(device),
+            video=self.video.to(device),
+        )
+
+    @cached_property
+    def views(self) -> Tensor:
+        """(4, N, 3, S, S) float32: flipped, jittered, blurred, normalised."""
+        drawn = draw_views(self.uniform.reshape(-1, VIEW_DRAWS), self.config)
+        return apply_views(self.crops.flatten(0, 1), drawn, self.config).view(self.crops.shape)
+
+
+class EpochLoader:
+    """Each iteration is the next epoch: :class:`TripletBatch` after :class:`TripletBatch`.
+
+    Args:
+        stream: gives the samples.
+        crop_size: S, side of a view, px.
+        views: how they are drawn.
+        workers: loader workers; 0: batches are made when they are asked for.
+    """
+
+    def __init__(self, stream: Stream, crop_size: int, views: ViewConfig, workers: int) -> None:
+        self.epoch = 0  # of the next iteration
+        self._stream = stream
+        self._crop_size = crop_size
+        self._views = views
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return self._stream.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the next iteration's epoch; each has its own order and augmentations."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Generator[TripletBatch, None, None]:
+        """Raises InputError when samples can neither be read nor replaced."""
+        first = self.epoch * len(self)
+        self.epoch += 1
+        loader = TripletLoader(
+            self._stream,
+            self._crop_size,
+            self._views,
+            workers=self._workers,
+            first_step=first,
+            last_step=first + len(self),
+        )
+        with loader, contextlib.closing(iter(loader)) as batches:
+            for batch in batches:
+                for reason in batch.unreadable:
+                    warnings.warn(f"unreadable, replaced by another: {reason}", stacklevel=2)
+                assert batch.images is not None
+                yield TripletBatch(
+                    crops=batch.images.clone(),  # the loader writes there again
+                    uniform=batch.uniform,
+                    order=batch.order,
+                    video=batch.videos,
+                    unreadable=batch.unreadable,
+                    config=self._views,
+                )

@@ -25,6 +25,8 @@ from seco.data.loader import forked_loader
 from shards.errors import InputError
 from shards.pairs import Box, NoPair, PairFrames, PairSample, PairStream
 from shards.sampling import below, sample_starts, uniforms
+from shards.storage import UnreadableFrame
+from shards.stream import NothingToRead, first_readable
 
 
 class Target(NamedTuple):
@@ -128,7 +130,6 @@ _DRAWS = 6
 # the centre of such a crop.
 _MARGIN_PX = (SEARCH_PX - TRAIN_SEARCH_PX) // 4
 _BATCHES_AHEAD = 2
-_MOST_SUBSTITUTES = 20
 
 
 @dataclass
@@ -141,6 +142,10 @@ class PairBatch:
     unreadable: list[str] = field(default_factory=list)  # why a damaged sample was replaced
     unusable: list[str] = field(default_factory=list)  # and one without boxes to train on
     fatal: str | None = None  # the run cannot go on
+
+
+class _Unusable(UnreadableFrame):
+    """Nothing is damaged, but no two frames have boxes to train on."""
 
 
 class PairMaker(Dataset[PairBatch]):
@@ -164,20 +169,29 @@ class PairMaker(Dataset[PairBatch]):
             searches=torch.empty(len(rows), 3, TRAIN_SEARCH_PX, TRAIN_SEARCH_PX, dtype=torch.uint8),
             keys=[],
         )
-        for row, sample in zip(rows, self._stream.read(epoch, step, rows), strict=True):
-            attempt = 0
-            while (problem := self._fill(batch, epoch, row, sample)) is not None:
-                (batch.unreadable if problem.unreadable else batch.unusable).append(
-                    f"{problem.key}: {problem.reason}"
-                )
-                attempt += 1
-                if attempt > _MOST_SUBSTITUTES:
-                    batch.fatal = (
-                        f"{attempt} sequences in a row cannot be used, the last: "
-                        f"{problem.key}: {problem.reason}"
-                    )
-                    return batch
-                sample = self._stream.substitute(epoch, step, row, attempt)
+        samples = self._stream.read(epoch, step, rows)
+
+        def note(error: UnreadableFrame) -> None:
+            (batch.unusable if isinstance(error, _Unusable) else batch.unreadable).append(
+                str(error)
+            )
+
+        for row in rows:
+
+            def fill(attempt: int, row: int = row) -> None:
+                sample = samples[row]
+                if attempt:
+                    sample = self._stream.substitute(epoch, step, row, attempt)
+                problem = self._fill(batch, epoch, row, sample)
+                if problem is not None:
+                    kind = UnreadableFrame if problem.unreadable else _Unusable
+                    raise kind(f"{problem.key}: {problem.reason}")
+
+            try:
+                first_readable(fill, note, "sequences in a row cannot be used")
+            except NothingToRead as error:
+                batch.fatal = str(error)
+                break
         return batch
 
     def _fill(self, batch: PairBatch, epoch: int, row: int, sample: PairSample) -> NoPair | None:

@@ -6,22 +6,43 @@ decoded is replaced by another, counted and reported by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from seco.data.crops import CROP_DRAWS, BrokenJpeg, FrameDecoder, crop_resize, draw_crops, jpeg_size
+from seco.data.crops import (
+    CROP_DRAWS,
+    BrokenJpeg,
+    FrameDecoder,
+    crop_resize,
+    decode_jpeg,
+    draw_crops,
+    jpeg_size,
+)
 from seco.data.transforms import VIEW_DRAWS, ViewConfig, apply_views, draw_views
+from shards.opening import open_shards
 from shards.sampling import sample_starts, uniforms
-from shards.stream import NothingToRead, Sample, Stream, TripletFrames, UnreadableTriplet
+from shards.storage import UnreadableFrame
+from shards.stream import (
+    NothingToRead,
+    Sample,
+    Stream,
+    TripletFrames,
+    TripletStream,
+    UnreadableTriplet,
+    first_readable,
+)
 
 VIEWS = 4  # query and k1, both of the anchor frame, k2, k3
 FRAME_OF_VIEW = (0, 0, 1, 2)
 _VIEWS_OF_FRAME = ((0, 1), (2,), (3,))
-_MAX_SUBSTITUTES = 20
 
 
 @dataclass(frozen=True)
@@ -97,16 +118,15 @@ class ChunkMaker:
         """Raises NothingToRead when one video after another cannot be read."""
         reasons = self._fill(chunk, crops, epoch, 0, self._stream.read(epoch, step, rows))
         for at, reason in enumerate(reasons):
-            attempt = 0
-            while reason is not None:
-                chunk.unreadable.append(reason)
-                attempt += 1
-                if attempt > _MAX_SUBSTITUTES:
-                    raise NothingToRead(
-                        f"{attempt} videos in a row cannot be read, the last: {reason}"
-                    )
-                sample = self._stream.substitute(epoch, step, rows[at], attempt)
-                (reason,) = self._fill(chunk, crops, epoch, at, [sample])
+
+            def read(attempt: int, at: int = at, reason: str | None = reason) -> None:
+                if attempt:
+                    sample = self._stream.substitute(epoch, step, rows[at], attempt)
+                    (reason,) = self._fill(chunk, crops, epoch, at, [sample])
+                if reason is not None:
+                    raise UnreadableFrame(reason)
+
+            first_readable(read, lambda error: chunk.unreadable.append(str(error)))
 
     def _crops_of(self, out: NDArray[np.generic] | None, n: int) -> NDArray[np.uint8] | None:
         """(4, n, S, S, 3) where the crops are written."""
@@ -175,3 +195,79 @@ class ChunkMaker:
             image = self._decoder.decode(jpeg)
             for view in views:
                 crop_resize(image, boxes[view], self._size, out=out[view])
+
+
+class Triplet(NamedTuple):
+    """One sample of :class:`TripletDataset`; a ``DataLoader`` makes batches of them."""
+
+    views: tuple[Any, Any, Any, Any]  # query, k1 (both of the anchor frame), k2, k3
+    order: int  # 0 when the anchor is before k2 and k3, 1 when it is after
+    video: int  # number in the shards
+
+
+class TripletDataset(Dataset[Triplet]):
+    """The triplets of shards for a plain ``torch.utils.data.DataLoader``: item i is of video i.
+
+    Slower than :func:`seco.triplet_loader`, and open to any transform::
+
+        dataset = seco.TripletDataset("shards/k400.json", transform=transform)
+        loader = DataLoader(dataset, batch_size=256, shuffle=True, drop_last=True, num_workers=8)
+
+    Args:
+        shards: pattern, glob, manifest or folder.
+        transform: called with a (3, H, W) uint8 tensor for each view, so twice with the anchor
+            frame; for example one of ``torchvision.transforms.v2``. None: views are the frames.
+        sampling: ``uniform`` (paper) or ``halves`` (authors' code).
+        seed: of the frames that are drawn.
+        split: the training videos of this official split only.
+
+    Raises:
+        InputError: the shards cannot be used.
+    """
+
+    def __init__(
+        self,
+        shards: str | Iterable[str],
+        transform: Callable[[Tensor], Any] | None = None,
+        *,
+        sampling: str = "uniform",
+        seed: int = 0,
+        split: str | None = None,
+    ) -> None:
+        self._stream = TripletStream(open_shards(shards), 1, sampling, seed, split=split)
+        self._transform = transform
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._stream.usable)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the frames of another epoch, before the loader of that epoch starts its workers."""
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> Triplet:
+        """A video that cannot be read is replaced by the next one, with a warning.
+
+        Raises:
+            NothingToRead: 21 videos in a row cannot be read.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+
+        def read(attempt: int) -> Triplet:
+            number = self._stream.usable.numbers(np.array([(index + attempt) % len(self)]))
+            (sample,) = self._stream.samples(self._epoch, number)
+            if isinstance(sample, UnreadableTriplet):
+                raise UnreadableFrame(f"{sample.key}: {sample.reason}")
+            try:
+                frames = [decode_jpeg(jpeg) for jpeg in sample.jpegs]
+            except BrokenJpeg as error:
+                raise UnreadableFrame(f"{sample.key}: {error}") from error
+            images = [torch.from_numpy(frames[n]).permute(2, 0, 1) for n in FRAME_OF_VIEW]
+            views = images if self._transform is None else [self._transform(i) for i in images]
+            return Triplet((views[0], views[1], views[2], views[3]), sample.order, sample.video)
+
+        def note(error: UnreadableFrame) -> None:
+            warnings.warn(f"unreadable, replaced by another: {error}", stacklevel=4)
+
+        return first_readable(read, note)
