@@ -248,9 +248,9 @@ def pretrain_here(config: PretrainConfig) -> int:
     def work() -> None:
         from seco.api import pretrain as run
 
-        checkpoint = run(config)
+        done = run(config)
         if os.environ.get("RANK", "0") == "0":
-            print(checkpoint)
+            print(done.checkpoint)
 
     return exit_code(work)
 
@@ -360,9 +360,9 @@ def probe(**settings: Any) -> None:
     Example: seco probe --features features/ucf101 --split 1
     Example: seco probe --features features/ucf101 --sweep 0.01,0.1,1,10
     """
-    from seco.evaluation.probe import probe as run
+    from seco.api import probe as run
 
-    print(run(ProbeConfig(**settings)).table())
+    print(run(**settings).table())
 
 
 @seco.command()

@@ -63,6 +63,12 @@ class TrainingConfig:
         1.0, "stop when this percentage of the samples is unreadable", resumable=True
     )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", resumable=True)
+    loggers: str = setting(
+        "tensorboard",
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, several with commas "
+        "between them, or none",
+        resumable=True,
+    )
     resume: str | None = setting(
         None, "'auto' (the run's last.pt if there is one) or a checkpoint", resumable=True
     )

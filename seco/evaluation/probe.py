@@ -33,11 +33,17 @@ from seco.evaluation.metrics import (
     draw_confusion,
     judge,
 )
-from seco.evaluation.splits import SINGLE_VIDEOS, TrainTest, read_train_test, video_groups
+from seco.evaluation.splits import (
+    SINGLE_VIDEOS,
+    TrainTest,
+    read_train_test,
+    train_test,
+    video_groups,
+)
 from seco.evaluation.svm import LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, fit_scaling
 from seco.features.products import Products
-from seco.features.store import PROBES
+from seco.features.store import PROBES, Features
 from seco.processes.device import exact_products, resolve_device
 from seco.schedule import learning_rate
 from seco.text import percent, printable
@@ -252,19 +258,26 @@ class _Sets:
     test_labels: NDArray[np.int64]
 
 
-def probe(config: ProbeConfig) -> ProbeResult:
+def probe(config: ProbeConfig, features: Features | None = None) -> ProbeResult:
     """Fit on the training rows, test on the others; write the results.
 
     Features are read a block at a time and may be larger than memory.
+
+    Args:
+        config: as given.
+        features: instead of the folder ``config`` names; results are then written only where it
+            says so.
 
     Raises:
         InputError: settings or feature folders cannot be used.
     """
     sweep = _checked(config)
     device = resolve_device(config.device, spare_cores=0)
-    rows = read_train_test(
-        config.features, config.test_features, config.split, config.train_split, config.test_split
-    )
+    chosen = (config.split, config.train_split, config.test_split)
+    if features is None:
+        rows = read_train_test(config.features, config.test_features, *chosen)
+    else:
+        rows = train_test(features, features, *chosen)
     labels = rows.train_labels
     if len(np.unique(labels)) < 2:
         raise InputError(
@@ -274,7 +287,9 @@ def probe(config: ProbeConfig) -> ProbeResult:
             "there is nothing to tell apart",
         )
     out = results_folder(config, rows)
-    require_writable(out)
+    written = features is None or config.out is not None
+    if written:
+        require_writable(out)
     notes = rows.notes()
     if rows.test.dataset.startswith("activitynet"):
         taken = rows.test.meta.get("frames")
@@ -295,7 +310,8 @@ def probe(config: ProbeConfig) -> ProbeResult:
     )  # fmt: skip
     found, solution = _predict(config, c, sets, device, notes)
     result = _result(config, c, rows, found, solution, swept, validation, notes, out)
-    result.write()
+    if written:
+        result.write()
     return result
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seco.checkpoints.weights import BackboneChanged, BackboneGuard
+from seco.checkpoints.weights import Backbone, BackboneChanged, BackboneGuard
 from seco.config import ExtractConfig
 from seco.data.frames import FrameBatch, FrameLoader, VideoFrames
 from seco.features.plan import Extraction, Forwards, ShardFeatures, forwards_of, tell
@@ -163,11 +163,14 @@ def pooled(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
 _PATIENCE = datetime.timedelta(days=7)  # a process may have a shard left when all others are done
 
 
-def extract_features(config: ExtractConfig, *, quiet: bool = False) -> Path:
+def extract_features(
+    config: ExtractConfig, backbone: Backbone | None = None, *, quiet: bool = False
+) -> Path:
     """Extract on the processes there are; returns the feature folder.
 
     Args:
         config: as given.
+        backbone: instead of the checkpoint that ``config`` names.
         quiet: show no progress: somebody else does.
 
     Raises:
@@ -180,7 +183,7 @@ def extract_features(config: ExtractConfig, *, quiet: bool = False) -> Path:
     device = resolve_device(config.device)
     with joined(device, _PATIENCE) as ranks, StopRequest() as stop:
         try:
-            extraction = Extraction(config, device)
+            extraction = Extraction(config, device, backbone)
         except InputError as error:
             # The same for all processes of a machine: its first one says it.
             raise error if local_rank() == 0 else PeerLost from error

@@ -313,17 +313,20 @@ class Extraction:
     Args:
         config: as given.
         device: where the backbone will compute.
+        backbone: instead of the checkpoint that ``config`` names.
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used.
     """
 
-    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: ExtractConfig, device: torch.device, backbone: Backbone | None = None
+    ) -> None:
         check_extract(config)
         if config.out:
             require_writable(Path(config.out))  # before anything that takes long
         self.shards = open_shards(config.shards)
-        self.backbone = load_backbone(config.checkpoint, config.arch, config.seed)
+        self.backbone = backbone or load_backbone(config.checkpoint, config.arch, config.seed)
         self.out = Path(config.out or f"features/{self.shards.name}")
         require_writable(self.out)
         self.dataset = dataset_of(self.shards)

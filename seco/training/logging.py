@@ -8,50 +8,161 @@ lines as it reads, so its memory does not grow with the run.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from shards.atomic import write_text
+from shards.errors import InputError
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
 
 
+class Callback:
+    """Told of a run by its first rank; override what you need.
+
+    An exception raised here ends the run; what was saved before stays.
+    """
+
+    def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        """Before the first step: the run's folder, its settings, and the step it resumes after."""
+
+    def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        """After every logged step (``log_every``): the lines of metrics.jsonl and speed.jsonl."""
+
+    def on_epoch(self, epoch: int, model: nn.Module) -> None:
+        """After an epoch, the first being 1, with the model as it is then."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """Once a checkpoint is complete on disk."""
+
+    def on_end(self) -> None:
+        """When the run ends, whatever ends it."""
+
+
+class TensorBoardLogger(Callback):
+    """Writes events into the folder ``tensorboard`` of the run."""
+
+    def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        # Half a second of imports, which only the first of many ranks needs.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or -1) + 1)
+
+    def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        for name, value in {**metrics, **speed}.items():
+            self._board.add_scalar(name, value, step)
+
+    def on_end(self) -> None:
+        self._board.close()
+
+
+class WandbLogger(Callback):
+    """Logs to Weights & Biases; a resumed run goes on in the same place.
+
+    Project, entity and mode are those of wandb's own variables (``WANDB_PROJECT``, ``WANDB_MODE``).
+    """
+
+    def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        wandb = _imported("wandb", "wandb")
+        known = folder / "wandb-run.txt"
+        number = known.read_text("utf-8").strip() if step and known.is_file() else None
+        self._run = wandb.init(
+            name=folder.name, dir=str(folder), config=dict(config), id=number, resume="allow"
+        )
+        write_text(known, f"{self._run.id}\n")
+
+    def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        self._run.log({**metrics, **speed}, step=step)
+
+    def on_end(self) -> None:
+        self._run.finish()
+
+
+class MLflowLogger(Callback):
+    """Logs to MLflow, where ``MLFLOW_TRACKING_URI`` says; a resumed run goes on in the same run."""
+
+    def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self._mlflow = _imported("mlflow", "mlflow")
+        known = folder / "mlflow-run.txt"
+        number = known.read_text("utf-8").strip() if step and known.is_file() else None
+        run = self._mlflow.start_run(run_id=number, run_name=None if number else folder.name)
+        if number is None:
+            self._mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
+        write_text(known, f"{run.info.run_id}\n")
+
+    def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics({**metrics, **speed}, step=step)
+
+    def on_end(self) -> None:
+        self._mlflow.end_run()
+
+
+LOGGERS: dict[str, type[Callback]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "mlflow": MLflowLogger,
+}
+
+
+def loggers(names: str) -> list[Callback]:
+    """The loggers of ``--loggers``, named with commas between them; of "none" there is none.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    for name in wanted:
+        if name not in LOGGERS:
+            raise InputError(
+                f"unknown logger {name!r}", "--loggers", f"choose from {', '.join(LOGGERS)}, none"
+            )
+    return [LOGGERS[name]() for name in dict.fromkeys(wanted)]
+
+
+def _imported(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{module} is not installed", "--loggers", f'pip install "seco-video[{extra}]"'
+        ) from error
+
+
 class RunLog:
-    """Appends a line a logged step; lines after ``start_step`` of an earlier try are dropped.
+    """Appends a line per logged step; lines after ``start_step`` of an earlier try are dropped.
 
     A run that begins anew drops the line of step 0, too: its ``start_step`` is -1.
     """
 
-    def __init__(self, folder: Path, start_step: int) -> None:
+    def __init__(self, folder: Path, start_step: int, callbacks: Sequence[Callback] = ()) -> None:
+        self._callbacks = callbacks
         self._files: dict[str, TextIO] = {}
         for name in (METRICS, SPEED):
             _drop_after(folder / name, start_step)
             self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
-        # Half a second of imports, which only the first of many processes needs.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
-        """One line in each file, and the same figures for TensorBoard."""
+        """One line in each file, and the same metrics for the callbacks."""
         for name, values in ((METRICS, metrics), (SPEED, speed)):
             self._files[name].write(json.dumps({"step": step, **values}) + "\n")
             self._files[name].flush()
-        for name, value in {**metrics, **speed}.items():
-            self._board.add_scalar(name, value, step)
+        for callback in self._callbacks:
+            callback.on_step(step, metrics, speed)
 
     def close(self) -> None:
         """Flush and close."""
         for file in self._files.values():
             file.close()
-        self._board.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from seco.processes.ranks import Ranks
 from seco.processes.stopping import StopRequest, StopWaiting
-from seco.training.logging import RunLog
+from seco.training.logging import Callback, RunLog, loggers
 from seco.training.state import RunState
 from shards.atomic import write_text
 from shards.errors import InputError, PeerLost, Stopped
@@ -62,6 +62,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         state: its checkpoints and position.
         steps_per_epoch: of this run.
         images_per_step: of all ranks.
+        callbacks: told of the run by the first rank, after the loggers of the settings.
     """
 
     command: str
@@ -73,6 +74,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
     state: RunState
     steps_per_epoch: int
     images_per_step: int
+    callbacks: Sequence[Callback] = ()
     _everyone: NDArray[np.float64]
 
     @abstractmethod
@@ -137,6 +139,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
                     self._steps(batches, log, stop, shown)
             finally:
                 self.state.finish()
+                self._announce_checkpoints()
         return self.state.last
 
     def _steps(
@@ -152,6 +155,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
             result = self._train_step(batch, lr)
             state.step += 1
             state.check()
+            self._announce_checkpoints()
             epoch, rest = divmod(state.step, self.steps_per_epoch)
             last = state.step == self.total_steps
             evaluated = rest == 0 and self._evaluates(epoch, last)
@@ -177,6 +181,15 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
             shown.advance()
             if kept:
                 state.keep_epoch(epoch)
+            if rest == 0:
+                for callback in self._heard:
+                    callback.on_epoch(epoch, state.network)
+
+    def _announce_checkpoints(self) -> None:
+        while self.state.written:
+            path = self.state.written.popleft()
+            for callback in self._heard:
+                callback.on_checkpoint(path)
 
     def _metrics(self, result: _Result, lr: float) -> dict[str, Any]:
         """A line of ``metrics.jsonl``.
@@ -206,11 +219,17 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[tuple[RunLog | None, StopRequest, Progress]]:
         """The log (of the first rank), the signals and the progress display of the loop."""
+        self._heard: list[Callback] = []
         with contextlib.ExitStack() as open_things:
             log = None
             if self.ranks.first:
                 write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
-                log = RunLog(self.out, self.state.step or -1)
+                callbacks = [*loggers(self.config.loggers), *self.callbacks]
+                for callback in callbacks:
+                    callback.on_start(self.out, as_settings(self.config), self.state.step)
+                    open_things.callback(callback.on_end)
+                    self._heard.append(callback)
+                log = RunLog(self.out, self.state.step or -1, callbacks)
                 open_things.callback(log.close)
             stop = open_things.enter_context(StopRequest())
             shown = open_things.enter_context(

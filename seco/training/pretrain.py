@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, one_voice
 from seco.processes.stopping import StopRequest
 from seco.schedule import learning_rate
-from seco.training.logging import RunLog
+from seco.training.logging import Callback, RunLog
 from seco.training.loop import TrainingRun
 from seco.training.state import RunState, checkpoint_to_resume, resumed_settings
 from seco.training.step import GlobalRows, TrainingStep, for_device
@@ -309,8 +309,12 @@ _DRAWN = VIEWS * VIEW_DRAWS  # columns of what ranks tell each other of a row; t
 _ORDER, _VIDEO, _COLUMNS = range(_DRAWN, _DRAWN + 3)
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Path:
     """Run or resume a pre-training on the processes there are; returns its last checkpoint.
+
+    Args:
+        config: as given.
+        callbacks: told of the run by the first rank.
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
@@ -322,6 +326,7 @@ def pretrain(config: PretrainConfig) -> Path:
     with joined(device) as ranks:
         with one_voice():
             trainer = Trainer(_adopted(resolve_pretrain(config, ranks.size), config), ranks, device)
+            trainer.callbacks = callbacks
         return trainer.run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ class RunState:
     Attributes:
         step: steps done, over all epochs.
         unreadable: samples that had to be replaced so far, on all ranks.
+        written: checkpoints that are complete on disk, until somebody takes them from here.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RunState:
     ) -> None:
         self.step = 0
         self.unreadable = 0
+        self.written: deque[Path] = deque()
         self._folder = folder
         self._config = config
         self._model = model
@@ -66,6 +69,12 @@ class RunState:
         self._may_differ = resumable_settings(config)
         self._about = dict(about or {})
         self._writer = CheckpointWriter() if writes else None
+
+    @property
+    def network(self) -> nn.Module:
+        """The model."""
+        assert isinstance(self._model, nn.Module)
+        return self._model
 
     @property
     def last(self) -> Path:
@@ -80,7 +89,9 @@ class RunState:
         """
         self._require_finite_weights()
         if self._writer is not None:
-            self._writer.save(path or self.last, self._content())
+            path = path or self.last
+            self._writer.save(path, self._content())
+            self._writer.then(lambda: self.written.append(path))
 
     def keep_epoch(self, epoch: int) -> None:
         """Save ``epoch-0100.pt`` and drop the oldest of them."""

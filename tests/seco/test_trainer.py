@@ -80,7 +80,7 @@ def test_a_page_that_cannot_be_written_costs_no_run(
 ) -> None:
     (tmp_path / "report.html").mkdir()
     short = {**SMALL, "epochs": 1}
-    last = pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **short))
+    last = pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path), **short)).checkpoint
     assert load_checkpoint(last)["step"] == 4
     assert "no report was written" in capsys.readouterr().err
 
@@ -213,7 +213,7 @@ def test_a_resumed_run_keeps_its_learning_rate(
     )
     paper = {"heads": "shared", "intra": "three-way", "sampling": "uniform", "queue_init": "unit"}
     config = dataclasses.replace(config, **paper, warmup_epochs=0, final_lr=0.0)
-    last = pretrain(config)  # refused if the learning rates differed
+    last = pretrain(config).checkpoint  # refused if the learning rates differed
     assert load_checkpoint(last)["config"]["lr"] == 0.05
     assert "lr = 0.05\n" in (tmp_path / "run" / "config.toml").read_text()
 
