@@ -73,7 +73,7 @@ def prepare(dataset: str, src: str | Path, out: str | Path = "", **settings: Any
         settings: other options of the command, for example ``short_edge=256``.
 
     Returns:
-        What became of the videos; ``print`` its ``table()``.
+        What was made; ``sets[0].manifest`` is what the other functions take as ``shards``.
 
     Raises:
         InputError: something given cannot be used, or no video at all could be read.
