@@ -301,7 +301,7 @@ def recall_at_k(
     rows = train_test(features, features, split, train_split, test_split)
     index = ExactIndex(unit_vectors(features.features, rows.train_rows), "cpu")
     queries = unit_vectors(features.features, rows.test_rows)
-    _, found = index.search(queries, min(k, len(rows.train_rows)), "recall")
+    _, found = index.search(queries, min(k, len(rows.train_rows)))
     right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
     return float(right.any(axis=1).mean())
 
