@@ -381,6 +381,7 @@ def check_extract(config: ExtractConfig) -> None:
 
 
 SPLIT_HELP = 'split to use [default: "1", else "official", else the only one]'
+HELD_OUT_HELP = f'{SPLIT_HELP}; "held-out" tests on 30 % of the labelled videos'
 TEST_HELP = "rows of the split to test on [default: test, or val where test has no labels]"
 TEST_FEATURES_HELP = "feature folder of the test videos, if they are a set of their own"
 
@@ -396,7 +397,7 @@ class ProbeConfig:
         "folder of the results [default: the feature folder; for other methods and splits than "
         "the usual a folder in it]",
     )
-    split: str | None = setting(None, SPLIT_HELP)
+    split: str | None = setting(None, HELD_OUT_HELP)
     train_split: str = setting("train", "rows of the split to train on")
     test_split: str | None = setting(None, TEST_HELP)
     method: str = setting(
@@ -834,7 +835,7 @@ class EvaluateConfig(IndexSettings):
     test_features: str | None = setting(None, TEST_FEATURES_HELP)
     out: str | None = setting(None, "folder of the results [default: the feature folder]")
     split: str | None = setting(
-        None, f"{SPLIT_HELP}; {ALL_SPLITS}: the mean over 1, 2, 3 (UCF101, HMDB51)"
+        None, f"{HELD_OUT_HELP}; {ALL_SPLITS}: the mean over 1, 2, 3 (UCF101, HMDB51)"
     )
     train_split: str = setting("train", "rows of the split to search in")
     test_split: str | None = setting(None, TEST_HELP)

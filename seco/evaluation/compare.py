@@ -39,7 +39,13 @@ from seco.evaluation.intervals import UNDECIDED, GroupBootstrap, Interval, decid
 from seco.evaluation.knn import knn_votes
 from seco.evaluation.metrics import judge
 from seco.evaluation.nearest import ExactIndex
-from seco.evaluation.splits import TrainTest, train_test, video_groups
+from seco.evaluation.splits import (
+    TEST_SHARE,
+    TrainTest,
+    held_out_split,
+    train_test,
+    video_groups,
+)
 from seco.evaluation.svm import LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
 from seco.features.store import Features, read_features
@@ -266,7 +272,6 @@ def _order(first: Features, other: Features) -> NDArray[np.int64]:
     return order
 
 
-TEST_SHARE = 0.3  # of each class, where a dataset has labels and no splits
 _NAMED = 3
 
 Rows = NDArray[np.int64]
@@ -358,7 +363,7 @@ def _labelled(
         return None
     drawn = train is test and not train.splits
     if drawn:
-        rows = _drawn_split(train)
+        rows = held_out_split(train)
         notes.append(
             f"the videos have no splits: {TEST_SHARE:.0%} of each class are tested, drawn as "
             f"{video_groups(train)[1]}"
@@ -385,22 +390,6 @@ def _finite(folders: Sequence[tuple[Features, Rows]]) -> NDArray[np.bool_]:
             finite = np.isfinite(array.reshape(len(array), -1))
             usable &= np.all(finite[order], axis=1)
     return usable
-
-
-def _drawn_split(features: Features) -> TrainTest:
-    """A test part of every class, groups whole, for a dataset that has no splits."""
-    labelled = np.flatnonzero(features.labels != UNLABELLED)
-    groups, _ = video_groups(features)
-    outside = held_out(features.labels[labelled], [groups[row] for row in labelled], TEST_SHARE)
-    return TrainTest(
-        train=features,
-        train_rows=labelled[~outside],
-        train_split="the rest",
-        test=features,
-        test_rows=labelled[outside],
-        test_split="a drawn part",
-        unlabelled=len(features) - len(labelled),
-    )
 
 
 SCALINGS = ("none", "l2", "standard")

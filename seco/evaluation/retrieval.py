@@ -17,7 +17,7 @@ from seco.config import ALL_SPLITS, EvaluateConfig
 from seco.data.splits import UNLABELLED, choose_split
 from seco.evaluation.index import build_index, index_kind, recall_line, stated_recall
 from seco.evaluation.nearest import NearestIndex
-from seco.evaluation.splits import TrainTest, read_train_test
+from seco.evaluation.splits import HELD_OUT, TrainTest, read_train_test
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, read_features
 from seco.text import percent, printable
@@ -118,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> RetrievalResult:
     out = Path(config.out or config.features)
     require_writable(out)  # before anything that takes long
     features = read_features(config.features)
-    if config.split is not None and config.split != ALL_SPLITS:
+    if config.split not in (None, ALL_SPLITS, HELD_OUT):
         choose_split(features, config.split)
     found, notes = _labelled_rows(config, features)
     splits = [_split_recalls(config, rows) for rows in found]
@@ -189,7 +189,7 @@ def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[Tra
     """What to search in and for, for each split; and what a reader should know."""
     if (features.labels == UNLABELLED).all():
         return [], ["no video has a label: only the halves are measured"]
-    if config.test_features is None and not features.splits:
+    if config.test_features is None and not features.splits and config.split != HELD_OUT:
         return [], ["the videos have no splits: only the halves are measured"]
     splits: list[str | None] = [config.split]
     if config.split == ALL_SPLITS and ALL_SPLITS not in features.splits:

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from seco.data.splits import (
     NAMED,
+    UNLABELLED,
     choose_split,
+    held_out,
     labelled_rows,
     no_rows,
     recordings,
@@ -20,6 +22,8 @@ from seco.features.store import Features, read_features, require_same_encoder
 from shards.errors import InputError
 
 GROUPS, RECORDINGS, SINGLE_VIDEOS = "groups", "recordings", "single videos"
+HELD_OUT = "held-out"  # a split that is made here, where the videos have none
+TEST_SHARE = 0.3  # of each class in it
 _TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
 
 
@@ -82,7 +86,8 @@ def read_train_test(
 
     Args:
         test_folder: where the test rows are, if not in ``folder``.
-        split: the split's name; by default "1", else "official", else the only one.
+        split: the split's name; by default "1", else "official", else the only one. "held-out":
+            test on 30 % of the labelled videos, recordings whole.
         train_value: rows of the split to train on.
         test_value: rows to test on; by default "test", or "val" where test has no labelled row.
 
@@ -117,13 +122,25 @@ def train_test(
                 "extract both with the same checkpoint",
             )
         _require_same_labels(train, test)
+    elif split == HELD_OUT and HELD_OUT not in train.splits:
+        rows = held_out_split(train)
+        if not len(rows.test_rows):
+            raise InputError(
+                "no labelled video can be held out",
+                train.folder,
+                "two videos of each class are needed, and of two recordings",
+            )
+        return rows
     train_name = choose_split(train, split)
     test_name = train_name
     if test is not train:
         test_name = choose_split(test, split if test.splits else None)
     elif train_name is None:
         raise InputError(
-            "has no splits", train.folder, "give the test videos' folder with --test-features"
+            "has no splits",
+            train.folder,
+            "give the test videos' folder with --test-features, or --split held-out to test on "
+            "30 % of these",
         )
     train_rows, train_unlabelled = labelled_rows(train, train_name, train_value)
     values = (test_value,) if test_value is not None else _TEST_VALUES
@@ -145,6 +162,22 @@ def train_test(
         test_rows=test_rows,
         test_split="all" if test_name is None else f"{test_name} {values[chosen]}",
         unlabelled=train_unlabelled + test_unlabelled,
+    )
+
+
+def held_out_split(features: Features) -> TrainTest:
+    """About 30 % of every class to test on, recordings whole, the same videos every time."""
+    labelled = np.flatnonzero(features.labels != UNLABELLED)
+    groups, _ = video_groups(features)
+    outside = held_out(features.labels[labelled], [groups[row] for row in labelled], TEST_SHARE)
+    return TrainTest(
+        train=features,
+        train_rows=labelled[~outside],
+        train_split=f"{HELD_OUT} train",
+        test=features,
+        test_rows=labelled[outside],
+        test_split=f"{HELD_OUT} test",
+        unlabelled=len(features) - len(labelled),
     )
 
 

@@ -27,6 +27,7 @@ from shards.opening import open_shards, open_stream
 from shards.stream import TripletStream
 from tests.data import lacking
 from tests.made_shards import make_set
+from tests.seco.made_features import made_rows, write_clusters
 
 SIZES: dict[str, Any] = {"short_edge": 40, "crop_size": 32, "device": "cpu", "workers": 0}
 
@@ -202,6 +203,25 @@ def test_features_in_memory_equal_those_of_the_command(shards: str, tmp_path: Pa
     assert not (tmp_path / "f" / "probe.json").exists()
     with pytest.raises(seco.InputError, match="k: must be 1 or more"):
         seco.recall_at_k(found, k=0)
+
+
+def test_without_splits_a_part_of_the_videos_is_held_out(tmp_path: Path) -> None:
+    write_clusters(tmp_path / "f", rows=made_rows([n % 3 for n in range(60)], [{}] * 60))
+    features = seco.read_features(tmp_path / "f")
+    with pytest.raises(seco.InputError, match="--split held-out"):
+        seco.probe(features)
+    result = seco.probe(features, split="held-out")
+    assert (result.n_train, result.n_test) == (42, 18)
+    assert result.test_split == "held-out test"
+    assert result.top1 > 0.9
+    assert seco.recall_at_k(features, split="held-out") > 0.9
+    arguments = ["retrieve", "evaluate", "--features", str(tmp_path / "f"), "--split", "held-out"]
+    assert cli.run(arguments) == 0
+    found = json.loads((tmp_path / "f" / "retrieval.json").read_text())
+    assert found["label"]["1"] == seco.recall_at_k(features, split="held-out")
+    write_clusters(tmp_path / "few", videos=3, rows=made_rows([0, 1, 2], [{}] * 3))
+    with pytest.raises(seco.InputError, match="no labelled video can be held out"):
+        seco.probe(tmp_path / "few", split="held-out")
 
 
 def test_any_module_makes_features(shards: str) -> None:
