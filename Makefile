@@ -9,7 +9,7 @@ SRC ?=
 DATASET ?= folder
 DEMO_FLAGS ?=
 
-.PHONY: help install install-simd demo test soak lint format bench gpu-kit clean
+.PHONY: help install install-simd demo test soak lint format docs bench gpu-kit clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,6 +44,12 @@ lint: install  ## ruff and mypy --strict
 format: install  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## Build the documentation into build/site; any broken link is an error
+	rm -rf build/docs && mkdir -p build/docs
+	cp --parents *.md LICENSE CITATION.cff docs/*.md docs/*.svg docs/images/* benchmarks/results/*.md build/docs
+	cp -r --parents examples/*.ipynb build/docs
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: install  ## The demo over three seeds (about an hour); see benchmarks/ for the others
 	$(BIN)/python benchmarks/demo_seeds.py --work "$(DEMO)-seeds" --parallel 2

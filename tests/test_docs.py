@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import click
 import pytest
 
 import cli
+import seco.api
 from tests.data import ROOT
+from tests.pipelines.made_videos import draw_video
 
 DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 
@@ -64,3 +67,45 @@ def test_files_that_are_named_exist() -> None:
     }
     assert len(found) > 40
     assert [(path, name) for path, name in sorted(found) if name.split("/")[-1] not in there] == []
+
+
+# What makes the examples of the documents small enough for a test.
+_SMALLER = {
+    '"resnet50"': '"resnet10_w16"',
+    "queue_size=65_536": "queue_size=48",
+    "crop_size=224": "crop_size=32",
+    "RandomResizedCrop(224": "RandomResizedCrop(32",
+    "batch_size=256": "batch_size=4",
+    "batch_size=128": "batch_size=4",
+    "epochs=400": "epochs=1",
+    "epochs=100": "epochs=1",
+    "workers=8": "workers=0",
+    "frames=30": "frames=3",
+}
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/api.md"])
+def test_python_examples_run(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text("utf-8"), re.M | re.S)
+    assert len(blocks) == {"README.md": 1, "docs/api.md": 5}[document]
+    for name in ("Circle", "Square"):
+        for number in range(4):
+            path = tmp_path / "raw" / name / f"{name}{number}.mp4"
+            draw_video(path, size="64x48", frames=6)
+    monkeypatch.chdir(tmp_path)
+    pretrain, extract = seco.api.pretrain, seco.api.extract
+    small = {"crop_size": 32, "queue_size": 24, "device": "cpu", "workers": 0, "loggers": "none"}
+    sizes = {"short_edge": 40, "crop_size": 32, "device": "cpu", "workers": 0}
+    monkeypatch.setattr(
+        seco.api, "pretrain", lambda **given: pretrain(**{"arch": "resnet10_w16", **small, **given})
+    )
+    monkeypatch.setattr(
+        seco.api, "extract", lambda *given, **more: extract(*given, **{**sizes, **more})
+    )
+    code = "\n".join(blocks)
+    for full, smaller in _SMALLER.items():
+        code = code.replace(full, smaller)
+    exec(compile(code, document, "exec"), {"__name__": "__main__"})
+    assert list((tmp_path / "runs").glob("*/last.pt"))
