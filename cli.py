@@ -1,4 +1,4 @@
-"""The ``seco`` command: parse, make the stage's settings, one call. Imports nothing heavy."""
+"""The ``seco`` command: parse options, build settings, call the API. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ from shards.settings import own_first
 
 
 class _Finite(click.types.FloatParamType):
-    """A number that is one: comparisons with NaN would let it pass every check."""
+    """Option type for finite floats; NaN would pass every range check."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no finite number.", param, ctx)
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
 
 
 class _Whole(click.types.IntParamType):
-    """A whole number from ``least`` on that 64 bits hold."""
+    """Option type for 64-bit integers of ``least`` or more."""
 
     def __init__(self, least: int = -(2**63)) -> None:
         self._least = least
@@ -66,7 +66,7 @@ class _Whole(click.types.IntParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         number = super().convert(value, param, ctx)
         if not self._least <= number < 2**63:
-            self.fail(f"{value} is not from {self._least} to {2**63 - 1}.", param, ctx)
+            self.fail(f"{value} is not in the range {self._least} to {2**63 - 1}.", param, ctx)
         return number
 
 
@@ -82,11 +82,14 @@ def settings_options(
     only: Sequence[str] = (),
     config_file: bool = True,
 ) -> Callable[[_Command], _Command]:
-    """Options for the fields of a settings dataclass, and ``--config`` to read them from TOML.
+    """Return a decorator that adds an option per field, and ``--config`` to read them from TOML.
 
-    Fields named in ``arguments`` are left to arguments of the same name; ``only`` names the fields
-    that become options, where a command uses some of them. A command of two dataclasses has one
-    ``--config`` for both: ``config_file`` is false for the other one.
+    Args:
+        config: a settings dataclass.
+        required: fields whose options are required.
+        arguments: fields without an option, because the command has an argument of that name.
+        only: the fields to make options of; empty for all.
+        config_file: whether to add ``--config``; false for the second dataclass of a command.
     """
 
     def decorate(command: _Command) -> _Command:
@@ -102,7 +105,7 @@ def settings_options(
             callback=_read_config,
             is_eager=True,
             expose_value=False,
-            help="TOML file of these options, for example the config.toml of a run.",
+            help="TOML file with these options, for example the config.toml of a run.",
         )
         return read_config(command)
 
@@ -121,16 +124,16 @@ def _option(field: dataclasses.Field[Any], required: bool) -> Callable[[_Command
     }
     if base == "bool":
         arguments |= {"is_flag": True}
-        if base != str(field.type):  # with a third answer: what suits the device
+        if base != str(field.type):  # None, the third value: depends on the device
             flag += "/--no-" + flag.removeprefix("--")
     elif base.startswith("tuple"):
         arguments |= {"multiple": True, "metavar": "SPEC"}
     elif field.name == "seed":
-        arguments["type"] = _Whole(0)  # what all generators take
+        arguments["type"] = _Whole(0)  # random generators reject negative seeds
     else:
         arguments["type"] = click.Choice(meta["choices"]) if meta.get("choices") else _TYPES[base]
     if required:
-        # An explicit default, even None, would count as a value given.
+        # An explicit default, even None, would count as a given value.
         arguments |= {"required": True}
         del arguments["default"], arguments["show_default"]
     names = [flag] + ([meta["flag"]] if meta.get("flag") else []) + [field.name]
@@ -154,7 +157,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
     known = {p.name for p in context.command.params}
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise InputError(f"has no option named {unknown[0]!r}", value, "see --help for the names")
+        raise InputError(f"unknown option {unknown[0]!r}", value, "see --help for the names")
     context.default_map = {**(context.default_map or {}), **settings}
 
 
@@ -177,7 +180,7 @@ def seco() -> None:
 def prepare(**settings: Any) -> None:
     """Decode the videos of DATASET into shards.
 
-    DATASET is kinetics, activitynet, ucf101, hmdb51, got10k, otb100, or folder: any tree of videos.
+    DATASET is kinetics, activitynet, ucf101, hmdb51, got10k, otb100 or folder (any tree of videos).
 
     \b
     Example: seco prepare kinetics --src raw/ --out shards/
@@ -188,10 +191,14 @@ def prepare(**settings: Any) -> None:
 
 
 @seco.command()
-@click.argument("shards", metavar="SET", nargs=-1, required=True)
-@click.option("--workers", type=int, default=None, help="Shards read at once [default: the CPUs].")
+@click.argument("shards", metavar="SHARDS...", nargs=-1, required=True)
+@click.option(
+    "--workers", type=int, default=None, help="Shards read in parallel [default: number of CPUs]."
+)
 def verify(shards: tuple[str, ...], workers: int | None) -> None:
-    """Check every sha256, frame, count and index of SET: a manifest, folder or pattern.
+    """Check shards: checksums, frames, counts and indexes.
+
+    SHARDS are manifests, folders or patterns.
 
     \b
     Example: seco verify shards/k400.json
@@ -201,14 +208,16 @@ def verify(shards: tuple[str, ...], workers: int | None) -> None:
     found = run(shards, workers)
     print(found.table())
     if found.faults:
-        raise InputError(f"{len(found.faults)} faults were found", " ".join(shards))
+        raise InputError(f"faults found: {len(found.faults)}", " ".join(shards))
 
 
 @seco.command()
 @click.argument("shards", nargs=-1, required=True)
-@click.option("--force", is_flag=True, help="Replace indexes that are there already, too.")
+@click.option("--force", is_flag=True, help="Also replace existing indexes.")
 def index(shards: tuple[str, ...], force: bool) -> None:
-    """Write the indexes of SHARDS that have none, foreign WebDataset tars included.
+    """Write the missing indexes of SHARDS.
+
+    SHARDS may be any WebDataset tars.
 
     \b
     Example: seco index "foreign/*.tar"
@@ -230,20 +239,20 @@ def pretrain(context: click.Context, /, **settings: Any) -> None:
     written = (context.default_map or {}).get("preset", settings["preset"])
     if written != settings["preset"]:
         raise InputError(
-            f"is {settings['preset']}, but the --config file has every switch of {written}",
+            f"is {settings['preset']}, but the --config file sets all options of preset {written}",
             "--preset",
             "leave one of them out",
         )
     from seco.config import resolve_pretrain
     from seco.processes.launch import launch
 
-    again = "go on with the same command and --resume auto"
+    again = "resume with the same command and --resume auto"
     if code := launch(PretrainConfig(**settings), pretrain_here, resolve_pretrain, again=again):
         raise click.exceptions.Exit(code)
 
 
 def pretrain_here(config: PretrainConfig) -> int:
-    """One process of a pre-training: its exit code. The first one tells where the checkpoint is."""
+    """Pre-train on one rank and return the exit code; rank 0 prints the checkpoint's path."""
 
     def work() -> None:
         from seco.api import pretrain as run
@@ -258,7 +267,7 @@ def pretrain_here(config: PretrainConfig) -> int:
 @seco.command("extract-features")
 @settings_options(ExtractConfig, required=("shards", "checkpoint"))
 def extract_features(**settings: Any) -> None:
-    """Write one frozen feature a video.
+    """Write one frozen feature per video.
 
     \b
     Example: seco extract-features --shards shards/k400-val.json \\
@@ -280,7 +289,7 @@ def extract_features(**settings: Any) -> None:
 
 
 def extract_here(config: ExtractConfig, show: bool = True) -> int:
-    """One process of an extraction: its exit code. The first one prints where the features are."""
+    """Extract features on one rank and return the exit code; rank 0 prints the feature folder."""
 
     def work() -> None:
         from seco.features.extract import extract_features as run
@@ -296,10 +305,10 @@ def extract_here(config: ExtractConfig, show: bool = True) -> int:
 @settings_options(CompareConfig)
 @settings_options(ExtractConfig, only=EXTRACTION, config_file=False)
 def compare(**settings: Any) -> None:
-    """Say which encoder is better on a dataset, with 95 % intervals, or that it cannot be told.
+    """Compare encoders on one dataset.
 
-    Features that are missing are extracted into --out; finished ones are used again. The options
-    from --arch on are those of extract-features.
+    Prints 95 % intervals and verdicts. Missing features are extracted into --out; finished ones are
+    reused. The options from --arch on are those of extract-features.
 
     \b
     Example: seco compare --shards shards/mine.json --encoder runs/mine --encoder random
@@ -321,10 +330,11 @@ def compare(**settings: Any) -> None:
 @click.argument("file")
 @settings_options(ImportConfig, required=("out",), arguments=("file",))
 def import_(**settings: Any) -> None:
-    """Make a checkpoint of this toolkit from FILE, by name and strictly.
+    """Convert FILE to a checkpoint of this toolkit.
 
-    FILE is MoCo v1 or v2, SeCo of its authors, or a ResNet state dict (.pth or safetensors). Such
-    files can be given to --init and --checkpoint as they are, too.
+    FILE is a checkpoint of MoCo v1 or v2 or of SeCo's authors, or a ResNet state dict (.pth or
+    safetensors). All tensor names must match. --init and --checkpoint also read such files
+    directly.
 
     \b
     Example: seco import moco_v2_200ep_pretrain.pth.tar --out moco.pt
@@ -338,10 +348,10 @@ def import_(**settings: Any) -> None:
 @click.argument("file")
 @settings_options(ExportConfig, required=("format", "out"), arguments=("file",))
 def export(**settings: Any) -> None:
-    """Write the checkpoint FILE in a layout that other code reads.
+    """Convert checkpoint FILE to another layout.
 
-    torchvision and safetensors hold the query backbone; moco (v2) and seco-authors hold the heads,
-    the key encoder and the queue as well, and take torchvision's ResNets only.
+    torchvision and safetensors hold the query backbone. moco (v2) and seco-authors also hold the
+    heads, the key encoder and the queue; they support only torchvision's ResNets.
 
     \b
     Example: seco export runs/k400/last.pt --format torchvision --out k400-resnet50.pth
@@ -354,7 +364,9 @@ def export(**settings: Any) -> None:
 @seco.command()
 @settings_options(ProbeConfig, required=("features",))
 def probe(**settings: Any) -> None:
-    """Train a linear SVM (or kNN, or a linear classifier) on features and report its accuracy.
+    """Report the accuracy of a classifier on frozen features.
+
+    The classifier is a linear SVM, kNN, or a linear layer trained by SGD.
 
     \b
     Example: seco probe --features features/ucf101 --split 1
@@ -369,7 +381,9 @@ def probe(**settings: Any) -> None:
 @click.argument("dataset", required=False, default=None)
 @settings_options(FinetuneConfig, required=("checkpoint",), arguments=("dataset",))
 def finetune(**settings: Any) -> None:
-    """Fine-tune an encoder on the labelled videos of DATASET (ucf101, hmdb51), then test it.
+    """Fine-tune an encoder on labelled videos, then test it.
+
+    DATASET (ucf101, hmdb51) selects the shards if --shards is not given.
 
     \b
     Example: seco finetune ucf101 --shards shards/ucf101.json \\
@@ -378,13 +392,13 @@ def finetune(**settings: Any) -> None:
     from seco.config import resolve_finetune
     from seco.processes.launch import launch
 
-    again = "go on with the same command and --resume auto"
+    again = "resume with the same command and --resume auto"
     if code := launch(FinetuneConfig(**settings), finetune_here, resolve_finetune, again=again):
         raise click.exceptions.Exit(code)
 
 
 def finetune_here(config: FinetuneConfig) -> int:
-    """One process of a fine-tuning: its exit code."""
+    """Fine-tune on one rank and return the exit code."""
 
     def work() -> None:
         from seco.training.finetune import finetune as run
@@ -398,7 +412,7 @@ def finetune_here(config: FinetuneConfig) -> int:
 @seco.command("finetune-eval")
 @settings_options(FinetuneTestConfig, required=("shards", "checkpoint"))
 def finetune_eval(**settings: Any) -> None:
-    """Test a fine-tuned checkpoint on the test videos of its split.
+    """Test a fine-tuned checkpoint on its split's test videos.
 
     \b
     Example: seco finetune-eval --shards shards/ucf101.json \\
@@ -413,7 +427,7 @@ def finetune_eval(**settings: Any) -> None:
 
 
 def finetune_eval_here(config: FinetuneTestConfig) -> int:
-    """One process of the test of a fine-tuned checkpoint: its exit code."""
+    """Test a fine-tuned checkpoint on one rank and return the exit code."""
 
     def work() -> None:
         from seco.evaluation.video_test import finetune_eval as run
@@ -426,13 +440,15 @@ def finetune_eval_here(config: FinetuneTestConfig) -> int:
 
 @seco.group()
 def retrieve() -> None:
-    """Find nearest videos in features with faiss."""
+    """Search features for the nearest videos, with faiss."""
 
 
 @retrieve.command("evaluate")
 @settings_options(EvaluateConfig, required=("features",))
 def retrieve_evaluate(**settings: Any) -> None:
-    """R@k of test videos among training videos, and of a video's halves.
+    """Report R@k of test videos among training videos.
+
+    Also reports how often the first half of a video finds its own second half.
 
     \b
     Example: seco retrieve evaluate --features features/ucf101 --split all
@@ -445,7 +461,9 @@ def retrieve_evaluate(**settings: Any) -> None:
 @retrieve.command("build")
 @settings_options(BuildConfig, required=("features",))
 def retrieve_build(**settings: Any) -> None:
-    """Save a faiss index of the features; of an IVF-PQ, state its recall against exact search.
+    """Save a faiss index of the features.
+
+    For IVF-PQ, also reports its recall against exact search.
 
     \b
     Example: seco retrieve build --features features/k400 --ivfpq-above 100000
@@ -458,7 +476,9 @@ def retrieve_build(**settings: Any) -> None:
 @retrieve.command("query")
 @settings_options(QueryConfig, required=("features",))
 def retrieve_query(**settings: Any) -> None:
-    """Write a page of the videos nearest to one of the set, or to a video file.
+    """Write a page of the videos nearest to a query.
+
+    The query is a video of the dataset (--video) or a video file (--file).
 
     \b
     Example: seco retrieve query --features features/ucf101 --video v_Archery_g01_c01
@@ -473,7 +493,9 @@ def retrieve_query(**settings: Any) -> None:
 @retrieve.command("duplicates")
 @settings_options(DuplicatesConfig, required=("features",))
 def retrieve_duplicates(**settings: Any) -> None:
-    """List videos that are in training and test rows both, or nearly so, frame by frame.
+    """List near-duplicates between training and test videos.
+
+    Candidates are compared frame by frame.
 
     \b
     Example: seco retrieve duplicates --features features/ucf101 --html duplicates.html
@@ -485,13 +507,13 @@ def retrieve_duplicates(**settings: Any) -> None:
 
 @seco.group()
 def track() -> None:
-    """Track a target with SiamFC on frozen features: train, evaluate, run."""
+    """Track a target with SiamFC on frozen features."""
 
 
 @track.command("train")
 @settings_options(TrackTrainConfig, required=("shards", "checkpoint"))
 def track_train(**settings: Any) -> None:
-    """Train the 1×1 convolution of a tracker on a frozen backbone.
+    """Train a tracker's 1×1 convolution on a frozen backbone.
 
     \b
     Example: seco track train --shards "shards/got10k-{000..038}.tar" \\
@@ -500,13 +522,13 @@ def track_train(**settings: Any) -> None:
     from seco.config import check_training
     from seco.processes.launch import launch
 
-    again = "go on with the same command and --resume auto"
+    again = "resume with the same command and --resume auto"
     if code := launch(TrackTrainConfig(**settings), track_train_here, check_training, again=again):
         raise click.exceptions.Exit(code)
 
 
 def track_train_here(config: TrackTrainConfig) -> int:
-    """One process of a tracker's training: its exit code."""
+    """Train a tracker on one rank and return the exit code; rank 0 prints the checkpoint's path."""
 
     def work() -> None:
         from seco.training.track import track_train as run
@@ -521,7 +543,9 @@ def track_train_here(config: TrackTrainConfig) -> int:
 @track.command("eval")
 @settings_options(TrackEvalConfig, required=("shards", "tracker"))
 def track_eval(**settings: Any) -> None:
-    """One-pass evaluation on sequences with boxes, such as OTB-100's.
+    """Evaluate a tracker on sequences with boxes.
+
+    One-pass evaluation, for example on OTB-100.
 
     \b
     Example: seco track eval --shards shards/otb100.json --tracker runs/track-got10k/last.pt
@@ -535,7 +559,9 @@ def track_eval(**settings: Any) -> None:
 @track.command("run")
 @settings_options(TrackRunConfig, required=("video", "box", "tracker"))
 def track_run(**settings: Any) -> None:
-    """Follow a target through a video file: boxes as CSV, and a video that shows them.
+    """Track a target through a video file.
+
+    Writes the boxes as CSV, and a video with the box drawn.
 
     \b
     Example: seco track run --video street.mp4 --box 120,80,40,60 \\
@@ -549,15 +575,20 @@ def track_run(**settings: Any) -> None:
         for path in run(config, video, video.fps, write_video):
             print(path)
         if video.damage:
-            print(f"seco: {config.video}: parts do not decode: {video.damage}", file=sys.stderr)
+            print(
+                f"seco: {config.video}: damaged, some frames are missing: {video.damage}",
+                file=sys.stderr,
+            )
 
 
 @seco.command()
 @click.argument("shards", nargs=-1, required=True)
-@click.option("--html", default=None, help="Write a page with histogram and contact sheet.")
-@click.option("--png", default=None, help="Write the contact sheet as a picture.")
+@click.option(
+    "--html", default=None, help="Write an HTML page with a histogram and a contact sheet."
+)
+@click.option("--png", default=None, help="Write the contact sheet as a PNG file.")
 def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
-    """Show what shards hold: counts, sizes, labels, a contact sheet.
+    """Summarise shards: counts, sizes, labels, contact sheet.
 
     \b
     Example: seco inspect "shards/ucf101-*.tar" --html ucf101.html
@@ -570,12 +601,14 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
 @seco.command()
 @click.argument("runs", nargs=-1)
 @click.option(
-    "--out", type=_FILE, default="report.html", show_default=True, help="The page to write."
+    "--out", type=_FILE, default="report.html", show_default=True, help="HTML page to write."
 )
-@click.option("--markdown", type=_FILE, help="Write the same as Markdown into this file.")
-@click.option("--json", type=_FILE, help="Write the same as JSON into this file.")
+@click.option("--markdown", type=_FILE, help="Also write the report as Markdown to this file.")
+@click.option("--json", type=_FILE, help="Also write the report as JSON to this file.")
 def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path | None) -> None:
-    """Set every result under RUNS (default: runs/ features/) beside the paper's tables.
+    """Compare results with the paper's tables.
+
+    Reads every result under RUNS (default: runs/ features/).
 
     \b
     Example: seco report runs/ features/ --out report.html
@@ -584,17 +617,19 @@ def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path |
 
     paths = [path.resolve() for path in (out, markdown, json) if path is not None]
     if len(set(paths)) < len(paths):
-        raise InputError("would be written over each other", "--out, --markdown, --json")
+        raise InputError("name the same file", "--out, --markdown, --json", "give different files")
     found = write_report(runs, out, markdown, json)
     for item in found.unread:
-        print(f"seco: could not be read: {item.path}: {item.reason}", file=sys.stderr)
+        print(f"seco: {item.path}: cannot be read: {item.reason}", file=sys.stderr)
     print("\n".join(str(file) for file in (out, markdown, json) if file is not None))
 
 
 @seco.command()
 @settings_options(DemoConfig)
 def demo(**settings: Any) -> None:
-    """Run the whole chain, on a rendered set or on your own videos.
+    """Run every stage on a small dataset.
+
+    The dataset is rendered, or made from your own videos with --src.
 
     \b
     Example: seco demo --src raw/ --dataset hmdb51
@@ -607,9 +642,10 @@ def demo(**settings: Any) -> None:
 @seco.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Report what this machine has, what each missing part costs, and how to get it.
+    """Report what works on this machine.
 
-    Ends with exit code 1 if a part that every user needs is missing or broken.
+    Also prints what missing parts are needed for and how to get them. Exits with code 1 if a part
+    that every user needs is missing or broken.
 
     \b
     Example: seco doctor
@@ -617,7 +653,7 @@ def doctor(as_json: bool) -> None:
     from pipelines._ffmpeg import ffmpeg_facts
     from seco.doctor import examine
 
-    print("seco: loading every library once, which may take a minute", file=sys.stderr)
+    print("seco: loading all libraries; this may take a minute", file=sys.stderr)
     found = examine(ffmpeg_facts)
     print(found.to_json() if as_json else found.table())
     found.require_core()
@@ -625,10 +661,10 @@ def doctor(as_json: bool) -> None:
 
 @seco.command("render-demo")
 @click.argument("out")
-@click.option("--clips-per-class", default=36, show_default=True, help="Clips of each class.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, other clips.")
+@click.option("--clips-per-class", default=36, show_default=True, help="Clips per class.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 def render_demo(out: str, clips_per_class: int, seed: int) -> None:
-    """Render the demo's labelled videos into OUT, in UCF101's layout.
+    """Render the demo's videos into OUT, in UCF101's layout.
 
     \b
     Example: seco render-demo raw/
@@ -639,7 +675,7 @@ def render_demo(out: str, clips_per_class: int, seed: int) -> None:
 
 
 class _Benches(click.Group):
-    """The benchmarks, which are in the source tree alone."""
+    """The benchmarks, which exist only in the source tree."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return self._found().list_commands(context)
@@ -651,9 +687,9 @@ class _Benches(click.Group):
         root = Path(__file__).resolve().parent
         if not (root / "benchmarks" / "commands.py").is_file():
             raise InputError(
-                "are not part of the installed package",
-                "the benchmarks",
-                "clone the repository and install that with pip install -e",
+                "not part of the installed package",
+                "seco bench",
+                "clone the repository and run pip install -e . in it",
             )
         if str(root) not in sys.path:
             sys.path.append(str(root))
@@ -664,23 +700,26 @@ class _Benches(click.Group):
 
 @seco.group(cls=_Benches)
 def bench() -> None:
-    """Measure a stage against its physical limit and the plain way to do it."""
+    """Benchmark a stage of the toolkit.
+
+    Compares it with its physical limit and with a plain implementation.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: users' mistakes are one line on standard error and an exit code."""
+    """Run the command line and exit; an error is one line on standard error and an exit code."""
     sys.exit(run(arguments))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code (DESIGN §12)."""
+    """Run the command line and return its exit code."""
     return exit_code(lambda: seco.main(args=arguments, prog_name="seco", standalone_mode=False))
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Do it; whatever goes wrong is one line on standard error and a code (DESIGN §12)."""
+    """Run ``work`` and return its exit code; print an error as one line on standard error."""
     try:
-        code = work()  # of click: the code of an Exit
+        code = work()  # click returns the code of an Exit
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -696,31 +735,33 @@ def exit_code(work: Callable[[], object]) -> int:
     except Stopped as stopped:
         return _fail(stopped, EXIT_STOPPED)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted, nothing is half-written: run the same again", EXIT_STOPPED)
+        return _fail(
+            "interrupted; no file is half-written — run the same command again", EXIT_STOPPED
+        )
     except BrokenPipeError:
-        # The reader of our output has gone (`seco … | head`): not a mistake of anybody's.
+        # The reader closed the pipe (`seco … | head`): not an error to report.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except RuntimeError as error:
         return _fail(_known_fault(error), EXIT_FAILED)
     except OSError as error:
-        # A full disk, a vanished folder, a file one may not read: the machine's words suffice.
+        # A full disk, a missing folder, a file without permission: the system's message is enough.
         return _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", EXIT_FAILED)
 
 
 def _known_fault(error: RuntimeError) -> str:
-    """One line for the two faults of torch that users can mend; anything else is raised again."""
+    """Return one line for the two torch errors that users can fix; raise all others again."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU's memory does not suffice — lower --batch-size or --crop-size"
+        return "out of GPU memory — lower --batch-size or --crop-size"
     if "DataLoader worker" in text:
         first = " ".join(text.split())[:200]
-        return f"{first} — give --workers 0, or more shared memory (/dev/shm) to the container"
+        return f"{first} — use --workers 0, or give the container more shared memory (/dev/shm)"
     raise error
 
 
 def _fail(message: object, code: int) -> int:
-    if str(message):  # empty: another process of the same run says it
+    if str(message):  # empty: another rank prints it
         print(f"seco: {message}", file=sys.stderr)
     return code
 

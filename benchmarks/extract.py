@@ -24,7 +24,7 @@ from seco.config import ExtractConfig, check_extract
 from seco.data.frames import FrameLoader, VideoFrames
 from seco.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
 from seco.features.extract import extract_features
-from seco.features.plan import computing_threads, dataset_of, forwards_of, resolved
+from seco.features.plan import computing_threads, dataset_of, feature_extractor, resolved
 from seco.processes.device import resolve_device, uses_bf16, wall_milliseconds
 from shards.dataset import ShardSet
 from shards.errors import InputError
@@ -168,7 +168,7 @@ class _Ways:
             extract_features(config, quiet=True)
 
     def bare(self) -> None:
-        """Forwards of one normalised batch again and again, as torch does them by itself."""
+        """Forward passes of one normalised batch, again and again, as torch does them by itself."""
         network = self._network()
         images = normalise(torch.from_numpy(self._crops).to(self._device).permute(0, 3, 1, 2))
         images = images.contiguous(memory_format=self._format)
@@ -178,7 +178,7 @@ class _Ways:
     def side_by_side(self) -> None:
         """The same as ours does them, without a loader."""
         running: list[Future[Any]] = []
-        with forwards_of(self._backbone, self._device, self._config) as forwards:
+        with feature_extractor(self._backbone, self._device, self._config) as forwards:
             for number in range(self._batches):
                 running.append(forwards.submit([self._crops]))
                 if number >= forwards.at_once:

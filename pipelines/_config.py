@@ -1,4 +1,4 @@
-"""Settings of ``seco prepare``; every default with its source. Nothing heavy is imported here."""
+"""Settings of ``seco prepare``, with the source of each default. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,64 +16,62 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """``seco prepare``: what to store of which videos."""
+    """``seco prepare``: which videos and frames to store."""
 
-    dataset: str = setting(dataclasses.MISSING, "the dataset's name: a file of pipelines/")
+    dataset: str = setting(dataclasses.MISSING, "name of the dataset: a module of pipelines/")
     src: str = setting(dataclasses.MISSING, "folder of the raw videos")
     out: str = setting(
         "",
-        "folder the shards go to, or an address such as s3://bucket/shards "
-        "[default: shards; in a clone, where that is code, data/shards]",
+        "folder for the shards, or an address such as s3://bucket/shards "
+        "[default: shards; data/shards if shards is Python code, as in a clone]",
     )
-    annotations: str | None = setting(
-        None, "annotation file or folder [default: looked for in --src]"
-    )
+    annotations: str | None = setting(None, "annotation file or folder [default: search in --src]")
     split: str | None = setting(
-        None, "only these official splits, separated by commas [default: all found]"
+        None, "official splits to prepare, comma-separated [default: all found]"
     )
     frames: int | None = setting(
         None,
-        "frames a video, evenly spaced "
+        "frames per video, evenly spaced "
         "[default: 30; activitynet 50; all for ucf101, hmdb51, got10k, otb100]",
     )
-    fps: float | None = setting(None, "frames a second of video, instead of --frames")
-    all_frames: bool = setting(False, "every frame, instead of --frames")
-    min_frames: int = setting(1, "exclude videos with fewer stored frames (too-short)")
+    fps: float | None = setting(None, "frames per second of video, instead of --frames")
+    all_frames: bool = setting(False, "store every frame, instead of --frames")
+    min_frames: int = setting(1, "exclude videos with fewer stored frames, as too-short")
     short_edge: int | None = setting(
         None,
-        "shorter side of stored frames in px; smaller ones stay "
-        "[default: 256 as in the authors' code; got10k and otb100 keep their files' bytes]",
+        "short edge of stored frames, in px; smaller frames are not enlarged "
+        "[default: 256, as in the authors' code; got10k and otb100 keep the files' bytes]",
     )
-    quality: int = setting(90, "JPEG quality, 1 to 100")
-    videos_per_shard: int = setting(240, "videos a shard")
+    quality: int = setting(90, "JPEG quality, from 1 to 100")
+    videos_per_shard: int = setting(240, "videos per shard")
     workers: int | None = setting(
-        None, "videos decoded at once; never changes a result [default: the CPUs]"
+        None, "videos decoded in parallel; does not affect results [default: number of CPUs]"
     )
     keep_damaged: bool = setting(
-        False, "store the frames that decode of videos with decoding errors (else: damaged)"
+        False, "store the decodable frames of damaged videos [default: exclude them]"
     )
-    engine: str = setting("local", "processes of this machine, or a Ray cluster", choices=ENGINES)
+    engine: str = setting("local", "run on this machine, or on a Ray cluster", choices=ENGINES)
     ray_address: str | None = setting(
         None,
-        "of the Ray cluster [default: RAY_ADDRESS, the one this machine is in, or a new one]",
+        "address of the Ray cluster [default: RAY_ADDRESS, else this machine's, else a new one]",
     )
-    timeout: float = setting(300.0, "seconds a video may take before it is excluded")
+    timeout: float = setting(300.0, "time limit per video, in seconds; slower videos are excluded")
     max_failures: float = setting(
-        5.0, "exit with code 3 when more than this percentage of the videos failed"
+        5.0, "exit with code 3 if more than this percentage of the videos fails"
     )
-    retry_failed: bool = setting(
-        False, "try the excluded videos of finished shards again, and only those"
+    retry_failed: bool = setting(False, "retry only the excluded videos of finished shards")
+    dry_run: bool = setting(False, "print the plan and exit")
+    name: str | None = setting(None, "name of the output [default: the dataset's or the folder's]")
+    ffmpeg: str | None = setting(
+        None, "ffmpeg binary [default: SECO_FFMPEG, else imageio-ffmpeg's]"
     )
-    dry_run: bool = setting(False, "tell what would be done, and stop")
-    name: str | None = setting(None, "name of the set [default: the dataset's or folder's]")
-    ffmpeg: str | None = setting(None, "ffmpeg binary [default: SECO_FFMPEG or the static one]")
 
 
 def validate(config: PrepareConfig) -> None:
-    """Refuse values that cannot work.
+    """Check the values of the options.
 
     Raises:
-        InputError: named by its option.
+        InputError: a value is invalid; names the option.
     """
     given = [
         flag
@@ -85,7 +83,7 @@ def validate(config: PrepareConfig) -> None:
         if present
     ]
     if len(given) > 1:
-        raise InputError("exclude each other", " and ".join(given), "give one of them")
+        raise InputError("cannot be combined", " and ".join(given), "give one of them")
     for name in ("frames", "min_frames", "videos_per_shard", "workers"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, "must be 1 or more")
@@ -95,14 +93,14 @@ def validate(config: PrepareConfig) -> None:
     _require(
         config.short_edge is None or (config.short_edge >= 2 and config.short_edge % 2 == 0),
         "short_edge",
-        "must be even and 2 or more: JPEG's 4:2:0 halves both sides",
+        "must be even and 2 or more: JPEG 4:2:0 halves both sides",
     )
     _require(
         config.name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name) is not None,
         "name",
-        "must be letters, digits, dots, _ and -",
+        "must be letters, digits, ., _ and -, starting with a letter or digit",
     )
-    _require(config.engine in ENGINES, "engine", f"is one of {', '.join(ENGINES)}")
+    _require(config.engine in ENGINES, "engine", f"must be one of {', '.join(ENGINES)}")
     _require(
         config.ray_address is None or config.engine == "ray", "ray_address", "needs --engine ray"
     )

@@ -196,7 +196,7 @@ class CachedAccess(LocalAccess):
             for wanted in ranges
         ]
 
-    def want(self, addresses: Sequence[str]) -> None:
+    def prefetch(self, addresses: Sequence[str]) -> None:
         """Fetch these in the background, in this order; what fails is met again by a reader."""
         self._seen &= set(addresses)
         self._ahead.clear()

@@ -1,7 +1,7 @@
-"""Settings dataclasses: every default is written once, with its help text and its source.
+"""Settings dataclasses: each default is written once, with its help text and its source.
 
-A stage has one frozen dataclass whose fields are made with :func:`setting`. The command line's
-options are generated from these (``cli.py``), and a run writes them back as TOML.
+Each command has a frozen dataclass whose fields are made with :func:`setting`. ``cli.py`` generates
+the command's options from them, and a run writes them to its ``config.toml``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def setting(
     hidden: bool = False,
     resumable: bool = False,
 ) -> Any:
-    """A dataclass field that carries what the command line needs to know of it.
+    """Return a dataclass field with the metadata that the command line needs.
 
     Args:
-        default: the value when the user says nothing.
-        help: one line for ``--help``.
+        default: the value if the option is not given.
+        help: text for ``--help``, without a final full stop.
         source: where the default comes from, for example ``"paper §5.2"``.
-        choices: the values allowed, if few.
-        flag: the option's name when it is not the field's, for example ``"-C"``.
-        hidden: leave it off the command line.
-        resumable: a run may go on from its checkpoint with another value.
+        choices: the allowed values; None for any.
+        flag: an additional option name, for example ``"-C"``.
+        hidden: do not make an option of it.
+        resumable: a run may be resumed with another value.
     """
     metadata = {
         "help": help,
@@ -48,19 +48,19 @@ def setting(
 
 
 def own_first(config: Any) -> list[dataclasses.Field[Any]]:
-    """The fields of a settings dataclass, those that a base class alone declares at the end."""
+    """Return the fields of a settings dataclass; those only declared in a base class come last."""
     own = list(inspect.get_annotations(config if isinstance(config, type) else type(config)))
     place = {name: number for number, name in enumerate(own)}
     return sorted(dataclasses.fields(config), key=lambda field: place.get(field.name, len(own)))
 
 
 def resumable_settings(config: Any) -> frozenset[str]:
-    """The settings in which two runs may differ for one to go on from the other's checkpoint."""
+    """Return the names of the settings that may change when a run is resumed."""
     return frozenset(f.name for f in dataclasses.fields(config) if f.metadata["resumable"])
 
 
 def as_settings(config: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass as plain values; ``None`` is left out (TOML has none)."""
+    """Return the fields as plain values, without those that are None (TOML has no null)."""
     return {
         field.name: _plain(getattr(config, field.name))
         for field in own_first(config)
@@ -69,10 +69,10 @@ def as_settings(config: Any) -> dict[str, Any]:
 
 
 def require(holds: bool, name: str, message: str) -> None:
-    """Refuse a setting's value.
+    """Check a condition on the value of setting ``name``.
 
     Raises:
-        InputError: it does not hold; named by its option.
+        InputError: ``holds`` is false; the message names the option.
     """
     if not holds:
         raise InputError(message, f"--{name.replace('_', '-')}")
@@ -87,5 +87,5 @@ def _plain(value: Any) -> Any:
 
 
 def usable_cpus() -> int:
-    """Fewer than the machine has, under a scheduler or in a container."""
+    """Return the number of CPUs this process may use, which schedulers and containers limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

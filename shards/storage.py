@@ -173,7 +173,7 @@ class Access(Protocol):
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes | UnreadableFrame]:
         """The bytes of each range, or why they cannot be had."""
 
-    def want(self, addresses: Sequence[str]) -> None:
+    def prefetch(self, addresses: Sequence[str]) -> None:
         """Hint: these shards will be read next, in this order."""
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class LocalAccess:
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes | UnreadableFrame]:
         return [self._read(wanted) for wanted in ranges]
 
-    def want(self, addresses: Sequence[str]) -> None:
+    def prefetch(self, addresses: Sequence[str]) -> None:
         pass  # the page cache does it
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class RangeAccess:
             parts.append(_part(wanted, whole, fetched[whole]))
         return parts
 
-    def want(self, addresses: Sequence[str]) -> None:
+    def prefetch(self, addresses: Sequence[str]) -> None:
         pass  # there is nowhere to keep them
 
     def close(self) -> None:

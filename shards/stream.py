@@ -152,7 +152,7 @@ class Stream(Protocol):
     left_out: int  # videos that are too short
     window_shards: int  # within which it is shuffled; 0: all
 
-    def enter(self, worker: int, workers: int) -> None:
+    def set_worker(self, worker: int, workers: int) -> None:
         """Told once to each of several loader processes, before it reads."""
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
@@ -161,7 +161,7 @@ class Stream(Protocol):
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
         """The sample that takes the place of an unreadable one, at the 1st, 2nd, … attempt."""
 
-    def announce(self, epoch: int, step: int) -> None:
+    def prefetch(self, epoch: int, step: int) -> None:
         """Hint: the batches from this one on will be read next."""
 
     def digest(self) -> str:
@@ -228,7 +228,7 @@ class IndexedStream:
         """(n,) numbers, in the set, of the videos at these positions of an epoch."""
         return self.usable.numbers(self.order(epoch).at(positions))
 
-    def enter(self, worker: int, workers: int) -> None:
+    def set_worker(self, worker: int, workers: int) -> None:
         pass  # who reads makes no difference
 
     def positions(self, step: int, rows: Sequence[int]) -> list[int]:
@@ -242,7 +242,7 @@ class IndexedStream:
         begin = step * self.batch_size
         return substitute_position(place, begin, self.batch_size, len(self.usable))
 
-    def announce(self, epoch: int, step: int) -> None:
+    def prefetch(self, epoch: int, step: int) -> None:
         if self.window_shards:
             shards = self.order(epoch).shards_from(step * self.batch_size)[: 2 * self.window_shards]
             if len(shards) < 2 * self.window_shards:
@@ -251,7 +251,7 @@ class IndexedStream:
             wanted = tuple(self.shards.addresses[shard] for shard in shards)
             if wanted != self._wanted:
                 self._wanted = wanted
-                self.shards.access.want(wanted)
+                self.shards.access.prefetch(wanted)
 
     def digest(self) -> str:
         """Equal for the same videos in the same order, however they are cut into shards."""

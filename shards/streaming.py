@@ -74,7 +74,7 @@ class SequentialStream:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_samples": None}
 
-    def enter(self, worker: int, workers: int) -> None:
+    def set_worker(self, worker: int, workers: int) -> None:
         self._reader, self._readers = self._reader * workers + worker, self._readers * workers
         self._samples = None
 
@@ -99,7 +99,7 @@ class SequentialStream:
         (sample,) = self.read(epoch, step, [row])
         return sample
 
-    def announce(self, epoch: int, step: int) -> None:
+    def prefetch(self, epoch: int, step: int) -> None:
         pass
 
     def digest(self) -> str:

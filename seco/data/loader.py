@@ -170,7 +170,7 @@ class _Chunks(Dataset[Chunk]):
     def __getitem__(self, task: _Task) -> Chunk:
         worker = get_worker_info()
         if worker is not None and not self._entered:
-            self._stream.enter(worker.id, worker.num_workers)
+            self._stream.set_worker(worker.id, worker.num_workers)
             self._entered = True
         epoch, step = divmod(task.step, self._stream.steps_per_epoch)
         rows = range(task.first, task.last)
@@ -250,7 +250,7 @@ class TripletLoader:
             if self._pin and self._ring is not None:
                 self._ring.pin()
             for step in self._steps:
-                self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
+                self._stream.prefetch(*divmod(step, self._stream.steps_per_epoch))
                 parts = [_sound(next(chunks)) for _ in range(self._chunks)]
                 self._read = step
                 yield self._batch(step, parts)

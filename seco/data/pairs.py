@@ -274,7 +274,7 @@ class PairLoader:
         tasks = iter(self._steps)
         with forked_loader(self._maker, lambda: tasks, self._workers, ahead) as batches:
             for step in self._steps:
-                self._stream.announce(*divmod(step, self._stream.steps_per_epoch))
+                self._stream.prefetch(*divmod(step, self._stream.steps_per_epoch))
                 batch = next(batches)
                 if batch.fatal:
                     raise InputError(

@@ -37,7 +37,7 @@ from seco.evaluation.comparison import (
 )
 from seco.evaluation.intervals import UNDECIDED, GroupBootstrap, Interval, decide
 from seco.evaluation.knn import knn_votes
-from seco.evaluation.metrics import judge
+from seco.evaluation.metrics import predictions_of
 from seco.evaluation.nearest import ExactIndex
 from seco.evaluation.splits import (
     TEST_SHARE,
@@ -535,7 +535,7 @@ class Classified:
                 self._train.part(rows), labels, self._test,
                 neighbours=neighbours, temperature=temperature, device=self._device,
             )  # fmt: skip
-            found.append(judge(np.unique(labels), votes, self._rows.test_labels).right)
+            found.append(predictions_of(np.unique(labels), votes, self._rows.test_labels).right)
         return np.stack(found)
 
     def nearest(self, labelled: Labelled) -> Rights:
@@ -565,7 +565,7 @@ class Classified:
 def _rights(svm: LinearSVM, test: FeatureMatrix, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(M,) whether an SVM is right."""
     scores = ((place, svm.scores(block)) for place, block in test.blocks())
-    return judge(svm.classes, scores, labels).right
+    return predictions_of(svm.classes, scores, labels).right
 
 
 def hold_outs(labels: NDArray[np.int64], groups: Sequence[str]) -> list[NDArray[np.bool_]]:

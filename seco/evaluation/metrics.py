@@ -34,7 +34,7 @@ class Predictions:
         return float(self.right.mean()), float(self.among_five.mean()), float(by_class.mean())
 
 
-def judge(
+def predictions_of(
     classes: NDArray[np.int64],
     blocks: Iterable[tuple[slice, NDArray[np.float64]]],
     labels: NDArray[np.int64],

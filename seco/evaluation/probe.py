@@ -31,7 +31,7 @@ from seco.evaluation.metrics import (
     class_lines,
     confusions,
     draw_confusion,
-    judge,
+    predictions_of,
 )
 from seco.evaluation.splits import (
     SINGLE_VIDEOS,
@@ -336,7 +336,7 @@ def accuracies(
     classes: NDArray[np.int64], scores: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> tuple[float, float, float]:
     """Top-1, top-5 and mean class accuracy of scores (M, K) for labels (M,)."""
-    return judge(classes, [(slice(None), scores)], labels).accuracies()
+    return predictions_of(classes, [(slice(None), scores)], labels).accuracies()
 
 
 def _checked(config: ProbeConfig) -> list[float]:
@@ -423,7 +423,7 @@ def _predict(
             sets.train, sets.labels, sets.test,
             neighbours=config.neighbours, temperature=config.temperature, device=device,
         )  # fmt: skip
-        return judge(classes, _shown(votes, len(sets.test)), sets.test_labels), ""
+        return predictions_of(classes, _shown(votes, len(sets.test)), sets.test_labels), ""
     try:
         fitted = _fit(config, c, sets, device, notes)
     except FeaturesTooLarge as error:
@@ -432,7 +432,7 @@ def _predict(
         ) from error
     scores = ((place, fitted.scores(block)) for place, block in sets.test.blocks())
     solution = fitted.solution if isinstance(fitted, LinearSVM) else ""
-    return judge(fitted.classes, scores, sets.test_labels), solution
+    return predictions_of(fitted.classes, scores, sets.test_labels), solution
 
 
 def _fit(

@@ -123,14 +123,14 @@ def train_test(
             )
         _require_same_labels(train, test)
     elif split == HELD_OUT and HELD_OUT not in train.splits:
-        rows = held_out_split(train)
-        if not len(rows.test_rows):
+        drawn = held_out_split(train)
+        if not len(drawn.test_rows):
             raise InputError(
                 "no labelled video can be held out",
                 train.folder,
                 "two videos of each class are needed, and of two recordings",
             )
-        return rows
+        return drawn
     train_name = choose_split(train, split)
     test_name = train_name
     if test is not train:

@@ -35,7 +35,7 @@ from seco.evaluation.metrics import (
     class_lines,
     confusions,
     draw_confusion,
-    judge,
+    predictions_of,
 )
 from seco.models.classifier import Classes, VideoClassifier
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
@@ -119,7 +119,7 @@ def finetune_result(
     labels, scores = videos.labels[videos.test][known], scores[known]
     row_labels = np.array(classes.labels, dtype=np.int64)
     names = dict(zip(classes.labels, classes.names, strict=True))
-    found = judge(row_labels, [(slice(None), scores)], labels)
+    found = predictions_of(row_labels, [(slice(None), scores)], labels)
     every, confusion = confusions(row_labels, found)
     class_names = [names.get(label, videos.class_name(label)) for label in every.tolist()]
     notes = split_notes(videos.unlabelled, row_labels, labels, videos.class_name)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from seco.checkpoints.weights import Backbone, BackboneChanged, BackboneGuard
 from seco.config import ExtractConfig
 from seco.data.frames import FrameBatch, FrameLoader, VideoFrames
-from seco.features.plan import Extraction, Forwards, ShardFeatures, forwards_of, tell
+from seco.features.plan import Extraction, FeatureExtractor, ShardFeatures, feature_extractor, tell
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, local_rank
 from seco.processes.stopping import StopRequest, StopWaiting
@@ -34,7 +34,7 @@ from shards.progress import progress
 def shard_features(
     shards: ShardSet,
     numbers: Sequence[int],
-    forwards: Forwards,
+    forwards: FeatureExtractor,
     config: ExtractConfig,
     stop: StopRequest,
     on_videos: Callable[[int], object] = lambda count: None,
@@ -211,7 +211,7 @@ class _Worker:
         """See :func:`extract_features`."""
         extraction, ranks = self._extraction, self._ranks
         if not ranks.agree(extraction.digest):
-            raise self._told_once(
+            raise self._rank_zero_error(
                 InputError(
                     "the processes do not see the same shards, checkpoint or settings",
                     extraction.out,
@@ -258,7 +258,7 @@ class _Worker:
         kept: list[int] = []
         try:
             with (
-                forwards_of(backbone, self._device, config) as forwards,
+                feature_extractor(backbone, self._device, config) as forwards,
                 progress(title, videos, "videos", quiet=self._quiet) as shown,
                 contextlib.closing(
                     shard_features(
@@ -300,5 +300,5 @@ class _Worker:
             return Stopped("")
         return self._extraction.stopped(self._stop.signal_name or "another process was stopped")
 
-    def _told_once(self, error: InputError) -> Exception:
+    def _rank_zero_error(self, error: InputError) -> Exception:
         return error if self._ranks.first else PeerLost()

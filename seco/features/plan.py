@@ -64,7 +64,7 @@ from shards.storage import UnreadableFrame
 _ON_A_GPU = 2
 
 
-class Forwards:
+class FeatureExtractor:
     """Within the block, computes pooled features of crops.
 
     Args:
@@ -94,7 +94,7 @@ class Forwards:
         self._own = threading.local()
         self._settings = ExitStack()
 
-    def __enter__(self) -> Forwards:
+    def __enter__(self) -> FeatureExtractor:
         if self.on_gpu:
             flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
             self._settings.enter_context(torch.backends.cudnn.flags(enabled=True, **flags))
@@ -469,9 +469,11 @@ def dataset_of(shards: ShardSet) -> str:
     return ""
 
 
-def forwards_of(backbone: Backbone, device: torch.device, config: ExtractConfig) -> Forwards:
+def feature_extractor(
+    backbone: Backbone, device: torch.device, config: ExtractConfig
+) -> FeatureExtractor:
     """With these (resolved) settings."""
-    return Forwards(
+    return FeatureExtractor(
         backbone.network,
         device,
         precision=config.precision,

@@ -15,7 +15,7 @@ import torch
 from seco.checkpoints.weights import Backbone, BackboneGuard
 from seco.config import ExtractConfig
 from seco.features.extract import shard_features
-from seco.features.plan import Extraction, ShardFeatures, forwards_of, part_digests, tell
+from seco.features.plan import Extraction, ShardFeatures, feature_extractor, part_digests, tell
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.stopping import StopRequest, StopWaiting
 from shards.errors import InputError
@@ -115,7 +115,7 @@ def _extract_on_node(
         )
     guard = BackboneGuard(backbone)
     here = resolve_device(device)  # of several GPUs Ray shows it one
-    with forwards_of(backbone, here, config) as forwards, StopRequest() as stop:
+    with feature_extractor(backbone, here, config) as forwards, StopRequest() as stop:
         ((_, part),) = shard_features(shards, [0], forwards, config, stop)
     guard.require_unchanged()
     return part

@@ -313,7 +313,7 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
 
     def _require_unchanged(self) -> None:
         if self.model.frozen_sha256() != self._frozen:
-            raise self._told_once(
+            raise self._rank_zero_error(
                 BackboneChanged(
                     "a frozen BatchNorm layer has changed", self.out, "please report this"
                 )

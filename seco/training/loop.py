@@ -75,7 +75,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
     steps_per_epoch: int
     images_per_step: int
     callbacks: Sequence[Callback] = ()
-    _everyone: NDArray[np.float64]
+    _gathered: NDArray[np.float64]
 
     @abstractmethod
     def _batches(self, first: int, last: int) -> AbstractContextManager[Iterator[_Batch]]:
@@ -200,7 +200,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         figures = self._figures(result)
         loss = figures.pop("loss")
         if not math.isfinite(loss):
-            raise self._told_once(self.state.not_finite(f"the loss ({loss})"))
+            raise self._rank_zero_error(self.state.not_finite(f"the loss ({loss})"))
         epoch = (self.state.step - 1) // self.steps_per_epoch
         unreadable = self.state.unreadable
         return {"epoch": epoch, "loss": loss, "lr": lr, **figures, "unreadable": unreadable}
@@ -208,7 +208,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
     def _require_agreement(self) -> None:
         """All processes must be about to do the same, or they would wait for each other."""
         if not self.ranks.agree(repr(self.state.plan())):
-            raise self._told_once(
+            raise self._rank_zero_error(
                 InputError(
                     "the processes do not see the same run: other settings, videos or checkpoints",
                     self.out,
@@ -258,7 +258,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
     def _stopping(self, batch: _Batch | None, counted: bool = True) -> bool:
         """Whether any rank was told to stop.
 
-        This is the one exchange of the hosts a step; ``_everyone`` is what they :meth:`_told`.
+        This is the one exchange of the hosts a step; ``_gathered`` is what they :meth:`_told`.
 
         Args:
             batch: this rank's; None when it was told to stop.
@@ -274,7 +274,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         stopping = bool(everyone[:, 0].any())
         if not stopping:  # else the batch comes again
             self._note_unreadable(int(everyone[:, 1].sum()))
-        self._everyone = everyone[:, 2:]
+        self._gathered = everyone[:, 2:]
         return stopping
 
     def _note_unreadable(self, count: int) -> None:
@@ -283,7 +283,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         state.unreadable += count
         judged = max(_SAMPLES_JUDGED, (state.step + 1) * config.batch_size)
         if state.unreadable > config.max_unreadable / 100 * judged:
-            raise self._told_once(
+            raise self._rank_zero_error(
                 InputError(
                     f"{state.unreadable} samples could not be read by step {state.step + 1}, more "
                     f"than --max-unreadable {config.max_unreadable} % allows",
@@ -292,7 +292,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
                 )
             )
 
-    def _told_once(self, error: InputError) -> Exception:
+    def _rank_zero_error(self, error: InputError) -> Exception:
         """All ranks end for the same reason; the first one says it."""
         return error if self.ranks.first else PeerLost()
 

@@ -457,7 +457,7 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
         return told
 
     def _train_step(self, batch: Batch, lr: float) -> SeCoOutput:
-        rows = self._everyone
+        rows = self._gathered
         uniform = rows[:, :_DRAWN].reshape(-1, VIEWS, VIEW_DRAWS).transpose(1, 0, 2)
         known = GlobalRows(
             uniform=uniform,

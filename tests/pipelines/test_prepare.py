@@ -224,7 +224,7 @@ def test_by_default_shards_go_where_no_code_is(
     ("settings", "message"),
     [
         ({"dataset": "nope"}, "unknown dataset"),
-        ({"fps": 2.0}, "exclude each other"),
+        ({"fps": 2.0}, "cannot be combined"),
         ({"short_edge": 255}, "must be even"),
         ({"quality": 0}, "--quality"),
         ({"workers": 0}, "--workers"),

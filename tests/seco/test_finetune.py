@@ -438,13 +438,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards: str, tmp_path: Path) ->
         ({"arch": "vgg16"}, "unknown architecture 'vgg16'"),
         ({"bn_group": 0}, "--bn-group: must be 1 or more"),
         ({"accumulate": 0}, "--accumulate: must be 1 or more"),
-        ({"bn_group": 3}, "--bn-group: must divide a process's part of 4"),
-        ({"accumulate": 3}, "--accumulate: must divide a process's share of 8"),
+        ({"bn_group": 3}, "--bn-group: must divide the micro-batch of 4"),
+        ({"accumulate": 3}, "--accumulate: must divide the per-rank batch of 8"),
         ({"crops": 2}, "--crops: must be 1 or 3"),
         ({"dropout": 1.0}, "--dropout"),
-        ({"lr_decay_epochs": "3,x"}, "--lr-decay-epochs: '3,x' is no list of epochs"),
+        ({"lr_decay_epochs": "3,x"}, "--lr-decay-epochs: '3,x' is not a list of epochs"),
         ({"clip_norm": 0.0}, "--clip-norm: must be above 0"),
-        ({"shards": ()}, "neither by DATASET nor by --shards"),
+        ({"shards": ()}, "DATASET, --shards: both are missing"),
         ({"shards": ("none.json",)}, "none.json"),
     ],
 )
@@ -638,7 +638,7 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments, code, message in (
-        (["finetune", "--checkpoint", "random"], 1, "neither by DATASET nor by --shards"),
+        (["finetune", "--checkpoint", "random"], 1, "DATASET, --shards: both are missing"),
         (["finetune", "made"], 2, "Missing option '--checkpoint'"),
         (["finetune", "made", "--checkpoint", "random"], 1, "shards/made.json"),
         (["finetune-eval", "--checkpoint", "x.pt", "--shards", shards], 1, "x.pt: cannot be read"),

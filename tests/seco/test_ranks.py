@@ -404,13 +404,13 @@ def test_settings_that_do_not_divide() -> None:
     config = PretrainConfig(batch_size=512)
     assert resolve_pretrain(config).bn_group == 128
     assert resolve_pretrain(config, processes=4).bn_group == 128
-    assert resolve_pretrain(config, processes=8).bn_group == 64  # a process's share
+    assert resolve_pretrain(config, processes=8).bn_group == 64  # the per-rank batch
     assert resolve_pretrain(PretrainConfig(batch_size=768), processes=3).bn_group == 128  # of 256
     assert resolve_pretrain(PretrainConfig(batch_size=510)).bn_group == 102
     for changes, processes, message in (
-        ({}, 3, "--batch-size: 512 does not divide over 3 processes"),
-        ({"batch_size": 511}, 2, "511 does not divide over 2 processes"),
-        ({"bn_group": 128}, 8, "must be 2 or more and divide a process's 64 rows"),
+        ({}, 3, "--batch-size: 512 is not divisible by 3 ranks"),
+        ({"batch_size": 511}, 2, "511 is not divisible by 2 ranks"),
+        ({"bn_group": 128}, 8, "must be 2 or more and divide the per-rank batch of 64"),
         ({"accumulate": 0}, 1, "--accumulate: must be 1 or more"),
         ({"processes": 0}, 1, "--processes: must be 1 or more"),
     ):
@@ -422,7 +422,7 @@ def test_what_cannot_work_is_said_once_and_before_anything_starts(
     small: str, tmp_path: Path
 ) -> None:
     for changes, message in (
-        ({"processes": 3}, "--batch-size: 8 does not divide over 3 processes"),
+        ({"processes": 3}, "--batch-size: 8 is not divisible by 3 ranks"),
         ({"processes": 2, "init": "nowhere.pt"}, "nowhere.pt: cannot be read"),
         ({"processes": 2, "device": "cuda"}, "2 processes, but 0 GPUs can be used here"),
     ):

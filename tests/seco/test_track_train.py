@@ -282,7 +282,7 @@ def test_mistakes_are_one_line(
 
     assert "--batch-size: must be 1 or more" in said("--batch-size=0")
     assert "do not fill a batch of 64" in said("--batch-size=64")
-    assert "must be from 0 to below 112" in said("--positive-radius=112")
+    assert "must be 0 or more and below 112 px" in said("--positive-radius=112")
     assert "holds a run already" in said(f"--out={undisturbed}")
     other = said(f"--out={undisturbed}", "--resume=auto", "--seed=1")
     assert "was trained on another backbone" in other

@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards: str, tmp_path: Path) ->
     [
         ({"batch_size": 64}, "do not fill a batch"),
         ({"tasks": "inter,colour"}, "unknown task 'colour'"),
-        ({"tasks": ""}, "names no task"),
+        ({"tasks": ""}, "no task given"),
         ({"bn_group": 3}, "--bn-group: must be 2 or more and divide"),
         ({"lr": -1.0}, "--lr: must be above 0"),
         ({"arch": "vgg16"}, "unknown architecture 'vgg16'"),

@@ -234,14 +234,14 @@ def test_limits_that_cannot_work(bucket: str, tmp_path: Path) -> None:
 def test_shards_are_fetched_before_they_are_needed(bucket: str, tmp_path: Path) -> None:
     settings = CacheSettings(str(tmp_path / "cache"))
     stream = open_stream(f"{bucket}/made.json", 10, "uniform", 1, cache=settings, window_shards=2)
-    stream.announce(0, 0)
+    stream.prefetch(0, 0)
     here = lambda: len(list((tmp_path / "cache").glob("*.tar")))  # noqa: E731
     deadline = time.monotonic() + 30
     while here() < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.2)
     assert here() == 4  # this window and the next, no more
-    stream.announce(0, 3)  # the last window: the next is the following epoch's first
+    stream.prefetch(0, 3)  # the last window: the next is the following epoch's first
     stream.close()
     assert 4 <= here() <= 8
 
@@ -339,7 +339,7 @@ opening._download = download
 info = ShardInfo(file="x", bytes=10, sha256="d", videos=1, frames=1)
 held = opening.ShardCache(Path({str(tmp_path)!r}), 1000, {{"s3://b/x.tar": info}})
 access = opening.CachedAccess(held)
-access.want(["s3://b/x.tar"])
+access.prefetch(["s3://b/x.tar"])
 assert begun.wait(50)
 access.close()
 """

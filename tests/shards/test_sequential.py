@@ -84,7 +84,7 @@ def test_ranks_and_workers_read_their_own_shards(folder: Path) -> None:
         for worker in range(2):
             stream = stream_of(f"pipe:cat {folder}/f-{{0..3}}.tar", rank, 2)
             assert (stream.rows, stream.steps_per_epoch) == (4, 5)
-            stream.enter(worker, 2)
+            stream.set_worker(worker, 2)
             seen.append(set(keys(read(stream, 40))))
     assert sorted(map(len, seen)) == [10] * 4
     assert len(set.union(*seen)) == 40
@@ -94,7 +94,7 @@ def test_more_readers_than_shards_repeat_some(folder: Path) -> None:
     orders = []
     for worker in range(3):
         stream = stream_of(f"pipe:cat {folder}/f-0.tar")
-        stream.enter(worker, 3)
+        stream.set_worker(worker, 3)
         orders.append(keys(read(stream, 5)))
         assert len(set(orders[-1])) == 10
     assert orders[0] != orders[1] != orders[2]
