@@ -7,6 +7,7 @@ setting is listed as equal to the paper (or its authors' code), different, or no
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seco.config import (
+    PRESETS,
+    ExtractConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TrackerConfig,
+    TrackTrainConfig,
+)
 from seco.report.results import Evaluation, Probe, Run, tasks_of, words
 
 NOT_COMPARABLE = (
@@ -267,7 +276,7 @@ def evaluation_metrics(
 SAME, DIFFERS, UNKNOWN = "same", "differs", "unknown"
 NOT_RECORDED = "not recorded"
 
-_PAPER, _AUTHORS, _SIAMFC = "paper §5.2", "authors' code", "SiamFC; the paper is silent"
+_PAPER, _AUTHORS = "paper §5.2", "authors' code"
 _LONGEST_NAME = 500
 _SHARDS = re.compile(r"(-\d{3,}|[-_]?[{<*?\[].*)?\.(tar|json)$")
 _EPOCH_CHECKPOINT = re.compile(r"epoch-(\d+)\.pt")
@@ -300,74 +309,63 @@ class Reference:
     source: str = _PAPER
 
 
-PRETRAINING = (
-    Reference("batch", ("batch_size",), 512),
-    Reference("queue", ("queue_size",), 131_072),
-    Reference("view, px", ("crop_size",), 224),
-    Reference("learning rate", ("lr",), 0.2),
-    Reference("learning rate at the end", ("final_lr",), 0, "paper §5.2, “annealed down to zero”"),
-    Reference("epochs of warm-up", ("warmup_epochs",), 0, "paper §5.2, which names none"),
-    Reference("temperature", ("temperature",), 0.1),
-    Reference("EMA", ("ema",), 0.999),
-    Reference("embedding", ("embedding_dim",), 128),
-    Reference("heads", ("heads",), "shared"),
-    Reference("intra loss", ("intra",), "three-way", "paper Eq. 3"),
-    Reference("frames of a triplet", ("sampling",), "uniform", "paper §4.1"),
-    Reference("BatchNorm group", ("bn_group",), 128, "authors' code: 4 ranks of 128"),
-    Reference("SGD momentum", ("momentum",), 0.9, _AUTHORS),
-    Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
-    Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
-    Reference("temperature of intra", ("intra_temperature",), 0.1),
-    Reference("queue at the start", ("queue_init",), "unit", "MoCo; the paper is silent"),
-    Reference("same video masked", ("mask_same_video",), "False", "paper Eq. 2, which masks none"),
+def _references(
+    config: type, *, apart: Sequence[str] = (), **other: tuple[str | float, str]
+) -> tuple[Reference, ...]:
+    """The settings whose source is stated, with their defaults.
+
+    Args:
+        config: a settings dataclass.
+        apart: settings that are compared in another way, or not at all.
+        other: (value, source) where the paper's is not the default.
+    """
+    found = []
+    for one in dataclasses.fields(config):
+        default: Any = one.default
+        value, source = other.get(one.name, (default, one.metadata.get("source")))
+        if source and one.name not in apart:
+            names = (one.name, *_FORMER_NAMES.get(one.name, ()))
+            value = str(value) if isinstance(value, bool) else value
+            found.append(Reference(one.name.replace("_", " "), names, value, source))
+    return tuple(found)
+
+
+_FORMER_NAMES = {"test_size": ("size",)}
+_OF_PAPER = PRESETS["paper"]
+PRETRAINING = _references(
+    PretrainConfig,
+    apart=("tasks", "arch", "epochs"),
+    lr=(0.2, _PAPER),
+    final_lr=(_OF_PAPER["final_lr"], "paper §5.2, “annealed down to zero”"),
+    warmup_epochs=(_OF_PAPER["warmup_epochs"], "paper §5.2, which names none"),
+    heads=(_OF_PAPER["heads"], _PAPER),
+    intra=(_OF_PAPER["intra"], "paper Eq. 3"),
+    sampling=(_OF_PAPER["sampling"], "paper §4.1"),
+    bn_group=(128, "authors' code: 4 ranks of 128"),
+    queue_init=(_OF_PAPER["queue_init"], "MoCo; the paper is silent"),
+    mask_same_video=(False, "paper Eq. 2, which masks none"),
 )
-FEATURES = (
-    Reference("short edge, px", ("short_edge",), 256),
-    Reference("centre crop, px", ("crop_size",), 224),
-)
+FEATURES = _references(ExtractConfig, apart=("frames",))
 PROBE = (
     Reference("C", ("C",), 1, _AUTHORS),
-    Reference("stopped at tolerance", ("tolerance",), 0.01, "authors' code: LIBLINEAR's default"),
-    Reference("features scaled", ("normalise",), "none", _AUTHORS),
+    Reference("tolerance", ("tolerance",), 0.01, "authors' code: LIBLINEAR's default"),
+    Reference("normalise", ("normalise",), "none", _AUTHORS),
 )
-FINETUNING = (
-    Reference("clips of a test video", ("clips",), 20, _AUTHORS),
-    Reference("crops of a clip", ("crops",), 3, _AUTHORS),
-    Reference("frames of a clip", ("clip_frames",), 16, _AUTHORS),
-    Reference("test crop, px", ("test_size", "size"), 256, _AUTHORS),
-    Reference("epochs", ("epochs",), 150, _AUTHORS),
-    Reference("batch", ("batch_size",), 256, "authors' code: 16 × 4 × 4"),
-    Reference("learning rate", ("lr",), 1e-3, _AUTHORS),
-    Reference("segments", ("segments",), 7, _AUTHORS),
-    Reference("dropout", ("dropout",), 0.9, _AUTHORS),
-    Reference("frozen BatchNorm", ("freeze_bn",), "all-but-first", _AUTHORS),
-    Reference("weight decay", ("weight_decay",), 1e-4, _AUTHORS),
-    Reference("training view, px", ("crop_size",), 224, _AUTHORS),
-    Reference("learning rate falls after", ("lr_decay_epochs",), "50,100", _AUTHORS),
-    Reference("SGD momentum", ("momentum",), 0.9, _AUTHORS),
-    Reference("largest gradient norm", ("clip_norm",), 40, _AUTHORS),
-    Reference("BatchNorm group, clips", ("bn_group",), 16, _AUTHORS),
-    Reference("smallest crop", ("min_crop_area",), 0.2, _AUTHORS),
+FINETUNING = _references(
+    FinetuneConfig,
+    lr_decay_epochs=("50,100", _AUTHORS),
+    freeze_bn=("all-but-first", _AUTHORS),
+    bn_group=(16, _AUTHORS),
+    test_size=(256, _AUTHORS),
 )
 TRACKING = (
-    Reference("feature layer", ("feature_layer",), "layer4", "paper §5.2: on top of res5"),
-    Reference("raw features", ("raw_features",), "True", "paper §5.2 names nothing else"),
-    Reference("epochs", ("epochs",), 50, _SIAMFC),
-    Reference("batch", ("batch_size",), 8, _SIAMFC),
-    Reference("learning rate", ("lr",), 1e-2, _SIAMFC),
-    Reference("learning rate at the end", ("final_lr",), 1e-5, _SIAMFC),
-    Reference("SGD momentum", ("momentum",), 0.9, _SIAMFC),
-    Reference("weight decay", ("weight_decay",), 5e-4, _SIAMFC),
-    Reference("pairs of a sequence", ("pairs_per_sequence",), 1, _SIAMFC),
-    Reference("frames between a pair", ("max_gap",), 99, _SIAMFC),
-    Reference("change of scale in training", ("max_stretch",), 0.05, _SIAMFC),
-    Reference("radius of the target, px", ("positive_radius",), 16, _SIAMFC),
-    Reference("factor of the response", ("response_scale",), 1e-3, _SIAMFC),
-    Reference("scales searched", ("scales",), 3, _SIAMFC),
-    Reference("scale step", ("scale_step",), 1.0375, _SIAMFC),
-    Reference("scale penalty", ("scale_penalty",), 0.9745, _SIAMFC),
-    Reference("change of scale", ("scale_update",), 0.59, _SIAMFC),
-    Reference("window", ("window",), 0.176, _SIAMFC),
+    *_references(
+        TrackTrainConfig,
+        apart=("channels", "convolutions"),
+        feature_layer=("layer4", "paper §5.2: on top of res5"),
+        raw_features=(True, "paper §5.2 names nothing else"),
+    ),
+    *_references(TrackerConfig, apart=("upsampling",)),
 )
 
 

@@ -168,9 +168,6 @@ def test_the_queue_is_a_deque(batch: int) -> None:
         assert queue.fill == min(1.0, batch * (step + 1) / 10)
     newest = int((queue.next_slot - 1) % 10)
     assert int(queue.videos[newest]) == 500 + batch - 1
-    mask = queue.same_video(queue.videos[[newest]])
-    assert mask.shape == (1, 10)
-    assert bool(mask[0, newest])
 
 
 def test_the_queues_first_rows() -> None:

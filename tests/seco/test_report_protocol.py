@@ -50,13 +50,13 @@ def test_the_papers_own_settings_differ_in_nothing_but_the_start(tmp_path: Path)
     ("changes", "what", "here"),
     [
         ({"epochs": 200}, "epochs", "200"),
-        ({"batch_size": 256}, "batch", "256"),
+        ({"batch_size": 256}, "batch size", "256"),
         ({"batch_size": 256}, "videos", "about 119,808, by its steps"),
-        ({"queue_size": 65_536}, "queue", "65536"),
+        ({"queue_size": 65_536}, "queue size", "65536"),
         ({"shards": ["shards/k400-val-{000..009}.tar"]}, "data", "k400-val"),
         ({"shards": ["a/ucf101.json", "b/k400.json"]}, "data", "ucf101, k400"),
-        ({"intra": "pairwise"}, "intra loss", "pairwise"),
-        ({"lr": 0.1}, "learning rate", "0.1"),
+        ({"intra": "pairwise"}, "intra", "pairwise"),
+        ({"lr": 0.1}, "lr", "0.1"),
     ],
 )
 def test_each_changed_setting_is_named(
@@ -95,8 +95,8 @@ def test_features_and_probe_are_compared(tmp_path: Path) -> None:
         "features: frames a video": "8",
         "features: videos left out": "3 unreadable",
         "linear SVM: C": "0.5",
-        "linear SVM: stopped at tolerance": "exact",
-        "linear SVM: features scaled": "l2",
+        "linear SVM: tolerance": "exact",
+        "linear SVM: normalise": "l2",
         "linear SVM: training videos": "1,000",
     }
     assert found["linear SVM: test videos"].state == UNKNOWN
@@ -166,15 +166,17 @@ def test_fine_tuning_takes_settings_of_result_and_of_its_run(tmp_path: Path) -> 
     assert differing == {
         "pre-training: start from": "random weights",
         "fine-tuning: training videos": "300",
-        "fine-tuning: crops of a clip": "1",
+        "fine-tuning: crops": "1",
         "fine-tuning: epochs": "20",
         "fine-tuning: dropout": "0.5",
     }
     assert found["fine-tuning: split"].here == "2"
-    whose = {name: found[f"fine-tuning: {name}"].whose for name in ("epochs", "split", "batch")}
-    assert whose == {"epochs": "authors' code", "split": "paper", "batch": "authors' code"}
-    assert found["fine-tuning: batch"].state == UNKNOWN
-    assert found["fine-tuning: test crop, px"].state == SAME
+    whose = {
+        name: found[f"fine-tuning: {name}"].whose for name in ("epochs", "split", "batch size")
+    }
+    assert whose == {"epochs": "authors' code", "split": "paper", "batch size": "authors' code"}
+    assert found["fine-tuning: batch size"].state == UNKNOWN
+    assert found["fine-tuning: test size"].state == SAME
 
 
 def write_tuning(folder: Path, config: str) -> Path:
@@ -246,7 +248,13 @@ def test_every_setting_is_compared_or_of_no_consequence(
         *("out", "preset", "seed", "device", "processes", "workers", "decode", "views_on", "keep"),
         *("channels_last", "compile", "precision", "accumulate", "resume", "log_every", "cache_gb"),
         *("window_shards", "cache_dir", "steps_per_epoch", "knn_shards", "knn_every_epochs"),
-        *("max_unreadable", "max_failures", "checkpoint_every_steps", "keep_every_epochs"),
+        *(
+            "max_unreadable",
+            "max_failures",
+            "loggers",
+            "checkpoint_every_steps",
+            "keep_every_epochs",
+        ),
         *("validate_every_epochs", "skip_test", "test_frames"),
     }
     names = {name for reference in compared for name in reference.names}
@@ -274,10 +282,10 @@ def test_tracking_stands_in_table_1_with_how_many_sequences(tmp_path: Path) -> N
     assert differing == [
         "tracking: sequences",
         "tracking: raw features",
-        "tracking: batch",
+        "tracking: batch size",
     ]
-    assert found["tracking: learning rate"].state == SAME
-    for name in ("training set", "epochs", "SGD momentum", "frames between a pair"):
+    assert found["tracking: lr"].state == SAME
+    for name in ("training set", "epochs", "momentum", "max gap"):
         setting = found[f"tracking: {name}"]
         assert (setting.here, setting.state) == ("not recorded", UNKNOWN)
     assert content.evaluations[0].facts == ["4 of 100 sequences", "2,000 frames", "31.5 frames/s"]
@@ -308,7 +316,7 @@ def test_what_a_tracker_was_trained_on_is_compared(
     assert (setting.paper, setting.here, setting.state) == ("GOT-10k", here, state)
     reached = found["tracking: epochs"]
     assert (reached.paper, reached.here, reached.state) == ("50", "20", DIFFERS)
-    assert found["tracking: frames between a pair"].state == SAME
+    assert found["tracking: max gap"].state == SAME
 
 
 def test_an_older_result_names_the_epochs_that_were_planned(tmp_path: Path) -> None:
