@@ -351,9 +351,7 @@ def rows_of_rank(batch_size: int, world_size: int) -> int:
         InputError: it does not divide.
     """
     if batch_size % world_size:
-        raise InputError(
-            f"{batch_size} does not divide over {world_size} processes", "--batch-size"
-        )
+        raise InputError(f"{batch_size} is not divisible by {world_size} ranks", "--batch-size")
     return batch_size // world_size
 
 
