@@ -1,1 +1,1 @@
-"""From raw videos to shards: one public file a dataset; machinery starts with ``_``."""
+"""From raw videos to shards: one public file per dataset; machinery starts with ``_``."""

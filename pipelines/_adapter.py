@@ -31,12 +31,12 @@ class CoverageRow:
 
     @property
     def missing(self) -> int:
-        """Listed and not found."""
+        """Videos that are listed but were not found."""
         return self.listed - self.present
 
 
 def coverage_rows(listed: Iterable[tuple[str, str, bool]]) -> list[CoverageRow]:
-    """Count (split, label, present) of every listed video."""
+    """Count listed and present videos, given (split, label, present) of every listed video."""
     counts: defaultdict[tuple[str, str], Counter[bool]] = defaultdict(Counter)
     for split, label, present in listed:
         counts[split, label][present] += 1
@@ -47,7 +47,7 @@ def coverage_rows(listed: Iterable[tuple[str, str, bool]]) -> list[CoverageRow]:
 
 
 def coverage_lines(name: str, rows: Iterable[CoverageRow]) -> list[str]:
-    """For people: a line a split, and one more where something is missing."""
+    """Return lines for people: one per split, and one more where videos are missing."""
     splits: defaultdict[str, list[CoverageRow]] = defaultdict(list)
     for row in rows:
         splits[row.split].append(row)
@@ -58,17 +58,17 @@ def coverage_lines(name: str, rows: Iterable[CoverageRow]) -> list[str]:
         lacking = [row for row in classes if row.missing]
         if not lacking or not any(row.label for row in classes):
             continue
-        if all(row.listed == 1 for row in classes):  # sequences, each its own
+        if all(row.listed == 1 for row in classes):  # sequences: one per label
             names = [row.label for row in lacking]
             more = f" and {len(names) - _MOST_NAMED} more" if names[_MOST_NAMED:] else ""
-            lines.append(f"{name}: missing are {', '.join(names[:_MOST_NAMED])}{more}")
+            lines.append(f"{name}: missing: {', '.join(names[:_MOST_NAMED])}{more}")
             continue
         absent = sum(row.present == 0 for row in lacking)
         worst = sorted(lacking, key=lambda row: (-row.missing, row.label))[:_MOST_NAMED]
         named = ", ".join(f"{row.label or '(no label)'} {row.missing}" for row in worst)
         lines.append(
-            f"{name}: of {len(classes)} classes {len(classes) - len(lacking)} are complete, "
-            f"{absent} absent; most are missing of {named}"
+            f"{name}: of {len(classes)} classes, {len(classes) - len(lacking)} are complete and "
+            f"{absent} have no videos; most missing: {named}"
         )
     return lines
 
@@ -77,7 +77,7 @@ _PARTS = ("listed", "present")
 
 
 def coverage_csv(rows: Iterable[CoverageRow]) -> str:
-    """``NAME.coverage.csv``: every class of every split."""
+    """Return ``NAME.coverage.csv``: every class of every split."""
     figures = ((row.split, row.label, row.listed, row.present, row.missing) for row in rows)
     return csv_text([("split", "label", "listed", "present", "missing"), *figures])
 
@@ -93,12 +93,12 @@ VIDEO_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class FrameFolder:
-    """How a video is stored that is a folder of JPEG frames with boxes (a tracking sequence)."""
+    """The layout of a video that is a folder of JPEG frames with boxes (a tracking sequence)."""
 
-    ground_truth: str  # file in the folder: a box a line
-    images: str = ""  # sub-folder of the frames
+    ground_truth: str  # file in the folder: one box per line
+    images: str = ""  # subfolder of the frames
     range: tuple[int, int] | None = None  # first and last annotated frame, from 1; None: all
-    flags: bool = False  # whether absence.label, cover.label and so on belong to it
+    flags: bool = False  # whether absence.label, cover.label etc. may exist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Video:
 
     source: str  # relative to --src, with forward slashes
     path: Path
-    key: str = ""  # given by keyed()
+    key: str = ""  # set by keyed()
     frames: FrameFolder | None = None  # None: ``path`` is a video file
     label: int | None = None
     label_name: str | None = None
@@ -116,11 +116,11 @@ class Video:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSet:
-    """The videos that become one set of shards.
+    """The videos that become one dataset of shards.
 
     ``excluded`` are rows of ``NAME.errors.csv`` that are known without decoding: kinds
-    ``missing``, ``not-in-annotations``, ``duplicate``. ``coverage`` counts what the official lists
-    have; ``notes`` are lines for people.
+    ``missing``, ``not-in-annotations``, ``duplicate``. ``coverage`` counts the videos of the
+    official lists; ``notes`` are lines for people.
     """
 
     name: str
@@ -133,7 +133,7 @@ class VideoSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Discovery:
-    """All that was found below ``--src``; ``notes`` are lines for people."""
+    """Everything found below ``--src``; ``notes`` are lines for people."""
 
     sets: list[VideoSet]
     notes: list[str] = field(default_factory=list)
@@ -145,9 +145,9 @@ class Adapter:
 
     Args:
         discover: finds its videos and annotations.
-        default_frames: frames a video when the user names no number; None for all.
-        default_short_edge: px when the user names none; None leaves frames as they are.
-        stored_whole: why frames may be neither thinned nor shrunk; None where they may.
+        default_frames: frames per video if the user gives no number; None for all.
+        default_short_edge: px if the user gives none; None leaves frames as they are.
+        stored_whole: why frames may be neither thinned out nor shrunk; None where they may.
     """
 
     discover: Callable[[PrepareConfig], Discovery]
@@ -157,7 +157,7 @@ class Adapter:
 
 
 def source_bytes(video: Video) -> int:
-    """The size of what the video is made from; -1 when it is not there."""
+    """Return the size of the video's files; -1 if they cannot be read."""
     try:
         if video.frames is not None:
             with os.scandir(video.path / video.frames.images) as entries:
@@ -169,13 +169,13 @@ def source_bytes(video: Video) -> int:
 
 
 def dataset_names() -> list[str]:
-    """The datasets: the files of ``pipelines/`` that do not start with ``_``."""
+    """Return the names of the datasets: the files of ``pipelines/`` without a leading ``_``."""
     found = (module.name for module in pkgutil.iter_modules(pipelines.__path__))
     return sorted(name for name in found if not name.startswith("_"))
 
 
 def adapter(name: str) -> Adapter:
-    """The dataset called ``name``.
+    """Return the adapter of dataset ``name``.
 
     Raises:
         InputError: there is none.
@@ -188,10 +188,10 @@ def adapter(name: str) -> Adapter:
 
 
 def source_folder(config: PrepareConfig) -> Path:
-    """``--src``, as an absolute path.
+    """Return ``--src`` as an absolute path.
 
     Raises:
-        InputError: it is no folder.
+        InputError: it is not a folder.
     """
     src = Path(config.src)
     if not src.is_dir():
@@ -201,10 +201,10 @@ def source_folder(config: PrepareConfig) -> Path:
 
 
 def walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """Every regular file below ``root`` in a fixed order: its relative path and itself.
+    """Yield every regular file below ``root`` in a fixed order: its relative path and path.
 
-    Links to files and folders are followed (data sets get linked together), cycles are not.
-    Hidden files are left out, and what macOS leaves in archives: ``._name.mp4``, ``__MACOSX``.
+    Links to files and folders are followed (datasets are often linked together), cycles are not.
+    Hidden files and what macOS leaves in archives (``._name.mp4``, ``__MACOSX``) are left out.
 
     Raises:
         InputError: a folder cannot be read.
@@ -222,7 +222,7 @@ def walk(root: Path) -> Iterator[tuple[str, Path]]:
             with os.scandir(folder) as entries:
                 inside = [entry for entry in entries if not _is_litter(entry.name)]
             inside.sort(key=lambda entry: entry.name)
-            # A folder's list tells what is a file: no question to the disk for each of 240,000.
+            # The folder listing knows what is a file: no disk access for each of 240,000.
             files = [entry for entry in inside if _leads(entry.is_file)]
             folders = [entry for entry in inside if _leads(entry.is_dir)]
         except OSError as error:
@@ -246,25 +246,25 @@ def _is_litter(name: str) -> bool:
 
 
 def _shown(source: str) -> str:
-    """Names need not be UTF-8; what is written to JSON and CSV must."""
+    """Replace bytes that are not UTF-8: file names may contain them, JSON and CSV may not."""
     return source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def relative_source(path: Path, root: Path) -> str:
-    """``path`` as a :attr:`Video.source`."""
+    """Return ``path`` as a :attr:`Video.source`."""
     return _shown(path.relative_to(root).as_posix()) if path != root else path.name
 
 
 def is_video(name: str) -> bool:
-    """Whether a file of this name is a video, by its suffix."""
+    """Whether a file name has the suffix of a video."""
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
 def find_videos(root: Path) -> list[tuple[str, Path]]:
-    """The videos below ``root``: relative path and path, in a fixed order.
+    """Return the videos below ``root`` as relative path and path, in a fixed order.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
     found = [(source, path) for source, path in walk(root) if is_video(source)]
     if not found:
@@ -275,13 +275,13 @@ def find_videos(root: Path) -> list[tuple[str, Path]]:
 
 
 def keyed(videos: Sequence[Video]) -> list[Video]:
-    """The same videos with keys that differ within the set, made from ``key`` or ``source``."""
+    """Return the videos with distinct keys, made from ``key`` or ``source``."""
     keys = make_keys([video.key or video.source for video in videos])
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
 
 
 def read_text(path: Path) -> str:
-    """An annotation file's text, without the byte-order mark that spreadsheets put before it.
+    """Return the text of an annotation file, without the byte-order mark that spreadsheets add.
 
     Raises:
         InputError: it cannot be read as text.
@@ -295,7 +295,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of an annotation file without line ends, blanks at the ends, or empty ones.
+    """Return the lines of an annotation file, stripped, without empty ones.
 
     Raises:
         InputError: it cannot be read as text.
@@ -306,10 +306,10 @@ def read_lines(path: Path) -> list[str]:
 def find_annotation_folder(
     config: PrepareConfig, holds: Callable[[Path], bool], expected: str
 ) -> Path:
-    """The folder of annotations: ``--annotations``, or the nearest in or beside ``--src``.
+    """Return the folder of annotations: ``--annotations``, or the nearest in or next to ``--src``.
 
     Args:
-        holds: tells it.
+        holds: recognizes the folder.
         expected: its usual name, for the message.
 
     Raises:
@@ -340,7 +340,7 @@ def find_annotation_folder(
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in ``folder``, sorted; none when it cannot be read."""
+    """Return the folders in ``folder``, sorted; empty if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             found = (entry for entry in entries if not _is_litter(entry.name) and entry.is_dir())
@@ -354,15 +354,15 @@ _SPELLINGS = {"validate": "val", "validation": "val", "training": "train", "test
 
 
 def split_named(text: str) -> str:
-    """``train``, ``val`` or ``test`` for any of the ways to write them; others as they are."""
+    """Return ``train``, ``val`` or ``test`` for any spelling of them; other names in lower case."""
     return _SPELLINGS.get(text.lower(), text.lower())
 
 
 def official_splits(config: PrepareConfig, found: set[str]) -> list[str]:
-    """The splits to prepare: those of ``--split``, or all found.
+    """Return the splits to prepare: those of ``--split``, or all found.
 
     Raises:
-        InputError: one of ``--split`` is not there.
+        InputError: a split of ``--split`` was not found.
     """
     if config.split is None:
         return [split for split in SPLITS if split in found]
@@ -376,7 +376,7 @@ def official_splits(config: PrepareConfig, found: set[str]) -> list[str]:
 
 
 def missing_rows(sources: Iterable[str]) -> list[Exclusion]:
-    """Rows for videos the annotations list and the disk does not hold."""
+    """Return rows for videos that are listed in the annotations but not on disk."""
     return [
         Exclusion(source=source, kind="missing", message="listed in the annotations, not found")
         for source in sorted(sources)
@@ -384,7 +384,7 @@ def missing_rows(sources: Iterable[str]) -> list[Exclusion]:
 
 
 def refuse_split(config: PrepareConfig) -> None:
-    """For datasets whose official splits overlap: each record holds all of them.
+    """Refuse ``--split`` for datasets whose official splits overlap: each record has all of them.
 
     Raises:
         InputError: the user gave ``--split``.

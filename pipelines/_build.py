@@ -39,15 +39,15 @@ from shards.storage import Storage, UnreadableFrame, open_storage
 from shards.writer import ShardWriter
 
 _FRAME = re.compile(r"(\d+)\.jpe?g", re.I)
-_ASSUMED_FPS = 30.0  # OTB's files do not tell
+_ASSUMED_FPS = 30.0  # OTB does not specify it
 _END_OF_IMAGE = b"\xff\xd9"
 _BETWEEN = re.compile(r"[,;\s]+")
 
-Box = list[float]  # x, y (of the first pixel: 1), w, h; px
+Box = list[float]  # x, y (the first pixel is 1), w, h; px
 
 
 def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[bytes]]:
-    """Read one sequence; its frames are resized only where the plan asks for a short edge.
+    """Read one sequence; resize its frames only if the plan sets a short edge.
 
     Raises:
         DecodeError: frames or annotations are missing or damaged.
@@ -90,25 +90,25 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
 
 
 def _frame_paths(folder: Path) -> list[tuple[int, Path]]:
-    """(number in the name, path) in the order of the numbers."""
+    """Return (number in the name, path), sorted by number."""
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise DecodeError("missing", f"{folder.name}: {error.strerror}") from error
     found = sorted((int(m[1]), folder / name) for name in names if (m := _FRAME.fullmatch(name)))
     if not found:
-        raise DecodeError("zero-frames", f"{folder.name} holds no 0001.jpg or the like")
+        raise DecodeError("zero-frames", f"{folder.name} contains no frames such as 0001.jpg")
     return found
 
 
 def _in_range(frames: list[tuple[int, Path]], video: Video, boxes: list[Box]) -> list[Path]:
-    """The annotated frames; copies that are already cut to them are not cut again."""
+    """Return the annotated frames; copies that are already cut to them are not cut again."""
     layout = video.frames
     assert layout is not None
     if layout.range is not None and len(boxes) != len(frames):
         first, last = layout.range
         frames = [(number, path) for number, path in frames if first <= number <= last]
-    # Of GOT-10k's test sequences only the first box is published.
+    # GOT-10k publishes only the first box of its test sequences.
     first_only = layout.flags and len(boxes) == 1 and video.splits.get("official") == "test"
     if len(boxes) != len(frames) and not first_only:
         raise DecodeError(
@@ -136,7 +136,7 @@ def _boxes(path: Path) -> list[Box]:
 
 
 def _flags(video: Video, file: str, frames: int) -> list[int] | None:
-    """GOT-10k's number a frame (absence 0/1, cover 0 … 8); None where there is no such file."""
+    """Return GOT-10k's number per frame (absence 0/1, cover 0 … 8); None if there is no file."""
     assert video.frames is not None
     path = video.path / file
     if not video.frames.flags or not path.is_file():
@@ -144,14 +144,16 @@ def _flags(video: Video, file: str, frames: int) -> list[int] | None:
     lines = _lines(path)
     for number, line in lines:
         if not line.isdecimal():
-            raise DecodeError("bad-annotation", f"{file} line {number}: {line[:60]!r} is no number")
+            raise DecodeError(
+                "bad-annotation", f"{file} line {number}: {line[:60]!r} is not a number"
+            )
     if len(lines) != frames:
         raise DecodeError("bad-annotation", f"{file}: {len(lines)} lines for {frames} frames")
     return [int(line) for _, line in lines]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """(number from 1, text) of the lines that are not empty."""
+    """Return (number from 1, text) of the lines that are not empty."""
     try:
         lines = enumerate(read_text(path).splitlines(), start=1)
         return [(number, line.strip()) for number, line in lines if line.strip()]
@@ -161,7 +163,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _fps(path: Path) -> float | None:
-    """The rate GOT-10k's frames were taken at, as ``anno_fps: 10Hz`` of ``meta_info.ini``."""
+    """Return the frame rate of a GOT-10k sequence, ``anno_fps: 10Hz`` in ``meta_info.ini``."""
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         parser.read_string(read_text(path))
@@ -189,25 +191,25 @@ def _read(path: Path) -> bytes:
 
 
 def _size(frames: list[bytes], paths: list[Path]) -> tuple[int, int]:
-    """The one size all frames have, from their headers."""
+    """Return the size that all frames share, from their headers."""
     sizes = []
     for frame, path in zip(frames, paths, strict=True):
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(frame)
         except ValueError as error:
             raise DecodeError("unreadable", f"{path.name} is not a JPEG ({error})") from error
-        # The mark of the end; some programs write something behind it, and thumbnails have one
-        # of their own in front.
+        # The end-of-image marker: some programs write data after it, and a thumbnail in front has
+        # one of its own.
         if _END_OF_IMAGE not in frame[len(frame) // 2 :]:
             raise DecodeError("unreadable", f"{path.name} is cut short")
         sizes.append((width, height))
         if sizes[-1] != sizes[0]:
-            raise DecodeError("unreadable", f"{path.name} is {width}x{height}, the first is not")
+            raise DecodeError("unreadable", f"{path.name} is {width}x{height}, unlike the first")
     return sizes[0]
 
 
 def _smaller_size(width: int, height: int, short_edge: int) -> tuple[int, int]:
-    """As for videos: never larger, sides even."""
+    """Return the stored size, as for videos: never larger, sides even."""
     scale = min(1.0, short_edge / min(width, height))
     if scale == 1.0:
         return width, height
@@ -239,10 +241,10 @@ _MOST_NAMED = 3
 
 
 def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
-    """The indexes of those shards of the plan that an earlier run has finished, by shard name.
+    """Return the indexes of those shards of the plan that are finished, by shard name.
 
     Raises:
-        InputError: the folder holds shards of this name from another plan, or from files that
+        InputError: the folder contains shards of this name from another plan, or from files that
             have changed since.
     """
     done: dict[str, ShardIndex] = {}
@@ -255,7 +257,7 @@ def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
             with storage.reading(file) as path:
                 index = read_index(path)
         except InputError:
-            continue  # half a file of a crashed disk: the shard is built again, if it is planned
+            continue  # incomplete after a crash: the shard is built again, if it is planned
         shard = planned.get(name)
         if shard is None or index.plan_digest != shard.digest:
             raise InputError(
@@ -271,7 +273,7 @@ def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
 
 
 def _require_same_sources(shard: ShardPlan, index: ShardIndex, storage: Storage) -> None:
-    """Other files of the same names are another input; files that have gone are not."""
+    """Check the source files: changed ones are another input, missing ones are not."""
     videos = {video.key: video for video in shard.videos}
     changed = [
         source
@@ -283,7 +285,7 @@ def _require_same_sources(shard: ShardPlan, index: ShardIndex, storage: Storage)
         raise InputError(
             f"{shard.tar} was made from other files than those now in --src: {named}",
             storage.url,
-            f"delete {shard.index} to have it made again, or choose another --out or --name",
+            f"delete {shard.index} to rebuild it, or choose another --out or --name",
         )
 
 
@@ -292,7 +294,7 @@ def _size_now(video: Video, source: str) -> int:
 
 
 class FinishedShard:
-    """The videos a finished shard holds, to be taken over as they are."""
+    """The videos of a finished shard, to be copied as they are."""
 
     def __init__(self, tar: Path, index: ShardIndex) -> None:
         self.info: ShardInfo = index.info
@@ -304,7 +306,7 @@ class FinishedShard:
         return key in self._keys
 
     def read(self, key: str) -> tuple[VideoRecord, list[bytes]]:
-        """Record and frames of one video.
+        """Return the record and frames of one video.
 
         Raises:
             InputError: the tar is damaged.
@@ -321,18 +323,18 @@ class FinishedShard:
 
 @contextmanager
 def finished_shard(storage: Storage, plan: ShardPlan) -> Iterator[FinishedShard]:
-    """The shard as an earlier run left it."""
+    """Open a shard that an earlier run finished."""
     with storage.reading(plan.tar) as tar, storage.reading(plan.index) as path:
         yield FinishedShard(tar, read_index(path))
 
 
 _JPEG_MOST_PX = 65_500
-_MOST_ATTEMPTS = 3  # of a video whose ffmpeg was killed from outside
+_MOST_ATTEMPTS = 3  # for a video whose ffmpeg was killed from outside
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What has become of some videos."""
+    """Counts of processed videos."""
 
     videos: int = 0
     frames: int = 0  # stored
@@ -350,11 +352,11 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What a finished shard holds, and what it could not."""
+    """The contents of a finished shard, and what could not be stored."""
 
     info: ShardInfo
     exclusions: list[Exclusion]
-    seconds: float = 0.0  # it took
+    seconds: float = 0.0  # spent building it
     host: str = ""
 
 
@@ -374,21 +376,20 @@ def build_shard(
 ) -> ShardResult:
     """Decode the plan's videos and write their tar and index.
 
-    With ``plan.retry`` the videos that the finished shard holds are taken from it, and when none
-    of the others can be stored this time either, it stays as it is. The bytes are those of a
-    shard that is built anew.
+    With ``plan.retry``, videos in the finished shard are copied from it; if none of the others can
+    be stored this time either, it stays as it is. The bytes equal those of a shard built anew.
 
     Args:
-        threads: videos decoded at once; never changes a byte.
-        on_progress: told of every video when it is done, stored or not.
+        threads: videos decoded at once; does not affect the bytes.
+        on_progress: called for each finished video, stored or not.
 
     Raises:
-        InputError: the disk is full, or cannot be written to; the raw folder is not there.
+        InputError: the disk is full or not writable, or the raw folder is missing.
     """
     began = time.monotonic()
     if not Path(plan.src).is_dir():
-        # A disk that is not mounted must not pass for thousands of missing videos.
-        raise InputError(f"is not there on {platform.node()}", plan.src, "mount it, and go on")
+        # A disk that is not mounted must not look like thousands of missing videos.
+        raise InputError(f"not found on {platform.node()}", plan.src, "mount it and resume")
     tell = on_progress or (lambda tally: None)
     storage = open_storage(plan.folder)
     with ExitStack() as stack:
@@ -431,7 +432,7 @@ def _result(info: ShardInfo, exclusions: list[Exclusion], began: float) -> Shard
 def _up_to_first_stored(
     outcomes: Iterable[Outcome],
 ) -> tuple[list[Exclusion], Iterable[Outcome]]:
-    """The exclusions before the first video that could be stored, and the rest; () when none."""
+    """Return the exclusions before the first stored video, and the rest; () if none is stored."""
     failed: list[Exclusion] = []
     remaining = iter(outcomes)
     for outcome in remaining:
@@ -444,7 +445,7 @@ def _up_to_first_stored(
 def _merged(
     plan: ShardPlan, kept: FinishedShard, tried: Iterator[Outcome]
 ) -> Generator[Outcome, None, None]:
-    """The outcomes in the plan's order, of old and new."""
+    """Yield old and new outcomes in the plan's order."""
     for video in plan.videos:
         yield StoredVideo(*kept.read(video.key)) if video.key in kept else next(tried)
 
@@ -462,7 +463,7 @@ def _told(
 
 
 def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
-    """Decode one video and encode the frames the plan keeps.
+    """Decode one video and encode the frames that the plan selects.
 
     Raises:
         DecodeError: it cannot be stored.
@@ -480,7 +481,7 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
         except WrongForecast:
             pass
         except DecodeError as error:
-            # With every frame decoded, the same failure has the same name in all containers.
+            # If every frame is decoded, the same failure has the same kind in all containers.
             if error.kind in ("timeout", "crashed", "damaged"):
                 raise
     return _decoded(video, plan, None)[0]
@@ -489,7 +490,7 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
 def _decoded(
     video: Video, plan: ShardPlan, only: Sequence[int] | None
 ) -> tuple[StoredVideo, list[float]]:
-    """The video, and the times of all its frames.
+    """Return the video, and the times of all its frames.
 
     Args:
         only: the frames to store; None leaves it to the plan's choice.
@@ -541,7 +542,7 @@ def _outcome(video: Video, plan: ShardPlan, stopping: threading.Event) -> Outcom
         try:
             return store_video(video, plan)
         except DecodeError as error:
-            # Whoever killed ffmpeg (for want of memory, mostly) need not have meant this video.
+            # ffmpeg may have been killed for other reasons than this video, mostly lack of memory.
             if error.kind != "crashed" or attempt == _MOST_ATTEMPTS or stopping.is_set():
                 return Exclusion(source=video.source, kind=error.kind, message=error.message)
     raise AssertionError("unreachable")
@@ -550,7 +551,7 @@ def _outcome(video: Video, plan: ShardPlan, stopping: threading.Event) -> Outcom
 def _in_order(
     videos: Sequence[Video], plan: ShardPlan, threads: int
 ) -> Generator[Outcome, None, None]:
-    """The outcome of every video, in the order given, a few being decoded ahead."""
+    """Yield the outcome of every video in the given order, decoding a few ahead."""
     stopping = threading.Event()
     if threads == 1:
         yield from (_outcome(video, plan, stopping) for video in videos)
@@ -560,7 +561,7 @@ def _in_order(
         try:
             for video in videos:
                 ahead.append(pool.submit(_outcome, video, plan, stopping))
-                # Stored videos wait in memory: no further ahead than keeps the threads busy.
+                # Stored videos wait in memory: only as far ahead as keeps the threads busy.
                 if len(ahead) > 2 * threads:
                     yield ahead.popleft().result()
             while ahead:

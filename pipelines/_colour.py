@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 def encode_jpeg(planes: Planes, quality: int) -> bytes:
-    """A 4:2:0 JFIF file of full-range BT.601 planes.
+    """Encode full-range BT.601 planes as a 4:2:0 JFIF file.
 
     Args:
         planes: Y ``(H, W)``, U and V ``(H/2, W/2)``, uint8.
@@ -28,8 +28,8 @@ def encode_jpeg(planes: Planes, quality: int) -> bytes:
 
 Planes = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
 
-# (Kr, Kb) of ITU-T H.273, under ffmpeg's names. What is not here is BT.601: streams without a
-# matrix are (as every decoder assumes), and RGB has been made so by the scaler.
+# (Kr, Kb) of ITU-T H.273 by ffmpeg's names. All others are BT.601: streams without a matrix (as
+# every decoder assumes), and RGB, which the scaler has converted.
 _MATRICES = {
     "bt709": (0.2126, 0.0722),
     "fcc": (0.30, 0.11),
@@ -43,11 +43,11 @@ _BT601 = (0.299, 0.114)
 def jpeg_planes(
     planes: bytes | NDArray[np.uint8], width: int, height: int, matrix: str, full_range: bool
 ) -> Planes:
-    """Y ``(H, W)``, U and V ``(H/2, W/2)``, uint8, full-range BT.601.
+    """Convert planes to full-range BT.601: Y ``(H, W)``, U and V ``(H/2, W/2)``, uint8.
 
     Args:
-        planes: the three planes behind each other, as ffmpeg's ``yuv420p``.
-        matrix: ffmpeg's name of the matrix they are in, for example ``bt709``.
+        planes: the three planes one after another, as ffmpeg's ``yuv420p``.
+        matrix: ffmpeg's name of their matrix, for example ``bt709``.
         full_range: whether black is 0 rather than 16.
     """
     samples = np.frombuffer(planes, np.uint8)
@@ -63,21 +63,21 @@ def jpeg_planes(
 
 
 def full_range_luma(y: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """16 … 235 become 0 … 255, rounded to nearest."""
+    """Map 16 … 235 to 0 … 255, rounded to nearest."""
     return _widened(y, 16, 235, 73, 2, 6)
 
 
 def full_range_chroma(chroma: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """16 … 240 become 0 … 255 around 128, rounded to nearest."""
+    """Map 16 … 240 to 0 … 255 around 128, rounded to nearest."""
     return _widened(chroma, 16, 240, 32, 6, 7)
 
 
 def _widened(
     samples: NDArray[np.uint8], low: int, high: int, every: int, offset: int, divisor: int
 ) -> NDArray[np.uint8]:
-    """With z = sample - low: z + floor((z - floor(z / every) + offset) / divisor).
+    """Return z + floor((z - floor(z / every) + offset) / divisor) with z = sample - low.
 
-    Which is round(z 255/219) for luma's numbers, and what it is for chroma's, for every sample.
+    With luma's numbers this equals round(z 255/219) for every sample, and likewise for chroma's.
     """
     z = np.clip(samples, low, high)
     z -= low
@@ -96,7 +96,7 @@ def _to_bt601(
     source: tuple[float, float],
     full_range: bool,
 ) -> Planes:
-    """Planes of another matrix; chroma in floats, luma in 64ths of a level."""
+    """Convert planes of another matrix; chroma in floats, luma in 64ths of a level."""
     (y_u, y_v), (u_u, u_v), (v_u, v_v) = _chroma_shares(*source)
     gain, black = (1.0, 0.0) if full_range else (255 / 224, 16 * 255 / 219)
     blue = u.astype(np.float32)
@@ -110,9 +110,9 @@ def _to_bt601(
         mixture += np.float32(constant)
         return mixture
 
-    # Each chroma sample covers 2x2 pixels. The constant holds the black level, and half a level
-    # for the rounding that the shift by 6 does; of that half a 64th is rint's, but where luma has
-    # lost about as much by its own rounding.
+    # Each chroma sample covers 2x2 pixels. The constant contains the black level, and half a level
+    # because the shift by 6 rounds down; half a 64th of that is left to rint, except in limited
+    # range, where luma's own rounding loses about as much.
     constant = 31.5 if full_range else 32 - 64 * black
     shift = np.rint(mixed(64 * gain * y_u, 64 * gain * y_v, constant)).astype(np.int16)
     height, width = y.shape
@@ -146,9 +146,9 @@ def _rounded_down(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 @lru_cache
 def _chroma_shares(kr: float, kb: float) -> tuple[tuple[float, float], ...]:
-    """How BT.601's Y, U, V follow from U and V of the matrix (Kr, Kb); Y adds to its own Y.
+    """Return BT.601's Y, U, V in terms of U and V of the matrix (Kr, Kb); Y adds to its own Y.
 
-    With all in full range and zero-centred chroma: R - Y = 2(1 - Kr)V, B - Y = 2(1 - Kb)U.
+    With everything in full range and zero-centred chroma: R - Y = 2(1 - Kr)V, B - Y = 2(1 - Kb)U.
     """
     kr601, kb601 = _BT601
     kg601 = 1 - kr601 - kb601

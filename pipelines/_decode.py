@@ -36,17 +36,17 @@ from pipelines._ffmpeg import FfmpegStream, local_url
 _MAX_MOOV_BYTES = 64 << 20
 _MAX_FRAMES = 4_000_000
 _MAX_BOXES = 10_000
-# H.264 profiles of 8 bits and 4:2:0, the only pictures whose colour the scaler leaves alone.
+# H.264 profiles with 8 bits and 4:2:0, the only pictures whose colour the scaler leaves alone.
 _PROFILES = (66, 77, 88, 100)
 
 
 def forecast_times(path: Path) -> NDArray[np.float64] | None:
-    """(F,) seconds at which the frames of the first video track are shown, sorted.
+    """Return (F,) seconds at which the frames of the first video track are shown, sorted.
 
-    None for everything but H.264 of 8 bits in 4:2:0 with whole sample tables.
+    None for everything except 8-bit 4:2:0 H.264 with complete sample tables.
     """
     try:
-        # Not to wait for ever where a pipe stands for a file.
+        # Non-blocking: the path may be a named pipe.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             moov = _moov(file)
         return _track_times(moov) if moov is not None else None
@@ -55,7 +55,7 @@ def forecast_times(path: Path) -> NDArray[np.float64] | None:
 
 
 def _moov(file: BinaryIO) -> bytes | None:
-    """The box that describes the file; whatever is before it is skipped, not read."""
+    """Return the box that describes the file; boxes before it are skipped, not read."""
     position = 0
     for _ in range(_MAX_BOXES):
         file.seek(position)
@@ -89,7 +89,7 @@ def _mp4_boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _inside(data: bytes, *path: bytes) -> bytes:
-    """The contents of the first box at a path; raises KeyError when there is none."""
+    """Return the contents of the first box at a path; raises KeyError if there is none."""
     for kind in path:
         data = dict(reversed(list(_mp4_boxes(data))))[kind]
     return data
@@ -120,7 +120,7 @@ def _is_plain_h264(stsd: bytes) -> bool:
 
 
 def _composition_ticks(table: bytes) -> NDArray[np.int64] | None:
-    """When each sample is shown, in the order of the file; ISO 14496-12, 8.6.1."""
+    """Return when each sample is shown, in file order; ISO 14496-12, 8.6.1."""
     counts, steps = _runs(_inside(table, b"stts"))
     if not 0 < counts.sum() <= _MAX_FRAMES:
         return None
@@ -135,14 +135,14 @@ def _composition_ticks(table: bytes) -> NDArray[np.int64] | None:
 
 
 def _runs(box: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(counts, values) of a run-length table; values are taken as signed."""
+    """Return (counts, values) of a run-length table; values are read as signed."""
     (length,) = struct.unpack_from(">I", box, 4)
     pairs = np.frombuffer(box, ">u4", 2 * length, 8).reshape(-1, 2)
     return pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int32).astype(np.int64)
 
 
 def _edited(shown: NDArray[np.int64], track: bytes, moov: bytes, scale: int) -> NDArray[np.int64]:
-    """What is left of the samples by an edit list of one part."""
+    """Apply an edit list of one entry to the samples."""
     try:
         edits = _inside(track, b"edts", b"elst")
     except KeyError:
@@ -161,22 +161,22 @@ def _edited(shown: NDArray[np.int64], track: bytes, moov: bytes, scale: int) -> 
 _TIME_BASE = re.compile(rb"config in time_base: (\d+)/(\d+)")
 _SHOWN = re.compile(rb"\bn: *\d+ pts: *(-?\d+|NOPTS) .* fmt:(\S+) .*sar:(\d+/\d+) s:(\d+)x(\d+) i:")
 _RANGE = re.compile(rb"color_range:(pc|jpeg)?")
-# Names that matter: all others are taken for BT.601.
+# All other names are treated as BT.601.
 _MATRIX = re.compile(rb"color_space:(bt709|fcc|smpte240m|bt2020nc|bt2020c)?")
 _DURATION = re.compile(rb"  Duration: (\d+):(\d+):(\d+(?:\.\d+)?)")
 _FPS = re.compile(rb"  Stream #0:\d+.*: Video: .*?([\d.]+)(k?) fps")
-_METADATA = re.compile(rb" {4,}[^:]{1,16}: ")  # may hold any words
+_METADATA = re.compile(rb" {4,}[^:]{1,16}: ")  # may contain any text
 _FAULT = re.compile(
     rb"error|invalid|not found|no such|could not|cannot|unsupported|denied|whitelist|truncat", re.I
 )
-# The verdicts on packets and frames, the same for all codecs: refused, or patched up.
+# Messages about packets and frames, the same for all codecs: rejected, or concealed.
 _DAMAGE = re.compile(
     rb"Error submitting packet to decoder|Error while decoding stream|Decoding error|"
     rb"corrupt decoded frame|Packet corrupt|partial file"
 )
 
 
-# One of these is in everything that _FAULT or _DAMAGE finds (in lower case or as written).
+# Every match of _FAULT or _DAMAGE contains one of these (in lower case or as written).
 _COMPLAINTS = (
     b"rror",
     b"nvalid",
@@ -197,19 +197,19 @@ _COMPLAINTS = (
 class Shown(NamedTuple):
     """A frame that has passed the filters."""
 
-    time: float  # seconds; nan when the stream has none
+    time: float  # seconds; nan if the stream has none
     size: tuple[int, int]  # px
     picture: tuple[bytes, ...]  # pixel format, sample aspect ratio, width, height
 
 
 class FfmpegLog:
-    """Reads the log in pieces while it grows.
+    """Parses the log in pieces while it grows.
 
     Attributes:
         shown: the frames so far.
-        fps, duration: as the container says, in frames a second and seconds; None if it does not.
+        fps, duration: from the container, in frames per second and seconds; None if unknown.
         opened: whether the container could be opened.
-        no_video_stream: whether it is known to hold none.
+        no_video_stream: whether it is known to have none.
     """
 
     def __init__(self) -> None:
@@ -226,13 +226,13 @@ class FfmpegLog:
         self._rest = b""
 
     def update(self, piece: bytes) -> None:
-        """Take in what has been written since the last call."""
+        """Parse what has been written since the last call."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
-        # A search of the whole piece for parts of words costs little; of every line, much.
+        # Searching the whole piece for parts of words is cheap; searching every line is not.
         complaints = any(part in piece or part in lines[0] for part in _COMPLAINTS) if lines else 0
         for line in lines:
             if self._matrix is not None and not complaints:
-                # As good as all lines: a frame's, or its colour that is known by now.
+                # Almost every line: a frame, or its colour, which is already known.
                 if b"pts_time" in line:
                     self._read_showinfo(line)
                 continue
@@ -272,24 +272,24 @@ class FfmpegLog:
             self.fps = float(found[1]) * (1000 if found[2] else 1) or None
 
     def colour(self) -> tuple[str, bool]:
-        """Matrix (ffmpeg's name) and whether the range is full, of the first frame.
+        """Return matrix (ffmpeg's name) and whether the range is full, of the first frame.
 
         Raises:
-            ValueError: the log does not tell.
+            ValueError: the log does not report them.
         """
         if self._matrix is None or self._full_range is None:
-            raise ValueError("ffmpeg did not tell the colour space")
+            raise ValueError("ffmpeg did not report the colour space")
         return self._matrix, self._full_range
 
     def damage(self) -> str | None:
-        """A sign that not all of the video decodes, if there is any."""
+        """Return a sign that part of the video does not decode, or None."""
         return min(self._damages).decode("ascii") if self._damages else None
 
     def failure(self, path: Path) -> str:
-        """A complaint, without addresses and places of this machine; empty when there is none.
+        """Return an error message without this machine's addresses and paths; empty if none.
 
-        It is the first of one of ffmpeg's parts, and of one that reads, if any of those complains:
-        the parts that write only follow.
+        It is the first of one of ffmpeg's parts, preferably of one that reads: errors in the parts
+        that write only follow from it.
         """
         if not self._faults:
             return ""
@@ -297,18 +297,18 @@ class FfmpegLog:
         speaker = min(self._faults, key=lambda part: (part.startswith(follow), part))
         text = self._faults[speaker].decode("utf-8", "replace")
         if "not on whitelist" in text:
-            return "it is not in a format of videos; playlists are never followed"
+            return "not a supported video format; playlists are not followed"
         text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
         return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
 
 
 def _speaker(line: bytes) -> bytes:
-    """The part of ffmpeg that wrote the line, for example ``[h264``."""
+    """Return the part of ffmpeg that wrote the line, for example ``[h264``."""
     return line.partition(b" ")[0] if line.startswith(b"[") else b"~"
 
 
-# Containers and raw streams of video. Nothing that only names other files or addresses: hls,
-# dash, concat, sdp and image2 dressed up as a video must not be followed.
+# Containers and raw streams of video. No formats that only name other files or addresses: hls,
+# dash, concat, sdp and image2 disguised as a video must not be followed.
 CONTAINERS = (
     *("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo", "flv", "asf", "ogg", "rm", "dv"),
     *("mxf", "nut", "ivf", "obu", "h264", "hevc", "m4v", "gif", "wtv"),
@@ -337,12 +337,12 @@ class Frame(NamedTuple):
 
 
 def pictures(path: Path) -> Any:
-    """The ffmpeg-python stream of ``path``'s pictures as they decode, turned upright."""
+    """Return the ffmpeg-python stream of ``path``'s pictures as they decode, turned upright."""
     source = ffmpeg.input(
         local_url(path),
         protocol_whitelist="file",
         format_whitelist=",".join(CONTAINERS),
-        # One thread a video: the workers fill the cores, and damaged streams decode the same
+        # One thread per video: the workers fill the cores, and damaged streams decode the same
         # way every time.
         threads=1,
     )
@@ -350,7 +350,7 @@ def pictures(path: Path) -> Any:
 
 
 def scaled(stream: Any, short_edge: int) -> Any:
-    """The stream with square pixels, in 4:2:0, scaled."""
+    """Return the stream with square pixels, in 4:2:0, scaled."""
     width, height = scaled_size(short_edge)
     # bitexact: the same on every processor
     flags = "bicubic+accurate_rnd+bitexact"
@@ -362,24 +362,24 @@ def scaled(stream: Any, short_edge: int) -> Any:
 
 
 def _told(stream: Any) -> Any:
-    """The stream, each of whose frames leaves a line in the log."""
-    # Side data may hold anything, of any length, and showinfo would print it.
+    """Return the stream with a filter that logs a line per frame."""
+    # Side data may contain anything, of any length, and showinfo would print it.
     return stream.filter("sidedata", mode="delete").filter("showinfo", checksum=0)
 
 
 def scaled_size(short_edge: int) -> tuple[str, str]:
-    """Width and height as expressions of the scale filter.
+    """Return width and height as expressions of the scale filter.
 
-    Autorotation has happened when the filters begin. `sar` makes pixels square. A video is never
-    enlarged: views are cropped and resized later, and each interpolation blurs. Sides are even
-    because 4:2:0 needs it; halves round down so that an odd side loses a line, not gains one.
+    Autorotation happens before the filters. `sar` makes pixels square. Videos are never enlarged:
+    views are cropped and resized later, and each interpolation blurs. Sides are even for 4:2:0;
+    halves round down so that an odd side loses a line rather than gaining one.
     """
     scale = f"min(1,{short_edge}/min(iw*sar,ih))"
     return f"max(2,2*ceil(iw*sar*{scale}/2-0.5))", f"max(2,2*ceil(ih*{scale}/2-0.5))"
 
 
 def output_argv(stream: Any, binary: str) -> list[str]:
-    """The whole command of an ffmpeg-python output stream, with the options of all our runs."""
+    """Return the whole command of an ffmpeg-python output stream, with the options of all runs."""
     quiet = ("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1")
     return [str(word) for word in stream.global_args(*quiet).compile(cmd=binary)]
 
@@ -387,7 +387,7 @@ def output_argv(stream: Any, binary: str) -> list[str]:
 def decode_argv(
     path: Path, short_edge: int, binary: str, only: Sequence[int] | None = None
 ) -> list[str]:
-    """The command that writes the frames of ``path`` as YUV4MPEG2 and their times to its log.
+    """Return the command that writes frames of ``path`` as YUV4MPEG2 and their times to its log.
 
     Args:
         only: numbers of the frames to write, increasing; the log still has the times of all.
@@ -404,18 +404,18 @@ def decode_argv(
 
 
 class WrongForecast(Exception):
-    """The frames asked for cannot be told to be the right ones: all have to be decoded."""
+    """The requested frames may not be the right ones: all frames have to be decoded."""
 
 
 class Decoding:
-    """The frames of one video as they come; what is known of it grows while they do.
+    """The frames of one video as they are decoded; the attributes fill in meanwhile.
 
     Attributes:
-        width, height: px, of the frames given; known from the first frame on.
-        matrix, full_range: of the frames given, in ffmpeg's names; known from the first frame on.
-        source_fps, source_duration: as the container says; None when it does not.
+        width, height: px, of the frames yielded; known from the first frame on.
+        matrix, full_range: of the frames yielded, in ffmpeg's names; known from the first on.
+        source_fps, source_duration: according to the container; None if unknown.
         times: seconds of the frames decoded so far, not decreasing; at the end, of all.
-        damage: ffmpeg's complaint of a packet or frame that does not decode, if any; known
+        damage: ffmpeg's message about a packet or frame that does not decode, if any; known
             at the end.
     """
 
@@ -433,16 +433,16 @@ class Decoding:
         self._log = FfmpegLog()
 
     def __iter__(self) -> Iterator[Frame]:
-        """Every frame that decodes (or those asked for), in time order.
+        """Yield every frame that decodes (or those requested), in time order.
 
         Raises:
-            DecodeError: no frame came, or ffmpeg gave up.
-            WrongForecast: only some frames were asked for, and their colour or size is in doubt.
+            DecodeError: no frame decodes, or ffmpeg gave up.
+            WrongForecast: only some frames were requested, and their colour or size is in doubt.
         """
         try:
             yield from self._frames()
         except EOFError as error:
-            # Only ffmpeg's end makes the pipe end early; how it ended says more than the pipe.
+            # The pipe ends early only if ffmpeg exits; how it exited says more than the pipe.
             self._raise_failure(str(error))
         except ValueError as error:
             self._stream.kill()
@@ -464,11 +464,11 @@ class Decoding:
             if received != size:
                 raise EOFError("ffmpeg's output ends in the middle of a frame")
             number = next(numbers)
-            # A frame's line is written before the frame is, so it is there by now.
+            # A frame's log line is written before the frame, so it is already there.
             if len(self.times) <= number:
                 self._read_log()
             if len(self.times) <= number:
-                raise ValueError("ffmpeg did not tell a frame's time")
+                raise ValueError("ffmpeg did not report a frame's time")
             if not self.matrix:
                 self.matrix, self.full_range = self._log.colour()
             yield Frame(self.times[number], data[len(_MARKER) :])
@@ -480,14 +480,14 @@ class Decoding:
         for shown in self._log.shown[len(self.times) :]:
             self._require_same_picture(shown)
             guess = latest + 1.0 / (self.source_fps or 25.0) if self.times else 0.0
-            # Damaged files go back in time; frames are stored in the order they are shown.
+            # Times in damaged files may go back; frames are stored in the order they are shown.
             latest = max(latest, guess if math.isnan(shown.time) else shown.time)
             self.times.append(latest)
 
     def _require_same_picture(self, shown: Shown) -> None:
         if self._only is not None:
-            # These are the pictures before scaling: what comes of them must be the same for all,
-            # and no other conversion than of the size.
+            # These are the pictures before scaling: the results must have the same format, and only
+            # the size may be converted.
             if shown.picture != self._log.shown[0].picture or shown.picture[0] != b"yuv420p":
                 raise WrongForecast
         elif shown.size != (self.width, self.height):
@@ -498,13 +498,13 @@ class Decoding:
             )
 
     def _raise_failure(self, reading: str | None, killed: bool = False) -> None:
-        # A stuck ffmpeg falls to the time limit.
+        # A stuck ffmpeg is killed at the time limit.
         code = self._stream.wait()
         self._read_log()
         if self._stream.timed_out:
             raise DecodeError("timeout", "ffmpeg ran past the time limit and was killed")
         if code < 0 and not killed:
-            raise DecodeError("crashed", f"ffmpeg was ended by signal {-code}")
+            raise DecodeError("crashed", f"ffmpeg was killed by signal {-code}")
         message = self._log.failure(self._path)
         if self._log.no_video_stream:
             raise DecodeError("no-video-stream", "it has no video stream")
@@ -526,13 +526,13 @@ def decoding(
     binary: str,
     only: Sequence[int] | None = None,
 ) -> Iterator[Decoding]:
-    """Decode ``path`` once; ffmpeg is gone when the block ends.
+    """Decode ``path`` once; ffmpeg has exited when the block ends.
 
     Args:
-        only: numbers of the frames to scale and give, increasing; all are decoded.
+        only: numbers of the frames to scale and yield, increasing; all are decoded.
 
     Raises:
-        DecodeError: there is no such file, or from the iteration, see :class:`Decoding`.
+        DecodeError: the file does not exist, or from the iteration, see :class:`Decoding`.
     """
     try:
         status = path.stat()

@@ -13,11 +13,11 @@ clip it turns through the hues and swings in contrast and saturation. Colour the
 class nor video, and what the frames of one video share, which is what SeCo looks for (paper §4.2),
 is pattern, shape and motion. Backgrounds are faint, since the clips of a group share theirs
 whatever their class: a strong one would be the easiest sign of a video. What differs among the
-videos of a class is kept small for the same reason. The motion itself is no nuisance: a star that
-falls leaves the frame for a while and a growing disc ends large, so brightness statistics are close
-to equal among classes, not exactly so.
+videos of a class is kept small for the same reason. The motion itself is not a nuisance: a
+star that falls leaves the frame for a while and a growing disc ends large, so brightness statistics
+are close to equal among classes, not exactly so.
 
-The layout is UCF101's, so the dataset takes the way any copy of UCF101 takes::
+The layout is UCF101's, so the dataset is read like any copy of UCF101::
 
     OUT/UCF-101/<Class>/v_<Class>_gNN_cNN.(avi|mp4|webm|mkv|mov)
     OUT/ucfTrainTestlist/classInd.txt, trainlist01.txt, testlist01.txt
@@ -51,19 +51,19 @@ FloatArray = NDArray[np.float32]
 SPRITE_PX = 144  # side of the square the object is drawn on before it is moved over the frames
 PATTERN_CYCLES = (2.6, 3.4)  # periods of the pattern across the object
 PATTERN_SHARPNESS = (2.5, 8.0)  # low: a soft sine; high: hard edges
-PATTERN_BALANCE = 0.25  # how far the share of the two colours may lean to one of them
-FOREGROUND_LUMA = (0.45, 0.55)  # mean of the object's two colours, of 1
-FOREGROUND_CONTRAST = (0.50, 0.75)  # luma between them
-BACKGROUND_LUMA = (0.40, 0.60)  # mean of the background's two
+PATTERN_BALANCE = 0.25  # how far the shares of the two colours may differ from half
+FOREGROUND_LUMA = (0.45, 0.55)  # mean of the object's two colours, 0 to 1
+FOREGROUND_CONTRAST = (0.50, 0.75)  # luma difference between them
+BACKGROUND_LUMA = (0.40, 0.60)  # mean of the background's two colours
 # Weak: the clips of a group share their background, whatever the class, so a strong one would be
 # the easiest way to tell videos apart, and pre-training would learn nothing else.
 BACKGROUND_CONTRAST = (0.0, 0.04)
-SATURATION = (0.3, 1.0)  # of the most that a colour of the luma can have
+SATURATION = (0.3, 1.0)  # relative to the most that a colour of that luma can have
 SECOND_TEXTURE = (0.0, 0.15)  # strength of the fine grain on the object
 BACKGROUND_SLOPE = (1.5, 2.5)  # exponent of the 1/f noise: small is fine-grained
-BACKGROUND_STRETCH = (1.0, 4.0)  # how much longer than wide its grains are
+BACKGROUND_STRETCH = (1.0, 4.0)  # length / width of its grains
 BACKGROUND_SHARPNESS = (0.6, 3.0)  # small: clouds; large: camouflage with hard edges
-SILHOUETTES = (6, 0)  # corners of a polygon; 0: a disc. All but a star's
+SILHOUETTES = (6, 0)  # corners of a polygon; 0: a disc. Stars have their own
 STAR_POINTS = (5, 6)
 STAR_INNER_RADIUS = (0.42, 0.55)
 
@@ -77,10 +77,10 @@ def _f32(values: Any) -> FloatArray:
 def random_colour_pair(
     rng: np.random.Generator, luma: tuple[float, float], contrast: tuple[float, float]
 ) -> tuple[FloatArray, FloatArray]:
-    """Two RGB colours in [0, 1] of any hue; their mean luma and its difference are drawn.
+    """Draw two RGB colours in [0, 1] of any hue, with random mean luma and luma difference.
 
     Returns:
-        Two arrays ``(3,)``; which of them is the lighter is random.
+        Two arrays ``(3,)``; which of them is lighter is random.
     """
     difference = rng.uniform(*contrast)
     middle = np.clip(rng.uniform(*luma), 0.5 * difference, 1 - 0.5 * difference)
@@ -95,7 +95,7 @@ def random_colour_pair(
 def _colour_of_luma(rng: np.random.Generator, luma: float) -> FloatArray:
     tint = rng.uniform(-1.0, 1.0, 3)
     tint -= tint @ LUMA_WEIGHTS
-    # The largest tint that keeps every channel in range, so that the luma stays what was asked.
+    # The largest tint that keeps every channel in range, so that the luma stays as requested.
     room = np.where(tint > 0, (1.0 - luma) / np.maximum(tint, 1e-6), luma / np.maximum(-tint, 1e-6))
     colour = luma + tint * min(float(room.min()), 1.0) * rng.uniform(*SATURATION)
     return _f32(np.clip(colour, 0.0, 1.0))
@@ -104,7 +104,7 @@ def _colour_of_luma(rng: np.random.Generator, luma: float) -> FloatArray:
 def cloud_noise(
     rng: np.random.Generator, height: int, width: int, slope: float, stretch: float
 ) -> FloatArray:
-    """Gaussian 1/f noise ``(height, width)``, zero mean and unit variance, stretched one way."""
+    """Return Gaussian 1/f noise ``(height, width)``, mean 0 and variance 1, stretched one way."""
     angle = rng.uniform(0.0, np.pi)
     fy = np.fft.fftfreq(height)[:, None]
     fx = np.fft.rfftfreq(width)[None, :]
@@ -121,7 +121,7 @@ def cloud_noise(
 
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> FloatArray:
-    """How much of the second colour each pixel has: ``(height, width)`` in [0, 1]."""
+    """Return the share of the second colour at each pixel: ``(height, width)`` in [0, 1]."""
     noise = cloud_noise(
         rng, height, width, rng.uniform(*BACKGROUND_SLOPE), rng.uniform(*BACKGROUND_STRETCH)
     )
@@ -153,7 +153,7 @@ def _dots(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> F
 
 
 def _nested_stars(x: FloatArray, y: FloatArray, k: float, rng: np.random.Generator) -> FloatArray:
-    # The caller gives the star's own radius in x (see draw_sprite): lines parallel to its outline.
+    # x is the star's own radius (see draw_sprite): lines parallel to its outline.
     return _f32(np.sin(k * x + rng.uniform(0, 2 * np.pi)))
 
 
@@ -167,14 +167,14 @@ PATTERNS: dict[str, Callable[[FloatArray, FloatArray, float, np.random.Generator
 
 
 def _polygon_radius(x: FloatArray, y: FloatArray, sides: int) -> FloatArray:
-    """1 on the outline of a regular polygon inscribed in the unit circle, less inside."""
+    """Return 1 on the outline of a regular polygon inscribed in the unit circle, less inside."""
     sector = 2 * np.pi / sides
     angle = np.mod(np.arctan2(y, x), sector) - sector / 2
     return _f32(np.hypot(x, y) * np.cos(angle) / np.cos(sector / 2))
 
 
 def _star_radius(x: FloatArray, y: FloatArray, points: int, inner: float) -> FloatArray:
-    """1 on the outline of a star with tips on the unit circle, less inside."""
+    """Return 1 on the outline of a star with tips on the unit circle, less inside."""
     sector = 2 * np.pi / points
     angle = np.abs(np.mod(np.arctan2(y, x), sector) - sector / 2)
     radius = np.hypot(x, y)
@@ -190,13 +190,13 @@ def _star_radius(x: FloatArray, y: FloatArray, points: int, inner: float) -> Flo
 def draw_sprite(
     rng: np.random.Generator, pattern: str, colours: tuple[FloatArray, FloatArray]
 ) -> FloatArray:
-    """The object of a clip, on a square of side 2 around its centre.
+    """Draw the object of a clip, on a square of side 2 around its centre.
 
     Args:
         rng: draws everything except the family.
         pattern: a key of :data:`PATTERNS`; ``"star"`` also fixes the silhouette, which is a disc
             or a polygon for the others.
-        colours: the pattern's two, ``(3,)`` each.
+        colours: the pattern's two colours, ``(3,)`` each.
 
     Returns:
         Premultiplied RGBA ``(SPRITE_PX, SPRITE_PX, 4)`` in [0, 1].
@@ -227,9 +227,9 @@ def draw_sprite(
     return _f32(np.concatenate([colour * alpha, alpha], axis=-1))
 
 
-# Class name: (pattern, motion). Two names that share a pattern differ in motion alone
-# (SpinStar/DropStar, SpinChecker/SwingChecker, GrowRings/BounceRings), and two that share a motion
-# in pattern alone (SpinStar/SpinChecker, SwingChecker/SwingStripes). ShakeDots shares neither.
+# Class name: (pattern, motion). Names that share a pattern differ only in motion
+# (SpinStar/DropStar, SpinChecker/SwingChecker, GrowRings/BounceRings); names that share a motion
+# only in pattern (SpinStar/SpinChecker, SwingChecker/SwingStripes). ShakeDots shares neither.
 CLASSES: dict[str, tuple[str, str]] = {
     "BounceRings": ("rings", "bounce"),
     "DropStar": ("star", "drop"),
@@ -245,32 +245,32 @@ FRAMES_PER_CLIP = (24, 32)  # both included
 OBJECT_SIZE = (0.95, 1.30)  # diameter, of the frame's short side
 STAR_SIZE = 1.2  # of the other objects' diameter: a star covers less of its circle
 SHUTTER = 0.8  # share of the frame interval during which light is gathered
-BLUR_SAMPLES = 6  # drawings that are averaged to one exposure
+BLUR_SAMPLES = 6  # drawings averaged per exposure
 SCENE_PX = 216  # side of the drawn background; a frame and its drift must fit into it
-CAMERA_DRIFT_PX = (2.0, 14.0)  # way of the background over the clip
+CAMERA_DRIFT_PX = (2.0, 14.0)  # path of the background per clip
 EXPOSURE = (0.55, 1.20)
-# The light on every scene changes its colour while it plays: a video is not known by its colours.
+# The light changes colour during a clip, so that a video is not known by its colours.
 LIGHT_CONTRAST = (0.50, 1.20)  # least and most, about mid grey
-LIGHT_TINT = (0.2, 1.4)  # least and most saturation, of what the scene has
-LIGHT_TURNS = (0.8, 1.6)  # turns of all hues over the clip
-LIGHT_BEATS = (1.0, 3.0)  # swings of contrast, and of tint, over the clip
+LIGHT_TINT = (0.2, 1.4)  # least and most saturation, relative to the scene's
+LIGHT_TURNS = (0.8, 1.6)  # turns through all hues per clip
+LIGHT_BEATS = (1.0, 3.0)  # swings of contrast, and of tint, per clip
 LIGHT_GRADIENT = (0.0, 0.2)  # how much darker one side of the frame is
 FLICKER = (0.0, 0.06)
-NOISE = (0.0, 0.02)  # standard deviation of sensor noise, of 1
+NOISE = (0.0, 0.02)  # standard deviation of sensor noise, 0 to 1
 
-SPIN_TURNS = (1.3, 2.2)  # over the clip
+SPIN_TURNS = (1.3, 2.2)  # per clip
 DROP_FALLS = (1.6, 2.6)
 SWING_PERIODS = (1.5, 2.5)
 SWING_ANGLE = (0.45, 0.65)  # radians to either side, at first
-SWING_DAMPING = 0.4  # share of it that is lost by the end
+SWING_DAMPING = 0.4  # share of it lost by the end
 GROW_RATIO = (3.0, 5.0)  # last diameter over first
-GROW_USUAL_AT = 0.70  # when it has the usual size; chosen so that it covers as much as others
+GROW_USUAL_AT = 0.70  # when it has the usual size; chosen so that it covers as much as the others
 BOUNCES = (2.5, 4.0)
 SHAKE_AMPLITUDE = (0.09, 0.17)  # of the frame's short side
 
 
 class Pose(NamedTuple):
-    """Where the object is: centre, half size and angle.
+    """Pose of the object: centre, half size and angle.
 
     ``x`` and ``y`` are in half frame sizes (−1 and 1 are the edges), ``angle`` in radians;
     ``size`` multiplies the object's usual size and ``squash`` its height only.
@@ -364,7 +364,7 @@ def render_clip(
     palette: np.random.Generator,
     take: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """The frames of one clip.
+    """Render the frames of one clip.
 
     Args:
         class_name: a key of :data:`CLASSES`.
@@ -407,7 +407,7 @@ def render_clip(
 def _expose(
     sprite: FloatArray, poses: list[Pose], half_size_px: float, height: int, width: int
 ) -> FloatArray:
-    """The object drawn once a pose, averaged: premultiplied RGBA ``(height, width, 4)``."""
+    """Draw the object once per pose and average: premultiplied RGBA ``(height, width, 4)``."""
     total = np.zeros((height, width, 4), np.float32)
     texels = sprite.reshape(-1, 4)
     for pose in poses:
@@ -425,7 +425,7 @@ def _expose(
         v = (c * dy - s * dx) * np.float32(1 / pose.squash)
         column = ((u + 1) * (SPRITE_PX / 2)).astype(np.int32)
         row = ((v + 1) * (SPRITE_PX / 2)).astype(np.int32)
-        # Texel 0 is outside every silhouette, so what lies off the sprite reads as empty.
+        # Texel 0 is outside every silhouette, so points off the sprite read as empty.
         inside = (np.abs(u) < 0.999) & (np.abs(v) < 0.999)
         total[top:bottom, left:right] += texels[np.where(inside, row * SPRITE_PX + column, 0)]
     total /= len(poses)
@@ -440,8 +440,8 @@ def _drifting_background(
     height: int,
     width: int,
 ) -> FloatArray:
-    """Frames ``(count, height, width, 3)`` of the scene under a camera that moves steadily."""
-    # Drawn at one size whatever the frame's, so that a group's clips show the same place.
+    """Return frames ``(count, height, width, 3)`` of the scene under a steadily moving camera."""
+    # Drawn at one size for all frame sizes, so that a group's clips show the same place.
     share = draw_background(scene, SCENE_PX, SCENE_PX)
     first, second = colours
     way, direction = take.uniform(*CAMERA_DRIFT_PX), take.uniform(0, 2 * np.pi)
@@ -460,7 +460,7 @@ def _drifting_background(
 
 
 def _stage_light(take: np.random.Generator, count: int) -> list[tuple[FloatArray, FloatArray]]:
-    """For each frame a matrix ``(3, 3)`` and offset ``(3,)``: ``rgb @ matrix + offset`` is seen."""
+    """Return a matrix ``(3, 3)`` and offset ``(3,)`` per frame, for ``rgb @ matrix + offset``."""
     time = np.arange(count) / count
     turn = 2 * np.pi * (take.uniform() + take.choice((-1, 1)) * take.uniform(*LIGHT_TURNS) * time)
     tint, contrast = (
@@ -481,7 +481,7 @@ def _stage_light(take: np.random.Generator, count: int) -> list[tuple[FloatArray
 
 
 def _lighting(take: np.random.Generator, height: int, width: int) -> FloatArray:
-    """Exposure times a slope of light across the frame: ``(height, width, 1)``."""
+    """Return exposure times a gradient of light across the frame: ``(height, width, 1)``."""
     angle, depth = take.uniform(0, 2 * np.pi), take.uniform(*LIGHT_GRADIENT)
     y = np.linspace(-1, 1, height)[:, None]
     x = np.linspace(-1, 1, width)[None, :]
@@ -492,16 +492,16 @@ def _lighting(take: np.random.Generator, height: int, width: int) -> FloatArray:
 
 CLIPS_PER_GROUP = 3
 TEST_SHARE = 1 / 3  # of the groups, the first ones, as in UCF101
-# Sets of colours, taken by the groups in turn whatever the class. Few, so that colour does not tell
-# the videos apart in pre-training either and the network has to look at what is shown.
+# Palettes, used by the groups in turn in every class. Few, so that in pre-training, too, colour
+# does not tell the videos apart and the encoder has to look at the content.
 PALETTES = 3
 FRAMES_PER_SECOND = (25, 30, 24, 15)
 
 # Width and height; most clips have the first.
 FRAME_SIZES = ((160, 120), (160, 120), (160, 120), (176, 144), (192, 108), (120, 160), (128, 128))
 
-# Suffix, ffmpeg's name of the container, options of the encoder. All write the same bytes for the
-# same pixels on one thread (in real-time mode VP8's bytes would depend on how busy the machine is).
+# Suffix, ffmpeg's name of the container, encoder options. On one thread, all write the same bytes
+# for the same pixels (in real-time mode VP8's bytes would depend on the machine's load).
 ENCODINGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (".avi", "avi", ("-c:v", "mpeg4", "-q:v", "3")),
     (".mp4", "mp4", ("-c:v", "libx264", "-preset", "veryfast", "-crf", "20")),
@@ -518,7 +518,7 @@ ENCODINGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class _Clip:
-    """One video of the plan; everything about it but its pixels."""
+    """One video of the plan: everything except its pixels."""
 
     class_name: str
     class_index: int
@@ -541,33 +541,33 @@ class _Clip:
 def render_demo_set(
     out: Path, *, clips_per_class: int = 36, seed: int = 0, workers: int | None = None
 ) -> None:
-    """Render and encode the demo set below ``out``; the list files are written last.
+    """Render and encode the demo dataset below ``out``; the list files are written last.
 
-    The same arguments give the same files, byte for byte, with the same ffmpeg and numpy.
+    The same arguments give byte-identical files with the same ffmpeg and numpy.
 
     Args:
         out: gets ``UCF-101/`` and ``ucfTrainTestlist/``; clips of an earlier call are replaced.
-        clips_per_class: videos of each of the eight classes, in groups of three.
+        clips_per_class: videos per class (there are eight), in groups of three.
         seed: another number gives other videos.
-        workers: processes; by default one for each CPU that may be used.
+        workers: processes; default: one per usable CPU.
 
     Raises:
-        InputError: fewer than two groups a class (then one list would be empty), ``out`` already
-            holds other videos or cannot be written to, or the ffmpeg in use lacks an encoder.
+        InputError: fewer than two groups per class (then one list would be empty), ``out`` contains
+            other videos or is not writable, or the ffmpeg in use lacks an encoder.
     """
     if seed < 0:
         raise InputError(f"{seed} is negative", "--seed")
     if clips_per_class <= CLIPS_PER_GROUP:
         raise InputError(
-            f"{clips_per_class} clips a class leave no group for the test list",
+            f"{clips_per_class} clips per class leave no group for the test list",
             "clips_per_class",
-            f"ask for at least {CLIPS_PER_GROUP + 1}",
+            f"give at least {CLIPS_PER_GROUP + 1}",
         )
     videos = out / "UCF-101"
     clips = list(_plan(clips_per_class))
     _refuse_other_files(videos, clips)
     workers = workers or _usable_cpus()
-    with progress("rendering the demo set", len(clips), "videos") as shown:
+    with progress("rendering the demo dataset", len(clips), "videos") as shown:
         if workers == 1:
             for clip in clips:
                 _write_clip(clip, videos, seed)
@@ -591,7 +591,7 @@ def render_demo_set(
 def _plan(clips_per_class: int) -> Iterator[_Clip]:
     for class_index, class_name in enumerate(CLASSES):
         for number in range(clips_per_class):
-            # By number alone: sizes, rates and codecs are the same in every class.
+            # By number only: sizes, rates and codecs are the same in every class.
             suffix, container, encoder = ENCODINGS[number % len(ENCODINGS)]
             width, height = FRAME_SIZES[number % len(FRAME_SIZES)]
             yield _Clip(
@@ -613,7 +613,7 @@ def _refuse_other_files(videos: Path, clips: list[_Clip]) -> None:
     for found in sorted(videos.glob("*/*")):
         if found not in expected and found.suffix != ".part":
             raise InputError(
-                "the folder already holds videos that are not of this demo set",
+                "the folder contains videos that are not part of this demo dataset",
                 found,
                 "choose another folder, or remove this one",
             )
@@ -624,7 +624,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent must not leave workers behind: their queue alone would keep them waiting."""
+    """Exit if the parent is killed; otherwise the queue would keep workers waiting."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -641,7 +641,7 @@ def _write_clip(clip: _Clip, videos: Path, seed: int) -> None:
         palette=np.random.default_rng((seed, 2, clip.group % PALETTES)),
         take=np.random.default_rng((seed, 1, clip.class_index, clip.group, clip.take)),
     )
-    # Motion JPEG is full range by custom; the others are read as limited range.
+    # Motion JPEG is full range by convention; the others are read as limited range.
     pixels = "yuvj420p" if "mjpeg" in clip.encoder else "yuv420p"
     with atomic_path(videos / clip.listed) as temporary:
         arguments = [

@@ -34,12 +34,12 @@ from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
 
 
 def ray_engine(address: str | None, *, limited: bool) -> Callable[..., None]:
-    """What :func:`pipelines._engine.build_shards` is for one machine, on a cluster.
+    """Return the counterpart of :func:`pipelines._engine.build_shards` for a Ray cluster.
 
     Args:
         address: of the cluster; None: ``RAY_ADDRESS``, the one this machine is in, or a new one
-            of this machine alone.
-        limited: whether ``workers`` is a limit of the user's; else every CPU of the cluster works.
+            on this machine alone.
+        limited: whether ``workers`` is the user's limit; otherwise every CPU of the cluster works.
 
     Raises:
         InputError: Ray is not installed.
@@ -73,13 +73,13 @@ def _build_shards(
 
 
 def _division(ray: Any, shards: int, workers: int | None) -> tuple[int, int]:
-    """Threads a shard, and shards handed out at once."""
+    """Return threads per shard, and shards submitted at once."""
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     wanted = workers or max(1, sum(cpus))
-    # Fewer shards than workers: threads share a shard, as many as fit on any node.
+    # With fewer shards than workers, threads share a shard, as many as fit on any node.
     threads = max(1, min(math.ceil(wanted / shards), min(filter(None, cpus), default=1)))
     at_once = max(1, wanted // threads)
-    # Twice as many keep every CPU busy, and let a cluster grow; a user's limit is a limit.
+    # Twice as many keep every CPU busy and let a cluster grow; a user's limit is kept.
     return threads, at_once if workers else 2 * at_once
 
 
@@ -88,7 +88,7 @@ def _build_on_node(plan: ShardPlan, threads: int) -> ShardResult:
     found = ffmpeg_version(binary)
     if found != plan.ffmpeg_version:
         raise InputError(
-            f"this node has ffmpeg {found}, the driver {plan.ffmpeg_version}: their frames differ",
+            f"this node has ffmpeg {found}, the driver {plan.ffmpeg_version}: frames may differ",
             binary,
             "install the same imageio-ffmpeg everywhere",
         )
@@ -106,11 +106,11 @@ def _tally(plan: ShardPlan, result: ShardResult) -> Tally:
 
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 5.0
-_MOST_LOSSES = 3  # of workers, with no shard finished in between
+_MOST_LOSSES = 3  # of workers, without a finished shard in between
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: like Ctrl-C, but sent by a scheduler."""
+    """SIGTERM: handled like Ctrl-C, but sent by a scheduler."""
 
 
 def build_shards(
@@ -119,14 +119,14 @@ def build_shards(
     on_shard: Callable[[ShardPlan, ShardResult], None],
     on_progress: Callable[[Tally], None],
 ) -> None:
-    """Build every plan; ``on_shard`` is called as each is finished, in any order.
+    """Build every plan; call ``on_shard`` as each is finished, in any order.
 
     Args:
         workers: videos decoded at once, over all processes.
-        on_progress: told what has become of how many more videos.
+        on_progress: called with the counts of newly processed videos.
 
     Raises:
-        InputError: a shard cannot be written, or workers were killed again and again.
+        InputError: a shard cannot be written, or workers were killed repeatedly.
         KeyboardInterrupt: after Ctrl-C or (Terminated) SIGTERM, with all workers gone.
     """
     left = {plan.name: plan for plan in plans}
@@ -149,12 +149,12 @@ def build_shards(
                 else:
                     _build_in_processes(todo, processes, threads, finished, on_progress)
             except BrokenProcessPool as error:
-                # For want of memory, mostly: the shards that were under way are built again.
+                # Usually out of memory: unfinished shards are built again.
                 losses = losses + 1 if len(left) == before else 1
                 if losses == _MOST_LOSSES:
                     raise InputError(
-                        f"workers were killed {losses} times, perhaps for want of memory",
-                        fix="run the same command again to go on, with fewer --workers",
+                        f"workers were killed {losses} times, perhaps because memory ran out",
+                        fix="run the same command again to resume, with fewer --workers",
                     ) from error
                 print("a worker was killed: its shard is built again", file=sys.stderr)
 
@@ -169,7 +169,7 @@ def _build_in_processes(
     # Forking this process itself would copy its threads' locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines._build"])
-    with _sigint_ignored():  # inherited by all workers: Ctrl-C is this process's to handle
+    with _sigint_ignored():  # inherited by all workers: only this process handles Ctrl-C
         forkserver.ensure_running()
     counters: Any = context.Array("Q", len(astuple(Tally())))
     others = set(multiprocessing.active_children())
@@ -185,8 +185,7 @@ def _build_in_processes(
         processes, mp_context=context, initializer=_start_worker, initargs=(counters,)
     )
     try:
-        # No more are handed out than there are processes, so that none waits where it cannot
-        # be taken back from.
+        # Submit no more than there are processes: a waiting one could not be withdrawn.
         queue = iter(plans)
         running: dict[Future[ShardResult], ShardPlan] = {}
         while True:
@@ -199,7 +198,7 @@ def _build_in_processes(
             for future in done:
                 on_shard(running.pop(future), future.result())
     finally:
-        # After an exception they are in the middle of a shard that nobody waits for.
+        # After an exception, workers are still building shards that nobody waits for.
         _end([child for child in multiprocessing.active_children() if child not in others])
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -231,7 +230,7 @@ def _work(plan: ShardPlan, threads: int) -> ShardResult:
     try:
         return build_shard(plan, threads, _count)
     except Terminated:
-        # By now the shard's temporary file and its ffmpeg are gone.
+        # The shard's temporary file and its ffmpeg are gone by now.
         os._exit(128 + signal.SIGTERM)
     finally:
         _busy = False
@@ -245,14 +244,14 @@ def _count(tally: Tally) -> None:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if _busy:
-        # A second one would interrupt the clearing up after the first.
+        # A second one would interrupt the cleanup after the first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
     os._exit(128 + signal.SIGTERM)
 
 
 def _die_with_driver() -> None:
-    """A killed driver must not leave workers that write where its successor writes."""
+    """Exit if the driver is killed: workers must not write where its successor writes."""
     driver = multiprocessing.parent_process()
     if driver is not None:
         driver.join()
@@ -262,7 +261,7 @@ def _die_with_driver() -> None:
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated` in the block."""
+    """Raise :class:`Terminated` on SIGTERM in the block."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise Terminated

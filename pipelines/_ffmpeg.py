@@ -20,8 +20,8 @@ from shards.errors import InputError
 _ALWAYS = ("-nostdin", "-hide_banner", "-nostats")
 _ADVICE = "pip install imageio-ffmpeg, or name a binary with --ffmpeg or SECO_FFMPEG"
 
-# Codecs of the data sets' videos, and of those that the demo and the tracker write; each by the
-# names of what can do it. (ffmpeg's own "av1" takes a GPU.)
+# Codecs of the datasets' videos and the decoders for each (ffmpeg's own "av1" needs a GPU), then
+# the encoders that the demo dataset and the tracker need.
 _DECODERS = {
     "H.264": ("h264", "libopenh264"),
     "HEVC": ("hevc",),
@@ -38,7 +38,7 @@ _running_lock = threading.Lock()
 
 
 class FfmpegError(RuntimeError):
-    """ffmpeg ended with an error; the message is what it wrote."""
+    """ffmpeg failed; the message is what it wrote."""
 
 
 class FfmpegTimeoutError(FfmpegError):
@@ -46,7 +46,7 @@ class FfmpegTimeoutError(FfmpegError):
 
 
 def ffmpeg_binary(override: str | None = None) -> str:
-    """The ffmpeg to use: ``override``, else ``$SECO_FFMPEG``, else imageio-ffmpeg's static one.
+    """Return the ffmpeg to use: ``override``, else ``$SECO_FFMPEG``, else imageio-ffmpeg's.
 
     Raises:
         InputError: there is none, or it cannot be run.
@@ -68,7 +68,7 @@ def _static_binary() -> str:
 
 @lru_cache
 def ffmpeg_version(binary: str) -> str:
-    """What ``binary`` calls itself, for example ``7.0.2-static``.
+    """Return the version that ``binary`` reports, for example ``7.0.2-static``.
 
     Raises:
         InputError: it cannot be run, or is not ffmpeg.
@@ -87,17 +87,17 @@ def ffmpeg_version(binary: str) -> str:
 
 
 class FfmpegFacts(NamedTuple):
-    """The ffmpeg in use."""
+    """The ffmpeg in use and its codecs."""
 
     binary: str
     version: str
-    source: str  # what named it
+    source: str  # where it comes from
     decodes: tuple[str, ...]
-    lacks: tuple[str, ...]  # decoders and encoders that are needed
+    lacks: tuple[str, ...]  # needed decoders and encoders
 
 
 def ffmpeg_facts() -> FfmpegFacts:
-    """What ``seco doctor`` reports of the ffmpeg in use.
+    """Return what ``seco doctor`` reports about the ffmpeg in use.
 
     Raises:
         InputError: there is none, or it cannot be run.
@@ -113,7 +113,7 @@ def ffmpeg_facts() -> FfmpegFacts:
 
 
 def _codecs(binary: str, kind: str) -> set[str]:
-    """The names in the second column of ffmpeg's list."""
+    """Return the names in the second column of ffmpeg's list."""
     listed = run_ffmpeg([kind], binary=binary, timeout_seconds=60).decode("utf-8", "replace")
     return {words[1] for line in listed.splitlines() if len(words := line.split()) > 1}
 
@@ -125,13 +125,13 @@ def run_ffmpeg(
     stdin: bytes | Iterable[bytes] | None = None,
     timeout_seconds: float | None = None,
 ) -> bytes:
-    """Run ffmpeg to its end with ``argv_tail`` behind the usual options; returns its stdout.
+    """Run ffmpeg to its end with ``argv_tail`` after the usual options; return its stdout.
 
     Args:
         stdin: what to write to its standard input (``-i pipe:0``), whole or in pieces.
 
     Raises:
-        FfmpegError: it ended with an error, or (FfmpegTimeoutError) ran past the limit.
+        FfmpegError: it failed, or (FfmpegTimeoutError) ran past the limit.
         InputError: there is no ffmpeg.
     """
     argv = [binary or ffmpeg_binary(), *_ALWAYS, *argv_tail]
@@ -151,15 +151,15 @@ def run_ffmpeg(
 
 
 class FfmpegStream:
-    """A running ffmpeg whose stdout is read as it comes; it never outlives the ``with`` block.
+    """A running ffmpeg whose stdout is read as it is written; it never outlives the ``with`` block.
 
-    It gets a session of its own, so that a Ctrl-C in the terminal does not reach it before its
-    owner has decided what to do, and so that killing its group takes all it started.
+    It has its own session, so that a Ctrl-C in the terminal does not reach it before its owner has
+    decided what to do, and so that killing its group kills everything it started.
 
     Args:
         argv: the whole command.
-        timeout_seconds: it is killed after this time; ``timed_out`` tells.
-        stdout: a file for its standard output; else it is read with :meth:`read_into`.
+        timeout_seconds: it is killed after this time, and ``timed_out`` is set.
+        stdout: a file for its standard output; otherwise it is read with :meth:`read_into`.
         feed: open a pipe to its standard input, for :meth:`feed`.
     """
 
@@ -172,8 +172,8 @@ class FfmpegStream:
         feed: bool = False,
     ) -> None:
         self.timed_out = False
-        # A file, not a pipe: nobody has to empty it while stdout is read. It has no name, so
-        # nothing is left behind whatever ends this process.
+        # A file, not a pipe, which would have to be drained while stdout is read. It has no name,
+        # so nothing is left behind however this process ends.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._log_position = 0
         try:
@@ -191,7 +191,7 @@ class FfmpegStream:
         with _running_lock:
             _running.add(self._process.pid)
         if self._process.stdout is not None:
-            # Room for a frame or two: fewer turns between writer and reader.
+            # Space for a frame or two: fewer switches between writer and reader.
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(self._process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._timer: threading.Timer | None = None
@@ -201,12 +201,12 @@ class FfmpegStream:
             self._timer.start()
 
     def read_line(self, most: int) -> bytes:
-        """A line of its standard output with its end, or as much of it as there is, or ``most``."""
+        """Return a line of its stdout with its end, or as much as there is, or ``most`` bytes."""
         return self._pipe().readline(most)
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill ``buffer`` from its standard output; fewer bytes only at the end."""
-        # Without a buffer of Python's in between, which would mean copying everything twice.
+        """Fill ``buffer`` from its stdout; return the bytes read, fewer only at the end."""
+        # Without Python's buffering, which would copy everything twice.
         descriptor = self._pipe().fileno()
         received = 0
         while received < len(buffer):
@@ -221,15 +221,15 @@ class FfmpegStream:
         return self._process.stdout
 
     def feed(self, pieces: Iterable[bytes]) -> None:
-        """Write ``pieces`` to its standard input and close it; stops early when ffmpeg has."""
+        """Write ``pieces`` to its standard input and close it; stop early if ffmpeg has exited."""
         assert self._process.stdin is not None, "started without feed=True"
-        # Ending early is told by the exit code and the log, better than by a broken pipe.
+        # If it exits early, exit code and log say more than a broken pipe.
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             for piece in pieces:
                 pipe.write(piece)
 
     def read_log(self) -> bytes:
-        """What it has written to stderr since the last call."""
+        """Return what it has written to stderr since the last call."""
         pieces = []
         while piece := os.pread(self._log.fileno(), 1 << 20, self._log_position):
             self._log_position += len(piece)
@@ -237,13 +237,12 @@ class FfmpegStream:
         return b"".join(pieces)
 
     def wait(self) -> int:
-        """Its exit code, when it has ended; negative after a signal."""
+        """Wait for it to exit; return its exit code, negative after a signal."""
         return self._process.wait()
 
     def kill(self) -> None:
-        """End it and all it started, now."""
-        # Between its end and wait() the number is still its own: a process that has not been
-        # waited for keeps it.
+        """Kill it and everything it started, now."""
+        # After it exits, its process id is not reused before wait().
         if self._process.returncode is None:
             _kill_group(self._process.pid)
 
@@ -268,7 +267,7 @@ class FfmpegStream:
 
 
 def kill_running() -> None:
-    """Kill every ffmpeg this process has running; their owners see them end."""
+    """Kill every ffmpeg this process is running; their owners see them exit."""
     with _running_lock:
         pids = list(_running)
     for pid in pids:
@@ -281,9 +280,9 @@ def _kill_group(pid: int) -> None:
 
 
 def local_url(path: Path) -> str:
-    """``path`` as ffmpeg's own address of a local file.
+    """Return ``path`` as ffmpeg's own address of a local file.
 
-    Bare names are not safe to pass: one may begin with ``-`` or hold a ``:`` that ffmpeg would
+    Bare names are not safe to pass: one may begin with ``-`` or contain a ``:`` that ffmpeg would
     read as a protocol.
     """
     return f"file:{path.absolute()}"

@@ -25,12 +25,12 @@ _ANY_SIZE = 1 << 20  # px: a short edge that no video has; nothing is scaled
 
 
 class VideoFile:
-    """The frames of a video file as they come, upright and with square pixels.
+    """The frames of a video file as they are decoded, upright and with square pixels.
 
-    They take the way of prepared ones: exact colour, as JPEG files.
+    They are processed like prepared ones: exact colour, as JPEG files.
 
     Attributes:
-        damage: ffmpeg's complaint of what did not decode, if any; known at the end.
+        damage: ffmpeg's message about what did not decode, if any; known at the end.
     """
 
     def __init__(self, decoded: Decoding, path: Path) -> None:
@@ -39,10 +39,10 @@ class VideoFile:
         self._path = path
 
     def __iter__(self) -> Iterator[tuple[float, bytes]]:
-        """(seconds, JPEG) of every frame that decodes; after damage, of those before it.
+        """Yield (seconds, JPEG) of every frame that decodes; after damage, of those before it.
 
         Raises:
-            InputError: nothing decodes, or the file is no video.
+            InputError: nothing decodes, or the file is not a video.
         """
         given = 0
         try:
@@ -59,19 +59,19 @@ class VideoFile:
             self.damage = error.message
 
     def fps(self) -> float | None:
-        """As the container says; known when the first frame is there."""
+        """Return the container's frame rate; known once the first frame is decoded."""
         return self._decoded.source_fps
 
 
 @contextmanager
 def open_video(path: Path) -> Iterator[VideoFile]:
-    """Decode a file; ffmpeg is gone when the block ends, however it ends.
+    """Decode a file; ffmpeg has exited when the block ends, however it ends.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the file does not exist.
     """
     try:
-        # No time limit: how long it takes is up to who uses the frames.
+        # No time limit: the consumer of the frames sets the pace.
         with decoding(
             path, short_edge=_ANY_SIZE, timeout_seconds=None, binary=ffmpeg_binary()
         ) as decoded:
@@ -81,9 +81,9 @@ def open_video(path: Path) -> Iterator[VideoFile]:
 
 
 def write_video(path: Path, fps: float, frames: Iterable[NDArray[np.uint8]]) -> None:
-    """Write (H, W, 3) frames of one size as H.264 in an mp4, whole or not at all.
+    """Write (H, W, 3) frames of one size as H.264 in an mp4, atomically.
 
-    Frames are asked for as ffmpeg takes them.
+    Frames are requested as ffmpeg takes them.
 
     Raises:
         InputError: ffmpeg cannot write it.
@@ -92,7 +92,7 @@ def write_video(path: Path, fps: float, frames: Iterable[NDArray[np.uint8]]) -> 
     coming = iter(frames)
     first: Any = next(coming, None)
     if first is None:
-        raise ValueError("a video of no frames")
+        raise ValueError("no frames to write")
     height, width = first.shape[:2]
     with atomic_path(path) as temporary:
         arguments = [
@@ -117,17 +117,17 @@ def write_video(path: Path, fps: float, frames: Iterable[NDArray[np.uint8]]) -> 
 def decode_file(
     path: Path, *, frames: int, short_edge: int, quality: int, timeout_seconds: float
 ) -> list[bytes]:
-    """JPEGs of ``frames`` evenly spaced frames, or of all if there are fewer, in time order.
+    """Return JPEGs of ``frames`` evenly spaced frames (or of all if fewer), in time order.
 
-    The file is not trusted, as none is in preparing: ffmpeg runs apart, under a time limit, and
-    opens this file alone.
+    The file is not trusted, as in ``seco prepare``: ffmpeg runs in its own process, with a time
+    limit, and opens only this file.
 
     Args:
-        short_edge: px; frames that are smaller stay as they are.
+        short_edge: px; smaller frames stay as they are.
         quality: of the JPEGs, 1 to 100.
 
     Raises:
-        InputError: it cannot be decoded, wholly and within the time.
+        InputError: it cannot be decoded completely within the time.
     """
     if not timeout_seconds > 0:
         raise InputError("must be above 0", "--timeout")
@@ -151,4 +151,4 @@ def decode_file(
     try:
         return store_video(Video(source=path.name, path=path), plan).frames
     except DecodeError as error:
-        raise InputError(f"cannot be decoded ({error})", path, "give a whole video file") from error
+        raise InputError(f"cannot be decoded ({error})", path, "give an undamaged file") from error

@@ -25,13 +25,13 @@ _BUDGET_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class FrameChoice:
-    """``count`` frames a video, or ``fps`` frames a second, or (neither) all of them."""
+    """``count`` frames per video, ``fps`` frames per second, or (neither) all of them."""
 
     count: int | None = None
     fps: float | None = None
 
     def chooser(self) -> Chooser:
-        """A fresh chooser, for one video."""
+        """Return a new chooser, for one video."""
         if self.count is not None:
             return Evenly(self.count)
         return AtRate(self.fps) if self.fps is not None else Every()
@@ -59,10 +59,10 @@ class Evenly:
     """The ``count`` frames nearest to evenly spaced times from the first frame to the last.
 
     How many frames there are is known only at the end (a container's count is often wrong), so
-    frames wait in memory. Past ``budget_bytes``, but never below 16 x ``count`` frames, every
-    second one is dropped. At least 8 x ``count`` are left then, so that with a constant frame
-    rate a stored frame is at most 1/16 of the spacing from its place; without dropping it is the
-    nearest there is. The first and the last decoded frame are always kept.
+    frames wait in memory. Above ``budget_bytes``, but never below 16 x ``count`` frames, every
+    second one is dropped. At least 8 x ``count`` remain, so with a constant frame rate a stored
+    frame is at most 1/16 of the spacing from its place; without dropping it is the nearest there
+    is. The first and the last decoded frame are always kept.
     """
 
     def __init__(self, count: int, budget_bytes: int = _BUDGET_BYTES) -> None:
@@ -92,14 +92,14 @@ class Evenly:
 
 
 def nearest_distinct(times: list[float], count: int) -> list[int]:
-    """Indices of the ``count`` of ``times`` nearest to evenly spaced ones; all if there are fewer.
+    """Return the indices of the ``count`` times nearest to evenly spaced ones; all if fewer.
 
     Args:
         times: seconds, not decreasing.
 
     Returns:
-        Increasing indices, each once: where two targets have the same nearest time, the later
-        takes the next free one.
+        Increasing indices, each once: if two targets have the same nearest time, the later takes
+        the next free one.
     """
     if len(times) <= count:
         return list(range(len(times)))
@@ -153,11 +153,11 @@ class AtRate:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """All that one shard is made from."""
+    """Everything one shard is made from."""
 
     folder: str  # a path, or an address fsspec knows
     name: str  # of the shard: NAME-000
-    digest: str  # of the whole set's plan
+    digest: str  # of the whole dataset's plan
     dataset: str
     videos: tuple[Video, ...]
     choice: FrameChoice
@@ -169,7 +169,7 @@ class ShardPlan:
     src: str  # the folder of the raw videos
     binary: str  # ffmpeg
     ffmpeg_version: str
-    retry: bool = False  # take what the finished shard holds from it, and try the rest again
+    retry: bool = False  # copy what the finished shard contains, and retry the rest
 
     @property
     def tar(self) -> str:
@@ -184,7 +184,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class SetPlan:
-    """All shards of a set, with what its manifest says of them."""
+    """All shards of a dataset, and what its manifest says about them."""
 
     name: str
     dataset: str
@@ -202,9 +202,9 @@ def plan_set(
     binary: str,
     ffmpeg_version: str,
 ) -> SetPlan:
-    """Cut a set into shards ``NAME-000.tar``, ``NAME-001.tar``, …
+    """Divide a dataset into shards ``NAME-000.tar``, ``NAME-001.tar``, …
 
-    Videos are ordered by the SHA-1 of their keys, so that each shard holds a mixture of classes and
+    Videos are ordered by the SHA-1 of their keys, so that each shard is a mixture of classes and
     the order depends on nothing else.
     """
     ordered = sorted(
@@ -214,7 +214,7 @@ def plan_set(
     digest = _digest(ordered, settings, ffmpeg_version)
     starts = range(0, len(ordered), config.videos_per_shard)
     digits = max(3, len(str(len(starts) - 1)))
-    # Absolute, for nodes of a cluster start elsewhere.
+    # Absolute, because the nodes of a cluster start in other folders.
     folder = config.out if "://" in config.out else os.path.abspath(config.out)
     shards = [
         ShardPlan(
@@ -247,7 +247,7 @@ def plan_set(
 def byte_settings(
     config: PrepareConfig, choice: FrameChoice, short_edge: int | None
 ) -> dict[str, Any]:
-    """The settings that change what is stored: no folders, no workers, no time limit."""
+    """Return the settings that change what is stored: not folders, workers or the time limit."""
     return {
         "dataset": config.dataset,
         "frames": choice.count,
@@ -262,10 +262,10 @@ def byte_settings(
 
 
 def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) -> str:
-    """What decides which bytes go where.
+    """Return the digest of what decides which bytes go where.
 
     Where a video was found and how large it is are not part of it: a broken file may be replaced
-    by a whole one, for ``--retry-failed``. The index of a shard has them for what it holds.
+    by a complete one, for ``--retry-failed``. A shard's index has them for its videos.
     """
     digest = hashlib.sha256(json.dumps([settings, ffmpeg_version]).encode())
     for video in videos:
@@ -275,7 +275,7 @@ def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) 
 
 
 def described(video: Video, dataset: str) -> dict[str, Any]:
-    """The fields of a :class:`shards.format.VideoRecord` that are known without decoding."""
+    """Return the fields of a :class:`shards.format.VideoRecord` that are known without decoding."""
     return {
         "key": video.key,
         "dataset": dataset,

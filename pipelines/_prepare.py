@@ -32,12 +32,12 @@ from shards.settings import usable_cpus
 from shards.storage import Storage, open_storage
 
 _SAMPLE = 24
-_START_SECONDS = 0.03  # ffmpeg's start and end
-_DECODE_SECONDS = 0.3e-3  # a frame, and
+_START_SECONDS = 0.03  # ffmpeg's start and exit
+_DECODE_SECONDS = 0.3e-3  # per frame, and
 _DECODE_SECONDS_A_PIXEL = 2.5e-9  # of the source
 _ENCODE_SECONDS_A_PIXEL = 2.5e-9  # of the stored frame
 _BYTES_A_PIXEL = 0.2  # of a JPEG of quality 90
-_COPY_SECONDS = 0.1e-3  # a frame that passes through
+_COPY_SECONDS = 0.1e-3  # per frame that is copied
 _PROBE_SECONDS = 10.0
 
 _SIZE = re.compile(rb"Video: .*?\b(\d{2,5})x(\d{2,5})\b")
@@ -54,7 +54,7 @@ class _Header:
 
 
 def forecast(plan: SetPlan, workers: int) -> Iterable[str]:
-    """Lines for people: videos, shards, and about how many bytes and how much time."""
+    """Yield lines for people: videos, shards, and about how many bytes and how much time."""
     shard = plan.shards[0]
     videos = len(plan.videos.videos)
     names = f"{shard.tar} to {plan.shards[-1].tar}" if len(plan.shards) > 1 else shard.tar
@@ -64,21 +64,21 @@ def forecast(plan: SetPlan, workers: int) -> Iterable[str]:
     )
     costs = [cost for video in _sample(plan) if (cost := _cost(video, shard))]
     if not costs:
-        yield f"{plan.name}: no header could be read, so neither bytes nor time are known"
+        yield f"{plan.name}: no header could be read, so size and time are unknown"
         return
     stored, size, seconds = (
         sum(column) / len(costs) * videos for column in zip(*costs, strict=True)
     )
     yield (
         f"{plan.name}: about {stored:.0f} frames, {size_text(size)} and "
-        f"{_time_text(seconds / workers)} with {workers} workers (from {len(costs)} of them)"
+        f"{_time_text(seconds / workers)} with {workers} workers (from {len(costs)} videos)"
     )
 
 
 def _frames_text(choice: FrameChoice) -> str:
     if choice.fps is not None:
-        return f"{choice.fps:g} frames a second"
-    return f"{choice.count} frames a video" if choice.count else "all frames"
+        return f"{choice.fps:g} frames per second"
+    return f"{choice.count} frames per video" if choice.count else "all frames"
 
 
 def _time_text(seconds: float) -> str:
@@ -94,14 +94,14 @@ def _sample(plan: SetPlan) -> list[Video]:
 
 
 def _probe(video: Video, binary: str) -> _Header | None:
-    """What the header says; None when it says too little."""
+    """Return what the header says; None if it says too little."""
     argv = [
         *(binary, "-nostdin", "-hide_banner", "-protocol_whitelist", "file"),
         *("-format_whitelist", ",".join(CONTAINERS)),
         *("-i", local_url(video.path)),
     ]
     with FfmpegStream(argv, _PROBE_SECONDS) as stream:
-        stream.wait()  # in an error: no output is named
+        stream.wait()  # fails: no output is given
         log = stream.read_log()
     size, rate, clock = (pattern.search(log) for pattern in (_SIZE, _RATE, _DURATION))
     if not (size and rate and clock):
@@ -112,7 +112,7 @@ def _probe(video: Video, binary: str) -> _Header | None:
 
 
 def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
-    """Stored frames, their bytes, and seconds of one core; None when the header says too little."""
+    """Return stored frames, their bytes, and seconds of one core; None if the header lacks them."""
     if video.frames is not None:
         frames = len(list((video.path / video.frames.images).glob("*.jp*g")))
         return frames, max(0, source_bytes(video)), frames * _COPY_SECONDS
@@ -135,7 +135,7 @@ def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
 def write_manifest(
     plan: SetPlan, infos: list[ShardInfo], excluded: int, ffmpeg_version: str, storage: Storage
 ) -> str:
-    """Write ``NAME.json``, the last of a set's files; returns where it is."""
+    """Write ``NAME.json``, the last of a dataset's files; return its path or address."""
     manifest = Manifest(
         name=plan.name,
         dataset=plan.dataset,
@@ -150,9 +150,9 @@ def write_manifest(
 
 
 def write_lists(plan: SetPlan, excluded: list[Exclusion], storage: Storage) -> None:
-    """``NAME.errors.csv``: the videos that are not in the set, where there are any.
+    """Write ``NAME.errors.csv``, the videos that are not in the dataset, if there are any.
 
-    And ``NAME.coverage.csv``, where official lists tell what should be there.
+    And ``NAME.coverage.csv``, if official lists say what should be there.
     """
     if plan.videos.coverage:
         storage.write_text(f"{plan.name}.coverage.csv", coverage_csv(plan.videos.coverage))
@@ -165,7 +165,7 @@ def write_lists(plan: SetPlan, excluded: list[Exclusion], storage: Storage) -> N
 
 
 def summary(plan: SetPlan, infos: list[ShardInfo], excluded: list[Exclusion]) -> Iterable[str]:
-    """Lines for people: what the set holds and what it does not."""
+    """Yield lines for people: what the dataset contains and what was excluded."""
     videos, frames, size = (
         sum(getattr(info, name) for info in infos) for name in ("videos", "frames", "bytes")
     )
@@ -182,7 +182,7 @@ def _kinds(excluded: Iterable[Exclusion]) -> dict[str, int]:
 
 
 class ShardLog:
-    """``NAME.log.jsonl``: a line for every shard built, with when, where and how long."""
+    """``NAME.log.jsonl``: one line per shard built, with when, where and how long."""
 
     def __init__(self, name: str, storage: Storage) -> None:
         self._file = f"{name}.log.jsonl"
@@ -191,7 +191,7 @@ class ShardLog:
         self._written = time.monotonic()
 
     def add(self, result: ShardResult) -> None:
-        """A shard has been built."""
+        """Log a shard that has been built."""
         info = result.info
         row = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -208,7 +208,7 @@ class ShardLog:
             self.close()
 
     def close(self) -> None:
-        """Write what has not been written yet."""
+        """Write pending lines."""
         if self._lines:
             self._storage.append(self._file, "".join(self._lines))
             self._lines.clear()
@@ -230,7 +230,7 @@ Engine = Callable[
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedSet:
-    """One finished set."""
+    """One finished dataset."""
 
     manifest: str  # its path or address
     shards: list[ShardInfo]
@@ -241,7 +241,7 @@ class PreparedSet:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:
-    """What a run made; empty after ``--dry-run``."""
+    """The results of a run; empty after ``--dry-run``."""
 
     sets: list[PreparedSet]
 
@@ -250,9 +250,9 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     """Make the shards of a dataset; finished ones of an earlier run with this plan are kept.
 
     Raises:
-        InputError: something the user gave cannot be used, or no video at all could be read.
-        TooManyExcluded: all is written, but more than ``max_failures`` percent failed.
-        Stopped: Ctrl-C or SIGTERM; the same command goes on.
+        InputError: invalid input, or no video at all could be read.
+        TooManyExcluded: everything is written, but more than ``max_failures`` percent failed.
+        Stopped: Ctrl-C or SIGTERM; the same command resumes.
     """
     validate(config)
     config = replace(config, out=config.out or default_folder())
@@ -265,7 +265,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         if not videos.videos:
             first = videos.excluded[0].source if videos.excluded else videos.name
             raise InputError(
-                f"no video fits the annotations, for example {first}", config.src, "see the layout"
+                f"no video matches the annotations, for example {first}", config.src, "check --src"
             )
     plans = [
         plan_set(
@@ -288,7 +288,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     with ExitStack() as locks:
         for plan in plans:
             locks.enter_context(storage.writer_lock(plan.name))
-        # Refuses before anything is decoded.
+        # Shards of another plan are refused before anything is decoded.
         finished = [_finished_shards(plan, storage) for plan in plans]
         sets = [
             _prepare_set(plan, done, config, storage, ffmpeg_version(binary))
@@ -300,13 +300,13 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             f"{failed} of {videos} videos ({failed * 100 / videos:.1f} %) could not be stored, "
             f"more than --max-failures {config.max_failures:g}",
             config.out,
-            "the sets are written; see *.errors.csv",
+            "the shards are written; see *.errors.csv",
         )
     return PrepareReport(sets=sets)
 
 
 def _require_whole(config: PrepareConfig, dataset: Adapter) -> None:
-    """Raises InputError where options would thin or shrink what has to stay as it is."""
+    """Raises InputError where options would thin out or shrink what has to stay as it is."""
     for name in ("frames", "fps", "short_edge"):
         if dataset.stored_whole is not None and getattr(config, name) is not None:
             raise InputError(dataset.stored_whole, f"--{name.replace('_', '-')}", "leave it out")
@@ -340,14 +340,12 @@ def _prepare_set(
 ) -> PreparedSet:
     todo = _todo(plan, results, config.retry_failed)
     total = len(plan.videos.videos)
-    # Of a shard that is tried again only its failures are counted as work.
+    # Of a shard that is retried, only its failures count as work.
     again = sum(len(results[shard.name].exclusions) for shard in todo if shard.retry)
     before = total - again - sum(len(shard.videos) for shard in todo if not shard.retry)
     if results:
-        retried = f", {again} failures of them are tried again" if again else ""
-        _say(
-            [f"{plan.name}: {len(results)} of {len(plan.shards)} shards are there already{retried}"]
-        )
+        retried = f", {again} failed videos are retried" if again else ""
+        _say([f"{plan.name}: {len(results)} of {len(plan.shards)} shards already exist{retried}"])
     done = Tally()
     log = ShardLog(plan.name, storage)
 
@@ -371,7 +369,7 @@ def _prepare_set(
         finished = len(results)
         raise Stopped(
             f"stopped: {finished} of {len(plan.shards)} shards of {plan.name} are finished; "
-            "run the same command again to go on",
+            "run the same command again to resume",
         ) from None
     finally:
         log.close()
@@ -410,7 +408,7 @@ def _rates(name: str, done: Tally, seconds: float) -> str:
 
 
 def workers(config: PrepareConfig) -> int:
-    """Videos decoded at once on this machine."""
+    """Return how many videos are decoded at once on this machine."""
     return config.workers if config.workers is not None else usable_cpus()
 
 
@@ -424,7 +422,7 @@ def _finish_set(
     write_lists(plan, excluded, storage)
     _say([*_found(plan), *summary(plan, infos, excluded)])
     if not any(info.videos for info in infos):
-        # They hold nothing, and would only stand in the way of the next try.
+        # Empty shards would only be in the way of the next try.
         for shard in plan.shards:
             storage.delete(shard.index)
             storage.delete(shard.tar)
@@ -445,7 +443,7 @@ def _finish_set(
 
 
 def _require_there(plan: SetPlan, results: list[ShardResult], storage: Storage) -> None:
-    """What other machines have built must be seen from here before it is listed as finished."""
+    """Check that shards built on other machines are visible here before listing them."""
     for wait_seconds in (*_WAITS_SECONDS, None):
         sizes = storage.sizes()
         absent = [
@@ -458,7 +456,7 @@ def _require_there(plan: SetPlan, results: list[ShardResult], storage: Storage) 
         if wait_seconds is not None:
             time.sleep(wait_seconds)
     raise InputError(
-        f"{len(absent)} finished shards are not there, for example {absent[0].info.file}, which "
+        f"{len(absent)} finished shards were not found, for example {absent[0].info.file}, which "
         f"was built on {absent[0].host or 'this machine'}",
         storage.url,
         "with --engine ray, give a folder that all nodes share, or an address such as s3://…",

@@ -41,9 +41,9 @@ class _Entry:
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set a split: ``activitynet``, ``activitynet-val``, ``activitynet-test``.
+    """Find one dataset per split: ``activitynet``, ``activitynet-val``, ``activitynet-test``.
 
-    A video's label is that of its annotations, the most seconds winning; labels count the sorted
+    A video's label is the one with the most annotated seconds; labels are numbered by the sorted
     names that occur. Test videos have none.
 
     Raises:
@@ -108,18 +108,18 @@ def discover(config: PrepareConfig) -> Discovery:
 
 
 def _id_of(stem: str, entries: dict[str, _Entry]) -> str | None:
-    """``v_<id>`` or ``<id>``; an id may itself begin with ``v_``."""
+    """Return the id in ``v_<id>`` or ``<id>``; an id may itself begin with ``v_``."""
     return next((name for name in (stem, stem.removeprefix("v_")) if name in entries), None)
 
 
 def _annotation_file(config: PrepareConfig) -> Path:
-    """``--annotations``, or the file of the nearest folder: its content tells it, or its name."""
+    """Return ``--annotations``, or the nearest folder's file, found by its content or its name."""
     if config.annotations is not None and Path(config.annotations).is_file():
         return Path(config.annotations)
     folder = find_annotation_folder(
         config, lambda folder: bool(_candidates(folder)), "activity_net.v1-3.min.json"
     )
-    # Version 1.2 has half of the classes, and captions come under names much alike.
+    # Version 1.2 has half of the classes, and files of captions have similar names.
     return min(
         _candidates(folder),
         key=lambda path: (not _holds_database(path), not _VERSION.search(path.name), path.name),
@@ -130,7 +130,7 @@ def _candidates(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.[jJ][sS][oO][nN]"))
     if named := [path for path in files if _FILE.fullmatch(path.name)]:
         return named
-    # A folder of many JSON files holds something else of its videos.
+    # A folder of many JSON files is something else.
     few = files if len(files) <= _MOST_FILES else []
     return [path for path in few if _holds_database(path)]
 
@@ -166,7 +166,7 @@ def _entry(key: str, row: dict[str, Any], path: Path) -> _Entry:
 
 
 def _label(annotations: Iterable[dict[str, Any]]) -> str | None:
-    """The label with the most annotated seconds; of equal ones the first by name."""
+    """Return the label with the most annotated seconds; ties go to the first by name."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in annotations:
         start, end = row["segment"]
@@ -174,5 +174,5 @@ def _label(annotations: Iterable[dict[str, Any]]) -> str | None:
     return min(seconds, key=lambda label: (-seconds[label], label)) if seconds else None
 
 
-# As the paper's features: 50 frames of an untrimmed video.
+# As for the paper's features: 50 frames per untrimmed video.
 ADAPTER = Adapter(discover=discover, default_frames=50)

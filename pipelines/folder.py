@@ -18,14 +18,14 @@ from shards.errors import InputError
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set named after the folder, or ``--name``.
+    """Find one dataset, named after the folder or ``--name``.
 
     Raises:
-        InputError: no folder, no videos, or a split is asked for.
+        InputError: no folder, no videos, or a split is requested.
     """
     if config.split is not None:
         raise InputError(
-            "a plain folder has no splits", "--split", "prepare each split's folder by itself"
+            "a plain folder has no splits", "--split", "prepare each split's folder separately"
         )
     src = source_folder(config)
     found = find_videos(src)
@@ -49,9 +49,9 @@ def discover(config: PrepareConfig) -> Discovery:
 
 
 def slug(text: str) -> str:
-    """``text`` as the name of a set: lower case, words joined by ``-``."""
+    """Return ``text`` as a dataset name: lower case, words joined by ``-``."""
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-") or "videos"
 
 
-# As for Kinetics: what a plain folder is mostly for is pre-training.
+# As for Kinetics: a plain folder is mostly used for pre-training.
 ADAPTER = Adapter(discover=discover, default_frames=30)

@@ -30,7 +30,7 @@ _DEEPEST = 4  # src/full_data/train_data/GOT-10k_Train_split_01/GOT-10k_Train_00
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set a split: ``got10k``, ``got10k-val``, ``got10k-test``.
+    """Find one dataset per split: ``got10k``, ``got10k-val``, ``got10k-test``.
 
     Raises:
         InputError: no sequences, or an unknown split.
@@ -79,7 +79,7 @@ def discover(config: PrepareConfig) -> Discovery:
                 label_names=[],
                 excluded=missing_rows(set(names) - set(here)) + doubles.get(split, []),
                 coverage=coverage_rows((split, "", entry in here) for entry in names),
-                notes=[f"{name}: {unlisted} sequences are not in list.txt; stored all the same"]
+                notes=[f"{name}: {unlisted} sequences are not in list.txt; stored anyway"]
                 if unlisted
                 else [],
             )
@@ -90,11 +90,11 @@ def discover(config: PrepareConfig) -> Discovery:
 
 
 def _split_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders with a ``list.txt`` or with sequences in them; sequences are not looked into."""
+    """Yield folders with a ``list.txt`` or with sequences; sequences are not searched."""
     inner = subfolders(folder)
     if (folder / "list.txt").is_file() or any(_SEQUENCE.fullmatch(path.name) for path in inner):
         yield folder
-        # Parts of the training set may lie in folders of their own beside a list.
+        # Parts of the training set may be in folders of their own next to a list.
         inner = [path for path in inner if not _is_sequence(path)]
     if depth > 0:
         for path in inner:
@@ -113,11 +113,11 @@ def _sequences(folder: Path, names: list[str]) -> list[Path]:
 
 
 def _split_of(name: str, folder: Path) -> str:
-    """From a sequence's name, or else from the folder's."""
+    """Return the split from a sequence's name, or else from the folder's."""
     if found := _SEQUENCE.fullmatch(name):
         return found[1].lower()
     return next((split for split in ("test", "val") if split in folder.name.lower()), "train")
 
 
-# Tracking needs neighbouring frames, and their bytes as they were annotated.
+# Tracking needs neighbouring frames, unchanged since annotation.
 ADAPTER = Adapter(discover=discover, default_frames=None, default_short_edge=None)

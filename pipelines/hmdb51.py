@@ -1,4 +1,4 @@
-"""HMDB51: ``<class>/<file>.avi`` with ``testTrainMulti_7030_splits`` beside the classes."""
+"""HMDB51: ``<class>/<file>.avi`` with ``testTrainMulti_7030_splits`` next to the classes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _PARTS = {"0": "unused", "1": "train", "2": "test"}
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set of all videos; ``splits`` is like ``{"1": "train", "2": "unused", "3": "test"}``.
+    """Find one dataset; ``splits`` is like ``{"1": "train", "2": "unused", "3": "test"}``.
 
-    Labels count the sorted class names of the split files, which are the folders' names.
+    Labels are numbered by the sorted class names of the split files, which name the folders.
 
     Raises:
         InputError: no videos, no split files, or some that cannot be read.
@@ -50,7 +50,7 @@ def discover(config: PrepareConfig) -> Discovery:
         label_name = next((name for name in reversed(folders) if name in index), None)
         member = (label_name or "", path.name)
         if label_name is None or member not in listed:
-            message = "is in no folder of a class" if label_name is None else "is in no split file"
+            message = "is not in a class folder" if label_name is None else "is not in a split file"
             excluded.append(Exclusion(source=source, kind="not-in-annotations", message=message))
         elif member in videos:
             message = f"the same video as {videos[member].source}"
@@ -87,12 +87,12 @@ def _holds_lists(folder: Path) -> bool:
 
 
 def _read_splits(lists: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """(class, file name) → its part in each split."""
+    """Return (class, file name) → its part in each split."""
     listed: dict[tuple[str, str], dict[str, str]] = {}
     for path in sorted(lists.iterdir()):
         if found := _LIST.fullmatch(path.name):
             for line in read_lines(path):
-                # File names may hold spaces; the code is the last word.
+                # File names may contain spaces; the code is the last word.
                 file, _, code = line.rpartition(" ")
                 if code not in _PARTS or not file.strip():
                     raise InputError(f"cannot read the line {line!r}", path, "expected 'x.avi 1'")
@@ -100,5 +100,5 @@ def _read_splits(lists: Path) -> dict[tuple[str, str], dict[str, str]]:
     return listed
 
 
-# Testing a fine-tuned network takes clips of 16 consecutive frames (authors' code): keep all.
+# Testing a fine-tuned backbone takes clips of 16 consecutive frames (authors' code): keep all.
 ADAPTER = Adapter(discover=discover, default_frames=None)

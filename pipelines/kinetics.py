@@ -51,7 +51,7 @@ class Clip(NamedTuple):
 
     @property
     def file_stem(self) -> str:
-        """The name its file has where it was fetched the usual way."""
+        """The usual name of its file, without the suffix."""
         if self.start is None or self.end is None:
             return self.youtube_id
         return f"{self.youtube_id}_{self.start:06d}_{self.end:06d}"
@@ -66,16 +66,16 @@ class Annotations:
 
 
 def clip_of_file(stem: str) -> tuple[str, int | None, int | None]:
-    """Id and seconds from ``<id>_%06d_%06d`` or ``<id>``; ids hold ``_`` and begin with ``-``."""
+    """Parse ``<id>_%06d_%06d`` or ``<id>``; ids may contain ``_`` and begin with ``-``."""
     if found := _CLIP.fullmatch(stem):
         return found[1], int(found[2]), int(found[3])
     return stem, None, None
 
 
 def find_annotations(config: PrepareConfig, files: list[tuple[str, Path]]) -> Annotations:
-    """The rows of ``--annotations``, or of the CSVs among ``files``, by split.
+    """Return the rows of ``--annotations``, or of the CSVs among ``files``, by split.
 
-    Where there are several files for a split, the one nearest to the top is read.
+    If there are several files for a split, the one nearest to the top is read.
 
     Raises:
         InputError: there is none, or one cannot be read.
@@ -97,7 +97,7 @@ def find_annotations(config: PrepareConfig, files: list[tuple[str, Path]]) -> An
         split = split_of_file(path)
         assert split is not None
         if split in chosen:
-            notes.append(f"{source} is not read: {chosen[split][0]} comes first")
+            notes.append(f"{source} is ignored: {chosen[split][0]} comes first")
         else:
             chosen[split] = (source, path)
     if not chosen:
@@ -111,7 +111,7 @@ def find_annotations(config: PrepareConfig, files: list[tuple[str, Path]]) -> An
 
 
 def split_of_file(path: Path) -> str | None:
-    """The split a file's name tells, or None."""
+    """Return the split in a file's name, or None."""
     found = _FILE.fullmatch(path.name)
     return split_named(found[1]) if found else None
 
@@ -125,7 +125,7 @@ def _by_split(paths: list[Path]) -> dict[str, list[Clip]]:
 
 
 def _read(path: Path) -> list[tuple[str, Clip]]:
-    """(split, clip) of every row; columns are found by the header, as files differ in them."""
+    """Return (split, clip) of every row; columns are found by the header, because files differ."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
     header = [name.strip() for name in rows.fieldnames or ()]
     if "youtube_id" not in header:
@@ -155,8 +155,8 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
 def _readable(rows: csv.DictReader[str], path: Path) -> Iterator[dict[str, str | None]]:
     try:
         yield from rows
-    except csv.Error as error:  # a stray quote that swallows the rest of the file, say
-        raise InputError(f"line {rows.line_num} is no CSV ({error})", path) from error
+    except csv.Error as error:  # for example, a stray quote that swallows the rest
+        raise InputError(f"line {rows.line_num} is not CSV ({error})", path) from error
 
 
 def _seconds(text: str | None) -> int | None:
@@ -170,9 +170,10 @@ _VERSIONS = {400: "k400", 600: "k600", 700: "k700"}
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set a split: ``k400``, ``k400-val``, ``k400-test``; ``kinetics`` for other sizes.
+    """Find one dataset per split: ``k400``, ``k400-val``, ``k400-test``, or ``kinetics``, ….
 
-    Labels count the sorted label names of all the annotation files found.
+    ``kinetics`` is used for other numbers of labels. Labels are numbered by the sorted names in all
+    annotation files found.
 
     Raises:
         InputError: no videos, no annotations, or an unknown split.
@@ -228,14 +229,14 @@ def discover(config: PrepareConfig) -> Discovery:
             src,
             "files are named <youtube id>_<start>_<end>.mp4; see --annotations",
         )
-    # Files no annotation knows belong to no split; they are told of once.
+    # Files in no annotation belong to no split; they are reported once.
     sets[0] = replace(sets[0], excluded=sets[0].excluded + matches.unknown)
     return Discovery(sets=sets, notes=notes)
 
 
 @dataclass
 class _Matches:
-    """Which file is which annotated clip."""
+    """Assigns files to annotated clips."""
 
     clips: dict[str, list[Clip]]
     videos: dict[str, dict[Clip, Video]] = field(default_factory=lambda: defaultdict(dict))
@@ -275,7 +276,7 @@ class _Matches:
         youtube_id, start, end = clip_of_file(posixpath.splitext(posixpath.basename(source))[0])
         rows = self._by_id.get(youtube_id, [])
         exact = [row for row in rows if (row[1].start, row[1].end) == (start, end)]
-        # A video trimmed by other hands may have other seconds, or none in its name.
+        # A video trimmed by others may have other seconds, or none, in its name.
         rows = exact or rows
         if len(rows) > 1:
             here = source.lower()
@@ -284,15 +285,15 @@ class _Matches:
 
 
 def _rank(video: Video, clip: Clip) -> tuple[bool, bool]:
-    """Of files of one clip the highest is stored.
+    """Rank the files of one clip; the highest is stored.
 
-    CVDF's replacements stand for corrupted files of the same name; a file with the clip's own
-    seconds comes before one of the same video with others.
+    CVDF's replacements rank above the corrupted files of the same name; a file with the clip's own
+    seconds ranks above one of the same video with others.
     """
     *folders, name = video.source.split("/")
     replacement = any(folder.startswith("replacement") for folder in folders)
     return replacement, posixpath.splitext(name)[0] == clip.file_stem
 
 
-# As the authors' stored frames: 30 a video, for pre-training and for features alike.
+# As in the authors' stored frames: 30 per video, for pre-training and for features.
 ADAPTER = Adapter(discover=discover, default_frames=30)

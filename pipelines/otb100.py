@@ -27,7 +27,7 @@ _GROUND_TRUTH = re.compile(r"groundtruth_rect(?:\.(\d+))?\.txt")
 _PLAIN = "groundtruth_rect.txt"
 _DEEPEST = 3
 _MOST_NAMED = 10
-# First and last frame of the sequences of which only a part is annotated, counted from 1.
+# First and last annotated frame, from 1, of the sequences that are annotated only in part.
 _RANGES = {
     "david": (300, 770),
     "blurcar1": (247, 988),
@@ -55,12 +55,12 @@ TARGETS = (
 )
 # fmt: on
 _OFFICIAL = {target.lower(): target for target in TARGETS}
-_OFFICIAL["human4"] = "Human4.2"  # in copies that left the empty file out
+_OFFICIAL["human4"] = "Human4.2"  # in copies without the empty file
 _PART = re.compile(r"(.+)[-_.](\d)")
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set of all targets there are: ``Jogging`` has two, ``Jogging-1`` and ``Jogging-2``.
+    """Find one dataset of all targets: ``Jogging`` has two, ``Jogging-1`` and ``Jogging-2``.
 
     Raises:
         InputError: no sequences.
@@ -95,7 +95,7 @@ def discover(config: PrepareConfig) -> Discovery:
         )
     name = config.name or "otb100"
     others = [video.source for video in found.values() if not video.splits]
-    notes = [f"{name}: not of OTB-100, stored without a split: {other}" for other in others]
+    notes = [f"{name}: not in OTB-100, stored without a split: {other}" for other in others]
     return Discovery(
         sets=[
             VideoSet(
@@ -103,7 +103,7 @@ def discover(config: PrepareConfig) -> Discovery:
                 videos=keyed(list(found.values())),
                 label_names=[],
                 excluded=doubles,
-                # Whoever has some of the sequences knows it: the others are not failures.
+                # A partial copy is deliberate: missing sequences are not failures.
                 coverage=coverage_rows(
                     ("OTB-100", target, target.lower() in found) for target in TARGETS
                 ),
@@ -122,7 +122,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _targets(folder: Path) -> list[tuple[str, str]]:
-    """(target, ground truth file) of a sequence; the numbered files are of several targets."""
+    """Return (target, ground truth file) of a sequence; numbered files are of several targets."""
     files = sorted(
         path.name
         for path in folder.glob("groundtruth_rect*.txt")
@@ -139,11 +139,11 @@ def _is_blank(path: Path) -> bool:
     try:
         return not path.read_bytes().strip()
     except OSError:
-        return False  # told of when it is stored
+        return False  # reported when it is stored
 
 
 def _target(folder: str, part: str | None) -> str:
-    """The official name, however the folder spells it; some copies have one a target: Jogging-1."""
+    """Return the official name for any spelling; a folder may be one target, as Jogging-1."""
     if (found := _PART.fullmatch(folder)) and (
         name := _OFFICIAL.get(f"{found[1]}.{part or found[2]}".lower())
     ):
@@ -152,7 +152,7 @@ def _target(folder: str, part: str | None) -> str:
     return _OFFICIAL.get(name.lower(), name)
 
 
-# Tracking needs every frame, and its bytes as they were annotated.
+# Tracking needs every frame, unchanged since annotation.
 ADAPTER = Adapter(
     discover=discover,
     default_frames=None,

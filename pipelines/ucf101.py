@@ -1,4 +1,4 @@
-"""UCF101: ``UCF-101/<Class>/v_<Class>_gNN_cNN.avi`` with ``ucfTrainTestlist`` beside it."""
+"""UCF101: ``UCF-101/<Class>/v_<Class>_gNN_cNN.avi`` with ``ucfTrainTestlist`` next to it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LIST = re.compile(r"(train|test)list0*([1-9])\.txt", re.I)
 
 
 def discover(config: PrepareConfig) -> Discovery:
-    """One set of all videos; ``splits`` is like ``{"1": "train", "2": "test", "3": "train"}``.
+    """Find one dataset; ``splits`` is like ``{"1": "train", "2": "test", "3": "train"}``.
 
-    The class is the folder (HandstandPushups holds files named HandStandPushups), and its label
-    is the number of ``classInd.txt`` minus one.
+    The class is the folder (HandstandPushups contains files named HandStandPushups), and its label
+    is its number in ``classInd.txt`` minus one.
 
     Raises:
         InputError: no videos, no lists, or lists that cannot be read.
@@ -40,7 +40,7 @@ def discover(config: PrepareConfig) -> Discovery:
     lists = find_annotation_folder(config, _holds_lists, "ucfTrainTestlist/classInd.txt")
     label_names = _read_classes(lists / "classInd.txt")
     listed = _read_splits(lists)
-    # Lists and folders do not agree on the case of HandStandPushups everywhere.
+    # Lists and folders may differ in the case of HandStandPushups.
     index = {name.lower(): number for number, name in enumerate(label_names) if name}
     videos: dict[str, Video] = {}
     excluded: list[Exclusion] = []
@@ -51,7 +51,7 @@ def discover(config: PrepareConfig) -> Discovery:
                 Exclusion(
                     source=source,
                     kind="not-in-annotations",
-                    message="is in no folder of a class of classInd.txt",
+                    message="is not in a class folder of classInd.txt",
                 )
             )
             continue
@@ -72,7 +72,7 @@ def discover(config: PrepareConfig) -> Discovery:
     name = config.name or "ucf101"
     notes = []
     if unlisted := sum(not video.splits for video in videos.values()):
-        notes.append(f"{name}: {unlisted} videos are in no list; stored without a split")
+        notes.append(f"{name}: {unlisted} videos are not in any list; stored without a split")
     return Discovery(
         sets=[
             VideoSet(
@@ -96,13 +96,13 @@ def _holds_lists(folder: Path) -> bool:
 
 
 def _class_folder(source: str, src: Path, index: dict[str, int]) -> str | None:
-    """The nearest folder named after a class; ``--src`` itself may be one."""
+    """Return the nearest folder named after a class; ``--src`` itself may be one."""
     folders = [src.resolve().name, *source.split("/")[:-1]]
     return next((name.lower() for name in reversed(folders) if name.lower() in index), None)
 
 
 def _read_classes(path: Path) -> list[str]:
-    """The names in index order; numbers the file leaves out are empty names."""
+    """Return the names in index order; numbers missing from the file are empty names."""
     classes: dict[int, str] = {}
     for line in read_lines(path):
         number, *name = line.split()
@@ -115,12 +115,12 @@ def _read_classes(path: Path) -> list[str]:
 
 
 def _read_splits(lists: Path) -> dict[str, tuple[str, dict[str, str]]]:
-    """``class/file`` in lower case → (as written, its part in each split)."""
+    """Return ``class/file`` in lower case → (as written, its part in each split)."""
     listed: dict[str, tuple[str, dict[str, str]]] = {}
     for path in sorted(lists.iterdir()):
         if found := _LIST.fullmatch(path.name):
             for line in read_lines(path):
-                # Train lists have the class number behind the path; paths have no spaces.
+                # Train lists have the class number after the path; paths have no spaces.
                 member = line.split()[0]
                 _, splits = listed.setdefault(member.lower(), (member, {}))
                 splits[found[2]] = found[1].lower()
@@ -129,5 +129,5 @@ def _read_splits(lists: Path) -> dict[str, tuple[str, dict[str, str]]]:
     return listed
 
 
-# Testing a fine-tuned network takes clips of 16 consecutive frames (authors' code): keep all.
+# Testing a fine-tuned backbone takes clips of 16 consecutive frames (authors' code): keep all.
 ADAPTER = Adapter(discover=discover, default_frames=None)

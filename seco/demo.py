@@ -32,12 +32,12 @@ Command = Callable[[list[str]], int]
 
 SECO, UNTRAINED, UNTRAINED_RESNET18 = "SeCo", "untrained", "untrained-ResNet-18"
 _MOST_QUERIES = 8  # on the page of nearest videos
-_RENDERED_SEED = 1  # the settings below were chosen on the set of seed 0
+_RENDERED_SEED = 1  # the settings below were chosen on the videos of seed 0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the demo is; what was tried is in ``benchmarks/results/learning.md``."""
+    """Size and settings of the demo; ``benchmarks/results/learning.md`` lists what was tried."""
 
     steps: int
     clips_per_class: int
@@ -56,19 +56,19 @@ class Scale:
 
 
 FULL = Scale(steps=1300, clips_per_class=36)
-OWN = replace(FULL, min_crop_area=0.1)  # of real videos: benchmarks/results/learning.md
+OWN = replace(FULL, min_crop_area=0.1)  # for real videos: benchmarks/results/learning.md
 QUICK = Scale(steps=12, clips_per_class=4, batch=8, frames=4, votes=1)
 
 
 def demo(config: DemoConfig, command: Command) -> str:
-    """Run the chain; returns the closing table.
+    """Run all steps; returns the closing table.
 
     Args:
         config: settings.
         command: runs one ``seco`` command line in this process and returns its exit code.
 
     Raises:
-        InputError: a step failed; its own line says why.
+        InputError: a step failed, and has reported why.
     """
     return _Demo(config, command).run()
 
@@ -79,7 +79,7 @@ class _Demo:
         self.command = command
         self.scale = QUICK if config.quick else FULL if config.src is None else OWN
         self.steps = config.steps or self.scale.steps
-        # Each set has a folder of its own, so that one demo never shows another's figures.
+        # Each dataset has its own folder, so that one demo never shows another's results.
         self.out = Path(config.out) / _folder_name(config)
         self.began = time.monotonic()
 
@@ -107,7 +107,7 @@ class _Demo:
         )
 
     def _shards(self) -> str:
-        """Render or take the videos, and prepare them; the manifest's path."""
+        """Render the videos if none are given, and prepare them; returns the manifest's path."""
         dataset, source = self.config.dataset, self.config.src
         if source is None:
             dataset, source = "ucf101", str(self.out / "raw")
@@ -121,13 +121,13 @@ class _Demo:
         )
         manifests = sorted((self.out / "shards").glob("*.json"))
         if not manifests:
-            raise InputError("holds no prepared set", self.out / "shards")
-        # A data set of several parts, such as Kinetics, is shown by its largest.
+            raise InputError("holds no prepared dataset", self.out / "shards")
+        # Of a dataset in several parts, such as Kinetics, use the largest.
         sizes = {p: sum(shard.videos for shard in read_manifest(p).shards) for p in manifests}
         return str(max(manifests, key=sizes.__getitem__))
 
     def _pretrain(self, shards: str, videos: ShardSet, split: str | None) -> Path:
-        """On the training videos alone where there are others, so that the tests stay unseen."""
+        """Pre-train; if there is a split, on its training videos only, so the rest stay unseen."""
         scale = self.scale
         count = len(videos) if split is None else videos.splits[split].count("train")
         batch = max(2, min(scale.batch, count // 2) // 2 * 2)
@@ -151,7 +151,7 @@ class _Demo:
         return run
 
     def _compare(self, shards: str, run: Path, split: str | None) -> str:
-        """The table of the pre-trained network beside two that are not."""
+        """Compare the pre-trained network with two untrained ones; returns the table."""
         scale, seed = self.scale, self.config.seed
         encoders = {
             SECO: str(run),
@@ -172,7 +172,7 @@ class _Demo:
         return shown.getvalue().rstrip()
 
     def _nearest_page(self, videos: ShardSet, split: str | None) -> Path:
-        """The nearest videos of the first test video of each class."""
+        """Write the page with the nearest videos of the first test video of each class."""
         keys: dict[int, str] = {}
         for number, (key, label) in enumerate(zip(videos.keys, videos.labels, strict=True)):
             if split is None or videos.splits[split][number] == "test":
@@ -184,16 +184,16 @@ class _Demo:
         return page
 
     def _conclusion(self, split: str | None) -> str:
-        """What was shown, in words."""
+        """The result in words."""
         if self.config.quick:
-            return "(--quick: a few steps on a few clips; these figures mean nothing)"
+            return "(--quick: a few steps on a few clips; these numbers mean nothing)"
         found = json.loads((self.out / "compare" / "compare.json").read_text("utf-8"))
         measures = {measure["key"]: measure for measure in found["measures"]}
-        key, does = "svm@100", "a linear SVM recognises"
+        key, does = "svm@100", "accuracy of a linear SVM"
         if key not in measures:
             key, does = "same_video", "the other half of a video is found for"
         if key not in measures:
-            return "These videos are too few or too short to show anything."
+            return "There are too few videos, or they are too short, to show anything."
         values = {name: percent(one["value"]) for name, one in measures[key]["values"].items()}
         verdicts = {
             difference["verdict"]
@@ -203,23 +203,23 @@ class _Demo:
         }
         unseen = " and without the test videos" if split is not None else ""
         figures = (
-            f"{does} {values[SECO]} % of them, untrained {values[UNTRAINED]} %, by an untrained "
-            f"ResNet-18 {values[UNTRAINED_RESNET18]} %"
+            f"{does} {values[SECO]} % with it, {values[UNTRAINED]} % with the untrained network, "
+            f"{values[UNTRAINED_RESNET18]} % with an untrained ResNet-18"
         )
         if verdicts == {BETTER}:
-            said = f"pre-trained without labels{unseen}, the network sees more in these videos"
+            said = f"pre-training without labels{unseen} improved the features of these videos"
         elif WORSE in verdicts:
-            said = "pre-training did not pay on these videos"
+            said = "pre-training did not improve the features of these videos"
         else:
-            said = "whether pre-training pays on these videos cannot be told"
-        return f"What this shows: {said}: {figures}."
+            said = "the results do not show whether pre-training helps on these videos"
+        return f"Conclusion: {said}: {figures}."
 
     def _step(self, *arguments: str) -> None:
         line = f"\n[{self._clock()}] $ seco {shlex.join(arguments)}"
         print(line, file=sys.stderr, flush=True)
         code = self.command(list(arguments))
         if code == EXIT_STOPPED:
-            raise Stopped("the demo stopped; run the same command again and it goes on from there")
+            raise Stopped("the demo stopped; run the same command again to resume")
         if code == 3:
             raise TooManyExcluded("too many videos could not be used", self.config.src)
         if code:
@@ -231,7 +231,7 @@ class _Demo:
 
 
 def _folder_name(config: DemoConfig) -> str:
-    """``rendered``, or data set and folder; folders of the same name are told apart by a digest."""
+    """``rendered``, or the dataset and a digest of the source folder's path."""
     quick = "-quick" if config.quick else ""
     if config.src is None:
         return f"rendered{quick}"
@@ -240,7 +240,7 @@ def _folder_name(config: DemoConfig) -> str:
 
 
 def _split(videos: ShardSet) -> str | None:
-    """The first split with labelled training videos of two classes and test videos."""
+    """Return the first split with labelled test videos and training videos of two classes."""
     for name, values in videos.splits.items():
         labels = {
             value: {label for of, label in zip(values, videos.labels, strict=True) if of == value}

@@ -47,7 +47,7 @@ class Found(NamedTuple):
     state: str  # OK, MISSING, BROKEN or NOT_USED
     version: str | None = None
     detail: str = ""
-    fix: str | None = None  # where the usual advice does not fit what was found
+    fix: str | None = None  # replaces the usual advice
 
 
 class Installed(NamedTuple):
@@ -61,10 +61,10 @@ class Installed(NamedTuple):
 
 @functools.cache
 def _installed() -> list[Installed]:
-    """All of them, first on the path first."""
+    """All installed distributions, in path order."""
     found = []
     for one in metadata.distributions():
-        # What an interrupted pip leaves behind has no name.
+        # Leftovers of an interrupted pip have no name.
         with contextlib.suppress(Exception):
             name = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()
             packages = (one.read_text("top_level.txt") or "").split()
@@ -75,20 +75,20 @@ def _installed() -> list[Installed]:
 
 
 def owners_of(package: str) -> list[Installed]:
-    """The distributions that provide the import name, first on the path first."""
+    """Distributions that provide the import name, in path order."""
     return [one for one in _installed() if package in one.packages]
 
 
 def names_of(package: str) -> str:
-    """Their names, to be shown."""
+    """Names of the distributions that provide ``package``, for display."""
     return " and ".join(sorted({one.name for one in owners_of(package)})) or package
 
 
 def files_at_fault(package: str, owners: list[Installed]) -> Found | None:
-    """A package that is missing, incomplete, or a mixture of several distributions."""
+    """Report a package that is missing, incomplete, or a mixture of several distributions."""
     spec = importlib.util.find_spec(package)
     origin = os.path.realpath(os.path.dirname(os.path.dirname(spec.origin or ""))) if spec else ""
-    if owners and owners[0].folder == origin:  # those later on the path do no harm
+    if owners and owners[0].folder == origin:  # distributions later on the path do no harm
         owners = [one for one in owners if one.folder == origin]
     versions = {one.name: one.version for one in owners}
     if len(versions) > 1:
@@ -101,18 +101,18 @@ def files_at_fault(package: str, owners: list[Installed]) -> Found | None:
         )
     if spec is not None and spec.origin is not None:
         return None
-    if not owners:  # a folder of that name may be there; it is not a package
+    if not owners:  # there may be a folder of that name, but it is not a package
         return Found(MISSING)
-    return Found(BROKEN, owners[0].version, "installed, but its files have gone", repair(owners))
+    return Found(BROKEN, owners[0].version, "installed, but its files are missing", repair(owners))
 
 
 def repair(owners: list[Installed]) -> str | None:
-    """How to get the files of a distribution again."""
+    """Command that restores the files of a distribution."""
     return f"pip install --force-reinstall --no-deps {owners[0].name}" if owners else None
 
 
 def too_old(owners: list[Installed]) -> Found | None:
-    """Whether the toolkit's own requirements ask for a newer version."""
+    """Report a version older than the toolkit requires."""
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from a checkout
@@ -134,7 +134,7 @@ def _numbers(version: str) -> list[int]:
 
 _TINY_PX = 16
 _TORCH_PAGE = "https://pytorch.org/get-started/locally"
-# The rest of what setup.py requires and this toolkit imports, by import name.
+# Import names of the other requirements in setup.py that this toolkit imports.
 OTHER_PACKAGES = (
     *("numpy", "fsspec", "webdataset", "matplotlib", "jinja2", "rich", "braceexpand", "tenacity"),
     *("tomli_w", *(("tomli",) if sys.version_info < (3, 11) else ())),
@@ -142,18 +142,18 @@ OTHER_PACKAGES = (
 
 
 class Check(NamedTuple):
-    """How a part is checked."""
+    """How to check a part."""
 
     run: Callable[[], Found]
-    owns: str | None = None  # the import name; MISSING if no distribution provides it
-    needs: tuple[str, ...] = ()  # other parts, without which there is nothing to check
+    owns: str | None = None  # import name; MISSING if no distribution provides it
+    needs: tuple[str, ...] = ()  # parts without which there is nothing to check
 
 
 def _torch() -> Found:
     import numpy as np
     import torch
 
-    # Fails where torch was built for another numpy.
+    # Fails if torch was built for another NumPy.
     torch.from_numpy(np.ones(2, np.float32)).sum().item()
     simd = torch.backends.cpu.get_cpu_capability()
     return Found(OK, torch.__version__, f"{_build()}; CPU kernels for {simd}")
@@ -172,7 +172,7 @@ def _torchvision() -> Found:
     import torchvision
     from torchvision.ops import nms
 
-    # Its compiled part is registered with the torch that it was built for, or not at all.
+    # The compiled part is registered only with the torch it was built for.
     nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
     return Found(OK, torchvision.__version__, f"fits torch {torch.__version__}")
 
@@ -204,7 +204,7 @@ def _gpu() -> Found:
 def _gpu_in_words(number: int) -> str:
     import torch
 
-    try:  # fails where this torch has no code for the GPU, or another process has it to itself
+    try:  # fails if this torch has no kernels for the GPU, or another process uses it exclusively
         (torch.ones(2, device=f"cuda:{number}") + 1).sum().item()
     except RuntimeError as error:
         first = str(error).partition("\n")[0]
@@ -215,7 +215,7 @@ def _gpu_in_words(number: int) -> str:
 
 
 def _nvidia_driver() -> tuple[str | None, str | None]:
-    """Version of NVIDIA's driver and of the newest CUDA that it supports; None if not known."""
+    """Versions of NVIDIA's driver and of the newest CUDA it supports; None if unknown."""
     import ctypes
 
     try:
@@ -253,7 +253,7 @@ def _simplejpeg() -> Found:
 
     gray = np.zeros((_TINY_PX, _TINY_PX, 1), np.uint8)
     simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(gray, colorspace="GRAY"), "GRAY")
-    # It does not say what it was linked with, but libjpeg-turbo leaves its name in the binary.
+    # It does not report its library, but libjpeg-turbo leaves its name in the binary.
     binary = Path(simplejpeg._jpeg.__file__).read_bytes()
     linked = re.search(rb"libjpeg-turbo version ([\d.]+)", binary)
     library = linked[1].decode() if linked else "of unknown version"
@@ -264,7 +264,7 @@ def _pillow() -> Found:
     import PIL
     from PIL import Image, features
 
-    # The compiled part; it refuses to work for the Python files of another version.
+    # Uses the compiled part, which refuses to work with Python files of another version.
     Image.new("RGB", (_TINY_PX, _TINY_PX)).resize((2, 2), Image.Resampling.BILINEAR)
     turbo = features.version("libjpeg_turbo")
     library = f"libjpeg-turbo {turbo}" if turbo else "without libjpeg-turbo"
@@ -293,7 +293,7 @@ def _faiss() -> Found:
 def _faiss_gpu() -> Found:
     import faiss
 
-    # As seco/evaluation/nearest.py asks.
+    # The same test as in seco/evaluation/nearest.py.
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if gpus:
         return Found(OK, faiss.__version__, f"uses {gpus} GPUs")
@@ -325,7 +325,7 @@ def _tensorboard() -> Found:
     return Found(OK, metadata.version("tensorboard"))
 
 
-# What a check needs comes before it.
+# A check comes after those it needs.
 CHECKS: dict[str, Check] = {
     "torch": Check(_torch, "torch"),
     "torchvision": Check(_torchvision, "torchvision", ("torch",)),
@@ -350,7 +350,7 @@ CHECKS: dict[str, Check] = {
 
 
 def blocked(name: str, found: Mapping[str, Found]) -> Found | None:
-    """The result of a check that cannot be run because another part does not work."""
+    """Return the result of a check that cannot run because another part does not work."""
     for need in CHECKS[name].needs:
         if need in found and found[need].state != OK:
             return Found(NOT_USED, detail=f"needs {'a GPU' if need == 'GPU' else need}")
@@ -358,7 +358,7 @@ def blocked(name: str, found: Mapping[str, Found]) -> Found | None:
 
 
 def run_check(check: Check) -> Found:
-    """Run it; whatever the library raises is one line."""
+    """Run a check; any exception of the library becomes one line."""
     owners = owners_of(check.owns) if check.owns else []
     version = owners[0].version if owners else None
     try:
@@ -367,7 +367,7 @@ def run_check(check: Check) -> Found:
         found = check.run()
         return too_old(owners) or found
     except ModuleNotFoundError as error:
-        fix = f"pip install {owners[0].name}" if owners else None  # and all that it requires
+        fix = f"pip install {owners[0].name}" if owners else None  # also installs requirements
         return Found(BROKEN, version, one_line(f"needs {error.name}, which is not installed"), fix)
     except (Exception, SystemExit) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
@@ -375,7 +375,7 @@ def run_check(check: Check) -> Found:
 
 
 def _repair(check: Check) -> str | None:
-    if check.owns in (None, "torch", "torchvision"):  # these two come together
+    if check.owns in (None, "torch", "torchvision"):  # these two are reinstalled as a pair
         return None
     return repair(owners_of(check.owns))
 
@@ -388,14 +388,14 @@ def one_line(text: str) -> str:
 def main(names: Sequence[str], limit_seconds: float) -> NoReturn:
     """Run checks and end the process.
 
-    Writes JSON lines to standard output: when a check begins its name and how to get rid of a
-    crash, and when it ends its name and :class:`Found`. Standard error has to be a file; when the
-    process ends early it holds what the last library wrote, or "Timeout" of one that took longer
-    than ``limit_seconds``.
+    Writes JSON lines to standard output: when a check begins, its name and how to fix a crash; when
+    it ends, its name and :class:`Found`. Standard error has to be a file; if the process ends
+    early, it contains what the last library wrote, or "Timeout" if it took longer than
+    ``limit_seconds``.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is not an answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep the libraries' output out of the answers
     found: dict[str, Found] = {}
     for name in names:
         os.ftruncate(2, 0)
@@ -406,16 +406,16 @@ def main(names: Sequence[str], limit_seconds: float) -> NoReturn:
         found[name] = blocked(name, found) or run_check(CHECKS[name])
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps({"name": name, "found": found[name]}), file=answers, flush=True)
-    os._exit(0)  # without the libraries' own clearing up, which may crash
+    os._exit(0)  # skip the libraries' cleanup, which may crash
 
 
 class Known(NamedTuple):
-    """What is known of a part without looking."""
+    """Facts about a part that do not depend on the machine."""
 
     cost: str  # of not having it
     fix: str
     serves: tuple[str, ...] = ()  # what does not work without it
-    core: bool = False  # every user needs it
+    core: bool = False  # whether every user needs it
 
 
 _PREPARE, _TRAIN = "prepare", "pretrain, finetune, extract-features, probe, track"
@@ -429,7 +429,7 @@ def _extra(name: str) -> str:
     return f'pip install "{DISTRIBUTION}[{name}]"'
 
 
-# In the order in which they are shown.
+# In display order.
 KNOWN: dict[str, Known] = {
     "Python": Known("nothing works", "install Python 3.10 or newer", _ALL_COMMANDS, core=True),
     "CPUs": Known("", ""),
@@ -441,7 +441,7 @@ KNOWN: dict[str, Known] = {
     ),
     "open files": Known("datasets of many shards may fail: too many open files", "ulimit -n 65536"),
     "file locks": Known(
-        "--cache-dir fails in this folder; two `seco prepare` here do not notice each other",
+        "--cache-dir fails in this folder; two `seco prepare` here are not kept apart",
         "give --cache-dir and --out a folder on a local disk",
     ),
     "ffmpeg": Known(
@@ -500,13 +500,13 @@ KNOWN: dict[str, Known] = {
         ("retrieve on GPUs",),
     ),
     "C compiler": Known(
-        "training and its views are not compiled, and slower on a GPU; --compile has no effect",
-        "install compilers of C and C++ and Python's headers (Debian: apt-get install g++ "
+        "training and its views are not compiled, so slower on a GPU; --compile has no effect",
+        "install C and C++ compilers and Python's headers (Debian: apt-get install g++ "
         "python3-dev), or name compilers with CC and CXX",
         (_COMPILE,),
     ),
     "Triton": Known(
-        "training and its views are not compiled, and slower",
+        "training and its views are not compiled, so slower",
         f"{_TORCH_PAIR} triton",
         (_COMPILE,),
     ),
@@ -524,17 +524,17 @@ _COMPILER_SECONDS = 180.0
 
 
 def _python() -> Found:
-    where = "in a virtual environment" if sys.prefix != sys.base_prefix else "of the whole system"
+    where = "in a virtual environment" if sys.prefix != sys.base_prefix else "system-wide"
     system = f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}"
     return Found(OK, platform.python_version(), f"{where}; {system.strip()}")
 
 
 def _cpus() -> Found:
     usable, all_of_them = usable_cpus(), os.cpu_count()
-    detail = f"{usable} of {all_of_them} can be used"
+    detail = f"{usable} of {all_of_them} usable"
     quota = _first_line("/sys/fs/cgroup/cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
-        detail += f"; the container may use the time of {int(quota[0]) / int(quota[1]):g}"
+        detail += f"; the container is limited to the time of {int(quota[0]) / int(quota[1]):g}"
     return Found(OK, detail=detail)
 
 
@@ -542,7 +542,7 @@ def _memory() -> Found:
     detail = size_text(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limit = _first_line("/sys/fs/cgroup/memory.max")
     if limit.isdigit():
-        detail += f"; the container may use {size_text(int(limit))}"
+        detail += f"; the container is limited to {size_text(int(limit))}"
     return Found(OK, detail=detail)
 
 
@@ -582,7 +582,7 @@ def _file_locks() -> Found:
 
 
 def _compiler() -> Found:
-    # As Triton and torch's inductor look for them.
+    # Searched for as Triton and torch's inductor do.
     c = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not c or not cxx:
@@ -617,9 +617,8 @@ MACHINE: dict[str, Callable[[], Found]] = {
 }
 
 
-LIMIT_SECONDS = 180.0  # of one library: torch from a slow network disk takes a minute
-# Takes no module from the current folder, and this package from where it is, whatever else is
-# on the path.
+LIMIT_SECONDS = 180.0  # per library: importing torch from a slow network disk takes a minute
+# Imports no module from the current folder, and this very package, whatever else is on the path.
 _CHILD = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]
@@ -633,7 +632,7 @@ _WIDTHS = (15, 9)  # of the first columns of the table
 
 
 class FfmpegFacts(Protocol):
-    """What is known of the ffmpeg in use."""
+    """Facts about the ffmpeg in use."""
 
     @property
     def binary(self) -> str: ...
@@ -649,7 +648,7 @@ class FfmpegFacts(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One row. ``cost`` and ``fix`` are None where nothing is missing."""
+    """One row of the report. ``cost`` and ``fix`` are None if nothing is missing."""
 
     name: str
     state: str  # "ok", "missing", "broken" or "not used"
@@ -661,24 +660,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Examination:
-    """What ``seco doctor`` found."""
+    """The results of ``seco doctor``."""
 
     parts: tuple[Part, ...]
 
     @property
     def faults(self) -> list[Part]:
-        """The parts of the core that are missing or broken."""
+        """Core parts that are missing or broken."""
         return [
             one for one in self.parts if KNOWN[one.name].core and one.state in (MISSING, BROKEN)
         ]
 
     def to_json(self) -> str:
-        """One object."""
+        """Format as one JSON object."""
         parts = [dataclasses.asdict(one) for one in self.parts]
         return json.dumps({"ok": not self.faults, "parts": parts}, indent=1)
 
     def table(self) -> str:
-        """Plain text."""
+        """Format as a plain-text table."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -709,17 +708,17 @@ class Examination:
         return f"{text} Not ready: {'; '.join(lacking)}." if lacking else text
 
     def require_core(self) -> None:
-        """Raises InputError where a part of the core is missing or broken."""
+        """Raise InputError if a core part is missing or broken."""
         if self.faults:
             named = ", ".join(f"{one.name} ({one.state})" for one in self.faults)
             raise InputError(f"cannot work without {named}", fix="the report says how to get it")
 
 
 def examine(ffmpeg: Callable[[], FfmpegFacts]) -> Examination:
-    """Look for everything in ``KNOWN``. Takes as long as importing all libraries once.
+    """Check everything in ``KNOWN``. Takes as long as importing all libraries once.
 
     Args:
-        ffmpeg: finds the ffmpeg in use; raises InputError if it cannot be used.
+        ffmpeg: returns facts about the ffmpeg in use; raises InputError if it cannot be used.
     """
     found = {name: _tried(look) for name, look in MACHINE.items()}
     found |= _ffmpeg(ffmpeg)
@@ -743,7 +742,7 @@ def _part(name: str, found: Found) -> Part:
 def _tried(look: Callable[[], Found]) -> Found:
     try:
         return look()
-    except Exception as error:  # one part that cannot be looked at hides no other
+    except Exception as error:  # a check that fails must not hide the others
         return Found(BROKEN, detail=_in_words(error))
 
 
@@ -752,11 +751,11 @@ def _in_words(error: Exception) -> str:
 
 
 def check_libraries(names: Sequence[str], limit_seconds: float = LIMIT_SECONDS) -> dict[str, Found]:
-    """Import and try libraries in a process of its own; after a crash another one does the rest.
+    """Import and try libraries in a subprocess; after a crash, a new one continues.
 
     Args:
         names: keys of ``CHECKS``.
-        limit_seconds: after which a library counts as broken.
+        limit_seconds: time after which a library counts as broken.
     """
     found: dict[str, Found] = {}
     left = list(names)
@@ -771,9 +770,9 @@ def check_libraries(names: Sequence[str], limit_seconds: float = LIMIT_SECONDS) 
 
 
 def _check_until_crash(names: Sequence[str], limit_seconds: float) -> dict[str, Found]:
-    """The results of one process; the one at which it ended is BROKEN."""
+    """Return the results of one subprocess; the check at which it ended early is BROKEN."""
     script = [sys.executable, "-c", _CHILD, seco.__file__, str(limit_seconds), *names]
-    # Files, not pipes, which a process that a library has left behind could hold open.
+    # Files, not pipes, which a process left behind by a library could hold open.
     with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as errors:
         done = subprocess.run(
             script, stdin=subprocess.DEVNULL, stdout=answers, stderr=errors, check=False
@@ -806,7 +805,7 @@ def _ffmpeg(look: Callable[[], FfmpegFacts]) -> dict[str, Found]:
     except InputError as error:
         state, place = (BROKEN, f"{error.where}: ") if error.where else (MISSING, "")
         found = Found(state, None, f"{place}{error.what}", error.fix)
-    except Exception as error:  # of a broken imageio-ffmpeg
+    except Exception as error:  # from a broken imageio-ffmpeg
         found = Found(BROKEN, detail=_in_words(error))
     else:
         found = Found(OK, facts.version, f"from {facts.source}: {facts.binary}")

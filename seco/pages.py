@@ -22,7 +22,7 @@ from shards.dataset import ShardSet
 from shards.sampling import evenly_spaced
 from shards.storage import UnreadableFrame
 
-INK = "#010203"  # drawn in this colour, a line or word takes the page's text colour
+INK = "#010203"  # placeholder that becomes the page's text colour
 SERIES = ("#2f7ed8", "#d1701f", "#2f9e68", "#9a63c9")  # 3:1 or more on white and on near-black
 CHART_INCHES = (4.4, 2.5)
 
@@ -38,12 +38,12 @@ _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 def new_chart(
     height_inches: float = CHART_INCHES[1], width_inches: float = CHART_INCHES[0]
 ) -> Figure:
-    """An empty figure of the size that :func:`figure_svg` is meant for."""
+    """Create an empty figure of the right size for :func:`figure_svg`."""
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
 
 
 def style_axes(axes: Axes) -> None:
-    """Thin axes in the page's text colour, for light and dark alike."""
+    """Style thin axes in the page's text colour, for light and dark pages."""
     axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, length=2.5)
@@ -55,16 +55,16 @@ def style_axes(axes: Axes) -> None:
 
 
 def figure_svg(figure: Figure, label: str, salt: str) -> Markup:
-    """The figure as an ``<svg>`` element without a fixed size or background.
+    """Render a figure as an ``<svg>`` element without a fixed size or background.
 
     The same figure gives the same bytes.
 
     Args:
-        label: what a screen reader says.
-        salt: differs between the charts of a page. Ids are hashes of it, and a chart whose ids
-            repeat those of one in a closed ``<details>`` would lose its clip paths with it.
+        label: text for screen readers.
+        salt: unique among the charts of a page. Ids are hashes of it; a chart that shares ids with
+            one in a closed ``<details>`` would lose its clip paths.
     """
-    # Text as text, not as outlines: smaller, selectable, in the page's font and colour.
+    # Text instead of outlines: smaller, selectable, in the page's font and colour.
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -76,7 +76,7 @@ def figure_svg(figure: Figure, label: str, salt: str) -> Markup:
 
 
 def data_uri(data: bytes, media_type: str) -> str:
-    """``data:`` URI of a picture's bytes."""
+    """Encode a picture's bytes as a ``data:`` URI."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -86,7 +86,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def render_markdown(template: str, **values: Any) -> str:
-    """Fill a template of ``templates/``; no value can be more than text."""
+    """Fill a template of ``templates/``; every value is escaped to plain text."""
     environment = _environment(autoescape=False, finalize=_markdown_text)
     return environment.get_template(template).render(**values)
 
@@ -105,7 +105,7 @@ def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environmen
 
 
 def _shown(value: Any) -> Any:
-    # A name on disk may hold bytes that are no text at all.
+    # File names may contain bytes that are not text.
     return value if isinstance(value, Markup) else printable(value)
 
 
@@ -118,19 +118,19 @@ _JPEG_QUALITY = 78
 _UNDECODABLE = (
     OSError,
     ValueError,
-    SyntaxError,  # Pillow's for a broken PNG
+    SyntaxError,  # raised by Pillow for a broken PNG
     struct.error,
     Image.DecompressionBombError,
 )
-# (key, how many) -> JPEG bytes in time order, fewer or none if there are no more.
+# (key, count) -> JPEG bytes in time order; fewer or none if there are not enough.
 FramesOf = Callable[[str, int], list[bytes]]
 
 
 def small_picture(data: bytes, box_px: tuple[int, int]) -> Image.Image | None:
-    """The picture in RGB at most as large as the box (width, height), its aspect kept."""
+    """Decode a picture to RGB, scaled to fit the box (width, height); None if it is broken."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as stored:
-            stored.draft("RGB", box_px)  # libjpeg decodes at a fraction of the size
+            stored.draft("RGB", box_px)  # libjpeg decodes at reduced size
             picture: Image.Image = stored.convert("RGB")
     except _UNDECODABLE:
         return None
@@ -139,7 +139,7 @@ def small_picture(data: bytes, box_px: tuple[int, int]) -> Image.Image | None:
 
 
 def thumbnail(data: bytes, box_px: tuple[int, int] = THUMBNAIL_PX) -> str | None:
-    """The small picture as a data URI: encoded anew, so nothing of the file itself gets through."""
+    """Re-encode a small picture as a data URI, so that nothing else of the file gets through."""
     picture = small_picture(data, box_px)
     if picture is None:
         return None
@@ -149,7 +149,7 @@ def thumbnail(data: bytes, box_px: tuple[int, int] = THUMBNAIL_PX) -> str | None
 
 
 def frames_of(shards: ShardSet) -> FramesOf:
-    """Evenly spaced stored frames of a video; those that cannot be read are left out."""
+    """Return a reader of evenly spaced stored frames; it leaves out unreadable ones."""
 
     def read(key: str, count: int) -> list[bytes]:
         video = shards.find(key)

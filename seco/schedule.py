@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-_WARMUP_DIVISOR = 100  # authors' code: the warm-up starts from lr / 100
+_WARMUP_DIVISOR = 100  # authors' code: warm-up starts from lr / 100
 
 
 def learning_rate(
@@ -18,7 +18,7 @@ def learning_rate(
     steps_per_epoch: int,
     warmup_divisor: float = _WARMUP_DIVISOR,
 ) -> float:
-    """The rate of a step (from 0): linear warm-up, then a cosine to ``final_lr``, per step.
+    """Learning rate of a step (from 0): linear warm-up, then a cosine to ``final_lr``, per step.
 
     Paper §5.2 (``warmup_epochs`` 0, ``final_lr`` 0) and the authors' code (5 and 1e-6).
     """
@@ -34,10 +34,10 @@ def learning_rate(
 def step_decay(
     step: int, *, base_lr: float, decay_epochs: Iterable[int], steps_per_epoch: int
 ) -> float:
-    """The rate of a step (from 0) of fine-tuning: ``base_lr``, a tenth after each decay epoch.
+    """Learning rate of a fine-tuning step (from 0): ``base_lr``, times 0.1 after each decay epoch.
 
-    The authors' schedule counts one epoch more (its warm-up of -1 epochs is added to each), so
-    that theirs falls after 51 and 101 of 150 epochs where their settings say 50 and 100.
+    The authors' schedule decays one epoch later (it adds its warm-up of -1 epochs to each): after
+    51 and 101 of 150 epochs where their settings say 50 and 100.
     """
     passed = sum(step >= epoch * steps_per_epoch for epoch in decay_epochs)
     return base_lr / float(10**passed)

@@ -23,11 +23,11 @@ _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name; rename it to ``path`` when the block ends without an exception.
 
-    It is ``path`` with eight random digits and ``.part``: where two processes make the same file
-    (one of them taken for dead, on a cluster), each writes its own.
+    The name is ``path`` plus eight random digits and ``.part``, so that two processes that make the
+    same file (on a cluster, if one was presumed dead) do not share it.
 
     The file is synced before the rename and its folder after it, so that a power cut leaves the
-    old file or the new one. After any exception the temporary file is gone.
+    old file or the new one. The temporary file is removed after any exception.
 
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
@@ -44,18 +44,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        # Only faults of the place itself are the user's to mend; others keep their type.
+        # Only faults of the location are for the user to fix; other errors keep their type.
         if error.errno in _DISK_FAULTS or str(error.filename) == str(temporary):
             raise unwritable(path, error) from error
         raise
     finally:
-        # When the parent is unwritable or not a folder, nothing of ours can be lying there.
+        # If the parent is unwritable or not a folder, there is nothing to remove.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def default_folder() -> str:
-    """Where shards go when nothing is said: ``shards``, or ``data/shards`` where that is code."""
+    """Return the default output: ``shards``, or ``data/shards`` where ``shards`` is code."""
     return "data/shards" if _is_code(Path("shards")) else "shards"
 
 
@@ -64,18 +64,18 @@ def _is_code(folder: Path) -> bool:
 
 
 def require_writable(folder: Path) -> None:
-    """Make ``folder`` if need be, and find out now rather than after hours of work.
+    """Create ``folder`` if needed, and check now rather than after hours of work.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     if _is_code(folder):
         raise InputError(
-            "is a folder of Python code", folder, "choose another, or start from your data folder"
+            "is a folder of Python code", folder, "choose another, or run this in your data folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Without a name where the file system can: a kill here leaves nothing.
+        # Unnamed where the file system allows it, so that a kill here leaves nothing.
         with tempfile.TemporaryFile(dir=folder, prefix=".seco-"):
             pass
     except OSError as error:
@@ -83,7 +83,7 @@ def require_writable(folder: Path) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
-    """What is told of a file or folder that cannot be written."""
+    """Return the error for a file or folder that cannot be written."""
     return InputError(
         f"cannot be written ({error.strerror or error})",
         path,
@@ -100,9 +100,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8, newlines as given) atomically; a file that holds it is left alone.
+    """Write ``text`` (UTF-8, newlines as given) atomically, unless the file already holds it.
 
-    So that a second run which finds everything done writes nothing.
+    A second run that finds everything done therefore writes nothing.
     """
     content = text.encode("utf-8")
     with suppress(OSError):
@@ -118,12 +118,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """``value`` as indented JSON, as all files of this toolkit have it."""
+    """Return ``value`` as indented JSON, in the style of all files of this toolkit."""
     return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
 
 
 class _LineFeeds:
-    """Ends rows with a line feed alone."""
+    """Ends rows with a line feed only."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -134,13 +134,13 @@ class _LineFeeds:
 
 def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
     """Write rows to a file opened with ``newline=""``; None becomes an empty field."""
-    # The csv module quotes a carriage return in a field only where it is part of a line's end;
-    # unquoted it would split the row in two for whoever reads it.
+    # The csv module quotes a carriage return in a field only if it is part of the line terminator;
+    # unquoted, it would split the row in two for readers.
     csv.writer(_LineFeeds(file), lineterminator="\r\n").writerows(rows)
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    """The same as one text."""
+    """Return what :func:`write_csv` writes, as one string."""
     text = io.StringIO(newline="")
     write_csv(text, rows)
     return text.getvalue()

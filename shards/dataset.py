@@ -43,14 +43,14 @@ PIPE = "pipe:"  # WebDataset's: what follows is a command whose output is a tar
 
 
 def expand_spec(spec: str | Iterable[str]) -> list[str]:
-    """The addresses of the tars a specification names, in its order, without repeats.
+    """Return the addresses of the tars a specification names, in its order, without repeats.
 
     Accepts ``k400-{000..999}.tar``, the same with ``<000..999>`` (which shells leave alone),
-    globs, a manifest (``NAME.json``: all its shards), a folder (every tar in it), or a list of
-    these, also separated by commas. All of them may be addresses fsspec knows (``s3://…``; a folder
-    then ends with a slash); ``pipe:COMMAND`` stands for itself, braces expanded.
+    globs, a manifest (``NAME.json``: all its shards), a folder (every tar in it), or several of
+    these, as a list or separated by commas. Any of them may be an fsspec address (``s3://…``; a
+    folder then ends with a slash). ``pipe:COMMAND`` stands for itself, with braces expanded.
 
-    Local addresses are paths; that the remote ones exist is not checked here.
+    Local addresses are paths. Whether remote shards exist is not checked here.
 
     Raises:
         InputError: nothing matches, or a named local file does not exist.
@@ -71,10 +71,10 @@ def expand_spec(spec: str | Iterable[str]) -> list[str]:
 
 
 def local_tars(spec: str | Iterable[str]) -> list[Path]:
-    """As :func:`expand_spec`, for what works on files of this machine alone.
+    """Return the paths that :func:`expand_spec` names, for code that needs local files.
 
     Raises:
-        InputError: also for remote shards.
+        InputError: as for :func:`expand_spec`, or a shard is remote.
     """
     addresses = expand_spec(spec)
     for address in addresses:
@@ -131,7 +131,7 @@ def _existing(paths: list[Path], part: str) -> list[Path]:
         raise InputError(
             f"{len(missing)} of its {len(paths)} shards are missing, first {missing[0].name}",
             part,
-            "copy them beside the manifest or prepare them again",
+            "copy them next to the manifest or prepare them again",
         )
     return _some(paths, part)
 
@@ -142,7 +142,7 @@ def _remote(url: str) -> list[str]:
         try:
             manifest = read_remote_manifest(url)
         except FileNotFoundError as error:
-            raise InputError("is not there", url, "is the address right?") from error
+            raise InputError("not found", url, "check the address") from error
         return _some([f"{folder}/{row.file}" for row in manifest.shards], url)
     if url.endswith("/"):
         url += "*.tar"
@@ -153,13 +153,13 @@ def _remote(url: str) -> list[str]:
 
 
 def _has_magic(url: str) -> bool:
-    """In a web address a question mark begins the query."""
+    """Whether the address is a glob; in a web address, ``?`` begins the query."""
     web = url.startswith(("http://", "https://"))
     return any(sign in url for sign in "*[") if web else glob.has_magic(url)
 
 
 def beside(tar: str, ending: str) -> str:
-    """The address of the file beside a tar that has another ending."""
+    """Return the address of the file next to a tar that has another suffix."""
     path, mark, query = tar.partition("?") if is_remote(tar) else (tar, "", "")
     return path.removesuffix(".tar") + ending + mark + query
 
@@ -176,11 +176,11 @@ def _remote_glob(pattern: str) -> list[str]:
 
 
 def read_remote_manifest(url: str) -> Manifest:
-    """``NAME.json`` behind fsspec.
+    """Read ``NAME.json`` through fsspec.
 
     Raises:
-        FileNotFoundError: there is none.
-        InputError: it cannot be read, or is no manifest of this version.
+        FileNotFoundError: it does not exist.
+        InputError: it cannot be read, or is not a manifest of this version.
     """
     (content,) = fetch_parts([(url, None, None)])
     if isinstance(content, FileNotFoundError):
@@ -191,13 +191,13 @@ def read_remote_manifest(url: str) -> Manifest:
 class ShardSet:
     """The videos of several shards, numbered 0 … V-1 in the order of the shards.
 
-    May be pickled to other processes and used after a fork.
+    Can be pickled to other processes and used after a fork.
 
     Args:
-        addresses: (S,) of the tars.
-        indexes: (S,) theirs.
+        addresses: (S,) addresses of the tars.
+        indexes: (S,) their indexes.
         label_names: in index order, or empty.
-        access: the way to the tars' bytes.
+        access: reads the tars' bytes.
     """
 
     def __init__(
@@ -221,11 +221,11 @@ class ShardSet:
 
     @cached_property
     def keys(self) -> list[str]:
-        """(V,) the videos' keys; :meth:`key` gives one without making them all."""
+        """(V,) keys of the videos; :meth:`key` returns one without building all."""
         return [key for index in self.indexes for key in index.keys]
 
     def key(self, video: int) -> str:
-        """The key of one video."""
+        """Return the key of one video."""
         shard, row = self._locate(video)
         return self.indexes[shard].key(row)
 
@@ -234,7 +234,7 @@ class ShardSet:
         return {key: number for number, key in enumerate(self.keys)}
 
     def find(self, key: str) -> int:
-        """The number of the video with this key.
+        """Return the number of the video with this key.
 
         Raises:
             InputError: there is none.
@@ -251,38 +251,38 @@ class ShardSet:
 
     @cached_property
     def frame_counts(self) -> NDArray[np.int64]:
-        """(V,) stored frames a video."""
+        """(V,) stored frames per video."""
         return np.concatenate([index.frame_counts for index in self.indexes])
 
     @cached_property
     def splits(self) -> dict[str, list[str | None]]:
-        """For each split name, (V,) its values ("train", "test", …), None where there is none."""
+        """(V,) values by split name ("train", "test", …), None where a video has none."""
         rows = [row for index in self.indexes for row in index.splits]
         names = sorted({name for row in rows for name in row})
         return {name: [row.get(name) for row in rows] for name in names}
 
     @property
     def total_bytes(self) -> int:
-        """The size of all tars together."""
+        """Total size of the tars in bytes."""
         return sum(index.info.bytes for index in self.indexes)
 
     @property
     def name(self) -> str:
-        """The first set's name: that of its tars without their numbers."""
+        """Name of the first dataset: its tars' name without the number."""
         return set_name(self.addresses[0])
 
     def shard_of(self, video: int) -> str:
-        """The address of the tar that holds the video."""
+        """Return the address of the tar that contains the video."""
         return self.addresses[self._locate(video)[0]]
 
     def frame_count(self, video: int) -> int:
-        """How many frames are stored of this video."""
+        """Return the number of stored frames of this video."""
         shard, row = self._locate(video)
         first = self.indexes[shard].first_frame
         return int(first[row + 1]) - int(first[row])
 
     def read_frames(self, wanted: Sequence[tuple[int, int]]) -> list[bytes | UnreadableFrame]:
-        """The JPEG bytes of (video, frame) pairs; in their place why they cannot be had.
+        """Return the JPEG bytes of each (video, frame) pair, or why they cannot be read.
 
         Raises:
             IndexError: a video has no such frame.
@@ -296,7 +296,7 @@ class ShardSet:
             ranges.append(ByteRange(self.addresses[shard], at.offset, at.size))
         found = self.access.read(ranges)
         for number, (data, at) in enumerate(zip(found, places, strict=True)):
-            # libjpeg decodes most single flipped bits without a word.
+            # libjpeg decodes most single flipped bits without an error.
             if isinstance(data, bytes) and zlib.crc32(data) != at.crc:
                 found[number] = UnreadableFrame(
                     f"{ranges[number].address}: the bytes at {at.offset} have changed"
@@ -304,7 +304,7 @@ class ShardSet:
         return found
 
     def read_frame(self, video: int, frame: int) -> bytes:
-        """The JPEG bytes of one stored frame, counted from 0 in time order.
+        """Return the JPEG bytes of one stored frame; frames count from 0 in time order.
 
         Raises:
             UnreadableFrame: the shard no longer holds them.
@@ -314,7 +314,7 @@ class ShardSet:
         return readable(data)
 
     def record(self, video: int) -> VideoRecord:
-        """``KEY.json`` of the video; in a foreign tar, a record with the key alone.
+        """Return the video's ``KEY.json``; in a foreign tar, a record with only the key.
 
         Raises:
             UnreadableFrame: the shard no longer holds it, or it is damaged.
@@ -325,13 +325,13 @@ class ShardSet:
         return found
 
     def records(self, videos: Sequence[int]) -> list[VideoRecord | UnreadableFrame]:
-        """``KEY.json`` of each, read at once; in its place why it cannot be had."""
+        """Return the ``KEY.json`` of each video, or why it cannot be read; all are read at once."""
         places = [self._record_at(video) for video in videos]
         read = iter(self.access.read([at for _, at in places if at.size]))
         return [_record(key, at, next(read) if at.size else b"") for key, at in places]
 
     def _record_at(self, video: int) -> tuple[str, ByteRange]:
-        """A video's key, and where its record is; of no bytes in a foreign tar."""
+        """Return a video's key and the range of its record, which is empty in a foreign tar."""
         shard, row = self._locate(video)
         index = self.indexes[shard]
         offset, size = int(index.record_offset[row]), int(index.record_size[row])
@@ -339,7 +339,7 @@ class ShardSet:
 
     def _locate(self, video: int) -> tuple[int, int]:
         if not 0 <= video < len(self):
-            raise IndexError(f"no video {video} in a set of {len(self)}")
+            raise IndexError(f"no video {video} in a dataset of {len(self)}")
         shard = bisect.bisect_right(self._ends, video)
         return shard, video - (self._ends[shard - 1] if shard else 0)
 
@@ -358,13 +358,13 @@ def _record(
 
 
 def set_name(address: str) -> str:
-    """The name of the set a tar belongs to: its own without its number."""
+    """Return the name of the dataset a tar belongs to: its own without the number."""
     stem = PurePosixPath(address).stem
     return stem.rpartition("-")[0] or stem
 
 
 def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
-    """Keys stand for videos, so each may occur once.
+    """Check that each key occurs only once, because keys identify videos.
 
     Raises:
         InputError: some videos occur twice.
@@ -374,4 +374,4 @@ def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
         seen.update(index.keys)
     repeated = len(shards) - len(seen)
     if repeated:
-        raise InputError(f"{repeated} videos occur twice", spec, "name each set once")
+        raise InputError(f"{repeated} videos occur twice", spec, "list each dataset once")

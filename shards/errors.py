@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-# DESIGN §12.
+# Exit codes of all commands.
 EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED = 1, 2, 3, 75
-EXIT_PEER_LOST = 4  # of one process of many, to its launcher alone; users see EXIT_FAILED
+EXIT_PEER_LOST = 4  # from a rank to its launcher only; users see EXIT_FAILED
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; shown as one line, never as a traceback.
+    """Invalid user input; shown as one line, never as a traceback.
 
     Args:
         what: what is wrong, in the user's words.
-        where: the file, folder or option it is wrong in.
+        where: the file, folder or option concerned.
         fix: what to do about it.
     """
 
@@ -30,8 +30,8 @@ class TooManyExcluded(InputError):
 
 
 class PeerLost(Exception):
-    """Another process of the same run has ended; it has said why."""
+    """Another rank of the same run has ended and has reported why."""
 
 
 class Stopped(Exception):
-    """A signal or Ctrl-C ended the run with everything saved; says how to go on."""
+    """A signal or Ctrl-C ended the run with everything saved; the message says how to resume."""

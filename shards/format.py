@@ -23,11 +23,12 @@ _NOT_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRecord:
-    """``KEY.json``: everything known of one stored video but its pictures.
+    """``KEY.json``: everything known about one stored video except its pictures.
 
     ``frame_times`` are the presentation times in seconds of the stored frames; ``boxes`` are
-    ``[x, y, w, h]`` in px of the stored frames, one a frame (tracking sets only). They are as the
-    data sets have them: the first pixel is 1, not 0. GOT-10k's test sequences have the first alone.
+    ``[x, y, w, h]`` in px of the stored frames, one per frame (tracking datasets only). They are
+    unchanged from the dataset: the first pixel is 1, not 0. GOT-10k's test sequences have only the
+    first box.
     """
 
     key: str
@@ -40,15 +41,15 @@ class VideoRecord:
     height: int = 0
     frame_times: list[float] = field(default_factory=list)
     source_fps: float | None = None
-    source_frames: int | None = None  # frames really decoded
-    source_duration: float | None = None  # seconds, as the container says
+    source_frames: int | None = None  # frames that decoded
+    source_duration: float | None = None  # seconds, according to the container
     source_bytes: int | None = None  # size of the file it was made from
     boxes: list[list[float]] | None = None
     absence: list[int] | None = None
     cover: list[int] | None = None
 
     def to_json(self) -> bytes:
-        """The member's bytes: one line of JSON, fields in the order above, absent ones left out."""
+        """Return a line of JSON, fields in the order above, without boxes and flags of None."""
         fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
         fields |= dataclasses.asdict(self)
         for name in ("boxes", "absence", "cover"):
@@ -58,7 +59,7 @@ class VideoRecord:
 
     @staticmethod
     def from_json(data: bytes | str) -> VideoRecord:
-        """Read ``KEY.json``; unknown fields are ignored so that later minor versions still load.
+        """Parse ``KEY.json``, ignoring unknown fields so that later minor versions still load.
 
         Raises:
             ValueError: not JSON, or not a record of this format version.
@@ -69,13 +70,13 @@ class VideoRecord:
         known = {f.name for f in dataclasses.fields(VideoRecord)}
         record = VideoRecord(**{k: v for k, v in fields.items() if k in known})
         if not isinstance(record.label, int | None) or not isinstance(record.splits, dict):
-            raise ValueError("a label that is no number, or splits that are no table")
+            raise ValueError("label is not a number, or splits is not a table")
         return record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
-    """A video that is not in the set: where it was, what kind of failure, the tool's words."""
+    """A video that is not in the dataset: its path, the kind of failure, and the tool's message."""
 
     source: str
     kind: str  # missing, unreadable, no-video-stream, zero-frames, too-short, timeout, …
@@ -95,19 +96,19 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """``NAME.json``: what the set is and which shards it consists of."""
+    """``NAME.json``: describes the dataset and lists its shards."""
 
     name: str
     dataset: str
     settings: dict[str, Any]
     ffmpeg_version: str
-    label_names: list[str]  # in index order; empty for a set without labels
+    label_names: list[str]  # in index order; empty for a dataset without labels
     shards: list[ShardInfo]
     excluded: int
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values in a fixed order, ready for :func:`shards.atomic.write_json`."""
+        """Return plain values in a fixed order, for :func:`shards.atomic.write_json`."""
         fields = dataclasses.asdict(self)
         return {"format_version": fields.pop("format_version"), **fields}
 
@@ -116,21 +117,21 @@ def read_manifest(path: Path) -> Manifest:
     """Read ``NAME.json``.
 
     Raises:
-        InputError: as :func:`parse_manifest`, or it cannot be read.
+        InputError: as for :func:`parse_manifest`, or the file cannot be read.
     """
     try:
         return parse_manifest(path.read_bytes(), path)
     except OSError as error:
         raise InputError(
-            f"cannot be read ({error.strerror})", path, "check the path; `seco prepare` makes it"
+            f"cannot be read ({error.strerror})", path, "check the path; `seco prepare` creates it"
         ) from error
 
 
 def parse_manifest(content: bytes, where: object) -> Manifest:
-    """The manifest in a file's content.
+    """Parse a manifest file's content.
 
     Raises:
-        InputError: ``where`` is no manifest of this version.
+        InputError: ``where`` is not a manifest of this version.
     """
     try:
         fields = json.loads(content)
@@ -140,12 +141,12 @@ def parse_manifest(content: bytes, where: object) -> Manifest:
             raise ValueError("a shard outside the manifest's folder")
         numbers = [n for row in rows for n in (row.bytes, row.videos, row.frames)]
         if not all(isinstance(number, int) for number in [*numbers, manifest.format_version]):
-            raise ValueError("numbers that are none")
+            raise ValueError("expected integers")
         names = manifest.label_names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("label names that are no texts")
+            raise ValueError("label names that are not strings")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError("is not a shard manifest", where, "pass NAME.json of a set") from error
+        raise InputError("is not a shard manifest", where, "give a dataset's NAME.json") from error
     if manifest.format_version != FORMAT_VERSION:
         raise InputError(
             f"has format version {manifest.format_version}; this toolkit reads {FORMAT_VERSION}",
@@ -155,11 +156,11 @@ def parse_manifest(content: bytes, where: object) -> Manifest:
 
 
 def make_keys(sources: Iterable[str]) -> list[str]:
-    """A tar-safe key for each source: letters, digits, ``_`` and ``-`` only, all distinct.
+    """Return a tar-safe key for each source: only letters, digits, ``_`` and ``-``, all distinct.
 
-    WebDataset cuts a member's name at its first dot and groups by what is before it, so a key has
-    neither dot nor slash. Sources whose plain keys collide (ignoring case: tars get unpacked on
-    case-insensitive disks) take eight hex digits of their path's SHA-1 at the end, all of them, so
+    WebDataset cuts a member's name at its first dot and groups by what precedes it, so a key
+    contains neither dots nor slashes. Where plain keys collide (ignoring case, because tars get
+    unpacked on case-insensitive disks), each of them gets eight hex digits of its path's SHA-1, so
     that a key does not depend on the order of the list.
     """
     sources = list(sources)

@@ -35,32 +35,32 @@ class TarMember(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What WebDataset groups by: the name up to the first dot of its base name."""
+        """WebDataset's group: the name up to the first dot of its base name."""
         folder, _, base = self.name.rpartition("/")
         stem = base.partition(".")[0]
         return f"{folder}/{stem}" if folder else stem
 
     @property
     def extension(self) -> str:
-        """All behind the first dot of the base name, for example ``0003.jpg``."""
+        """Everything after the first dot of the base name, for example ``0003.jpg``."""
         return self.name.rpartition("/")[2].partition(".")[2]
 
     @property
     def is_jpeg(self) -> bool:
-        """Whether its name says so."""
+        """Whether the name has a JPEG suffix."""
         return self.extension.rpartition(".")[2].lower() in ("jpg", "jpeg")
 
     def read(self, tar: BinaryIO) -> bytes:
-        """Its data; shorter than ``size`` when the tar has been cut since."""
+        """Return its data; shorter than ``size`` if the tar has been cut since."""
         tar.seek(self.offset)
         return tar.read(self.size)
 
 
 def tar_members(path: Path) -> Iterator[TarMember]:
-    """The files in a tar, in its order.
+    """Yield the files in a tar, in order.
 
     Raises:
-        InputError: not a tar, or one that is not whole.
+        InputError: not a tar, or an incomplete one.
     """
     members_end = 0
     try:
@@ -75,7 +75,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("a member ends beyond the file")
                 yield TarMember(member.name, member.offset_data, member.size)
-            # Python's reader takes a cut tar, and one with a damaged header, for a whole one.
+            # tarfile accepts a truncated tar, or one with a damaged header, as complete.
             _require_closing_blocks(raw, members_end, size)
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
@@ -86,7 +86,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
 
 
 def _require_closing_blocks(raw: BinaryIO, members_end: int, size: int) -> None:
-    """After its last member a tar holds two blocks of zeros or more, and nothing else."""
+    """Check that only zeros, two blocks or more, follow the last member."""
     if size - members_end < 2 * tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the closing blocks are missing")
     raw.seek(members_end)
@@ -107,7 +107,7 @@ _ARRAYS = {
     "key_end": "<u4",  # (V,) bytes of key_text up to the end of each key
 }
 _TEXTS = ("key_text", "details")
-CONTENTS = ("info", "keys", "splits", "sources", *list(_ARRAYS)[:-1])  # what the tar tells as well
+CONTENTS = ("info", "keys", "splits", "sources", *list(_ARRAYS)[:-1])  # also known from the tar
 _NO_LABEL = -1
 MAX_RECORD_BYTES = 64 << 20
 _PIECE = 1 << 20  # bytes read at a time
@@ -115,7 +115,7 @@ _MAX_LABEL_BYTES = 9  # as text: a label is an i32
 
 
 class FrameAt(NamedTuple):
-    """Where a frame lies in its tar."""
+    """The position of a frame in its tar."""
 
     offset: int  # bytes
     size: int  # bytes
@@ -124,10 +124,10 @@ class FrameAt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """What one shard holds; V videos, F frames.
+    """The contents of one shard; V videos, F frames.
 
-    Training needs numbers alone, so texts stay bytes until they are asked for: a thousand indexes
-    are open in a second and take the size of their files.
+    Training needs only numbers, so texts stay bytes until they are requested: a thousand indexes
+    open in a second and take as much memory as their files take disk space.
     """
 
     info: ShardInfo
@@ -145,14 +145,14 @@ class ShardIndex:
     details: NDArray[np.uint8]  # JSON of splits and sources
 
     def key(self, row: int) -> str:
-        """The key of one video."""
+        """Return the key of one video."""
         start = int(self.key_end[row - 1]) if row else 0
         text = self.key_text[start : int(self.key_end[row])].tobytes()
         return text.decode("utf-8", "surrogateescape")
 
     @property
     def keys(self) -> list[str]:
-        """(V,), made anew each time: a set of a million videos need not hold its texts."""
+        """(V,) keys, built on each access: a million strings need not stay in memory."""
         text, ends = self.key_text.tobytes(), self.key_end.tolist()
         return [
             text[start:end].decode("utf-8", "surrogateescape")
@@ -161,7 +161,7 @@ class ShardIndex:
 
     @property
     def frame_counts(self) -> NDArray[np.int64]:
-        """(V,) stored frames a video."""
+        """(V,) stored frames per video."""
         first = self.first_frame.astype(np.int64)
         return first[1:] - first[:-1]
 
@@ -176,24 +176,24 @@ class ShardIndex:
             whole = False
         if not whole:
             raise InputError(
-                "its index is not whole", self.info.file, "make it anew with `seco index --force`"
+                "its index is incomplete", self.info.file, "rebuild it with `seco index --force`"
             )
         return details
 
     @property
     def splits(self) -> list[dict[str, str]]:
-        """(V,)"""
+        """(V,) values of the splits, by split name."""
         rows: list[dict[str, str]] = self._details["splits"]
         return rows
 
     @property
     def sources(self) -> list[tuple[str, int]]:
-        """(V,) path relative to the raw folder, and its bytes or -1."""
+        """(V,) path relative to the raw folder, and size in bytes or -1."""
         rows: list[tuple[str, int]] = self._details["sources"]
         return rows
 
     def frame_at(self, row: int, frame: int) -> FrameAt:
-        """Where a video's frame lies, counted from 0 in time order.
+        """Return the position of a video's frame; frames count from 0 in time order.
 
         Raises:
             IndexError: the video has no such frame.
@@ -209,7 +209,7 @@ class ShardIndex:
 
 
 class IndexBuilder:
-    """Collects the members of a tar, video by video, in their order."""
+    """Builds an index from the members of a tar, video by video, in order."""
 
     def __init__(self) -> None:
         self._keys: list[str] = []
@@ -228,14 +228,14 @@ class IndexBuilder:
         frames_at: Sequence[FrameAt],
         label: int | None = None,
     ) -> None:
-        """One video: its record (None in foreign tars) and where its members lie.
+        """Add a video: its record (None in foreign tars) and the positions of its members.
 
         Args:
             key: groups the members.
             record: its ``KEY.json``.
-            record_at: (offset, size) of that in bytes, (0, 0) for none.
-            frames_at: of its frames.
-            label: of a video without a record.
+            record_at: (offset, size) of the record in bytes, (0, 0) for none.
+            frames_at: positions of its frames.
+            label: used for a video without a record.
         """
         self._keys.append(key)
         self._splits.append(dict(record.splits) if record else {})
@@ -250,7 +250,7 @@ class IndexBuilder:
     def finish(
         self, *, file: str, size: int, sha256: str, plan_digest: str, exclusions: list[Exclusion]
     ) -> ShardIndex:
-        """The index of all that was added."""
+        """Return the index of everything added."""
         info = ShardInfo(
             file=file,
             bytes=size,
@@ -288,7 +288,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "text_bytes": {name: len(getattr(index, name)) for name in _TEXTS},
     }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # arrays start on 8 bytes, so that they can be used in place
+    text += b" " * (-len(text) % 8)  # aligns the arrays, for use in place
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         out.write(_MAGIC + len(text).to_bytes(8, "little") + text)
         for name, dtype in {**_ARRAYS, **dict.fromkeys(_TEXTS, "u1")}.items():
@@ -300,25 +300,25 @@ def read_index(path: Path) -> ShardIndex:
     """Read ``NAME-000.idx``.
 
     Raises:
-        InputError: as :func:`parse_index`, or it cannot be read.
+        InputError: as for :func:`parse_index`, or the file cannot be read.
     """
     try:
-        # Not mapped: a map keeps its file open, and a process may open no more than 1,024.
+        # Not mapped: a mapping keeps its file open, and the limit is usually 1,024 per process.
         return parse_index(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path) from error
 
 
 def parse_index(content: bytes, where: object) -> ShardIndex:
-    """The index in an index file's content; its arrays are views of ``content``.
+    """Parse an index file's content; the arrays are views of ``content``.
 
     Raises:
-        InputError: ``where`` is not an index, or is shorter than its header says.
+        InputError: ``where`` is not an index, or its length is not what its header says.
     """
     try:
         if content[:7] == _MAGIC[:7] and content[:8] != _MAGIC:
             raise InputError(
-                "is an index of another version", where, "make it anew with `seco index --force`"
+                "is an index of another version", where, "rebuild it with `seco index --force`"
             )
         if content[:8] != _MAGIC:
             raise ValueError("wrong magic")
@@ -346,12 +346,12 @@ def parse_index(content: bytes, where: object) -> ShardIndex:
         raise
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(
-            "is not a whole index", where, "delete it: it is rebuilt from the tar"
+            "is not a complete index", where, "delete it: it is rebuilt from the tar"
         ) from error
 
 
 def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
-    """An index from elsewhere must not send a reader outside the tar or into huge buffers."""
+    """Check the arrays: a bad index must not send a reader outside the tar or into huge buffers."""
     first = arrays["first_frame"].astype(np.int64)
     if first[0] != 0 or first[-1] != info.frames or (np.diff(first) < 0).any():
         raise ValueError("frame ranges")
@@ -365,14 +365,14 @@ def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
 
 
 def build_index(tar_path: Path) -> ShardIndex:
-    """Make the index from the tar itself, ours or a foreign WebDataset tar of JPEG members.
+    """Build the index from the tar itself: one of ours, or a foreign WebDataset tar of JPEGs.
 
-    Members are grouped by the part of their base name before its first dot, as WebDataset does;
-    of each group, ``*.json`` is the record when it is one of ours, ``*.jpg``/``*.jpeg`` are the
-    frames in the order of the tar, and a whole number in ``*.cls`` is the label.
+    Members are grouped by the part of their base name before its first dot, as in WebDataset. In
+    each group, ``*.json`` is the record if it is one of ours, ``*.jpg``/``*.jpeg`` are the frames
+    in tar order, and a whole number in ``*.cls`` is the label.
 
     Raises:
-        InputError: not a tar, or one that ends in the middle of a member.
+        InputError: not a tar, or a truncated one.
     """
     builder = IndexBuilder()
     with open(tar_path, "rb") as raw:
@@ -421,7 +421,7 @@ def _record_or_none(data: bytes) -> VideoRecord | None:
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256 as hexadecimal digits, read in pieces."""
+    """Return the file's SHA-256 as hexadecimal digits, reading it in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as data:
         while piece := data.read(_PIECE):

@@ -48,22 +48,22 @@ from shards.storage import (
 from shards.stream import Stream, TripletStream
 from shards.streaming import SequentialStream
 
-_LOST_FOR_SECONDS = 60.0  # before a shard that could not be fetched is asked for again
-_MAKES_WAY = 3  # times in a row that a shard may be deleted before it is opened
-_ROOM_SECONDS = 0.1  # between looks for room
-_FETCHERS = 4  # shards fetched ahead at a time, by each process
+_LOST_FOR_SECONDS = 60.0  # before a failed fetch is retried
+_MAKES_WAY = 3  # times in a row that a shard may be evicted before it is opened
+_ROOM_SECONDS = 0.1  # between checks for free space
+_FETCHERS = 4  # shards prefetched at a time, per process
 
 
 class ShardCache:
-    """The folder.
+    """The cache folder.
 
     Args:
-        folder: may be shared by any number of processes and sets.
-        limit_bytes: of all shards in it, those being fetched included.
+        folder: may be shared by any number of processes and datasets.
+        limit_bytes: for all shards in it, including those being fetched.
         infos: size and digest of each shard, by address; a shard of another digest is another file.
 
     Raises:
-        InputError: the folder cannot be written, or the limit is below the largest shard.
+        InputError: the folder is not writable, or the limit is below the size of the largest shard.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, infos: Mapping[str, ShardInfo]) -> None:
@@ -74,23 +74,23 @@ class ShardCache:
         largest = max((info.bytes for info in infos.values()), default=0)
         if largest > limit_bytes:
             raise InputError(
-                f"{size_text(limit_bytes)} do not hold the largest shard of {size_text(largest)}",
+                f"{size_text(limit_bytes)} is less than the largest shard, {size_text(largest)}",
                 "--cache-gb",
                 "raise it",
             )
 
     def path(self, address: str) -> Path:
-        """Where the shard lies once it is here."""
+        """Return the path of the shard once it is cached."""
         digest = hashlib.sha256(f"{address}\n{self._infos[address].sha256}".encode()).hexdigest()
         return self.folder / f"{digest[:24]}.tar"
 
     def fetch(self, address: str, wait: bool = True) -> Path | None:
-        """The shard's file, fetched if it is not here yet.
+        """Return the shard's file, fetching it if it is not cached yet.
 
         Args:
             address: of the shard.
-            wait: for another process that is fetching it, or for room that others are filling;
-                else return None then.
+            wait: for another process that is fetching it, or for space that others are filling;
+                otherwise return None in these cases.
 
         Raises:
             OSError, and whatever fsspec raises: it could not be fetched.
@@ -118,20 +118,20 @@ class ShardCache:
         try_again(lambda: _download(address, path, size))
 
     def _reserve(self, path: Path, lock: int, size: int) -> bool:
-        """Delete the shards used longest ago until ``size`` more bytes fit, and book these.
+        """Evict the least recently used shards until ``size`` more bytes fit, and reserve these.
 
         Returns:
-            False when shards that are being fetched take the room.
+            False if shards that are being fetched take the space.
         """
         with _locked(self.folder / ".room.lock", True):
-            # In this order a shard that arrives in between counts twice, not never.
+            # In this order, a shard that arrives in between counts twice rather than never.
             coming = self._coming(path)
             held = self._held()
             excess = sum(bytes_ for _, bytes_, _ in held) + coming + size - self.limit_bytes
             for _, bytes_, old in sorted(held):
                 if excess <= 0:
                     break
-                old.unlink(missing_ok=True)  # who has it open keeps it until it is closed
+                old.unlink(missing_ok=True)  # still readable where it is open
                 _lock_of(old).unlink(missing_ok=True)
                 excess -= bytes_
             if excess > 0:
@@ -141,7 +141,7 @@ class ShardCache:
             return True
 
     def _held(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of the shards here."""
+        """Return (last use, bytes, path) of the cached shards."""
         found = []
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):
@@ -150,10 +150,10 @@ class ShardCache:
         return found
 
     def _coming(self, path: Path) -> int:
-        """Bytes booked by the processes that are fetching; what dead ones left is cleared away."""
+        """Return the bytes reserved by fetching processes; remove what dead ones left behind."""
         coming = 0
         for lock_path in self.folder.glob("*.tar.lock"):
-            # To hold a lock that nobody has booked with would turn away who is about to fetch.
+            # Taking a lock without a reservation would turn away a process about to fetch.
             if lock_path == _lock_of(path) or not _booked(lock_path):
                 continue
             with _locked(lock_path, False) as lock:
@@ -167,7 +167,7 @@ class ShardCache:
 
 
 class CachedAccess(LocalAccess):
-    """Shards behind a :class:`ShardCache`: read in its folder, fetched there on first touch."""
+    """Shards behind a :class:`ShardCache`, fetched to its folder on first use and read there."""
 
     def __init__(self, cache: ShardCache) -> None:
         super().__init__()
@@ -197,20 +197,20 @@ class CachedAccess(LocalAccess):
         ]
 
     def prefetch(self, addresses: Sequence[str]) -> None:
-        """Fetch these in the background, in this order; what fails is met again by a reader."""
+        """Fetch these in the background, in order; failed shards are retried when read."""
         self._seen &= set(addresses)
         self._ahead.clear()
         self._ahead.extend(address for address in addresses if address not in self._seen)
         self._fetchers = [thread for thread in self._fetchers if thread.is_alive()]
         while len(self._fetchers) < min(_FETCHERS, len(self._ahead)):
-            # Daemons: a download that stalls must not keep the run from ending. What they leave
-            # half-fetched is cleared away by the next process that needs room.
+            # Daemons: a stalled download must not keep the process from exiting. Partial files are
+            # removed by the next process that needs space.
             thread = threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True)
             self._fetchers.append(thread)
             thread.start()
 
     def close(self) -> None:
-        """Fetch no more ahead."""
+        """Stop prefetching."""
         self._ahead.clear()
 
     def _fetch_ahead(self) -> None:
@@ -224,7 +224,7 @@ class CachedAccess(LocalAccess):
                 self.cache.fetch(address, wait=False)
 
     def _bring(self, address: str) -> str | None:
-        """Make sure of a descriptor of the shard; why not, when it cannot be had."""
+        """Open a descriptor of the shard, or return why that failed."""
         when, reason = self._lost.get(address, (0.0, ""))
         if reason and time.monotonic() - when < _LOST_FOR_SECONDS:
             return reason
@@ -234,7 +234,7 @@ class CachedAccess(LocalAccess):
                 self._descriptor(address)
                 return None
             except Exception as error:
-                # It may have made way between the two.
+                # It may have been evicted between the two calls.
                 if attempt == _MAKES_WAY - 1 or not isinstance(error, FileNotFoundError):
                     self._lost[address] = (time.monotonic(), in_words(error))
                     return in_words(error)
@@ -244,7 +244,7 @@ class CachedAccess(LocalAccess):
         return str(self.cache.path(address))
 
     def _close_deleted(self) -> None:
-        """The room of a shard that has made way is free only when nobody has it open."""
+        """Close evicted shards: their disk space is freed only then."""
         for address, descriptor in list(self._descriptors.items()):
             if os.fstat(descriptor).st_nlink == 0:
                 self._forget(address)
@@ -255,15 +255,15 @@ def _lock_of(path: Path) -> Path:
 
 
 def _booked(lock_path: Path) -> int:
-    """Bytes of room booked with a lock file."""
+    """Return the bytes reserved in a lock file."""
     try:
         return int(lock_path.read_text() or 0)
-    except OSError:  # its shard has made way
+    except OSError:  # its shard has been evicted
         return 0
 
 
 def _touch(path: Path) -> bool:
-    """Note the use of a shard; False when it is not here."""
+    """Record the use of a shard; return False if it is not cached."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -277,12 +277,12 @@ def _download(address: str, path: Path, size: int) -> None:
         system.get_file(remote, str(temporary))
         got = temporary.stat().st_size
         if got != size:
-            raise OSError(f"{got} bytes came, its index says {size}")
+            raise OSError(f"received {got} bytes, its index says {size}")
 
 
 @contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[int | None]:
-    """Hold the lock file exclusively, open for writing; None when another holds it."""
+    """Hold the lock file exclusively, open for writing; yield None if another process holds it."""
     lock = _acquired(path, wait)
     try:
         yield lock
@@ -296,7 +296,7 @@ def _acquired(path: Path, wait: bool) -> int | None:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Its shard may have made way meanwhile, and the file with it.
+            # Its shard may have been evicted meanwhile, and the lock file with it.
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 return lock
         except BlockingIOError:
@@ -311,16 +311,16 @@ _READERS = 16  # indexes read at a time: a shared disk answers many as quickly a
 DEFAULT_CACHE_GB = 100.0
 
 
-_WINDOW_SHARDS = 64  # of sets that are fetched: some 15,000 videos of Kinetics, 11 GB
+_WINDOW_SHARDS = 64  # for cached shards: about 15,000 videos of Kinetics, 11 GB
 
 
 class NoIndex(InputError):
-    """Shards that are not on this machine and have no index: they can only be streamed."""
+    """Remote shards without an index, which can only be streamed."""
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where remote shards are kept."""
+    """Where remote shards are cached, and how much space they may take."""
 
     folder: str
     limit_gb: float = DEFAULT_CACHE_GB
@@ -333,10 +333,10 @@ def open_shards(spec: str | Iterable[str], cache: CacheSettings | None = None) -
 
     Args:
         spec: local or remote, not both.
-        cache: keep remote shards there; without it their frames are fetched one by one.
+        cache: cache remote shards there; without it, their frames are fetched one by one.
 
     Raises:
-        InputError: no shards match, a tar is truncated, or the set holds no videos.
+        InputError: no shards match, a tar is truncated, or there are no videos.
         NoIndex: remote shards without indexes, or ``pipe:`` addresses.
     """
     addresses = expand_spec(spec)
@@ -344,7 +344,7 @@ def open_shards(spec: str | Iterable[str], cache: CacheSettings | None = None) -
     if any(address.startswith(PIPE) for address in addresses):
         raise NoIndex("can only be streamed, in pre-training", addresses[0], "copy it to a folder")
     if len(kinds) > 1:
-        raise InputError("lie in more than one kind of place", addresses[0], "copy them to one")
+        raise InputError("not all shards are in the same place", addresses[0], "copy them to one")
     access: Access = LocalAccess()
     if kinds == {""}:
         with ThreadPoolExecutor(_READERS) as readers:
@@ -360,7 +360,7 @@ def open_shards(spec: str | Iterable[str], cache: CacheSettings | None = None) -
             access = CachedAccess(ShardCache(Path(cache.folder), limit, infos))
     shards = ShardSet(addresses, indexes, label_names, access)
     if not len(shards):
-        raise InputError("hold no videos", addresses[0] if len(addresses) == 1 else spec)
+        raise InputError("no videos found", addresses[0] if len(addresses) == 1 else spec)
     require_distinct(shards, spec)
     return shards
 
@@ -378,22 +378,23 @@ def open_stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> Stream:
-    """The triplet stream of the shards a specification names.
+    """Open the triplet stream of the shards a specification names.
 
     Args:
-        spec: as for :func:`open_shards`; what has no index is streamed in its order.
+        spec: as for :func:`open_shards`; shards without an index are streamed in order.
         batch_size: B, the global batch.
         sampling: ``uniform`` or ``halves``.
-        seed: the run's.
-        cache: keep remote shards there.
-        window_shards: shuffle within so many shards; 0: within the whole set; None: 64 for shards
-            that are cached, else the whole set.
-        steps_per_epoch: length of an epoch of shards without index, and of no others.
-        split: the training videos of this split only.
-        rank: this process's number of ``world_size`` processes.
+        seed: of the run.
+        cache: cache remote shards there.
+        window_shards: shuffle within this many shards; 0: within the whole dataset; None: 64 for
+            cached shards, otherwise the whole dataset.
+        steps_per_epoch: length of an epoch, only for shards without an index.
+        split: use only the training videos of this split.
+        rank: of this process, among ``world_size`` ranks.
 
     Raises:
-        InputError: as :func:`open_shards` and the streams; or the cache does not hold two windows.
+        InputError: as for :func:`open_shards` and the streams, or the cache is too small for two
+            windows.
     """
     try:
         shards = open_shards(spec, cache)
@@ -401,32 +402,32 @@ def open_stream(
         given = {"--cache-dir": cache, "--window-shards": window_shards, "--split": split}
         for option, value in given.items():
             if value is not None:
-                raise InputError("is for shards with an index", option, "leave it out") from None
+                raise InputError("needs shards with an index", option, "leave it out") from None
         return SequentialStream(
             expand_spec(spec), batch_size, sampling, seed, steps_per_epoch, rank, world_size
         )
     if steps_per_epoch is not None:
         raise InputError(
-            "is for shards without index alone; these have one", "--steps-per-epoch", "leave it out"
+            "needs shards without an index; these have one", "--steps-per-epoch", "leave it out"
         )
     window = chosen_window(shards, cache, window_shards)
     return TripletStream(shards, batch_size, sampling, seed, rank, world_size, window, split)
 
 
 def chosen_window(shards: ShardSet, cache: CacheSettings | None, window_shards: int | None) -> int:
-    """How many shards are shuffled at a time, 0 for the whole set.
+    """Return how many shards are shuffled at a time, 0 for the whole dataset.
 
     Args:
         shards: opened with this cache.
-        cache: where they are kept, if anywhere.
-        window_shards: what the user says; None: 64 for shards that are cached, else the whole set.
+        cache: where they are cached, if anywhere.
+        window_shards: the user's value; None: 64 for cached shards, otherwise the whole dataset.
 
     Raises:
-        InputError: a cache for local shards, or one that does not hold two windows.
+        InputError: a cache for local shards, or one that is too small for two windows.
     """
     cached = isinstance(shards.access, CachedAccess)
     if cache is not None and not cached:
-        raise InputError("is for remote shards, these are on this machine", "--cache-dir")
+        raise InputError("is only for remote shards; these are on this machine", "--cache-dir")
     if window_shards is None:
         window_shards = _WINDOW_SHARDS if cached else 0
     if cached and cache is not None:
@@ -435,13 +436,13 @@ def chosen_window(shards: ShardSet, cache: CacheSettings | None, window_shards: 
 
 
 def _require_room(shards: ShardSet, window: int, limit_bytes: int) -> None:
-    """The window being read and the one being fetched, or each shard is fetched many times."""
+    """Check that the windows being read and fetched fit, or shards are fetched again and again."""
     sizes = sorted((index.info.bytes for index in shards.indexes), reverse=True)
     needed = sum(sizes[: 2 * window] if window else sizes)
     if needed > limit_bytes:
         raise InputError(
-            f"{size_text(limit_bytes)} do not hold the {size_text(needed)} of "
-            + (f"two windows of {window} shards" if window else "the whole set"),
+            f"limit of {size_text(limit_bytes)} is too small: {size_text(needed)} needed for "
+            + (f"two windows of {window} shards" if window else "the whole dataset"),
             "--cache-gb",
             "raise it, or lower --window-shards",
         )
@@ -468,12 +469,12 @@ def _remote_indexes(addresses: Sequence[str]) -> list[ShardIndex]:
         _require_there(missing[0])
         if len(missing) < len(addresses):
             raise InputError(
-                f"{len(missing)} of {len(addresses)} shards have no index (.idx) beside them",
+                f"{len(missing)} of {len(addresses)} shards have no index (.idx) next to them",
                 missing[0],
-                "make them with `seco index` on a copy",
+                "create them with `seco index` on a copy",
             )
         raise NoIndex(
-            "has no index (.idx) beside it", missing[0], "make it with `seco index` on a copy"
+            "has no index (.idx) next to it", missing[0], "create it with `seco index` on a copy"
         )
     return [parse_index(told_of(found[name], name), name) for name in names]
 
@@ -483,7 +484,7 @@ def _is_missing(content: bytes | Exception) -> bool:
 
 
 def _require_there(address: str) -> None:
-    """Raises InputError when not even the tar is: the address is wrong."""
+    """Check that the tar exists; raises InputError if not, because the address is wrong."""
     system, path = open_filesystem(address)
     try:
         there = try_again(lambda: system.exists(path))
@@ -492,11 +493,11 @@ def _require_there(address: str) -> None:
             f"cannot be read ({in_words(error)})", address, "check address and credentials"
         ) from error
     if not there:
-        raise InputError("no such shard", address, "is the address right?")
+        raise InputError("no such shard", address, "check the address")
 
 
 def _label_names(addresses: Sequence[str]) -> list[str]:
-    """The label names of the sets' manifests; empty when there is none or they disagree."""
+    """Return the label names of the datasets' manifests; empty if there are none or they differ."""
     found: list[list[str]] = []
     for stem in dict.fromkeys(a.removesuffix(".tar").rpartition("-")[0] for a in addresses):
         if is_remote(stem):

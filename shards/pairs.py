@@ -17,16 +17,16 @@ from shards.storage import UnreadableFrame
 from shards.stream import IndexedStream
 
 MIN_FRAMES = 2
-DRAWS = 1  # uniform numbers a pair takes
+DRAWS = 1  # uniform numbers per pair
 
-# SiamFC's conditions on the box of a frame that is trained on.
+# SiamFC's conditions on the boxes of training frames.
 _MIN_AREA_PX = 20
 _SIDE_PX = (20, 500)
 _SIDE_OF_IMAGE = (0.01, 0.5)
 _ASPECT = (0.25, 4.0)
-_LEAST_COVER, _COVER_OF_BEST = 1, 0.3  # of GOT-10k's 0 (hidden) to 8 (wholly visible)
+_LEAST_COVER, _COVER_OF_BEST = 1, 0.3  # of GOT-10k's 0 (hidden) to 8 (fully visible)
 
-Box = tuple[float, float, float, float]  # x, y (of the first pixel: 1), w, h; px
+Box = tuple[float, float, float, float]  # x, y (the first pixel is 1), w, h; px
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class PairFrames:
     """One sample: the sequence, two JPEG files and the target's box in each."""
 
     key: str
-    video: int  # its number in the set
+    video: int  # its number in the dataset
     jpegs: tuple[bytes, bytes]  # exemplar, search
     boxes: tuple[Box, Box]
 
 
 @dataclass(frozen=True)
 class NoPair:
-    """What stands in the place of a sample that cannot be made.
+    """Stands for a sample that cannot be made.
 
     Attributes:
-        unreadable: it is damaged, rather than of no use for training.
+        unreadable: the sample is damaged, rather than of no use for training.
     """
 
     key: str
@@ -56,14 +56,14 @@ PairSample = PairFrames | NoPair
 
 
 def usable_frames(record: VideoRecord) -> NDArray[np.int64]:
-    """Numbers of the frames whose box may be trained on, increasing.
+    """Return the numbers of the frames whose boxes can be trained on, increasing.
 
     SiamFC's conditions: area of 20 px or more, sides of 20 to 500 px and of 1 to 50 % of the
-    image's, width / height of 0.25 to 4, cover above 1 and above 30 % of the sequence's best; and,
-    where frames are marked absent, not these.
+    image's, width / height of 0.25 to 4, cover above 1 and above 30 % of the sequence's best.
+    Frames marked as absent are left out.
 
     Raises:
-        ValueError: the boxes are none, or the flags do not fit them.
+        ValueError: the boxes are invalid, or the flags do not match them.
     """
     boxes = boxes_of(record)
     frames = len(boxes)
@@ -83,10 +83,10 @@ def usable_frames(record: VideoRecord) -> NDArray[np.int64]:
 
 
 def boxes_of(record: VideoRecord) -> NDArray[np.float64]:
-    """(F, 4) x, y, w, h, px, the first pixel being 1; (0, 4) when the record has none.
+    """Return (F, 4) boxes x, y, w, h in px, the first pixel being 1; (0, 4) if there are none.
 
     Raises:
-        ValueError: something in the place of boxes.
+        ValueError: the boxes are invalid.
     """
     try:
         boxes = np.array(record.boxes or [], dtype=np.float64).reshape(len(record.boxes or []), 4)
@@ -98,18 +98,18 @@ def boxes_of(record: VideoRecord) -> NDArray[np.float64]:
 
 
 def require_boxes(shards: ShardSet) -> None:
-    """Look at the first record.
+    """Check that the first record has boxes.
 
     Raises:
-        InputError: this is no tracking set.
+        InputError: this is not a tracking dataset.
     """
     try:
         has_boxes = bool(shards.record(0).boxes)
     except UnreadableFrame:
-        return  # whoever reads the frames will say so
+        return  # reported when the frames are read
     if not has_boxes:
         raise InputError(
-            "has no boxes", shards.addresses[0], "prepare a tracking set, such as got10k"
+            "has no boxes", shards.addresses[0], "prepare a tracking dataset such as got10k"
         )
 
 
@@ -117,25 +117,25 @@ def _flags(values: Any, name: str, frames: int) -> NDArray[np.float64]:
     try:
         flags = np.array(values, dtype=np.float64)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} that is no number a frame") from error
+        raise ValueError(f"{name} is not one number per frame") from error
     if flags.shape != (frames,):
         raise ValueError(f"{name} of {flags.size} frames for {frames} boxes")
     return flags
 
 
 def draw_pair(uniform: float, frames: NDArray[np.int64], max_gap: int) -> tuple[int, int] | None:
-    """Two of ``frames``, the first before the second, every allowed pair equally likely.
+    """Draw two of ``frames``, in order, with every allowed pair equally likely.
 
     Args:
         uniform: a number in [0, 1).
         frames: (n,) increasing.
-        max_gap: frames between them, at most.
+        max_gap: largest difference between the two.
 
     Returns:
-        None when no two are so near.
+        None if no two are that close.
     """
     first = np.arange(len(frames))
-    # How many may follow each.
+    # How many frames may follow each one.
     following = np.searchsorted(frames, frames + max_gap, side="right") - first - 1
     ends = np.cumsum(following)
     if not len(ends) or not ends[-1]:
@@ -147,18 +147,18 @@ def draw_pair(uniform: float, frames: NDArray[np.int64], max_gap: int) -> tuple[
 
 
 class PairStream(IndexedStream):
-    """Batches of pairs of an indexed tracking set, by epoch and step.
+    """Batches of pairs from an indexed tracking dataset, by epoch and step.
 
     Args:
-        shards: the set; sequences with fewer than 2 stored frames are left out and counted.
+        shards: the dataset; sequences with fewer than 2 stored frames are left out and counted.
         batch_size: B, the global batch.
         seed: the run's seed.
-        max_gap: frames between exemplar and search, at most.
+        max_gap: largest distance of exemplar and search, in frames.
         place: ``rank``, ``world_size`` and ``window_shards`` of
             :class:`~shards.stream.IndexedStream`.
 
     Raises:
-        InputError: fewer usable sequences than one batch needs, or B does not divide.
+        InputError: fewer usable sequences than one batch needs, or B is not divisible by the ranks.
     """
 
     def __init__(
@@ -168,16 +168,16 @@ class PairStream(IndexedStream):
         self._max_gap = max_gap
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[PairSample]:
-        """Samples at these rows (0 … ``rows`` - 1) of this rank's slice of a batch."""
+        """Return the samples at these rows (0 … ``rows`` - 1) of the per-rank batch."""
         return self._read(epoch, self.positions(step, rows))
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> PairSample:
-        """The sample that takes the place of one that cannot be made."""
+        """Return the sample that replaces one that cannot be made."""
         (sample,) = self._read(epoch, [self.substitute_position(step, row, attempt)])
         return sample
 
     def _read(self, epoch: int, positions: Sequence[int]) -> list[PairSample]:
-        """A sample is a function of (seed, epoch, sequence) alone."""
+        """Read samples; each is a function of (seed, epoch, sequence) alone."""
         videos = self.videos(epoch, positions).tolist()
         keys = [self.shards.key(video) for video in videos]
         drawn = uniforms(sample_starts(self.seed, epoch, keys, "pair"), DRAWS)[:, 0]
@@ -205,7 +205,7 @@ class PairStream(IndexedStream):
     def _choose(
         self, video: int, key: str, record: VideoRecord | UnreadableFrame, uniform: float
     ) -> NoPair | tuple[int, tuple[int, int], tuple[Box, Box]]:
-        """(video, its two frames, their boxes)."""
+        """Return (video, its two frames, their boxes), or why there is no pair."""
         if isinstance(record, UnreadableFrame):
             return NoPair(key, str(record), unreadable=True)
         try:

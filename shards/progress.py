@@ -25,11 +25,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the display was opened."""
+        """Seconds since the display was opened."""
         return time.monotonic() - self._began
 
     def advance(self, count: int = 1, status: str = "") -> None:
-        """``count`` more units are done; ``status`` replaces the text at the line's end."""
+        """Count ``count`` more units; ``status`` replaces the text at the line's end."""
         self.done = min(self.done + count, self.total)  # work done twice counts once
         self._status = status or self._status
         self._show()
@@ -55,12 +55,12 @@ class Progress:
         )
 
     def finish(self) -> None:
-        """Show the final count, also when it came before the first timed line."""
+        """Show the final count, even before the first timed line."""
         self._print_line()
 
 
 class _TerminalProgress(Progress):
-    """The same, drawn by rich on a terminal."""
+    """Progress drawn by rich on a terminal."""
 
     def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
         super().__init__(title, total, unit, start)
@@ -93,7 +93,7 @@ class _TerminalProgress(Progress):
 
 
 class _QuietProgress(Progress):
-    """Counts and shows nothing: another process of the same work does."""
+    """Counts without a display, because another process of the same job has one."""
 
     def _show(self) -> None:
         pass
@@ -106,7 +106,7 @@ class _QuietProgress(Progress):
 def progress(
     title: str, total: int, unit: str, start: int = 0, *, quiet: bool = False
 ) -> Iterator[Progress]:
-    """Show the progress of the block, on standard error."""
+    """Show the progress of the block on standard error."""
     loud = _TerminalProgress if sys.stderr.isatty() else Progress
     shown = (_QuietProgress if quiet else loud)(title, total, unit, start)
     try:
@@ -116,7 +116,7 @@ def progress(
 
 
 def size_text(size: float) -> str:
-    """Bytes for people, for example ``"93.1 GB"``."""
+    """Format a number of bytes for people, for example ``"93.1 GB"``."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from shards.errors import InputError
 
-MOST_RETRIES = 5  # of one task, when its worker or node dies
+MOST_RETRIES = 5  # per task, if its worker or node dies
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 10.0
 _Task = TypeVar("_Task")
 
 
 def require_ray() -> None:
-    """Raises InputError where Ray is not installed."""
+    """Check that Ray is installed; raises InputError if not."""
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -30,11 +30,11 @@ def require_ray() -> None:
 
 @contextlib.contextmanager
 def connection(address: str | None) -> Iterator[None]:
-    """Within the block this process is a driver of a cluster.
+    """Make this process a driver of a cluster within the block.
 
     Args:
         address: of the cluster; None: ``RAY_ADDRESS``, the one this machine is in, or a new one
-            of this machine alone.
+            on this machine alone.
 
     Raises:
         InputError: no cluster answers.
@@ -64,17 +64,17 @@ def run_tasks(
     on_done: Callable[[_Task, Any], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run tasks on the cluster; ``on_done`` is called as each is finished, in any order.
+    """Run tasks on the cluster; call ``on_done`` as each finishes, in any order.
 
     Args:
-        tasks: what there is to do.
-        start: hands one out; returns Ray's reference to its result.
-        most: handed out at once.
-        on_done: takes the result.
-        meanwhile: called every second; what it raises ends all.
+        tasks: the tasks.
+        start: submits one; returns Ray's reference to its result.
+        most: tasks submitted at once.
+        on_done: receives the result.
+        meanwhile: called every second; an exception from it ends the run.
 
     Raises:
-        InputError: a task raised it, or its workers died again and again.
+        InputError: a task raised it, or its workers died repeatedly.
     """
     import ray
 
@@ -94,14 +94,14 @@ def run_tasks(
     except BaseException:
         for reference in running:
             ray.cancel(reference)
-        # They put away what they have begun.
+        # Give the tasks time to clean up.
         with contextlib.suppress(Exception):
             ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE_SECONDS)
         raise
 
 
 def _require_answer(address: str | None) -> None:
-    """Where nobody answers, Ray would end this process in its own words."""
+    """Check that a cluster answers; otherwise Ray ends this process with a message of its own."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -123,5 +123,5 @@ def _result(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         raise InputError(
             f"a shard's workers died {MOST_RETRIES + 1} times ({type(error).__name__})",
-            fix="run the same command again to go on; see Ray's logs for why",
+            fix="see Ray's logs for why; run the same command again to resume",
         ) from error

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The golden ratio's step, and the finaliser: every output bit depends on every input bit.
+# Golden-ratio step and the finaliser's constants; every output bit depends on every input bit.
 _STREAM_STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -30,10 +30,10 @@ _TO_UNIT = np.uint64(11), 2.0**-53
 
 
 def sample_starts(seed: int, epoch: int, keys: Sequence[str], purpose: str) -> NDArray[np.uint64]:
-    """(n,) starts for the videos with these keys.
+    """Return (n,) starts for the videos with these keys.
 
-    The video enters by its key rather than its number, so that adding shards to a set does not
-    change the draws of the others.
+    A start depends on the video's key rather than its number, so adding shards to a dataset does
+    not change the random numbers of the other videos.
     """
     before = hashlib.blake2b(f"seco/{purpose}/{seed}/{epoch}/".encode(), digest_size=8)
     digests = []
@@ -45,16 +45,16 @@ def sample_starts(seed: int, epoch: int, keys: Sequence[str], purpose: str) -> N
 
 
 def uniforms(starts: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    """(n,) starts to (n, count) numbers, uniform in [0, 1)."""
+    """Map (n,) starts to (n, count) numbers, uniform in [0, 1)."""
     counters = starts[:, None] + _STREAM_STEP * np.arange(1, count + 1, dtype=np.uint64)
     shift, scale = _TO_UNIT
-    # All modulo 2**64, as numpy does it.
+    # numpy computes this modulo 2**64.
     numbers: NDArray[np.float64] = (mix(counters) >> shift) * scale
     return numbers
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser, a permutation of 64-bit numbers."""
+    """Apply SplitMix64's finaliser, a permutation of 64-bit numbers."""
     values = values ^ (values >> _SHIFTS[0])
     values *= _FIRST
     values ^= values >> _SHIFTS[1]
@@ -64,16 +64,16 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def below(uniform: NDArray[np.float64], count: NDArray[np.int64] | int) -> NDArray[np.int64]:
-    """Uniform whole numbers 0 … count - 1."""
+    """Map uniform numbers in [0, 1) to whole numbers 0 … count - 1."""
     whole: NDArray[np.int64] = np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
     return whole
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """``wanted`` frame numbers from the first to the last of ``count``; all if there are fewer.
+    """Return ``wanted`` frame numbers from the first to the last of ``count``, or all if fewer.
 
-    ``linspace`` rounded, as in the authors' code: places half-way between two frames, which only an
-    odd ``wanted`` has, go where its float64 steps put them. One frame is the middle one.
+    Rounds ``linspace``, as the authors' code does: places half-way between two frames, which only
+    an odd ``wanted`` has, go where their float64 values put them. A single frame is the middle one.
     """
     if wanted >= count:
         return list(range(count))
@@ -92,12 +92,12 @@ class Permutation:
 
     Args:
         count: N.
-        key: any text; every key has a permutation of its own.
+        key: any text; every key gives its own permutation.
     """
 
     def __init__(self, count: int, key: str) -> None:
         if count < 1:
-            raise ValueError(f"a permutation of {count} values")
+            raise ValueError(f"cannot permute {count} values")
         self.count = count
         half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
         self._shift = np.uint64(half_bits)
@@ -107,19 +107,19 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype="<u8")[:_ROUNDS].astype(np.uint64)
 
     def __getitem__(self, position: int) -> int:
-        """Where a position is sent, both in 0 … N-1."""
+        """Return the value at a position, both in 0 … N-1."""
         return int(self.at([position])[0])
 
     def at(self, positions: ArrayLike) -> NDArray[np.int64]:
-        """(n,) positions in 0 … N-1 to (n,) values, the same as one by one.
+        """Map (n,) positions in 0 … N-1 to (n,) values, the same as one by one.
 
         Raises:
-            IndexError: a position outside.
+            IndexError: a position is out of range.
         """
         given = np.asarray(positions, dtype=np.int64)
         outside = (given < 0) | (given >= self.count)
         if outside.any():
-            raise IndexError(f"position {given[outside][0]} of {self.count}")
+            raise IndexError(f"position {given[outside][0]} is out of range: N is {self.count}")
         values = self._permute(given.astype(np.uint64))
         while len(astray := np.flatnonzero(values >= np.uint64(self.count))):
             values[astray] = self._permute(values[astray])
@@ -139,19 +139,19 @@ class Order(Protocol):
     count: int  # N
 
     def at(self, positions: ArrayLike) -> NDArray[np.int64]:
-        """(n,) positions in 0 … N-1 to the (n,) videos there; raises IndexError outside."""
+        """Map (n,) positions in 0 … N-1 to the (n,) videos there; raises IndexError outside."""
 
     def shards_from(self, position: int) -> NDArray[np.int64]:
-        """The shards needed from this position on, in the order in which they are needed."""
+        """Return the shards needed from this position on, in the order in which they are needed."""
 
 
 class EpochOrder:
-    """Any video may follow any other: for sets whose shards are all at hand.
+    """Any video may follow any other: for datasets whose shards are all at hand.
 
     Args:
         counts: (S,) videos of each shard; N is their sum.
         seed: the run's seed.
-        epoch: its number; every epoch has an order of its own.
+        epoch: its number; every epoch has its own order.
     """
 
     def __init__(self, counts: NDArray[np.int64], seed: int, epoch: int) -> None:
@@ -169,19 +169,19 @@ class EpochOrder:
 class WindowOrder:
     """Shards in random order, ``window`` at a time; within a window any video may follow any other.
 
-    For sets whose shards are fetched: only a window's shards need to be at hand. Costs O(S) once
-    an epoch, for S shards.
+    For datasets whose shards are fetched: only a window's shards need to be at hand. Costs O(S) per
+    epoch, for S shards.
 
     Args:
         counts: (S,) videos of each shard; N is their sum.
-        window: W, shards in a window.
+        window: W, shards per window.
         seed: the run's seed.
         epoch: its number.
     """
 
     def __init__(self, counts: NDArray[np.int64], window: int, seed: int, epoch: int) -> None:
         if window < 1:
-            raise ValueError(f"a window of {window} shards")
+            raise ValueError(f"a window needs at least one shard, not {window}")
         self.count = int(counts.sum())
         self._window = window
         self._name = f"seco-window-order/{seed}/{epoch}"
@@ -189,14 +189,14 @@ class WindowOrder:
         self._shards = shards[counts[shards] > 0]
         first_of_shard = np.cumsum(counts) - counts
         self._first_video = first_of_shard[self._shards]
-        # Position of the first video of each shard in the shards' new order, and the end of all.
+        # Position of each shard's first video in the new order of the shards, and the end of all.
         self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])
 
     def at(self, positions: ArrayLike) -> NDArray[np.int64]:
         given = np.asarray(positions, dtype=np.int64)
         outside = (given < 0) | (given >= self.count)
         if outside.any():
-            raise IndexError(f"position {given[outside][0]} of {self.count}")
+            raise IndexError(f"position {given[outside][0]} is out of range: N is {self.count}")
         windows = self._window_of(given)
         within = np.empty_like(given)
         for window in np.unique(windows):
@@ -217,30 +217,30 @@ class WindowOrder:
         return np.asarray(rank // self._window, dtype=np.int64)
 
     def _bounds(self, window: int) -> tuple[int, int]:
-        """The positions of a window: its first, and the one after its last."""
+        """Return the first position of a window, and the one after its last."""
         first = window * self._window
         last = min(first + self._window, len(self._shards))
         return int(self._starts[first]), int(self._starts[last])
 
 
 def substitute_position(place: int, batch_begin: int, batch_size: int, count: int) -> int:
-    """The position of what takes the place of something unreadable: not one of its own batch.
+    """Return the position of the video that replaces an unreadable one, outside its own batch.
 
     Args:
-        place: row in the batch + (attempt - 1) · batch size, attempts counted from 1.
+        place: row in the batch + (attempt - 1) · batch size; attempts count from 1.
         batch_begin: position of the batch's first row.
         batch_size: B.
-        count: N, positions of an epoch.
+        count: N, positions per epoch.
 
     Returns:
-        The same place of the ``attempt``-th next batch. After the epoch's end it goes on at its
-        beginning, a place further.
+        The same place in the ``attempt``-th next batch. Past the end of the epoch, it continues at
+        the beginning, shifted by one place.
     """
     others = count - batch_size
     if others:
         rounds, place = divmod(place, others)
         position = batch_begin + batch_size + (place + rounds) % others
-    else:  # this batch is all there is
+    else:  # the batch is the whole epoch
         attempt, row = divmod(place, batch_size)
         position = batch_begin + row + attempt + 1
     return position % count
@@ -250,7 +250,7 @@ ANCHOR_FIRST = 0
 ANCHOR_LAST = 1
 SAMPLINGS = ("uniform", "halves")
 MIN_FRAMES = 3
-DRAWS = 4  # uniform numbers a triplet takes
+DRAWS = 4  # uniform numbers per triplet
 
 Integers = NDArray[np.int64]
 
@@ -259,8 +259,8 @@ class Triplets(NamedTuple):
     """Frame numbers within n videos and the order labels y of Eq. 4.
 
     ``frames[:, 0]`` is the anchor and gives the query and k1; the other two, in time order, give k2
-    and k3 (they may coincide under ``halves``). ``order`` is 0 when the anchor is before them, 1
-    when after.
+    and k3 (they may coincide under ``halves``). ``order`` is 0 if the anchor is before them, 1 if
+    after.
     """
 
     frames: Integers  # (n, 3)
@@ -268,9 +268,9 @@ class Triplets(NamedTuple):
 
 
 def draw_triplets(uniform: NDArray[np.float64], frame_counts: Integers, sampling: str) -> Triplets:
-    """Draw a triplet from each of n videos.
+    """Draw one triplet from each of n videos.
 
-    ``uniform`` (paper §4.1): three distinct frames at random, the first or the last in time is the
+    ``uniform`` (paper §4.1): three distinct random frames; the first or the last in time is the
     anchor. ``halves`` (authors' code): the anchor from one half of the video, the other two from
     the other half, where they may coincide.
 
@@ -283,7 +283,7 @@ def draw_triplets(uniform: NDArray[np.float64], frame_counts: Integers, sampling
         ValueError: fewer than 3 frames, or an unknown sampling.
     """
     if len(frame_counts) and frame_counts.min() < MIN_FRAMES:
-        raise ValueError(f"a triplet needs {MIN_FRAMES} frames, one has {frame_counts.min()}")
+        raise ValueError(f"a triplet needs {MIN_FRAMES} frames, a video has {frame_counts.min()}")
     order = (uniform[:, 0] >= 0.5).astype(np.int64)
     if sampling == "uniform":
         frames = _three_distinct(uniform[:, 1:], frame_counts)
@@ -301,12 +301,12 @@ def draw_triplets(uniform: NDArray[np.float64], frame_counts: Integers, sampling
 
 
 def _three_distinct(uniform: NDArray[np.float64], frame_counts: Integers) -> Integers:
-    """(n, 3) frames in time order, every set of three equally likely."""
+    """Draw (n, 3) frames in time order, every set of three equally likely."""
     one = below(uniform[:, 0], frame_counts)
     two = below(uniform[:, 1], frame_counts - 1)
-    two += two >= one  # counted without the first …
+    two += two >= one  # skips the first …
     low, high = np.minimum(one, two), np.maximum(one, two)
     three = below(uniform[:, 2], frame_counts - 2)
-    three += three >= low  # … and without both
+    three += three >= low  # … and skips both
     three += three >= high
     return np.sort(np.column_stack([low, high, three]), axis=1)

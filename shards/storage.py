@@ -25,21 +25,21 @@ from shards.errors import InputError
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _ATTEMPTS = 5
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.25, 30.0
-# Asking again would give the same answer.
+# Errors that a retry cannot fix.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, InputError)
 _LASTING_ELSEWHERE = ("NoCredentialsError", "PartialCredentialsError")  # botocore's
 _Result = TypeVar("_Result")
 
 
 def is_remote(address: str) -> bool:
-    """Whether fsspec has to fetch it."""
+    """Whether the address has to be fetched by fsspec."""
     return "://" in address and not address.startswith("file://")
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for ``url``, and the address without its protocol.
+    """Return fsspec's file system for ``url``, and the address without its protocol.
 
-    To be asked for anew in every process: what is open does not survive a fork.
+    Call it in every process: open connections do not survive a fork.
 
     Raises:
         InputError: no such kind of address, or its package is not installed.
@@ -50,23 +50,23 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         extra = _EXTRAS.get(url.partition("://")[0])
-        advice = f'pip install "seco-video[{extra}]"' if extra else "install what it names"
+        advice = f'pip install "seco-video[{extra}]"' if extra else "install the package it names"
         raise InputError(f"cannot be opened ({error})", url, advice) from error
     except ValueError as error:
-        raise InputError(f"cannot be opened ({error})", url, "is the address right?") from error
+        raise InputError(f"cannot be opened ({error})", url, "check the address") from error
     return system, path
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another try may succeed: a server that is busy, a connection that was cut."""
+    """Whether a retry may succeed: the server is busy, or a connection was cut."""
     lasting = isinstance(error, _LASTING) or type(error).__name__ in _LASTING_ELSEWHERE
     return isinstance(error, Exception) and not lasting
 
 
 def try_again(fetch: Callable[[], _Result]) -> _Result:
-    """What ``fetch`` returns; tried five times when faults are transient, then the last is raised.
+    """Return what ``fetch`` returns; try up to five times on transient faults, then raise the last.
 
-    The waits grow and are jittered, so that many processes do not return at once.
+    The waits grow and are jittered, so that many processes do not retry at once.
     """
     patient = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
@@ -81,7 +81,7 @@ def try_again(fetch: Callable[[], _Result]) -> _Result:
 
 
 def _tell(state: tenacity.RetryCallState) -> None:
-    """After the second failure: what is being waited for."""
+    """Print what is being waited for, once, after the second failure."""
     fault = state.outcome.exception() if state.outcome else None
     if state.attempt_number == 2 and fault is not None:
         print(f"seco: trying again: {in_words(fault)}", file=sys.stderr, flush=True)
@@ -90,10 +90,11 @@ def _tell(state: tenacity.RetryCallState) -> None:
 def fetch_parts(
     parts: Sequence[tuple[str, int | None, int | None]],
 ) -> list[bytes | Exception]:
-    """Parts of files of one kind of place, many at a time; in the place of one why it failed.
+    """Return parts of files, fetched many at a time, or in their place why a part failed.
 
     Args:
-        parts: (address, first byte, the byte after the last); None stands for the file's ends.
+        parts: (address, first byte, byte after the last) in one kind of location; None stands for
+            the file's start or end.
     """
     found: list[Any] = [None] * len(parts)
     left = list(range(len(parts)))
@@ -121,10 +122,10 @@ def fetch_parts(
 
 
 def told_of(content: bytes | Exception, address: str) -> bytes:
-    """What :func:`fetch_parts` fetched.
+    """Return what :func:`fetch_parts` fetched.
 
     Raises:
-        InputError: it could not be.
+        InputError: the fetch failed.
     """
     if isinstance(content, Exception):
         raise InputError(
@@ -134,21 +135,21 @@ def told_of(content: bytes | Exception, address: str) -> bytes:
 
 
 def in_words(error: BaseException) -> str:
-    """A fault of whichever library stands behind an address, in one line."""
+    """Format an error of any library in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-_MOST_OPEN = 256  # files; a process may usually have 1,024 open, and a set has more shards
-_GAP_BYTES = 64 << 10  # reading this much in vain is quicker than asking once more
+_MOST_OPEN = 256  # files; the usual limit is 1,024 per process, and a dataset may have more shards
+_GAP_BYTES = 64 << 10  # reading this many unused bytes is faster than another request
 
 
 class UnreadableFrame(Exception):
-    """A frame's bytes could not be read: its shard was cut, altered or deleted, or is far away."""
+    """A frame's bytes cannot be read: its shard was cut, altered or deleted, or is out of reach."""
 
 
 def readable(data: bytes | UnreadableFrame) -> bytes:
-    """What was read; raises UnreadableFrame where it could not be."""
+    """Return what was read; raises UnreadableFrame if that failed."""
     if isinstance(data, UnreadableFrame):
         raise data
     return data
@@ -163,25 +164,25 @@ class ByteRange(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The byte after its last."""
+        """The byte after the last."""
         return self.offset + self.size
 
 
 class Access(Protocol):
-    """A way to the bytes; may be pickled to other processes and used after a fork."""
+    """Reads bytes of shards; can be pickled to other processes and used after a fork."""
 
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes | UnreadableFrame]:
-        """The bytes of each range, or why they cannot be had."""
+        """Return the bytes of each range, or why they cannot be read."""
 
     def prefetch(self, addresses: Sequence[str]) -> None:
         """Hint: these shards will be read next, in this order."""
 
     def close(self) -> None:
-        """Stop what goes on in the background."""
+        """Stop background work."""
 
 
 class LocalAccess:
-    """Files of this machine, or of a disk that all machines share, read with ``pread``."""
+    """Files on this machine, or on a disk that all machines share, read with ``pread``."""
 
     def __init__(self) -> None:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
@@ -210,7 +211,7 @@ class LocalAccess:
         try:
             data = os.pread(self._descriptor(wanted.address), wanted.size, wanted.offset)
         except OSError as error:
-            self._forget(wanted.address)  # a file replaced on a shared disk can be opened anew
+            self._forget(wanted.address)  # a file replaced on a shared disk can be reopened
             return UnreadableFrame(f"{wanted.address}: {error.strerror}")
         if len(data) != wanted.size:
             self._forget(wanted.address)
@@ -238,9 +239,9 @@ class LocalAccess:
 
 
 class RangeAccess:
-    """Shards behind fsspec, of which only the ranges asked for are fetched, many at a time.
+    """Shards behind fsspec; only the requested ranges are fetched, many at a time.
 
-    Ranges that lie close together are fetched as one. What fails is tried again with growing waits.
+    Ranges close together are fetched as one. Failed fetches are retried with growing waits.
     """
 
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes | UnreadableFrame]:
@@ -261,7 +262,7 @@ class RangeAccess:
 
 
 def joined_ranges(ranges: Sequence[ByteRange], gap: int = _GAP_BYTES) -> list[ByteRange]:
-    """Fewer, longer ranges that cover these, with at most ``gap`` bytes in vain at each joint."""
+    """Return fewer, longer ranges that cover these, with at most ``gap`` unused bytes per joint."""
     joined: list[ByteRange] = []
     for wanted in sorted(ranges):
         last = joined[-1] if joined else None
@@ -282,7 +283,7 @@ def _part(wanted: ByteRange, whole: ByteRange, data: bytes | Exception) -> bytes
     if isinstance(data, Exception):
         return UnreadableFrame(f"{wanted.address}: {in_words(data)}")
     if len(data) > whole.size:
-        return UnreadableFrame(f"{wanted.address}: the server ignores ranges: give --cache-dir")
+        return UnreadableFrame(f"{wanted.address}: the server ignores ranges; give --cache-dir")
     start = wanted.offset - whole.offset
     part = data[start : start + wanted.size]
     if len(part) != wanted.size:
@@ -290,43 +291,43 @@ def _part(wanted: ByteRange, whole: ByteRange, data: bytes | Exception) -> bytes
     return part
 
 
-# A put there appears whole or not at all; elsewhere it takes a temporary name and a move.
+# Uploads there are atomic; elsewhere a file gets a temporary name and is then moved.
 _OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"))
 
 
 class Storage(Protocol):
-    """One folder of a set's files."""
+    """One folder with a dataset's files."""
 
     url: str
-    append_every_seconds: float  # no log should be added to more often
+    append_every_seconds: float  # least time between two appends to a log
 
     def require_writable(self) -> None:
-        """Make the folder; raises InputError when nothing can be written to it."""
+        """Create the folder; raises InputError if it is not writable."""
 
     def sizes(self) -> dict[str, int]:
-        """The files there are, by name, and their sizes in bytes."""
+        """Return the sizes of the files in bytes, by name."""
 
     def reading(self, name: str) -> Any:
-        """A context that gives a local path of the file."""
+        """Return a context that gives a local path of the file."""
 
     def writing(self) -> Any:
-        """A context that gives a local folder; what is in it at the end is there, whole."""
+        """Return a context that gives a local folder; its files are stored, whole, at the end."""
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a small file, whole or not at all."""
+        """Replace a small file atomically."""
 
     def append(self, name: str, text: str) -> None:
         """Add lines to a log."""
 
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Delete a file if it exists."""
 
     def writer_lock(self, name: str) -> Any:
-        """A context in which this process is the only writer of the set ``name``."""
+        """Return a context in which this process is the only writer of dataset ``name``."""
 
 
 def open_storage(url: str) -> Storage:
-    """The folder at ``url``: a path, ``file://…``, or another address fsspec knows.
+    """Return the folder at ``url``: a path, ``file://…``, or another address fsspec knows.
 
     Raises:
         InputError: no such kind of address, or its package is not installed.
@@ -336,7 +337,7 @@ def open_storage(url: str) -> Storage:
 
 
 class LocalStorage:
-    """A folder of this machine, or of a disk that all machines share."""
+    """A folder on this machine, or on a disk that all machines share."""
 
     append_every_seconds = 0.0
 
@@ -351,7 +352,7 @@ class LocalStorage:
         found: dict[str, int] = {}
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                # Another set's temporary file may get its final name meanwhile.
+                # A temporary file of another dataset may be renamed meanwhile.
                 with suppress(FileNotFoundError):
                     if entry.is_file():
                         found[entry.name] = entry.stat().st_size
@@ -363,14 +364,14 @@ class LocalStorage:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        # Whatever is written there takes a temporary name of its own (atomic.py).
+        # Writers use temporary names of their own (atomic.py).
         yield self._folder
 
     def write_text(self, name: str, text: str) -> None:
         write_text(self._folder / name, text)
 
     def append(self, name: str, text: str) -> None:
-        # One write to a file opened for appending: no reader sees half a line.
+        # A single write in append mode: no reader sees half a line.
         path = self._folder / name
         try:
             with open(path, "ab", buffering=0) as log:
@@ -383,10 +384,10 @@ class LocalStorage:
 
     @contextmanager
     def writer_lock(self, name: str) -> Iterator[None]:
-        """Also clears away what killed writers of this set have left, before and after.
+        """Hold the dataset's lock; remove what killed writers left, before and after.
 
         Raises:
-            InputError: another process is writing it.
+            InputError: another process is writing the dataset.
         """
         path = self._folder / f".{name}.lock"
         lock = self._lock(path, name)
@@ -394,7 +395,7 @@ class LocalStorage:
             self._clear(name)
             yield
         finally:
-            # A worker that is ended while it clears up after itself does not get to the end of it.
+            # A worker killed during its own cleanup may leave files.
             with suppress(OSError):
                 self._clear(name)
             path.unlink(missing_ok=True)
@@ -420,7 +421,7 @@ class LocalStorage:
                 ) from None
             except OSError:
                 return lock  # a file system without locks
-            # The last holder removes the file: one that is no longer there locks nobody out.
+            # The last holder deletes the file; a lock on a deleted file excludes nobody.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), os.stat(path)):
                     return lock
@@ -428,7 +429,7 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A folder behind fsspec. Files are made in a scratch folder (``TMPDIR``) and sent whole."""
+    """A folder behind fsspec. Files are written to a scratch folder (``TMPDIR``) and sent whole."""
 
     append_every_seconds = 60.0
 
@@ -438,7 +439,7 @@ class RemoteStorage:
         self._system, self._root = open_filesystem(url)
 
     def require_writable(self) -> None:
-        probe = ".seco-writable"  # always this name: what a killed run left, the next one deletes
+        probe = ".seco-writable"  # a fixed name: the next run deletes what a killed one left
         self.write_text(probe, "")
         self.delete(probe)
 
@@ -467,7 +468,7 @@ class RemoteStorage:
     def writing(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
             yield Path(scratch)
-            # Indexes last: a shard with an index is a finished one.
+            # Indexes last: a shard with an index is finished.
             for path in sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".idx"):
                 self._put(path, path.name)
 
@@ -478,7 +479,7 @@ class RemoteStorage:
             self._put(Path(file.name), name)
 
     def append(self, name: str, text: str) -> None:
-        # Objects cannot grow; they are read and put again.
+        # Objects cannot be appended to; read and rewrite them.
         with _told_of(f"{self.url}/{name}"):
             try:
                 before = self._system.cat_file(self._address(name)).decode("utf-8")
@@ -492,7 +493,7 @@ class RemoteStorage:
 
     @contextmanager
     def writer_lock(self, name: str) -> Iterator[None]:
-        yield  # object stores have no locks; puts are whole, and equal plans write equal bytes
+        yield  # object stores have no locks; uploads are atomic, and equal plans write equal bytes
 
     def _put(self, local: Path, name: str) -> None:
         address = self._address(name)
@@ -510,7 +511,7 @@ class RemoteStorage:
 
 @contextmanager
 def _told_of(address: str) -> Iterator[None]:
-    """Whatever goes wrong behind fsspec, in each library's own types, is one line."""
+    """Turn an error of any library behind fsspec into an InputError."""
     try:
         yield
     except InputError:

@@ -31,18 +31,18 @@ from shards.sampling import (
 )
 from shards.storage import UnreadableFrame
 
-TRAIN = "train"  # the value of a split's training videos
+TRAIN = "train"  # a split's value for training videos
 
 
 class UsableVideos:
     """The videos with ``min_frames`` or more, 0 … N-1 in the order of the shards.
 
-    Holds a list for those shards alone that have other videos.
+    Keeps lists only for shards that also have other videos.
 
     Args:
-        shards: the set.
+        shards: the dataset.
         min_frames: stored frames a video needs.
-        split: the name of a split: its training videos only.
+        split: the name of a split; use only its training videos.
 
     Attributes:
         counts: (S,) usable videos of each shard.
@@ -78,7 +78,7 @@ class UsableVideos:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def numbers(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) of 0 … N-1 to (n,) numbers in the set."""
+        """Map (n,) ordinals in 0 … N-1 to (n,) video numbers in the dataset."""
         shard = np.searchsorted(self._ends, ordinals, side="right")
         row = ordinals - (self._ends[shard] - self.counts[shard])
         for number in np.unique(shard):
@@ -91,24 +91,24 @@ class UsableVideos:
 
 @dataclass(frozen=True)
 class TripletFrames:
-    """One sample: the video, the draw, and the JPEG bytes of anchor, second and third frame."""
+    """One sample: the video, its order label, and the JPEGs of anchor, second and third frame."""
 
     key: str
-    video: int  # its number in the set
-    order: int  # 0 when the anchor is before the others, 1 when after
+    video: int  # its number in the dataset
+    order: int  # 0 if the anchor is before the others, 1 if after
     jpegs: tuple[bytes, bytes, bytes]
 
 
 @dataclass(frozen=True)
 class UnreadableTriplet:
-    """What stands in the place of a sample whose frames could not be read."""
+    """Stands for a sample whose frames could not be read."""
 
     key: str
     reason: str
 
 
 class NothingToRead(Exception):
-    """So many videos in a row cannot be read that there is no point in going on."""
+    """Too many videos in a row cannot be read for the run to continue."""
 
 
 Sample = TripletFrames | UnreadableTriplet
@@ -121,13 +121,13 @@ def first_readable(
     note: Callable[[UnreadableFrame], object],
     what: str = "videos in a row cannot be read",
 ) -> _Read:
-    """The one rule for samples that cannot be read: what is next in their place.
+    """Return the first of a sample and its substitutes that can be read.
 
     Args:
         read: called with 0 for the sample itself, with 1, 2, … for its substitutes; raises
             UnreadableFrame.
-        note: told of each that cannot be read, so that it is counted and named.
-        what: of the message.
+        note: called with each failure, to count and name it.
+        what: wording of the message.
 
     Raises:
         NothingToRead: neither the sample nor any of 20 substitutes can be read.
@@ -142,49 +142,49 @@ def first_readable(
 
 
 class Stream(Protocol):
-    """Where a trainer's samples come from; may be pickled and used after a fork."""
+    """A trainer's source of samples; can be pickled and used after a fork."""
 
-    name: str  # of the set
+    name: str  # of the dataset
     seed: int
     batch_size: int  # B, the global batch
-    rows: int  # of it on this rank
+    rows: int  # per-rank batch
     steps_per_epoch: int
     left_out: int  # videos that are too short
-    window_shards: int  # within which it is shuffled; 0: all
+    window_shards: int  # shards shuffled at a time; 0: all
 
     def set_worker(self, worker: int, workers: int) -> None:
-        """Told once to each of several loader processes, before it reads."""
+        """Called once in each of several workers, before it reads."""
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
-        """Samples at these rows (0 … ``rows`` - 1) of this rank's slice of a batch."""
+        """Return the samples at these rows (0 … ``rows`` - 1) of the per-rank batch."""
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
-        """The sample that takes the place of an unreadable one, at the 1st, 2nd, … attempt."""
+        """Return the sample that replaces an unreadable one, at the 1st, 2nd, … attempt."""
 
     def prefetch(self, epoch: int, step: int) -> None:
         """Hint: the batches from this one on will be read next."""
 
     def digest(self) -> str:
-        """Of what is trained on: equal for runs that may go on from each other's checkpoints."""
+        """Digest of the training data; runs with equal digests may use each other's checkpoints."""
 
     def close(self) -> None:
-        """Stop what goes on in the background."""
+        """Stop background work."""
 
 
 class IndexedStream:
-    """Which videos of an indexed set make up each batch, by epoch and step.
+    """Chooses the videos of each batch from an indexed dataset, by epoch and step.
 
     Args:
-        shards: the set.
+        shards: the dataset.
         batch_size: B, the global batch.
         seed: the run's seed.
         min_frames: videos with fewer stored frames are left out and counted.
-        rank: this process's number of ``world_size`` processes; each takes B / world_size.
-        window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
-        split: the training videos of this split only.
+        rank: of this process, among ``world_size`` ranks; each takes B / world_size.
+        window_shards: W, shuffle within windows of this many shards; 0: within the whole dataset.
+        split: use only the training videos of this split.
 
     Raises:
-        InputError: fewer usable videos than one batch needs, or B does not divide.
+        InputError: fewer usable videos than one batch needs, or B is not divisible by the ranks.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class IndexedStream:
         self._split = split
         self.usable = UsableVideos(shards, min_frames, split)
         self.left_out = self.usable.left_out
-        # Whole global batches; the rest of an epoch is left out and differs every epoch.
+        # Full global batches; the videos left out differ in every epoch.
         self.steps_per_epoch = len(self.usable) // batch_size
         self._wanted: tuple[str, ...] = ()
         if not self.steps_per_epoch:
@@ -221,23 +221,23 @@ class IndexedStream:
             )
 
     def order(self, epoch: int) -> Order:
-        """In which the epoch visits the usable videos."""
+        """Return the order in which the epoch visits the usable videos."""
         return _order(self.usable, self.window_shards, self.seed, epoch)
 
     def videos(self, epoch: int, positions: Sequence[int]) -> NDArray[np.int64]:
-        """(n,) numbers, in the set, of the videos at these positions of an epoch."""
+        """Return the (n,) dataset numbers of the videos at these positions of an epoch."""
         return self.usable.numbers(self.order(epoch).at(positions))
 
     def set_worker(self, worker: int, workers: int) -> None:
-        pass  # who reads makes no difference
+        pass  # batches do not depend on the worker
 
     def positions(self, step: int, rows: Sequence[int]) -> list[int]:
-        """Where the rows of this rank's slice of a batch stand in the epoch."""
+        """Return the epoch's positions of these rows of the per-rank batch."""
         start = step * self.batch_size + self._first_row
         return [start + row for row in rows]
 
     def substitute_position(self, step: int, row: int, attempt: int) -> int:
-        """Where the video stands that takes a row's place: not in the same batch."""
+        """Return the position of the video that replaces a row, outside the row's batch."""
         place = (attempt - 1) * self.batch_size + self._first_row + row
         begin = step * self.batch_size
         return substitute_position(place, begin, self.batch_size, len(self.usable))
@@ -254,7 +254,7 @@ class IndexedStream:
                 self.shards.access.prefetch(wanted)
 
     def digest(self) -> str:
-        """Equal for the same videos in the same order, however they are cut into shards."""
+        """Return a digest of the videos in their order; the shards matter only with windows."""
         texts, lengths, counts = (hashlib.sha256() for _ in range(3))
         for index in self.shards.indexes:
             texts.update(index.key_text.tobytes())
@@ -272,19 +272,19 @@ class IndexedStream:
 
 
 class TripletStream(IndexedStream):
-    """Batches of triplets of an indexed set, by epoch and step.
+    """Batches of triplets from an indexed dataset, by epoch and step.
 
     Args:
-        shards: the set; videos with fewer than 3 stored frames are left out and counted.
+        shards: the dataset; videos with fewer than 3 stored frames are left out and counted.
         batch_size: B, the global batch.
         sampling: ``uniform`` or ``halves`` (:func:`shards.sampling.draw_triplets`).
         seed: the run's seed.
-        rank: this process's number of ``world_size`` processes; each takes B / world_size.
-        window_shards: W, shuffle within windows of so many shards; 0: within the whole set.
-        split: the training videos of this split only.
+        rank: of this process, among ``world_size`` ranks; each takes B / world_size.
+        window_shards: W, shuffle within windows of this many shards; 0: within the whole dataset.
+        split: use only the training videos of this split.
 
     Raises:
-        InputError: fewer usable videos than one batch needs, or B does not divide.
+        InputError: fewer usable videos than one batch needs, or B is not divisible by the ranks.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ class TripletStream(IndexedStream):
         return sample
 
     def samples(self, epoch: int, numbers: NDArray[np.int64]) -> list[Sample]:
-        """The samples of videos (n,): each is a function of (seed, epoch, video) alone."""
+        """Return the samples of (n,) videos; each is a function of (seed, epoch, video) alone."""
         videos = numbers.tolist()
         keys = [self.shards.key(video) for video in videos]
         counts = np.array([self.shards.frame_count(video) for video in videos])
@@ -337,7 +337,7 @@ class TripletStream(IndexedStream):
 
 
 def sample_of(key: str, video: int, order: int, jpegs: Sequence[bytes | UnreadableFrame]) -> Sample:
-    """The sample of three frames that were read, or what says that one was not."""
+    """Return the sample of three frames, or an UnreadableTriplet if one could not be read."""
     first, second, third = jpegs
     if isinstance(first, bytes) and isinstance(second, bytes) and isinstance(third, bytes):
         return TripletFrames(key, video, order, (first, second, third))
@@ -345,10 +345,10 @@ def sample_of(key: str, video: int, order: int, jpegs: Sequence[bytes | Unreadab
 
 
 def rows_of_rank(batch_size: int, world_size: int) -> int:
-    """A rank's share of the global batch.
+    """Return the size of the per-rank batch.
 
     Raises:
-        InputError: it does not divide.
+        InputError: the global batch is not divisible by the ranks.
     """
     if batch_size % world_size:
         raise InputError(f"{batch_size} is not divisible by {world_size} ranks", "--batch-size")

@@ -22,7 +22,7 @@ from shards.sampling import DRAWS, MIN_FRAMES, Permutation, draw_triplets, sampl
 from shards.storage import is_remote, open_filesystem, try_again
 from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet, rows_of_rank
 
-_BUFFERED = 1000  # samples of three frames, in each loader process
+_BUFFERED = 1000  # samples of three frames, per worker
 
 
 class SequentialStream:
@@ -32,16 +32,16 @@ class SequentialStream:
         addresses: of the tars.
         batch_size: B, the global batch.
         sampling: ``uniform`` or ``halves``.
-        seed: of the shards' order, the buffer and the draws.
-        steps_per_epoch: how many batches count as an epoch.
-        rank: this process's number of ``world_size`` processes.
+        seed: for the shards' order, the buffer and the triplets.
+        steps_per_epoch: batches per epoch.
+        rank: of this process, among ``world_size`` ranks.
 
     Raises:
-        InputError: no number of steps is given, or B does not divide.
+        InputError: no number of steps is given, or B is not divisible by the ranks.
     """
 
     window_shards = 0
-    left_out = 0  # of a stream nobody knows; short videos are counted when they pass by
+    left_out = 0  # unknown in advance; short videos are counted when they are read
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class SequentialStream:
     ) -> None:
         if steps_per_epoch is None:
             raise InputError(
-                "has no index, so nobody knows how long an epoch is",
+                "has no index, so the length of an epoch is unknown",
                 addresses[0],
-                "give --steps-per-epoch to stream it, or make indexes with `seco index` on a copy",
+                "give --steps-per-epoch, or create indexes with `seco index` on a copy",
             )
         self.addresses = list(addresses)
         piped = addresses[0].startswith(PIPE)
@@ -79,10 +79,10 @@ class SequentialStream:
         self._samples = None
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
-        """The next samples of this process, whichever rows are asked for.
+        """Return the next samples of this process, whichever rows are requested.
 
         Raises:
-            NothingToRead: a whole pass over the shards gave not one usable video.
+            NothingToRead: a whole pass over the shards gave no usable video.
         """
         if self._ended is not None:
             raise NothingToRead(self._ended)
@@ -95,7 +95,7 @@ class SequentialStream:
             raise
 
     def substitute(self, epoch: int, step: int, row: int, attempt: int) -> Sample:
-        """The next sample."""
+        """Return the next sample."""
         (sample,) = self.read(epoch, step, [row])
         return sample
 
@@ -118,9 +118,9 @@ class SequentialStream:
         return samples
 
     def _passes(self, name: str) -> Iterator[Sample]:
-        """The samples of this reader's shards, over and over, the shards in new orders.
+        """Yield the samples of this reader's shards, over and over, the shards in new orders.
 
-        With fewer shards than readers some readers share one; they shuffle and draw differently.
+        With fewer shards than readers, some readers share one, with different random numbers.
         """
         mine = self.addresses[self._reader % len(self.addresses) :: self._readers]
         number = 0
@@ -141,11 +141,11 @@ class SequentialStream:
                     file=sys.stderr,
                 )
             if not usable:
-                raise NothingToRead(f"not one video can be read: {last}")
+                raise NothingToRead(f"no video can be read: {last}")
             number += 1
 
     def _shard(self, address: str, name: str) -> Iterator[Sample | None]:
-        """A shard's samples, None for videos that are too short; if it broke off, what ended it."""
+        """Yield a shard's samples, None for short videos and, if it breaks off, the reason."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         faults: list[Exception] = []
@@ -167,7 +167,7 @@ class SequentialStream:
             yield UnreadableTriplet(address, _words(first))
 
     def _sample(self, group: dict[str, Any], name: str) -> Sample | None:
-        """The triplet is drawn as soon as a video is here: the buffer need not hold its rest."""
+        """Draw the triplet as soon as a video is read: the buffer then holds only three frames."""
         key = group["__key__"]
         frames = [data for field, data in group.items() if not field.startswith("__")]
         if len(frames) < MIN_FRAMES:
@@ -181,7 +181,7 @@ class SequentialStream:
 
 
 def _words(fault: Exception) -> str:
-    """WebDataset adds the stream to a fault's text, and its address to its arguments."""
+    """Format a fault without the stream and address that WebDataset adds to it."""
     text = " ".join(str(fault.args[0] if fault.args else fault).partition(" @ <")[0].split())
     return f"{type(fault).__name__}: {text}"
 
@@ -198,6 +198,6 @@ def _open(address: str) -> Any:
     if not is_remote(address):
         return open(address, "rb")
     system, path = open_filesystem(address)
-    # Blocks would be asked for by ranges, which not every web server knows.
+    # Reading by blocks needs byte ranges, which not every web server supports.
     options = {"block_size": 0} if address.startswith(("http://", "https://")) else {}
     return try_again(lambda: system.open(path, "rb", **options))

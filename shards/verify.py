@@ -1,4 +1,4 @@
-"""``seco verify``: is every byte of a set what it should be?
+"""``seco verify``: is every byte of a dataset what it should be?
 
 The tar is the truth: the index and the manifest are compared with what is really in it.
 """
@@ -35,16 +35,16 @@ from shards.settings import usable_cpus
 
 
 def reindex(spec: str | Iterable[str], force: bool = False) -> str:
-    """Write the index of every tar that has none, or one of another size; returns a summary.
+    """Write the index of every tar that has none or an outdated one; return a summary.
 
-    An index that is replaced hands on what is not in the tar (what the shard was made from, and
-    which videos could not be stored), if it is of this very tar.
+    A replaced index passes on what is not in the tar (what the shard was made from, and which
+    videos could not be stored), if it belongs to this very tar.
 
     Args:
-        force: of all tars.
+        force: reindex all tars.
 
     Raises:
-        InputError: some of them could not be indexed; all others have been.
+        InputError: some tars could not be indexed; all others have been.
     """
     tars = local_tars(spec)
     made, kept = 0, 0
@@ -62,7 +62,7 @@ def reindex(spec: str | Iterable[str], force: bool = False) -> str:
             except InputError as error:
                 failures.append(error)
             bar.advance()
-    summary = f"{made} indexes written, {kept} were there already"
+    summary = f"{made} indexes written, {kept} already existed"
     if failures:
         raise InputError(
             f"{len(failures)} of {len(tars)} shards could not be indexed: "
@@ -91,7 +91,7 @@ def _made(tar: Path, old: ShardIndex | None) -> ShardIndex:
     return replace(index, plan_digest=old.plan_digest, exclusions=old.exclusions)
 
 
-_MOST_NAMED = 10  # faults of one shard that are told one by one
+_MOST_NAMED = 10  # faults listed per shard
 _MAX_FRAME_BYTES = 256 << 20
 _MAX_PIXELS = 1 << 28  # a header may claim any size
 _SHARD = re.compile(r"(.+)-\d{3,}")
@@ -100,7 +100,7 @@ _TAR_SAFE = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What was found in one tar."""
+    """The result of checking one tar."""
 
     file: Path
     faults: list[str]
@@ -111,7 +111,7 @@ class ShardCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome; ``faults`` are lines for people, each with the file it is about."""
+    """The result of :func:`verify`; ``faults`` are lines for people, each with its file."""
 
     faults: list[str]
     shards: int
@@ -120,7 +120,7 @@ class Verification:
     notes: list[str]
 
     def table(self) -> str:
-        """All faults and notes, and a summary."""
+        """Return all faults and notes, and a summary."""
         count = f"{len(self.faults)} faults" if self.faults else "no faults"
         counts = f"{self.shards} shards, {self.videos} videos, {self.frames} frames: {count}"
         return "\n".join([*self.faults, *self.notes, counts])
@@ -133,14 +133,14 @@ class _Task:
 
 
 def verify(spec: str | Iterable[str], workers: int | None = None) -> Verification:
-    """Check manifests, indexes and tars; every JPEG is decoded.
+    """Check manifests, indexes and tars, decoding every JPEG.
 
     Args:
-        spec: as :func:`shards.dataset.local_tars`; a manifest stands for the set it describes.
-        workers: shards read at once; never changes the outcome.
+        spec: as for :func:`shards.dataset.local_tars`; a manifest stands for its dataset.
+        workers: shards read at once; does not affect the result.
 
     Raises:
-        InputError: the specification names nothing, or a manifest cannot be read.
+        InputError: the specification names no shards, or a manifest cannot be read.
     """
     tasks, faults, manifests = _tasks([spec] if isinstance(spec, str) else list(spec))
     notes = [
@@ -164,7 +164,7 @@ def verify(spec: str | Iterable[str], workers: int | None = None) -> Verificatio
 
 
 def _tasks(specs: list[str]) -> tuple[list[_Task], list[str], dict[Path, Manifest]]:
-    """The tars to check, and what manifests tell before any is opened."""
+    """Return the tars to check, and the faults found from manifests alone."""
     tars: dict[Path, None] = {}
     named: dict[Path, None] = {}
     for part in specs:
@@ -203,7 +203,7 @@ def _strangers(manifest: Path, listed: Iterable[Path]) -> list[Path]:
 
 
 def _error_rows(path: Path, manifest: Manifest) -> list[str]:
-    """The list of excluded videos has as many rows as the manifest says."""
+    """Check that the list of excluded videos has as many rows as the manifest says."""
     errors = path.with_name(f"{manifest.name}.errors.csv")
     rows = 0
     if errors.is_file():
@@ -211,11 +211,11 @@ def _error_rows(path: Path, manifest: Manifest) -> list[str]:
             rows = max(0, sum(1 for _ in csv.reader(file)) - 1)
     if rows == manifest.excluded:
         return []
-    return [f"{errors}: {rows} rows, but {path.name} tells of {manifest.excluded} excluded videos"]
+    return [f"{errors}: {rows} rows, but {path.name} says {manifest.excluded} videos are excluded"]
 
 
 def _checked(tasks: Sequence[_Task], workers: int) -> Iterator[ShardCheck]:
-    # Threads: hashing and decoding leave Python alone.
+    # Threads: hashing and decoding release the GIL.
     pool = ThreadPoolExecutor(workers)
     try:
         with progress("verify", len(tasks), "shards") as bar:
@@ -253,7 +253,7 @@ def _against_manifest(info: ShardInfo, expected: ShardInfo | None) -> Iterator[s
     if info.bytes != expected.bytes:
         yield f"has {info.bytes} bytes, the manifest says {expected.bytes}"
     elif info.sha256 != expected.sha256:
-        yield "its sha256 is not the manifest's: it has been altered"
+        yield "its sha256 differs from the manifest's: it has been altered"
     for name in ("videos", "frames"):
         held, said = getattr(info, name), getattr(expected, name)
         if held != said:
@@ -263,22 +263,22 @@ def _against_manifest(info: ShardInfo, expected: ShardInfo | None) -> Iterator[s
 def _against_index(tar: Path, truth: ShardIndex) -> Iterator[str]:
     path = tar.with_suffix(".idx")
     if not path.is_file():
-        yield "has no index; `seco index` makes it"
+        yield "has no index; run `seco index`"
         return
     try:
         index = read_index(path)
     except InputError as error:
-        yield f"its index {error.what}; `seco index --force` makes it anew"
+        yield f"its index {error.what}; run `seco index --force`"
         return
     for part in CONTENTS:
         held, said = getattr(truth, part), getattr(index, part)
         same = np.array_equal(held, said) if isinstance(held, np.ndarray) else held == said
         if not same:
-            yield f"its index has another {part} than the tar; `seco index --force` mends it"
+            yield f"its index differs from the tar in {part}; run `seco index --force`"
 
 
 def _group_faults(group: list[TarMember], tar: BinaryIO, ours: bool) -> Iterator[str]:
-    """Faults of the members of one video."""
+    """Yield the faults in one video's members."""
     frames = [member for member in group if member.is_jpeg]
     record: VideoRecord | None = None
     if ours:
@@ -289,7 +289,7 @@ def _group_faults(group: list[TarMember], tar: BinaryIO, ours: bool) -> Iterator
         try:
             record = VideoRecord.from_json(group[0].read(tar))
         except (ValueError, TypeError, RecursionError) as error:
-            yield f"{group[0].name}: is no record ({error})"
+            yield f"{group[0].name}: is not a record ({error})"
         else:
             if record.key != key:
                 yield f"{group[0].name}: is the record of {record.key!r}"
@@ -324,10 +324,10 @@ def _set_of(tar: Path) -> str:
 
 
 def _across(checks: Sequence[ShardCheck], manifests: dict[Path, Manifest]) -> list[str]:
-    """What no shard shows by itself."""
+    """Return the faults that only show across shards."""
     counts = Counter((_set_of(check.file), key) for check in checks for key in check.keys)
     faults = [
-        f"{check.file}: the key {key} occurs {counts[_set_of(check.file), key]} times in the set"
+        f"{check.file}: the key {key} occurs {counts[_set_of(check.file), key]} times"
         for check in checks
         for key in dict.fromkeys(check.keys)
         if counts[_set_of(check.file), key] > 1

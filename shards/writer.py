@@ -26,7 +26,7 @@ _MAGIC = b"ustar\x0000".ljust(255, b"\0")
 
 
 def member_header(name: str, size: int) -> bytes:
-    """A regular file's block as tarfile writes it, without time or owner; three times as fast."""
+    """Return a file's header as tarfile writes it, without time or owner; three times as fast."""
     encoded = name.encode("utf-8")
     if len(encoded) > _MOST_NAME or not name.isascii() or size >= _MOST_SIZE:
         header = tarfile.TarInfo(name)
@@ -40,14 +40,14 @@ def member_header(name: str, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes ``path`` (a ``.tar``) and then its ``.idx``; both appear whole or not at all.
+    """Writes ``path`` (a ``.tar``) and then its ``.idx``, both atomically.
 
-    The index is committed last, so that a shard with an index is a finished one. Members carry no
-    time, owner or other trace of the machine.
+    The index is committed last, so a shard with an index is finished. Members carry no time, owner
+    or other trace of the machine.
 
     Args:
         path: the final name of the tar.
-        plan_digest: what the shard was made from; a resumed run compares it.
+        plan_digest: identifies what the shard was made from; compared by a resumed run.
     """
 
     def __init__(self, path: Path, plan_digest: str = "") -> None:
@@ -70,7 +70,7 @@ class ShardWriter:
         return self
 
     def add(self, record: VideoRecord, frames: Sequence[bytes]) -> None:
-        """One video: ``KEY.json``, then ``KEY.0000.jpg``, ``KEY.0001.jpg``, … in time order."""
+        """Add a video: ``KEY.json``, then ``KEY.0000.jpg``, ``KEY.0001.jpg``, … in time order."""
         record_at = self._member(f"{record.key}.json", record.to_json())
         frames_at = [
             FrameAt(*self._member(f"{record.key}.{number:04d}.jpg", frame), zlib.crc32(frame))
@@ -79,7 +79,7 @@ class ShardWriter:
         self._builder.add(record.key, record, record_at, frames_at)
 
     def exclude(self, exclusion: Exclusion) -> None:
-        """A video that could not be stored; kept in the index so that a resumed run knows it."""
+        """Record a video that could not be stored; the index keeps it for resumed runs."""
         self._exclusions.append(exclusion)
 
     def _member(self, name: str, data: bytes) -> tuple[int, int]:

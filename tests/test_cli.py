@@ -402,7 +402,7 @@ def test_ctrl_c_while_extracting(
     left = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")]
     assert [str(path)[:15] for path in sorted(left)] == ["parts", "parts/made-000-"]
     assert cli.run(command) == 0
-    assert "going on: 1 of 3 shards are there" in capsys.readouterr().err
+    assert "resuming: 1 of 3 shards are done" in capsys.readouterr().err
 
 
 def start_group(command: list[str]) -> subprocess.Popen[str]:

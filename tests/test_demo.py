@@ -1,11 +1,11 @@
 """The demo, shortened, on the rendered set and on folders people have. CI runs ``--quick`` itself.
 
-Does the shortened one learn? 200 steps on 64 training clips are too few to recognise classes, but
-the halves of a video find each other. Same-video R@1 of seeds 0, 5 and 6 (two Xeon cores, torch
-2.14), less that of the untrained network: 26, 30 and 19 points; with a learning rate of nothing -6,
--8 and -16; with keys left in the order of BatchNorm's shuffle, which pairs queries with other
-videos, 6, 10 and 2 (and 19 with seed 1). That order labels are not exchanged is for
-``tests/seco/test_learning.py`` to notice: most of these clips have no direction.
+Does the shortened one learn? 300 steps on 64 training clips are too few to recognise classes, but
+the halves of a video find each other. Same-video R@1 in % for seeds 0 to 5 (one thread of an Intel
+Xeon, torch 2.14): 57.3, 68.8, 42.7, 74.0, 54.2, 61.5. With keys left in the order of BatchNorm's
+shuffle, which pairs queries with other videos: 31.2, 27.1, 33.3, 20.8, 16.7, 39.6. With a learning
+rate of nothing, seed 0: 9.4. Untrained: 10.4 to 29.2. Order labels that are exchanged are noticed
+by ``tests/seco/test_learning.py``: most of these clips have no direction.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def test_the_rendered_demo_learns_and_ends_with_table_maps_and_pages(
 ) -> None:
     monkeypatch.setattr(demo_module, "FULL", replace(FULL, clips_per_class=12, votes=1))
     out = tmp_path / "demo" / "rendered"
-    command = ["demo", "--steps", "200", "--out", str(tmp_path / "demo")]
+    command = ["demo", "--steps", "300", "--out", str(tmp_path / "demo")]
     assert cli.run(command) == 0
     shown = capsys.readouterr()
     for words in ("SVM, 100 % of labels", "SeCo is ", "untrained-ResNet-18", "took "):
         assert words in shown.out
-    assert "What this shows: " in shown.out
+    assert "Conclusion: " in shown.out
     assert "kNN, untrained: " in shown.err
     commands = [line for line in shown.err.splitlines() if "$ seco" in line]
     steps = ("render-demo", "prepare", "inspect", "pretrain", "compare", "retrieve", "report")
@@ -49,6 +49,7 @@ def test_the_rendered_demo_learns_and_ends_with_table_maps_and_pages(
     assert (out / "shards.html").is_file()
     (same_video,) = (one for one in result["measures"] if one["key"] == "same_video")
     found = {name: one["value"] for name, one in same_video["values"].items()}
+    assert found[SECO] > 0.41
     assert found[SECO] > found[UNTRAINED] + 0.12
     (checkpoint,) = out.rglob("last.pt")
     assert "queue_fill" not in (checkpoint.parent / "metrics.jsonl").read_text()  # there is none
@@ -69,7 +70,7 @@ def test_a_folder_without_labels_gets_pages_and_what_needs_no_labels(
     assert cli.run(["demo", "--steps", "3", *arguments]) == 0
     shown = capsys.readouterr()
     assert "the videos have no labels" in shown.out
-    assert "whether pre-training pays on these videos cannot be told" in shown.out
+    assert "the results do not show whether pre-training helps on these videos" in shown.out
     assert "kNN" not in shown.err
     (report,) = out.glob("*/report.html")
     assert "same-video R@1" in report.read_text()

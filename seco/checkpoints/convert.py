@@ -26,7 +26,7 @@ from seco.models.backbones import build_backbone, known_archs
 from shards.errors import InputError
 
 _COUNTER = "num_batches_tracked"
-_WRAPPED = "module."  # what DistributedDataParallel puts before every name
+_WRAPPED = "module."  # DistributedDataParallel's prefix of all names
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _WHOLE = (torch.int64, torch.int32)
@@ -35,20 +35,20 @@ Shape = tuple[int | None, ...]  # None: any size
 
 
 class NamedTensors:
-    """Tensors by name, of which each may be taken once.
+    """Tensors by name; each can be taken once.
 
     Args:
         content: a state dict.
-        path: the file it is from, for errors.
-        prefix: what stands before these names in the file, for errors.
+        path: its file, for errors.
+        prefix: of these names in the file, for errors.
 
     Raises:
-        InputError: it is no dictionary of tensors.
+        InputError: it is not a dictionary of tensors.
     """
 
     def __init__(self, content: object, path: Path, prefix: str = "") -> None:
         if not isinstance(content, Mapping):
-            raise InputError(f"{prefix or 'its content'} is no dictionary of tensors", path)
+            raise InputError(f"{prefix or 'its content'} is not a dictionary of tensors", path)
         for name, tensor in content.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise InputError(f"{prefix}{name} is not a tensor", path)
@@ -60,15 +60,15 @@ class NamedTensors:
         return len(self._tensors)
 
     def names(self) -> list[str]:
-        """Of the tensors not taken yet."""
+        """Names of the tensors not taken yet."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is there."""
+        """Shape of a tensor not taken yet."""
         return tuple(self._tensors[name].shape)
 
     def under(self, prefix: str) -> NamedTensors:
-        """Take all tensors whose names begin with ``prefix``; they are known by the rest of it."""
+        """Take all tensors whose names begin with ``prefix``, which is removed from the names."""
         taken = {
             name[len(prefix) :]: self._tensors.pop(name)
             for name in self.names()
@@ -77,16 +77,16 @@ class NamedTensors:
         return NamedTensors(taken, self.path, self.prefix + prefix)
 
     def unwrapped(self) -> NamedTensors:
-        """These without ``module.`` before every name; unchanged unless all have it."""
+        """Remove the prefix ``module.`` from all names; unchanged unless all have it."""
         if self._tensors and all(name.startswith(_WRAPPED) for name in self._tensors):
             return self.under(_WRAPPED)
         return self
 
     def take(self, name: str, shape: Shape, *, whole_numbers: bool = False) -> Tensor:
-        """One tensor, in float32 (or int64 for ``whole_numbers``) on the CPU.
+        """Take one tensor, in float32 (or int64 for ``whole_numbers``), on the CPU.
 
         Raises:
-            InputError: it is missing, has another shape or kind, or holds NaN or infinity.
+            InputError: it is missing, has another shape or dtype, or contains NaN or infinity.
         """
         full = self.prefix + name
         if name not in self._tensors:
@@ -94,11 +94,11 @@ class NamedTensors:
         tensor = self._tensors.pop(name).detach()
         if not _fits(tuple(tensor.shape), shape):
             raise InputError(
-                f"{full} has the shape {_text(tuple(tensor.shape))}, not {_text(shape)}", self.path
+                f"{full} has shape {_text(tuple(tensor.shape))}, expected {_text(shape)}", self.path
             )
         if not _is_plain(tensor) or tensor.dtype not in (_WHOLE if whole_numbers else _FLOATING):
-            kind = "whole" if whole_numbers else "floating-point"
-            raise InputError(f"{full} is no dense tensor of {kind} numbers", self.path)
+            kind = "integers" if whole_numbers else "floating-point numbers"
+            raise InputError(f"{full} is not a dense tensor of {kind}", self.path)
         if whole_numbers:
             return tensor.long()
         tensor = tensor.float()
@@ -107,8 +107,10 @@ class NamedTensors:
         return tensor
 
     def require_empty(self) -> None:
-        """Raises:
-        InputError: a tensor was not taken.
+        """Check that all tensors were taken.
+
+        Raises:
+            InputError: a tensor is left over.
         """
         if self._tensors:
             more = f" (and {len(self) - 1} more)" if len(self) > 1 else ""
@@ -116,20 +118,21 @@ class NamedTensors:
 
 
 def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, dict[str, Tensor]]:
-    """The backbone under ``tensors``, whose names that begin with ``fc`` are left to others.
+    """Take the backbone from ``tensors``; names that begin with ``fc`` are left.
 
     Args:
         tensors: with torchvision's names.
-        stated: the architecture that the file names; any other value is found by the tensors.
+        stated: the architecture according to the file; if it is not a known one, the architecture
+            is identified by the tensors.
 
     Returns:
-        the name of the architecture, and its tensors.
+        The name of the architecture, and its tensors.
 
     Raises:
         InputError: one of its tensors is missing, left over or has another shape.
     """
     shapes = {name: tensors.shape(name) for name in tensors.names() if not name.startswith("fc")}
-    # Files of torch before 0.4.1, torchvision's first weights among them, count no batches.
+    # Files from before torch 0.4.1, such as torchvision's first weights, lack these counters.
     uncounted = not any(name.endswith(_COUNTER) for name in shapes)
     candidates = (str(stated),) if stated in known_archs() else known_archs()
     closest, least = candidates[0], len(shapes) + 1_000
@@ -159,7 +162,7 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
 
 
 def take_mlp(tensors: NamedTensors, width: int, dim: int | None = None) -> dict[str, Tensor]:
-    """A head ``Linear(C, C)-ReLU-Linear(C, D)``: ``{0,2}.{weight,bias}``; C = width, D = dim.
+    """Take a head ``Linear(C, C)-ReLU-Linear(C, D)``: ``{0,2}.{weight,bias}``; C = width, D = dim.
 
     Raises:
         InputError: one of its tensors is missing, left over or has another shape.
@@ -177,10 +180,10 @@ def take_mlp(tensors: NamedTensors, width: int, dim: int | None = None) -> dict[
 def take_linear(
     tensors: NamedTensors, width: int | None, rows: int | None = None
 ) -> dict[str, Tensor]:
-    """A layer ``Linear(C, M)``: ``weight`` (M, C) and ``bias`` (M,); C = width, M = rows.
+    """Take a layer ``Linear(C, M)``: ``weight`` (M, C) and ``bias`` (M,); C = width, M = rows.
 
     Raises:
-        InputError: one of the two is missing or has another shape, or there is more.
+        InputError: one of the two is missing or has another shape, or a tensor is left over.
     """
     weight = tensors.take("weight", (rows, width))
     layer = {"weight": weight, "bias": tensors.take("bias", (len(weight),))}
@@ -190,7 +193,7 @@ def take_linear(
 
 @functools.cache
 def backbone_shapes(arch: str) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of a backbone's tensors by name."""
+    """Shapes of a backbone's tensors, by name."""
     with torch.device("meta"):
         state = build_backbone(arch).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -199,10 +202,10 @@ def backbone_shapes(arch: str) -> Mapping[str, tuple[int, ...]]:
 def _differences(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """One sentence a tensor that is missing, has another shape or is left over."""
+    """One phrase per tensor that is missing, has another shape or is left over."""
     missing = [f"{name} is missing" for name in expected if name not in found]
     other = [
-        f"{name} has the shape {_text(found[name])}, not {_text(shape)}"
+        f"{name} has shape {_text(found[name])}, expected {_text(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
@@ -216,7 +219,7 @@ def _fits(found: tuple[int, ...], wanted: Shape) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Dense, in memory, and with as many bytes in it as its shape says."""
+    """Whether a tensor is dense, on the CPU, and its storage as large as its shape requires."""
     return (
         tensor.layout == torch.strided
         and tensor.device.type == "cpu"
@@ -232,28 +235,28 @@ def _text(shape: Shape) -> str:
 SECO, MOCO_V1, MOCO_V2, TORCHVISION = "seco", "moco-v1", "moco-v2", "torchvision"
 AUTHORS, AUTHORS_FINETUNED = "seco-authors", "seco-authors-finetuned"
 SECO_FINETUNED = "seco-finetuned"
-SHARED = "shared"  # the one head of a model that does not have one for each task
+SHARED = "shared"  # head of a model that has one for all tasks
 
 DESCRIPTIONS = {
     SECO: "a checkpoint of this toolkit",
     MOCO_V1: "MoCo v1",
     MOCO_V2: "MoCo v2",
-    AUTHORS: "SeCo of its authors",
+    AUTHORS: "SeCo by its authors",
     AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
     SECO_FINETUNED: "fine-tuned by this toolkit",
     TORCHVISION: "a ResNet state dict",
 }
 
 Layer = dict[str, Tensor]
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors allows no more
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderWeights:
-    """One encoder: the backbone by torchvision's names, and what follows it.
+    """One encoder: the backbone with torchvision's names, and the layers after it.
 
     Args:
-        backbone: float32, and the int64 counters of BatchNorm.
+        backbone: float32, and BatchNorm's int64 counters.
         heads: ``{0,2}.{weight,bias}`` of C → C → D, by task or ``shared``.
         order_classifier: ``weight`` (2, 3D) and ``bias`` (2,).
     """
@@ -265,18 +268,18 @@ class EncoderWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a file holds.
+    """The weights in a file.
 
     Args:
-        layout: which of the module's names; of an imported file, what it was imported from.
+        layout: a key of ``DESCRIPTIONS``; for an imported file, its original layout.
         arch: name of the backbone.
-        query: the encoder that was trained.
+        query: the trained encoder.
         key: its moving average.
-        queue: (K, D) keys, one a row.
-        next_slot: the row that the next key replaces.
-        tasks: SeCo's tasks it was pre-trained on, when it was.
-        epoch: how many epochs, when the file says.
-        left: parts of the file that nothing here has a place for.
+        queue: (K, D) keys.
+        next_slot: row that the next key replaces.
+        tasks: SeCo's tasks it was pre-trained on, if any.
+        epoch: number of epochs, if the file says.
+        left: parts of the file that are not used.
     """
 
     layout: str
@@ -290,17 +293,17 @@ class Weights:
     left: tuple[str, ...] = ()
 
     def description(self) -> str:
-        """For people: ``MoCo v2, resnet50, epoch 200``."""
+        """Summary such as ``MoCo v2, resnet50, epoch 200``."""
         epoch = [] if self.epoch is None else [f"epoch {self.epoch}"]
         return ", ".join([DESCRIPTIONS[self.layout], self.arch, *epoch])
 
 
 def read_weights(path: Path) -> Weights:
-    """Everything of use in a file of any of the layouts.
+    """Read the weights from a file of any known layout.
 
     Raises:
-        InputError: it is of none of them, would run code, or a tensor is missing, left over, has
-            another shape or holds NaN.
+        InputError: its layout is unknown, it would run code, or a tensor is missing, left over, has
+            another shape or contains NaN.
     """
     if _is_safetensors(path):
         return _torchvision(*_read_safetensors(path), path)
@@ -350,7 +353,7 @@ def _moco(content: Mapping[str, Any], path: Path) -> Weights:
     for side in ("encoder_q.", "encoder_k."):
         encoder = tensors.under(side)
         if encoders and not len(encoder):
-            continue  # published for the query alone
+            continue  # published with the query encoder only
         arch, backbone = take_backbone(encoder, arch)
         head = encoder.under("fc.")
         if "weight" in head.names():
@@ -396,7 +399,7 @@ def _authors(content: Mapping[str, Any], path: Path) -> Weights:
     arch, query = _authors_encoder(tensors)
     key, queue = None, None
     if "model_ema" in content:
-        # ``model.`` would be taken for a part of the names.
+        # Not "model_ema.", which would read as part of the tensor's name.
         arch, key = _authors_encoder(NamedTensors(content["model_ema"], path, "model_ema: "), arch)
     if "contrast" in content:
         contrast = NamedTensors(content["contrast"], path, "contrast: ")
@@ -426,7 +429,7 @@ def _authors_encoder(
 
 
 def _own(content: Mapping[str, Any], path: Path) -> Weights:
-    """A run's, or one that ``seco import`` wrote: then parts may be missing, but whole ones."""
+    """Read a checkpoint of a run or of ``seco import``, where whole parts may be missing."""
     tensors = NamedTensors(content["model"], path)
     if FINETUNED in content:
         return _own_finetuned(tensors, str(content["config"]["arch"]))
@@ -488,7 +491,7 @@ def _epoch(content: Mapping[str, Any]) -> int | None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its first bytes: the length of a JSON header, and its opening brace."""
+    """Recognise safetensors by its first bytes: the length of a JSON header, and ``{``."""
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -500,9 +503,9 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
-    """The tensors, and the architecture that the file's metadata name, if they do."""
+    """Return the tensors, and the architecture if the file's metadata names it."""
     try:
-        # Through memory: a mapped file that is cut while it is read would kill the process.
+        # Through memory: truncating a mapped file while it is read would kill the process.
         whole = path.read_bytes()
         tensors = safetensors.torch.load(whole)
         header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])

@@ -20,7 +20,7 @@ from shards.index import sha256_of
 
 
 def import_checkpoint(config: ImportConfig) -> str:
-    """Write a checkpoint of this toolkit; returns one line that says what is in it.
+    """Convert a file to a checkpoint of this toolkit; returns a one-line summary.
 
     Raises:
         InputError: the file cannot be used, or the output cannot be written.
@@ -30,7 +30,7 @@ def import_checkpoint(config: ImportConfig) -> str:
     heads = weights.query.heads
     settings = {
         "arch": weights.arch,
-        "tasks": weights.tasks or "",  # MoCo's are not SeCo's
+        "tasks": weights.tasks or "",  # MoCo has none of SeCo's tasks
         "heads": "shared" if SHARED in heads or not heads else "separate",
     }
     imported: dict[str, Any] = {
@@ -46,22 +46,22 @@ def import_checkpoint(config: ImportConfig) -> str:
     save_checkpoint(
         out, {"config": settings, "step": 0, "model": _own_state(weights), "imported": imported}
     )
-    left = f"; left its {', '.join(weights.left)}" if weights.left else ""
+    left = f"; not used: {', '.join(weights.left)}" if weights.left else ""
     return f"{out}: {_contents(weights)} of {source.name} ({weights.description()}){left}"
 
 
 def export_checkpoint(config: ExportConfig) -> str:
-    """Write the layout of ``config.format``; returns one line that says what is in it.
+    """Convert a checkpoint to the layout ``config.format``; returns a one-line summary.
 
     Raises:
-        InputError: the checkpoint cannot be used or lacks what the layout needs, or the output
-            cannot be written.
+        InputError: the checkpoint cannot be used or lacks a part that the layout needs, or the
+            output cannot be written.
     """
     source, out = _paths(config.file, config.out)
     weights = read_weights(source)
     torchvisions = backbone_spec(weights.arch).family == TORCHVISION
     if config.format == "safetensors":
-        metadata = {"format": "pt", "arch": weights.arch}  # the first as transformers has it
+        metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
         whole = safetensors.torch.save(weights.query.backbone, metadata)
         with atomic_path(out) as temporary:
             temporary.write_bytes(whole)
@@ -90,12 +90,12 @@ def _paths(file: str, out: str) -> tuple[Path, Path]:
     if target.is_dir():
         raise InputError("is a folder", target, "name the file to write")
     if target.exists() and source.exists() and target.samefile(source):
-        raise InputError("is the file itself, which holds more", target, "choose another --out")
+        raise InputError("is the input file, which would be lost", target, "choose another --out")
     return source, target
 
 
 def _own_state(weights: Weights) -> Layer:
-    """The names of :class:`seco.models.seco.SeCo`; parts that the file lacks are left out."""
+    """State dict of :class:`seco.models.seco.SeCo`; parts that the file lacks are left out."""
     state: Layer = {}
     sides = (("query_encoder.", "", weights.query), ("key_encoder.", "key_", weights.key))
     for side, classifier_of, encoder in sides:
@@ -111,9 +111,9 @@ def _own_state(weights: Weights) -> Layer:
 
 
 def _moco(weights: Weights, source: Path) -> dict[str, Any]:
-    """MoCo v2's layout; of several heads the one whose keys are in the queue.
+    """MoCo v2's layout; with several heads, the one whose keys are in the queue.
 
-    Three keys on the top: SeCo's own training code takes exactly such files for MoCo's.
+    Exactly three top-level keys: that is how the SeCo authors' code recognises MoCo's files.
     """
     name = SHARED if SHARED in weights.query.heads else "inter"
     if name not in weights.query.heads:
@@ -130,18 +130,18 @@ def _moco(weights: Weights, source: Path) -> dict[str, Any]:
 
 
 def _authors(weights: Weights, source: Path) -> dict[str, Any]:
-    """The authors' layout without optimizer; ``opt`` is a plain dictionary, so no code loads it."""
+    """The authors' layout without optimizer; ``opt`` is a plain dict, so loading runs no code."""
     content: dict[str, Any] = {
         "opt": {"arch": weights.arch, "toolkit": __version__},
         "model": _prefixed("module.", _authors_encoder(weights.query, None, source)),
         "epoch": weights.epoch or 0,
-        # Their code takes a file of three keys for MoCo's: never fewer than four.
+        # A fourth key: their code takes a file with three keys for MoCo's.
         "toolkit": __version__,
     }
     if weights.key is not None:
         content["model_ema"] = _authors_encoder(weights.key, weights.query, source)
     if weights.queue is not None:
-        # They keep no pointer and go on at row 0: the oldest key has to lie there.
+        # They store no pointer and continue at row 0, where the oldest key therefore has to be.
         memory = torch.roll(weights.queue, -weights.next_slot, dims=0)
         content["contrast"] = {"params": torch.tensor([-1]), "memory": memory}
     return content
@@ -150,7 +150,7 @@ def _authors(weights: Weights, source: Path) -> dict[str, Any]:
 def _authors_encoder(
     encoder: EncoderWeights, trained: EncoderWeights | None, source: Path
 ) -> Layer:
-    """``trained``: whose order classifier is used where the key encoder has none (as here)."""
+    """An encoder in the authors' layout; one without order classifier gets that of ``trained``."""
     state = dict(encoder.backbone)
     for task in TASKS:
         head = encoder.heads.get(task, encoder.heads.get(SHARED))
@@ -170,7 +170,7 @@ def _lacks(what: str, source: Path) -> InputError:
 
 
 def _contents(weights: Weights) -> str:
-    """For people: ``backbone, heads inter/intra/order, order classifier, key encoder, queue``."""
+    """Summary such as ``backbone, heads inter/intra/order, order classifier, key encoder, …``."""
     parts = ["backbone"]
     if weights.query.heads:
         names = "/".join(weights.query.heads)

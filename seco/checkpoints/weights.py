@@ -30,13 +30,13 @@ class Backbone(nn.Module):
     """A frozen feature extractor and where it came from: (N, 3, H, W) to (N, C).
 
     Args:
-        network: in evaluation mode from now on.
+        network: set to evaluation mode.
         arch: its name.
         source: a file, ``random``, or ``memory``.
-        tasks: what it was pre-trained on, when the file says.
+        tasks: tasks it was pre-trained on, if the file says.
 
     Attributes:
-        sha256: of the tensors.
+        sha256: digest of the tensors.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Backbone(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) to pooled features (N, C)."""
+        """Map normalised images (N, 3, H, W) to pooled features (N, C)."""
         features: Tensor = self.network(images)
         return features
 
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
-        """A PIL image, array or uint8 tensor to (3, 224, 224), as ``extract-features`` does it."""
+        """Transform of a PIL image, array or uint8 tensor to (3, 224, 224), as for extraction."""
         from torchvision.transforms import v2
 
         composed: Callable[[Any], Tensor] = v2.Compose(
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         return composed
 
     def record(self, seed: int) -> dict[str, Any]:
-        """What results say of the encoder they were measured on; ``seed`` of random weights."""
+        """Describe the encoder, for the results measured with it; ``seed`` is of random weights."""
         return {
             "arch": self.arch,
             "checkpoint": self.source,
@@ -83,16 +83,16 @@ class Backbone(nn.Module):
 
 
 def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) -> Backbone:
-    """The query backbone of a file, or a random one.
+    """Load the query backbone from a file, or initialise a random one.
 
     Args:
         source: a file of any layout of :mod:`seco.checkpoints.convert`, or ``random``.
-        arch: of ``random``, resnet50 when not given; checked against a file when given.
-        seed: of the random weights.
+        arch: architecture for ``random`` (default: resnet50); for a file, checked if given.
+        seed: for random weights.
 
     Raises:
-        InputError: not such a file, or one tensor is missing, of another shape or left over:
-            features of half-loaded weights look plausible and are worthless.
+        InputError: unknown layout, or a tensor is missing, has another shape or is left over:
+            features of partly loaded weights look plausible and are worthless.
     """
     source = str(source)
     if source == RANDOM:
@@ -108,26 +108,26 @@ def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) ->
 
 
 def random_backbone(arch: str, seed: int) -> nn.Module:
-    """torchvision's initialisation under a seed of its own; the global generator is left alone."""
+    """Initialise a backbone with its own seed; the global RNG state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_backbone(arch)
 
 
 def about(classes: Classes, **more: Any) -> dict[str, Any]:
-    """What a checkpoint says of its classifier."""
+    """Describe a classifier for its checkpoint."""
     return {FINETUNED: {"labels": classes.labels, "label_names": classes.names, **more}}
 
 
 def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any], dict[str, Any]]:
-    """A classifier out of a checkpoint of ``seco finetune``.
+    """Load the classifier from a checkpoint of ``seco finetune``.
 
     Returns:
-        it; what it tells apart; what else the checkpoint says of it (dataset, split, encoder, and
-        ``epochs`` reached, or None); and the settings of its run.
+        The classifier; its classes; its description in the checkpoint (dataset, split, encoder, and
+        ``epochs`` trained, or None); and the settings of its run.
 
     Raises:
-        InputError: it is no such checkpoint.
+        InputError: it is not such a checkpoint.
     """
     content = load_checkpoint(path)
     said, config = content.get(FINETUNED), content["config"]
@@ -145,10 +145,10 @@ def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any]
 
 
 def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
-    """A tracker that ``seco track train`` made, and its checkpoint's content but the weights.
+    """Load a tracker of ``seco track train``, and its checkpoint's content except the weights.
 
     Raises:
-        InputError: it is something else, or does not fit.
+        InputError: it is not such a checkpoint, or is damaged.
     """
     content = load_checkpoint(path)
     if TRACKER not in content:
@@ -166,40 +166,40 @@ def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
 
 
 class BackboneChanged(InputError):
-    """The weights are not those that were loaded: results would be of nobody knows what."""
+    """The backbone's weights changed; results would be meaningless."""
 
 
 class BackboneGuard:
-    """Notices when a backbone that should be frozen has moved.
+    """Detects changes to a backbone that should be frozen.
 
     Args:
         backbone: as loaded.
-        meanwhile: when it must not move, and what becomes of the results if it does.
+        meanwhile: for the error: when the backbone changed, and what happens to the results.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        meanwhile: str = "while features were extracted; none of these is kept",
+        meanwhile: str = "while features were extracted; these features are discarded",
     ) -> None:
         self._backbone = backbone
         self._meanwhile = meanwhile
         self._statistics = self._of_buffers()
 
     def require_same_statistics(self) -> None:
-        """The running statistics are as they were: cheap, and what moves first by mistake.
+        """Check BatchNorm's running statistics: cheap, and the first to change by mistake.
 
         Raises:
-            BackboneChanged: they are not.
+            BackboneChanged: they have changed.
         """
         if self._of_buffers() != self._statistics:
             raise self._changed("BatchNorm statistics")
 
     def require_unchanged(self) -> None:
-        """Every tensor is as it was.
+        """Check every tensor.
 
         Raises:
-            BackboneChanged: one is not.
+            BackboneChanged: one has changed.
         """
         if tensors_sha256(self._backbone.network.state_dict()) != self._backbone.sha256:
             raise self._changed("weights")

@@ -33,14 +33,14 @@ Integers = NDArray[np.int64]
 
 
 def segment_frames(uniform: NDArray[np.float64], counts: Integers) -> Integers:
-    """A random frame of each of T equal segments.
+    """Draw a random frame from each of T equal segments.
 
-    A segment is of ``count // T`` frames, so the last few frames of a video belong to none. Of a
-    video with fewer than T frames, T frames evenly spaced, some of them more than once.
+    A segment has ``count // T`` frames, so the last few frames of a video belong to none. A video
+    with fewer than T frames gives T evenly spaced ones, some of them more than once.
 
     Args:
         uniform: (n, T) numbers in [0, 1).
-        counts: (n,) stored frames of each video.
+        counts: (n,) stored frames per video.
 
     Returns:
         (n, T) frame numbers in time order.
@@ -54,7 +54,7 @@ def segment_frames(uniform: NDArray[np.float64], counts: Integers) -> Integers:
 
 
 def segment_middles(count: int, segments: int) -> list[int]:
-    """The middle frame of each segment: what :func:`segment_frames` draws around."""
+    """Return the middle frame of each segment of :func:`segment_frames`."""
     length = count // segments
     if not length:
         spread: list[int] = _spread(np.array([count]), segments)[0].tolist()
@@ -63,17 +63,17 @@ def segment_middles(count: int, segments: int) -> list[int]:
 
 
 def _spread(counts: Integers, segments: int) -> Integers:
-    """(n, T) frames of videos that have fewer than T."""
+    """(n, T) frame numbers for videos with fewer than T frames."""
     spread: Integers = np.arange(segments) * (counts[:, None] - 1) // segments
     return spread
 
 
 def clip_starts(count: int, clips: int, clip_frames: int) -> list[int]:
-    """Where the clips of a test video begin: clip i of n at floor((count - frames) · i / n).
+    """First frames of a test video's clips: clip i of n begins at floor((count - frames) · i / n).
 
-    So the last clip ends before the video does, as in the authors' code. A video that is no longer
-    than a clip is one clip, of all its frames, ``clips`` times (the authors' code refuses shorter
-    ones, of 15 frames or fewer).
+    The last clip therefore ends before the video does, as in the authors' code. A video no longer
+    than a clip gives the same clip, of all its frames, ``clips`` times (the authors' code refuses
+    shorter ones, of 15 frames or fewer).
     """
     return [max(0, count - clip_frames) * number // clips for number in range(clips)]
 
@@ -82,20 +82,20 @@ _TEST = "test"
 
 
 class LabelledVideos:
-    """The videos of a set and one of its splits.
+    """The videos of a dataset and one of its splits.
 
     Args:
         spec: of the shards.
-        split: its name; None: the set's only, or first, one.
+        split: its name; None: the dataset's only, or first, one.
 
     Attributes:
-        shards: the set.
+        shards: the dataset.
         folder: its first shard, for messages.
         labels: (V,) -1 for none.
         train: (N,) numbers of the labelled training videos.
         test: (M,) numbers of the labelled test videos.
-        empty: labelled training videos that are left out because they have no frame.
-        unlabelled: videos of the split that have no label.
+        empty: number of labelled training videos left out because they have no frames.
+        unlabelled: number of videos of the split without a label.
 
     Raises:
         InputError: the shards cannot be used, or have no such split or no labels.
@@ -120,31 +120,31 @@ class LabelledVideos:
         return len(self.labels)
 
     def require(self, value: str) -> None:
-        """Refuse a split without ``train`` or ``test`` videos.
+        """Check that the split has ``train`` or ``test`` videos.
 
         Raises:
-            InputError: there are none.
+            InputError: it has none.
         """
         if not len(self.test if value == _TEST else self.train):
             raise no_rows(self, self.split, value)
 
     @cached_property
     def dataset(self) -> str:
-        """The set's name as its records have it."""
+        """The dataset's name according to its records."""
         for video in range(len(self)):
             try:
                 return self.shards.record(video).dataset or self.shards.name
             except UnreadableFrame:
-                continue  # the next one says the same
+                continue  # all records have the same name
         return self.shards.name
 
     def class_name(self, label: int) -> str:
-        """The label's name, or its number where it has none."""
+        """The label's name, or its number if it has none."""
         names = self.shards.label_names
         return names[label] if 0 <= label < len(names) else str(label)
 
     def digest(self) -> str:
-        """Of the training videos: equal for the same ones, however they are cut into shards."""
+        """Digest of the training videos, independent of how they are split into shards."""
         whole = hashlib.sha256(f"{self.split}\n".encode())
         for video in self.train.tolist():
             row = (self.shards.key(video), int(self.labels[video]), self.shards.frame_count(video))
@@ -159,22 +159,22 @@ def clip_views(
     config: ViewConfig,
     decoder: FrameDecoder | None = None,
 ) -> tuple[Tensor, ViewParameters]:
-    """Crop n clips of T frames, each clip by one box, and draw each clip's other changes once.
+    """Crop n clips of T frames, and draw all other parameters; one draw serves a whole clip.
 
     Args:
-        clips: (n,) the JPEG files of T frames each; a clip's frames are of one size.
+        clips: (n,) JPEG files of T frames each; the frames of a clip have one size.
         starts: (n,) where each clip's random numbers begin (:func:`shards.sampling.sample_starts`).
         size: S, side of a view, px.
         config: how views are drawn.
-        decoder: used again by a caller with many clips.
+        decoder: reused by callers with many clips.
 
     Returns:
         (n, T, 3, S, S) uint8, and the parameters of the n·T images for
         :func:`seco.data.transforms.apply_views`.
 
     Raises:
-        BrokenJpeg: a frame does not decode.
-        ValueError: the clips differ in length, or the frames of one in size.
+        BrokenJpeg: a frame cannot be decoded.
+        ValueError: clips differ in length, or the frames of a clip in size.
     """
     decoder = decoder or FrameDecoder()
     if len({len(frames) for frames in clips}) > 1:
@@ -196,7 +196,7 @@ def clip_views(
     return torch.from_numpy(crops).permute(0, 1, 4, 2, 3), repeated
 
 
-_CHUNK_CLIPS = 8  # at 7 frames of 224 px 8 MB of crops
+_CHUNK_CLIPS = 8  # 8 MB of crops for 7 frames of 224 px
 
 
 @dataclass
@@ -205,12 +205,12 @@ class ClipBatch:
 
     images: Tensor  # (n, T, 3, S, S) uint8 crops
     views: ViewParameters  # of the n·T images
-    videos: NDArray[np.int64]  # (n,) numbers in the set
-    unreadable: list[str] = field(default_factory=list)  # why each replaced video could not be read
+    videos: NDArray[np.int64]  # (n,) video numbers
+    unreadable: list[str] = field(default_factory=list)  # one reason per replaced video
 
     @staticmethod
     def joined(parts: Sequence[ClipBatch]) -> ClipBatch:
-        """One batch of one or more parts."""
+        """Concatenate one or more parts."""
         return ClipBatch(
             images=torch.cat([part.images for part in parts]),
             views=ViewParameters.joined([part.views for part in parts]),
@@ -223,17 +223,17 @@ class ClipStream:
     """The training clips of a rank, by epoch, step and row.
 
     Args:
-        shards: the set.
+        shards: the dataset.
         train: numbers of its training videos.
         batch_size: B, the global batch.
         segments: T.
         size: S, side of a view, px.
         views: how they are drawn.
-        seed: the run's.
-        rank: this process's number of ``world_size`` processes; each takes B / world_size.
+        seed: of the run.
+        rank: this process's rank; each of ``world_size`` ranks takes B / world_size.
 
     Raises:
-        InputError: fewer videos than one batch needs, or B does not divide.
+        InputError: too few videos for one batch, or B is not divisible by ``world_size``.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class ClipStream:
         self._seed = seed
         self.rows = rows_of_rank(batch_size, world_size)
         self._first_row = rank * self.rows
-        # Whole global batches; the rest of an epoch is left out and differs every epoch.
+        # Whole global batches; the rest, different videos in each epoch, is left out.
         self.steps_per_epoch = len(self._videos) // batch_size
         if not self.steps_per_epoch:
             raise InputError(
@@ -268,14 +268,14 @@ class ClipStream:
         self._decoder = FrameDecoder()
 
     def read(self, step: int, rows: range) -> ClipBatch:
-        """The clips at these rows of this rank's part of a batch.
+        """Read the clips at these rows of the per-rank batch.
 
         Args:
-            step: counted over epochs.
-            rows: 0 … ``rows`` - 1.
+            step: counted across epochs.
+            rows: within 0 … ``self.rows`` - 1.
 
         Raises:
-            InputError: one video after another cannot be read.
+            InputError: too many videos in a row cannot be read.
         """
         epoch, step = divmod(step, self.steps_per_epoch)
         begin = step * self._batch_size
@@ -292,21 +292,21 @@ class ClipStream:
                     )
                 try:
                     return self._clip(epoch, position)
-                except (UnreadableFrame, ValueError) as error:  # broken, or of two sizes
+                except (UnreadableFrame, ValueError) as error:  # broken, or frames of two sizes
                     raise UnreadableFrame(f"{self._key(epoch, position)}: {error}") from error
 
             try:
                 parts.append(first_readable(read_clip, lambda e: unreadable.append(str(e))))
             except NothingToRead as error:
                 raise InputError(
-                    str(error), "--shards", "are they whole? See `seco verify`"
+                    str(error), "--shards", "check the shards with `seco verify`"
                 ) from error
         batch = ClipBatch.joined(parts)
         batch.unreadable = unreadable
         return batch
 
     def _clip(self, epoch: int, position: int) -> ClipBatch:
-        """One clip, a function of (seed, epoch, video)."""
+        """Make one clip, a function of (seed, epoch, video)."""
         video = self._video(epoch, position)
         keys = [self._shards.key(video)]
         drawn = uniforms(sample_starts(self._seed, epoch, keys, "segments"), self._segments)
@@ -330,7 +330,7 @@ class ClipStream:
 
 
 class _Chunks(Dataset[ClipBatch | InputError]):
-    """Item (step, rows): these clips, or why the run cannot go on."""
+    """Item (step, rows): these clips, or the error that ends the run."""
 
     def __init__(self, stream: ClipStream) -> None:
         self._stream = stream
@@ -339,19 +339,19 @@ class _Chunks(Dataset[ClipBatch | InputError]):
         try:
             return self._stream.read(*task)
         except InputError as error:
-            return error  # torch would wrap it in a text of its own
+            return error  # if raised, torch would wrap it in its own text
 
 
 def clip_batches(
     stream: ClipStream, first_step: int, last_step: int, workers: int
 ) -> Generator[ClipBatch, None, None]:
-    """This rank's part of the batches of steps ``first_step`` … ``last_step`` - 1, in order.
+    """Yield the per-rank batches of steps ``first_step`` … ``last_step`` - 1, in order.
 
     Args:
-        workers: loader processes; 0: the batches are made when they are asked for.
+        workers: number of workers; 0: batches are made in this process, on demand.
 
     Raises:
-        InputError: videos cannot be read nor replaced.
+        InputError: videos can be neither read nor replaced.
     """
     rows = range(stream.rows)
     chunks = [rows[begin : begin + _CHUNK_CLIPS] for begin in rows[::_CHUNK_CLIPS]]

@@ -24,11 +24,11 @@ Pixels = NDArray[np.uint8]
 CROP_SCALE = (0.2, 1.0)  # authors' code; MoCo v2
 CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's default
 _CROP_ATTEMPTS = 10  # torchvision's, before it takes the centre
-CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # uniform numbers a crop takes
+CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # uniform numbers per crop
 
 
 class BrokenJpeg(ValueError):
-    """The bytes are no JPEG, or one that was cut short or damaged."""
+    """The bytes are not a JPEG, or one that is truncated or damaged."""
 
 
 class CropParameters(NamedTuple):
@@ -47,14 +47,14 @@ def draw_crops(
     scale: tuple[float, float] = CROP_SCALE,
     ratio: tuple[float, float] = CROP_RATIO,
 ) -> NDArray[np.int64]:
-    """The boxes of n random resized crops: torchvision's ``RandomResizedCrop.get_params``.
+    """Draw the boxes of n random resized crops: torchvision's ``RandomResizedCrop.get_params``.
 
     Args:
         uniform: (n, 22) numbers in [0, 1).
         widths: (n,) of the images, px.
         heights: (n,) of the images, px.
-        scale: range of the box's area, of the image's, uniform.
-        ratio: range of width / height, uniform in its logarithm.
+        scale: range of the box's share of the image's area, uniform.
+        ratio: range of width / height, log-uniform.
 
     Returns:
         (n, 4) left, top, width, height, px.
@@ -76,7 +76,7 @@ def draw_crops(
 
 
 def _widest_center(width: int, height: int, ratio: tuple[float, float]) -> CropParameters:
-    """The largest centred box whose ratio is allowed."""
+    """Return the largest centred box with an allowed ratio."""
     box_width, box_height = width, height
     if width / height < ratio[0]:
         box_height = round(width / ratio[0])
@@ -87,10 +87,10 @@ def _widest_center(width: int, height: int, ratio: tuple[float, float]) -> CropP
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in px, from the header alone.
+    """Return (width, height) in px; reads the header only.
 
     Raises:
-        BrokenJpeg: the data is no JPEG.
+        BrokenJpeg: the data is not a JPEG.
     """
     try:
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
@@ -103,7 +103,7 @@ def decode_jpeg(data: bytes) -> Pixels:
     """Decode to (H, W, 3) RGB, accurately (slow integer DCT, smooth chroma).
 
     Raises:
-        BrokenJpeg: the data is no JPEG or is damaged.
+        BrokenJpeg: the data is not a JPEG or is damaged.
     """
     try:
         decoded: Pixels = simplejpeg.decode_jpeg(data)
@@ -113,19 +113,19 @@ def decode_jpeg(data: bytes) -> Pixels:
 
 
 class FrameDecoder:
-    """Decodes one frame after another, whole, into the same memory.
+    """Decodes whole frames, one after another, into the same memory.
 
-    A third of the time of a decode into new memory is the kernel's handing out of that memory.
+    When decoding into new memory, a third of the time is spent allocating it.
     """
 
     def __init__(self) -> None:
         self._buffer = np.empty(0, dtype=np.uint8)
 
     def decode(self, data: bytes) -> Pixels:
-        """(H, W, 3) RGB as :func:`decode_jpeg` gives it, valid until the next call.
+        """Decode to (H, W, 3) RGB like :func:`decode_jpeg`; valid until the next call.
 
         Raises:
-            BrokenJpeg: the data is no JPEG or is damaged.
+            BrokenJpeg: the data is not a JPEG or is damaged.
         """
         try:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
@@ -142,7 +142,7 @@ def _broken(data: bytes, error: ValueError) -> BrokenJpeg:
 
 
 def center_crop(image: Pixels, short_edge: int = 256, size: int = 224) -> Pixels:
-    """Resize the short edge, then cut the (size, size, 3) centre out.
+    """Resize the short edge, then crop the (size, size, 3) centre.
 
     Equal to torchvision's ``Resize(short_edge)`` and ``CenterCrop(size)`` on PIL images.
 
@@ -158,7 +158,7 @@ def center_crop(image: Pixels, short_edge: int = 256, size: int = 224) -> Pixels
 
 
 def resize_short_edge(image: Pixels, short_edge: int) -> Pixels:
-    """(H, W, 3) to a shorter side of ``short_edge`` px: torchvision's ``Resize`` on PIL images."""
+    """Resize (H, W, 3) to a short edge of ``short_edge`` px, as torchvision does on PIL images."""
     height, width = image.shape[:2]
     if min(height, width) != short_edge:
         if width <= height:
@@ -171,10 +171,10 @@ def resize_short_edge(image: Pixels, short_edge: int) -> Pixels:
 
 
 def crop_corners(height: int, width: int, size: int, crops: int) -> list[tuple[int, int]]:
-    """(top, left) of the test crops of a frame: the centre; of three also both ends.
+    """Return (top, left) of a frame's test crops: the centre; of three crops, also both ends.
 
-    The ends are the top left and the bottom right corner (authors' code): of a frame whose short
-    edge is ``size``, its left and right, or top and bottom, end.
+    The ends are the top left and the bottom right corner (authors' code), that is the left and
+    right, or top and bottom, end if the frame's short edge is ``size``.
 
     Raises:
         ValueError: ``size`` exceeds the frame, or there are neither 1 nor 3 crops.
@@ -189,21 +189,21 @@ _resize_into = torch.ops.aten._upsample_bilinear2d_aa.out  # F.interpolate has n
 
 
 def crop_resize(image: Pixels, box: Sequence[int], size: int, out: Pixels | None = None) -> Pixels:
-    """Cut ``box`` out of an (H, W, 3) image and resize it to (size, size, 3).
+    """Crop ``box`` from an (H, W, 3) image and resize it to (size, size, 3).
 
-    Bilinear with antialiasing. Within 1 of torchvision's ``resized_crop`` on PIL images, on
-    average within 0.25 (of 255): both round intermediate results to 8 bits, at different places.
+    Bilinear with antialiasing. Within 1 (of 255) of torchvision's ``resized_crop`` on PIL images,
+    and within 0.25 on average: both round intermediate results to 8 bits, at different places.
 
     Args:
         image: (H, W, 3) uint8.
         box: left, top, width, height, px, inside the image.
         size: S, side of the result in px.
-        out: (S, S, 3) contiguous uint8 array to write to; made when None.
+        out: (S, S, 3) contiguous uint8 array to write to; None: allocate one.
     """
     left, top, width, height = box
     result: Pixels = np.empty((size, size, 3), dtype=np.uint8) if out is None else out
     with torch.inference_mode():
-        # (1, 3, h, w) over interleaved memory is torch's channels_last: the quick kernel.
+        # (1, 3, h, w) over interleaved memory is channels_last, which has torch's fast kernel.
         cut = torch.from_numpy(image[None, top : top + height, left : left + width])
         target = torch.from_numpy(result[None])
         _resize_into(

@@ -28,12 +28,12 @@ from shards.storage import UnreadableFrame, readable
 
 
 class VideoFrames:
-    """Centre crops of the evenly spaced frames of videos (paper §5.2).
+    """Centre crops of evenly spaced frames of videos (paper §5.2).
 
     Args:
-        shards: the set.
-        frames: how many of a video; all of a shorter one.
-        short_edge: frames are resized to it, px.
+        shards: the dataset.
+        frames: frames per video; all of a shorter one.
+        short_edge: of the resized frames, px.
         crop_size: S, side of the crops, px.
     """
 
@@ -45,18 +45,18 @@ class VideoFrames:
         self._decoder = FrameDecoder()
 
     def counts(self, shard: int) -> NDArray[np.int64]:
-        """(v,) frames that are taken of each video of a shard."""
+        """Number of frames taken from each video of a shard, (v,)."""
         return np.minimum(self.shards.indexes[shard].frame_counts, self._frames)
 
     def numbers(self, video: int) -> list[int]:
-        """Which of the stored frames are taken."""
+        """Numbers of the stored frames to take."""
         return evenly_spaced(self.shards.frame_count(video), self._frames)
 
     def crop_into(self, out: NDArray[np.uint8], wanted: Sequence[tuple[int, int]]) -> list[str]:
         """Write the crops of (video, frame) pairs.
 
         Args:
-            out: (n, S, S, 3); a frame that cannot be read leaves zeros.
+            out: (n, S, S, 3); zeros for a frame that cannot be read.
             wanted: (n,)
 
         Returns:
@@ -74,21 +74,21 @@ class VideoFrames:
         return reasons
 
     def video(self, video: int) -> tuple[Tensor, str]:
-        """(F, 3, S, S) uint8 of one video, and why it cannot be read or ""."""
+        """Return one video's crops, (F, 3, S, S) uint8, and why it cannot be read or ""."""
         wanted = [(video, number) for number in self.numbers(video)]
         crops = np.empty((len(wanted), self.crop_size, self.crop_size, 3), dtype=np.uint8)
         reason = next(filter(None, self.crop_into(crops, wanted)), "")
         return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous(), reason
 
 
-_CHUNK_FRAMES = 32  # of 224 px some 40 ms of decoding and 5 MB
-_CHUNKS_AHEAD = 2  # of each loader process
+_CHUNK_FRAMES = 32  # at 224 px about 40 ms of decoding and 5 MB
+_CHUNKS_AHEAD = 2  # per worker
 
 Row = dict[str, Any]  # of videos.csv
 
 
 class _Task(NamedTuple):
-    """Frames ``first`` … ``last`` - 1 of a shard, to be written to a place of the ring."""
+    """Frames ``first`` … ``last`` - 1 of a shard, and their place in the ring."""
 
     shard: int
     first: int
@@ -97,10 +97,10 @@ class _Task(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """What is known of a task that was done, but for the pixels."""
+    """The result of a task, except for the pixels."""
 
     task: _Task
-    rows: dict[int, Row]  # of the videos that begin here
+    rows: dict[int, Row]  # of the videos that begin in this chunk
     failures: dict[int, str]  # why a video cannot be read
 
 
@@ -108,14 +108,14 @@ class _Chunk(NamedTuple):
 class FrameBatch:
     """Frames of one shard.
 
-    ``parts`` is memory of the loader: valid until the batch is given to
+    ``parts`` is memory of the loader: valid until the batch is passed to
     :meth:`FrameLoader.release`.
     """
 
     shard: int
-    first: int  # its first frame's number among those of the shard
+    first: int  # number of its first frame within the shard
     parts: list[NDArray[np.uint8]]  # (n, S, S, 3) each, in order
-    rows: dict[int, Row]  # by the video's number in the set
+    rows: dict[int, Row]  # by video number in the dataset
     failures: dict[int, str]
     ends_shard: bool
 
@@ -124,7 +124,7 @@ class FrameBatch:
 
 
 class _Chunks(Dataset[_Chunk]):
-    """Item task: writes its crops to the ring."""
+    """Item of a task: writes its crops to the ring."""
 
     def __init__(self, frames: VideoFrames, ring: BatchRing) -> None:
         self._frames = frames
@@ -175,15 +175,15 @@ class _Chunks(Dataset[_Chunk]):
 
 
 class FrameLoader:
-    """Iterates over the batches of some shards, in their order. To be iterated over once.
+    """Iterates over the batches of some shards, in order. Can be iterated over once.
 
     Args:
-        frames: which, and how they are cropped.
-        shards: their numbers in the set.
+        frames: which frames, and how they are cropped.
+        shards: numbers of the shards.
         batch_size: B.
-        workers: loader processes; 0: the batches are made when they are asked for.
-        kept: batches that are used at a time, at most.
-        pin: let a GPU read the batches' memory by itself.
+        workers: number of workers; 0: batches are made in this process, on demand.
+        kept: most batches in use at a time.
+        pin: pin the batches' memory for a GPU.
     """
 
     def __init__(
@@ -223,14 +223,14 @@ class FrameLoader:
         self._ring.close()
 
     def release(self, batch: FrameBatch) -> None:
-        """Its memory may be written again; batches are released in their order."""
+        """Allow a batch's memory to be reused; batches are released in order."""
         self._released += len(batch.parts)
 
     def __iter__(self) -> Generator[FrameBatch, None, None]:
         chunks_of = _Chunks(self._frames, self._ring)
         ahead = _CHUNKS_AHEAD if self._workers else None
         with forked_loader(chunks_of, self.tasks, self._workers, ahead) as chunks:
-            # The processes are there: before this one has threads that compute.
+            # After the workers are forked, and before this process starts compute threads.
             if self._pin:
                 self._ring.pin()
             for shard, first, last, ends_shard in self._batches():
@@ -248,7 +248,7 @@ class FrameLoader:
                 )
 
     def tasks(self) -> Iterator[_Task]:
-        """All chunks in order; torch asks for them as it hands them out."""
+        """Yield all chunks in order; torch requests each one as it hands it out."""
         for shard, first, last, _ in self._batches():
             for begin in range(first, last, self._chunk):
                 if self._handed_out - self._released >= self._places:
@@ -258,7 +258,7 @@ class FrameLoader:
                 yield _Task(shard, begin, min(begin + self._chunk, last), place)
 
     def _batches(self) -> Iterator[tuple[int, int, int, bool]]:
-        """(shard, first, last, whether it ends the shard) of every batch."""
+        """Yield (shard, first, last, whether it ends the shard) of every batch."""
         for shard in self._shards:
             count = int(self._frames.counts(shard).sum())
             for first in range(0, count, self._batch_size):

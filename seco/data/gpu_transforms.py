@@ -42,33 +42,33 @@ from seco.data.transforms import (
 from seco.processes.device import to_device
 
 _END, _SCAN = b"\xff\xd9", b"\xff\xda"  # markers that cannot occur within a scan's data
-_TAIL_BYTES = 64  # a whole file has its end marker here, unless something was appended
+_TAIL_BYTES = 64  # a complete file has its end marker here, unless something was appended
 _BLOCK_BYTES = 2**31  # of temporary memory
 
 Ints = NDArray[np.integer[Any]]
 
 
 class DecodedFrames(NamedTuple):
-    """What came of a list of JPEG files."""
+    """The result of decoding a list of JPEG files."""
 
     frames: list[Tensor | None]  # (3, H, W) uint8 RGB on the device; None for a broken file
-    reasons: dict[int, str]  # why, for the numbers of the broken ones
+    reasons: dict[int, str]  # for the numbers of the broken files
 
 
 def as_tensors(jpegs: Sequence[bytes]) -> list[Tensor]:
-    """Each file's bytes as 1-D uint8, views of one copy: torch wants memory it could write to."""
+    """Wrap each file as 1-D uint8, views of one copy: torch requires writable memory."""
     memory = torch.frombuffer(bytearray(b"".join(jpegs)), dtype=torch.uint8)
     return list(memory.split([len(jpeg) for jpeg in jpegs]))
 
 
 def decode_frames(jpegs: Sequence[Tensor], device: torch.device | str) -> DecodedFrames:
-    """Decode JPEG files in one call; by nvJPEG where the device is a GPU.
+    """Decode JPEG files in one call; with nvJPEG if the device is a GPU.
 
-    Gray files come out with three equal channels.
+    Gray files give three equal channels.
 
     Args:
         jpegs: the files' bytes, 1-D uint8 on the CPU.
-        device: where the frames are wanted.
+        device: of the frames.
     """
     reasons = {
         number: "broken JPEG: cut short" for number, jpeg in enumerate(jpegs) if _cut_short(jpeg)
@@ -83,7 +83,7 @@ def decode_frames(jpegs: Sequence[Tensor], device: torch.device | str) -> Decode
 def _decode(
     jpegs: Sequence[Tensor], numbers: list[int], device: torch.device, reasons: dict[int, str]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The frames that can be decoded; the call gives none when one fails, so halves are tried."""
+    """Yield the frames that can be decoded; as one bad file fails a whole call, try halves."""
     if not numbers:
         return
     try:
@@ -105,9 +105,9 @@ def _decoded(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
     if device.type != "cuda":
         decoded: list[Tensor] = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
         return decoded
-    # torchvision allocates for the current stream and decodes on its own, which does not wait for
-    # that one: it could write to memory that the host has freed and queued kernels still read. The
-    # memory of a stream that does nothing else is free only when those who read it are done.
+    # torchvision allocates for the current stream but decodes on its own, which does not wait for
+    # it: it could overwrite memory that the host has freed and queued kernels still read. Memory
+    # of a stream used for nothing else is free only when its readers are done.
     compute, own = torch.cuda.current_stream(device), _decoding_stream(device)
     with torch.cuda.stream(own):
         decoded = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
@@ -123,9 +123,9 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _cut_short(jpeg: Tensor) -> bool:
-    """Whether the last scan has no end. nvJPEG may fill what is missing with gray and not say so.
+    """Whether the last scan has no end. nvJPEG may fill the missing part with gray, silently.
 
-    A thumbnail in the header has markers of its own, but before the image's scans.
+    A thumbnail in the header has its own markers, but before the image's scans.
     """
     if _END in jpeg[-_TAIL_BYTES:].numpy().tobytes():
         return False
@@ -134,7 +134,7 @@ def _cut_short(jpeg: Tensor) -> bool:
 
 
 def _reason(error: RuntimeError) -> str:
-    """torchvision's message on one line, without the place in its C++ that it begins with."""
+    """torchvision's message on one line, without its leading C++ source location."""
     line = str(error).partition("\n")[0]
     return re.sub(r"^\w+, \S+:\d+, ", "", line)[:200] or type(error).__name__
 
@@ -142,15 +142,15 @@ def _reason(error: RuntimeError) -> str:
 def crop_resize_batch(
     frames: Sequence[Tensor | None], frame_of_view: Ints, boxes: Ints, size: int
 ) -> Tensor:
-    """Cut a box out of a frame for each of V views and resize it to S × S.
+    """Crop a box from a frame for each of V views and resize it to S × S.
 
-    Bilinear with antialiasing as PIL does it: on average within 0.2 (of 255) of torchvision's
-    ``resized_crop`` on PIL images. As two matrix products a view, with the weights of its rows and
+    Bilinear with PIL's antialiasing: on average within 0.2 (of 255) of torchvision's
+    ``resized_crop`` on PIL images. Two matrix products per view, with the weights of its rows and
     of its columns; these are zero outside the box, so all views of a block have one shape.
 
     Args:
         frames: (3, H, W) uint8, of any sizes, on one device; those without views may be None.
-        frame_of_view: (V,) numbers of frames.
+        frame_of_view: (V,) frame numbers.
         boxes: (V, 4) left, top, width, height in px, inside the frames.
         size: S, px.
 
@@ -158,7 +158,7 @@ def crop_resize_batch(
         (V, 3, S, S) uint8 on the frames' device.
 
     Raises:
-        ValueError: a view of no frame, or a box that leaves its frame.
+        ValueError: a view without a frame, or a box that exceeds its frame.
     """
     frame_of_view, boxes = np.asarray(frame_of_view), np.asarray(boxes).reshape(-1, 4)
     if not len(frame_of_view):
@@ -178,7 +178,7 @@ def crop_resize_batch(
 
 
 def _frame_sizes(frames: Sequence[Tensor | None], frame_of_view: Ints, boxes: Ints) -> Ints:
-    """(V, 2) height and width of each view's frame, after a check of the boxes."""
+    """Check the boxes and return the (V, 2) height and width of each view's frame."""
     shapes = np.array([(0, 0) if frame is None else frame.shape[1:] for frame in frames])
     sizes: Ints = shapes[frame_of_view]
     inside = (
@@ -195,7 +195,7 @@ def _frame_sizes(frames: Sequence[Tensor | None], frame_of_view: Ints, boxes: In
 
 
 def _blocks(sizes: Ints, size: int) -> Iterator[Ints]:
-    """Numbers of views, those of like frames together, whose temporaries fit ``_BLOCK_BYTES``."""
+    """Yield blocks of views, grouped by frame size, whose temporaries fit ``_BLOCK_BYTES``."""
     if (sizes == sizes[0]).all():
         order: Ints = np.arange(len(sizes))
     else:
@@ -210,7 +210,7 @@ def _blocks(sizes: Ints, size: int) -> Iterator[Ints]:
 
 
 def _view_bytes(height: int, width: int, size: int) -> int:
-    """Of temporaries a view: pixels in 8 bits (twice) and as floats, weights, both products."""
+    """Temporary bytes per view: 8-bit pixels (twice), float pixels, weights, both products."""
     weights = size * (height + width) * (4 + 4 + 4)
     products = 3 * size * (height + 2 * size) * 4
     return 3 * height * width * (1 + 1 + 4) + weights + products
@@ -219,7 +219,7 @@ def _view_bytes(height: int, width: int, size: int) -> int:
 def _crop_resize(
     frames: Sequence[Tensor | None], frame_of_view: Ints, boxes: Ints, size: int, dtype: torch.dtype
 ) -> Tensor:
-    """(V, 3, S, S) of integer values of ``dtype``, for views that fit into memory together."""
+    """Crop views that fit into memory together: (V, 3, S, S) integer values in ``dtype``."""
     used, place = np.unique(frame_of_view, return_inverse=True)
     padded = _padded([frame for number in used if (frame := frames[number]) is not None])
     device = padded.device
@@ -230,14 +230,14 @@ def _crop_resize(
     rows = _weights(top, box_height, height, size).to(dtype)  # (V, S, H)
     across = torch.bmm(pixels.view(v, height * 3, width), columns.mT)  # (V, H·3, S)
     down = torch.bmm(rows, across.view(v, height, 3 * size))  # (V, S, 3·S)
-    # Half precision may pass 255 by a rounding, and 8 bits would begin anew at 0.
+    # Half precision may round to more than 255, which would wrap around in 8 bits.
     return down.round_().clamp_(0, 255).view(v, size, 3, size).permute(0, 2, 1, 3)
 
 
 def _padded(frames: Sequence[Tensor]) -> Tensor:
-    """(F, H, 3, W) uint8 with zeros beyond each frame, H and W the largest.
+    """Zero-pad the frames to (F, H, 3, W) uint8, with the largest H and W.
 
-    Rows outside and channels inside, so that both matrix products find theirs without a copy.
+    In this order of dimensions, neither matrix product needs a copy.
     """
     numbers_of: dict[tuple[int, int], list[int]] = {}
     for number, frame in enumerate(frames):
@@ -253,11 +253,11 @@ def _padded(frames: Sequence[Tensor]) -> Tensor:
 
 
 def _weights(begin: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
-    """PIL's antialiased bilinear filter: how much of each of ``extent`` px makes each of S.
+    """Weights of PIL's antialiased bilinear filter, from ``extent`` px to S.
 
     Args:
         begin: (V,) first px of the box.
-        length: (V,) px of the box.
+        length: (V,) length of the box, px.
 
     Returns:
         (V, S, extent) float32, rows of sum 1, zero outside the box.
@@ -266,7 +266,7 @@ def _weights(begin: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
     scale = length / size
     px = torch.arange(extent, device=begin.device, dtype=torch.float32)
     middle = begin + (torch.arange(size, device=begin.device)[:, None] + 0.5) * scale  # (V, S, 1)
-    weights = (px + 0.5) - middle  # in place from here: it is large
+    weights = (px + 0.5) - middle  # large, so in place from here
     weights.abs_().div_(-scale.clamp_min(1)).add_(1).clamp_min_(0)
     weights.mul_((px >= begin) & (px < begin + length))
     return weights.div_(weights.sum(2, keepdim=True))
@@ -276,11 +276,11 @@ def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(np.ascontiguousarray(values)), device)
 
 
-_SLOTS = 4  # of the jitter; grayscale is a fifth, saturation by 0
-_BLEND = 4  # numbers of a slot: factor, share of gray in m, share of the mean in m, turns of hue
-_CHAIN = _BLEND * (_SLOTS + 1)  # then as many zeros and ones for the chain up to contrast, then:
+_SLOTS = 4  # of the jitter; grayscale is a fifth: saturation by 0
+_BLEND = 4  # numbers per slot: factor, share of gray in m, share of the mean in m, turns of hue
+_CHAIN = _BLEND * (_SLOTS + 1)  # from here, a 0 or 1 per jitter slot: whether before contrast
 _FLIP = _CHAIN + _SLOTS
-_TAPS = _FLIP + 1  # the blur's middle tap and those to one side of it
+_TAPS = _FLIP + 1  # the blur's middle tap and those on one side of it
 
 Floats32 = NDArray[np.float32]
 Core = Callable[[Tensor, Tensor, tuple[float, ...], tuple[float, ...]], Tensor]
@@ -293,19 +293,19 @@ def fused_views(
     *,
     compiled: bool = True,
 ) -> Tensor:
-    """Crops to normalised views, as ``apply_views`` makes them, through the dense graph.
+    """Turn crops into normalised views like ``apply_views``, with the dense graph.
 
-    Equal to ``apply_views`` but for rounding (1e-5), and for the ``blur_radius(config)`` px at the
-    edges of blurred images: there PIL repeats the edge before each of three boxes, this once. On
-    textures that is 0.02 (of 255) in an image's mean at 32 px and 0.001 at 224 px, but up to 30 at
-    a single pixel where a hard edge runs along the border.
+    Equal to ``apply_views`` except for rounding (1e-5) and for ``blur_radius(config)`` px at the
+    edges of blurred images: PIL repeats the edge before each of three boxes, this only once. On
+    textures this changes an image's mean by 0.02 (of 255) at 32 px and 0.001 at 224 px, but a
+    single pixel by up to 30 where a hard edge runs along the border.
 
     Args:
         images: (N, 3, S, S) uint8, of any memory format; interleaved ones are not copied.
         views: of the N images.
-        config: gives the mean, the standard deviation and the largest sigma.
-        compiled: by inductor, anew for each S and never for other draws or another N > 1. Not
-            compiled the same graph is slow: for tests.
+        config: mean, standard deviation and largest sigma.
+        compiled: with inductor, which recompiles for each S, but not for other draws or another
+            N > 1. Uncompiled, the graph is slow: for tests.
 
     Returns:
         (N, 3, S, S) float32, contiguous.
@@ -315,24 +315,24 @@ def fused_views(
     """
     config = config or ViewConfig()
     parameters = torch.from_numpy(pack(views, blur_radius(config)))
-    if images.device.type == "cuda":  # from pinned memory the host does not wait for the copy
+    if images.device.type == "cuda":  # pinned, so that the copy does not block the host
         parameters = parameters.pin_memory().to(images.device, non_blocking=True)
     if not compiled or not len(images):
         return dense_views(images, parameters, config.mean, config.std)
     for batched in (images, parameters):
         torch._dynamo.maybe_mark_dynamic(batched, 0)
-    # The caller's modes would be more reasons to compile anew: keys' views are made under autocast.
+    # A change of the caller's modes would recompile: keys' views are made under autocast.
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         return _compiled()(images, parameters, config.mean, config.std)
 
 
 def blur_radius(config: ViewConfig) -> int:
-    """How many px three boxes of the largest sigma reach to either side: 6 for a sigma of 2 px."""
+    """Reach in px, to either side, of three boxes of the largest sigma: 6 for a sigma of 2 px."""
     return 3 * (int(box_reach(np.array(config.blur_sigma)).max()) + 1)
 
 
 def pack(views: ViewParameters, radius: int) -> Floats32:
-    """All parameters of N images as the (N, 26 + radius) numbers that ``dense_views`` takes.
+    """Pack the parameters of N images into (N, 26 + radius) numbers for ``dense_views``.
 
     Raises:
         ValueError: a blur reaches further than ``radius`` px.
@@ -355,7 +355,7 @@ def pack(views: ViewParameters, radius: int) -> Floats32:
 
 
 def _half_kernels(views: ViewParameters, radius: int) -> NDArray[np.float64]:
-    """PIL's three boxes as one kernel an image: (N, radius + 1), from the middle outwards."""
+    """PIL's three boxes as one kernel per image: (N, radius + 1), from the middle outwards."""
     half = np.zeros((len(views), radius + 1))
     half[:, 0] = 1
     reach = box_reach(views.sigma)
@@ -376,7 +376,7 @@ def dense_views(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Tensor:
-    """(N, 3, S, S) uint8 and the (N, 26 + R) numbers of ``pack`` to (N, 3, S, S) float32."""
+    """Turn (N, 3, S, S) uint8 and ``pack``'s (N, 26 + R) into (N, 3, S, S) float32 views."""
     slots = [
         [_per_image(parameters, _BLEND * slot + number) for number in range(_BLEND)]
         for slot in range(_SLOTS + 1)
@@ -397,21 +397,21 @@ def _per_image(parameters: Tensor, column: int) -> Tensor:
 
 
 def _unit_planes(images: Tensor) -> list[Tensor]:
-    """Red, green and blue apart, (N, S, S) in 0 … 1: each pixel's chain is computed once."""
+    """Split into red, green and blue, (N, S, S) in 0 … 1: a pixel's chain is computed once."""
     return [images[:, channel] * (1 / 255) for channel in range(3)]
 
 
 def _channels(like: Tensor, values: tuple[float, ...]) -> Tensor:
-    """One value a channel, (3, 1, 1)."""
+    """Return one value per channel, (3, 1, 1)."""
     red, green, blue = values
-    channel = torch.arange(3, device=like.device)[:, None, None]  # no constant to be copied
+    channel = torch.arange(3, device=like.device)[:, None, None]  # no constant to copy
     return torch.where(channel == 0, red, torch.where(channel == 1, green, blue)).to(like.dtype)
 
 
 def _mean_before_contrast(images: Tensor, parameters: Tensor, slots: list[list[Tensor]]) -> Tensor:
-    """The image's mean gray at the place where contrast stands in its order: (N, 1, 1)."""
+    """Mean gray of each image right before its contrast step: (N, 1, 1)."""
     planes = _unit_planes(images)
-    for slot in range(_SLOTS - 1):  # none comes before contrast but in the first three
+    for slot in range(_SLOTS - 1):  # the last slot is never before contrast
         before = _per_image(parameters, _CHAIN + slot)
         factor, of_gray, _, turns = slots[slot]
         factor = 1 + before * (factor - 1)
@@ -426,13 +426,13 @@ def _fused_gray(planes: list[Tensor]) -> Tensor:
 
 
 def _blend(planes: list[Tensor], factor: Tensor, of_gray: Tensor, middle: Tensor) -> list[Tensor]:
-    """Away from or towards ``middle`` or each pixel's gray; a factor of 1 must come with 0s."""
+    """Blend with ``middle`` or each pixel's gray; a factor of 1 must come with 0s."""
     m = of_gray * _fused_gray(planes) + middle
     return [(m + factor * (x - m)).clamp(0, 1) for x in planes]
 
 
 def _turn_hue(planes: list[Tensor], turns: Tensor) -> list[Tensor]:
-    """``augment._hue``: HSV's hue moved by ``turns``, with value and chroma kept."""
+    """Shift HSV's hue by ``turns``, keeping value and chroma, as ``transforms._hue`` does."""
     red, green, blue = planes
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
@@ -449,11 +449,11 @@ def _turn_hue(planes: list[Tensor], turns: Tensor) -> list[Tensor]:
 
 
 def _fused_blur(x: Tensor, half_kernels: Tensor) -> Tensor:
-    """(N, 3, S, S) across, then down with the (N, R + 1) halves of symmetric kernels."""
+    """Blur (N, 3, S, S) across, then down, with (N, R + 1) halves of symmetric kernels."""
     radius = half_kernels.shape[1] - 1
     taps = half_kernels[:, :, None, None, None]
     for dim in (3, 2):
-        # The edge is repeated by its index: a padded copy would be written and read.
+        # Clamped indices repeat the edge; a padded copy would cost a write and a read.
         place = torch.arange(x.shape[dim], device=x.device)
         out = x * taps[:, 0]
         for shift in range(1, radius + 1):
@@ -470,5 +470,5 @@ def _take(x: Tensor, dim: int, place: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled() -> Core:
-    # dynamic=False: an image size is a constant of the graph; N alone is marked as free.
+    # dynamic=False: image sizes are constants of the graph; only N is marked dynamic.
     return torch.compile(dense_views, fullgraph=True, dynamic=False)

@@ -39,16 +39,16 @@ _Done = TypeVar("_Done")
 def forked_loader(
     dataset: Dataset[_Done], tasks: Callable[[], Iterator[Any]], workers: int, prefetch: int | None
 ) -> Iterator[Iterator[_Done]]:
-    """Within the block, what became of each task, in their order.
+    """Run tasks in forked workers; iterate over the results, in order, within the block.
 
-    The processes are forked when the block begins; whatever ends it early kills them, also those
-    that are stuck in a read.
+    Workers are forked when the block begins. Anything that ends it early kills them, even if they
+    are stuck in a read.
 
     Args:
-        dataset: its item of a task does it.
-        tasks: makes them; torch asks for one as it hands it out.
-        workers: processes; 0: tasks are done here, when they are asked for.
-        prefetch: tasks of each process that are under way; None without processes.
+        dataset: maps a task to its result.
+        tasks: generates the tasks; torch requests each one as it hands it out.
+        workers: number of workers; 0: tasks run in this process, on demand.
+        prefetch: tasks in flight per worker; None without workers.
     """
     loader: DataLoader[_Done] = DataLoader(
         dataset,
@@ -66,11 +66,11 @@ def forked_loader(
         kill_workers(done)
         raise
     finally:
-        del done  # its processes end with it, not with the interpreter
+        del done  # ends the workers now, not when the interpreter exits
 
 
 class _Tasks:
-    """The sampler."""
+    """The DataLoader's sampler: yields the tasks."""
 
     def __init__(self, tasks: Callable[[], Iterator[Any]]) -> None:
         self._tasks = tasks
@@ -80,23 +80,23 @@ class _Tasks:
 
 
 class BatchRing:
-    """Memory for a few batches, which loader processes write and the trainer reads.
+    """Memory for a few batches, which workers write and the trainer reads.
 
-    Sending a batch through the queue of torch's DataLoader costs a shared file, its page faults and
-    a copy each time: a third of what the loader spends on the views (``docs/loader.md``). An
-    anonymous shared mapping is made once, needs no room in /dev/shm, and a loader process that was
-    forked writes its part of a batch where the trainer will read it.
+    Sending batches through torch's DataLoader costs a shared file, its page faults and a copy each
+    time: 0.5 ms per triplet, where everything else takes 1.4 ms (``docs/loader.md``). An anonymous
+    shared mapping is made once and takes no room in /dev/shm, and each forked worker writes its
+    part of a batch where the trainer will read it.
 
     Args:
-        slots: how many.
+        slots: number of batches.
         shape: of a batch.
-        dtype: numpy's, of a batch.
+        dtype: NumPy's, of a batch.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         self.slots = slots
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize * slots
-        self._memory = mmap.mmap(-1, max(size, 1))  # shared with the processes forked later
+        self._memory = mmap.mmap(-1, max(size, 1))  # shared with workers forked later
         flat = np.frombuffer(self._memory, dtype=dtype, count=slots * int(np.prod(shape)))
         self._batches: NDArray[np.generic] = flat.reshape(slots, *shape)
         self._pinned = False
@@ -106,32 +106,32 @@ class BatchRing:
         return batch
 
     def __getstate__(self) -> dict[str, object]:
-        raise TypeError("shared memory is inherited by a fork, it cannot be sent")
+        raise TypeError("this shared memory is inherited by fork and cannot be pickled")
 
     def pin(self) -> bool:
-        """Let a GPU read it by itself, so that copies need no second buffer and nobody waits.
+        """Pin the memory, so that copies to a GPU need no staging buffer and do not block.
 
         Returns:
-            whether the driver agreed; copies work without it, too, but block.
+            Whether the driver accepted; without it, copies work but block.
         """
         pointer, size = self._batches.ctypes.data, self._batches.nbytes
         failed = torch.cuda.cudart().cudaHostRegister(pointer, size, 0)
         self._pinned = int(failed) == 0
         if not self._pinned:
-            # The error would be reported again by the next kernel, which has done nothing wrong.
+            # Clear the error, which the next kernel would report as its own.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda").add_(1)
-            print("seco: the loader's memory cannot be pinned; copies will wait", file=sys.stderr)
+            print("seco: the loader's memory cannot be pinned; copies will block", file=sys.stderr)
         return self._pinned
 
     def close(self) -> None:
-        """Give the memory back to the driver; it is freed with its last user."""
+        """Unpin the memory; it is freed once its last user is gone."""
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._batches.ctypes.data)
             self._pinned = False
 
 
-_CHUNK_ROWS = 32  # at 224 px 19 MB of crops and some 50 ms of work
+_CHUNK_ROWS = 32  # at 224 px 19 MB of crops and about 50 ms of work
 _BATCHES_AHEAD = 2
 
 
@@ -139,22 +139,22 @@ _BATCHES_AHEAD = 2
 class Batch:
     """One step's input on this rank: N samples.
 
-    ``images`` is memory of the loader: valid until the next batch but one is asked for.
+    ``images`` is memory of the loader: valid until the next batch but one is requested.
     """
 
     images: Tensor | None  # (4, N, 3, S, S) uint8 crops, or finished float32 views
-    uniform: NDArray[np.float64]  # (4, N, 13) what the views' parameters are drawn from
+    uniform: NDArray[np.float64]  # (4, N, 13) random numbers for the views' parameters
     order: Tensor  # (N,) 0 anchor before, 1 after
-    videos: Tensor  # (N,) numbers in the set
-    unreadable: list[str]  # why each sample that had to be replaced could not be read
-    jpegs: list[tuple[bytes, bytes, bytes]]  # (N,) anchor, second, third; when images is None
+    videos: Tensor  # (N,) video numbers
+    unreadable: list[str]  # one reason per replaced sample
+    jpegs: list[tuple[bytes, bytes, bytes]]  # (N,) anchor, second, third; if images is None
     boxes: Tensor  # (4, N, 4) left, top, width, height of the crops in their frames, px
 
 
 class _Task(NamedTuple):
-    step: int  # counted over epochs
-    first: int  # row
-    last: int  # the row after
+    step: int  # counted across epochs
+    first: int  # first row
+    last: int  # row after the last
     slot: int
 
 
@@ -182,15 +182,15 @@ class TripletLoader:
     """Iterates over the batches of steps ``first_step`` … ``last_step`` - 1, in order.
 
     Args:
-        stream: gives the samples of this rank.
+        stream: the samples of this rank.
         crop_size: S, side of a view, px.
         views: how they are drawn.
-        workers: loader processes; 0: the batches are made when they are asked for.
-        first_step: counted over epochs.
-        last_step: the one after the last.
-        decode: ``cpu``, or ``nvjpeg``: the batch holds JPEG bytes and boxes instead of crops.
+        workers: number of workers; 0: batches are made in this process, on demand.
+        first_step: counted across epochs.
+        last_step: step after the last.
+        decode: ``cpu``, or ``nvjpeg``: batches hold JPEG bytes and boxes instead of crops.
         views_on: ``device``: the images are crops; ``workers``: they are finished views.
-        pin: let a GPU read the batches' memory by itself.
+        pin: pin the batches' memory for a GPU.
     """
 
     def __init__(
@@ -221,11 +221,11 @@ class TripletLoader:
             size = (crop_size, crop_size)
             pixels = (3, *size) if self._finish else (*size, 3)
             shape = (VIEWS, stream.rows, *pixels)
-            # One batch being read, one that may still be on its way to a device.
+            # Two more: the batch being read, and one that may still be on its way to a device.
             self._ring = BatchRing(in_flight + 2, shape, np.float32 if self._finish else np.uint8)
         maker = ChunkMaker(stream, crop_size, views, decode=self._decode, finish=self._finish)
         self._dataset = _Chunks(stream, maker, self._ring)
-        self._read = first_step - 1  # the last step whose batch was handed out
+        self._read = first_step - 1  # last step whose batch was handed out
 
     def __enter__(self) -> TripletLoader:
         return self
@@ -244,9 +244,9 @@ class TripletLoader:
         return len(self._steps)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Raises InputError when samples cannot be read nor replaced."""
+        """Yield the batches; raises InputError if samples can be neither read nor replaced."""
         with forked_loader(self._dataset, self.tasks, self._workers, self._prefetch) as chunks:
-            # The processes are there: before shards are fetched ahead in threads.
+            # After the workers are forked, and before threads prefetch shards.
             if self._pin and self._ring is not None:
                 self._ring.pin()
             for step in self._steps:
@@ -256,7 +256,7 @@ class TripletLoader:
                 yield self._batch(step, parts)
 
     def tasks(self) -> Iterator[_Task]:
-        """All chunks in order, each with the slot its batch is written to."""
+        """Yield all chunks in order, each with the slot of its batch."""
         rows = self._stream.rows
         for step in self._steps:
             slot = step % self._ring.slots if self._ring is not None else 0
@@ -283,21 +283,21 @@ class TripletLoader:
 
 
 def _sound(chunk: Chunk) -> Chunk:
-    """The chunk; raises InputError when the run cannot go on."""
+    """Return the chunk; raises InputError if the run cannot continue."""
     if chunk.fatal:
-        raise InputError(chunk.fatal, "--shards", "are they whole? See `seco verify`")
+        raise InputError(chunk.fatal, "--shards", "check the shards with `seco verify`")
     return chunk
 
 
-_UNDER_WAY = 1  # the loader keeps one batch more than the one being read
+_UNDER_WAY = 1  # the loader keeps one batch besides the one being read
 
 
 class DeviceCopies:
-    """Copies each batch to a GPU on a stream of its own.
+    """Copies batches to a GPU on a separate stream.
 
-    On the stream of the step a copy would wait for the step before it, and the next step for the
-    copy: 308 MB per step of 512 videos at 224 px. There are two buffers on the device, one that is
-    read and one that is filled, so memory does not grow with how far the host is ahead.
+    On the compute stream, a copy would wait for the previous step, and the next step for the copy:
+    308 MB per step of 512 videos at 224 px. Two buffers on the device, one being read and one being
+    filled, keep memory constant however far ahead the host is.
 
     Args:
         device: a GPU.
@@ -307,24 +307,24 @@ class DeviceCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[Tensor] = []
-        self._read = [torch.cuda.Event(), torch.cuda.Event()]  # all kernels that read the buffer
+        self._read = [torch.cuda.Event(), torch.cuda.Event()]  # all kernels have read the buffer
         self._copies: deque[torch.cuda.Event] = deque()
         self._slot = 0
 
     def copy(self, images: Tensor) -> Tensor:
-        """The batch on the device, valid until the next call but one.
+        """Copy the batch to the device; the result is valid until the next call but one.
 
         Args:
-            images: always of one shape; in pinned memory (else the host waits), which may be
-                written anew after the next call.
+            images: always of the same shape; in pinned memory (otherwise the host blocks), which
+                may be overwritten after the next call.
         """
         compute = torch.cuda.current_stream(self._device)
-        # What reads the buffer that was handed out last has been queued by now.
+        # By now, all kernels that read the last buffer have been queued.
         self._read[self._slot].record(compute)
         self._slot = 1 - self._slot
         if not self._buffers:
             self._buffers = [torch.empty_like(images, device=self._device) for _ in range(2)]
-            # Memory that the host has freed may still be read by queued kernels.
+            # Queued kernels may still read memory that the host has freed.
             self._stream.wait_stream(compute)
         buffer = self._buffers[self._slot]
         self._stream.wait_event(self._read[self._slot])
@@ -343,7 +343,7 @@ class DeviceViews:
     """Copies, decodes and augments batches on a device.
 
     Args:
-        device: where the views are wanted.
+        device: where to make the views.
         crop_size: S, side of a view, px.
         config: mean and standard deviation.
     """
@@ -355,24 +355,24 @@ class DeviceViews:
         self._copies = DeviceCopies(device) if device.type == "cuda" else None
 
     def crops(self, batch: Batch) -> Tensor:
-        """(4, N, 3, S, S) of query, k1 (both of the anchor), k2, k3: uint8, or float32 views.
+        """Return query, k1 (both from the anchor), k2, k3, (4, N, 3, S, S): uint8 or float32 views.
 
-        Frames that the device cannot decode are replaced by those of the next sample; the batch's
-        ``unreadable`` names them.
+        Frames that the device cannot decode are replaced by those of the next sample and named in
+        the batch's ``unreadable``.
         """
         if batch.images is None:
             return self._decoded(batch)
         return batch.images if self._copies is None else self._copies.copy(batch.images)
 
     def finished(self, crops: Tensor, views: ViewParameters) -> Tensor:
-        """(n, 3, S, S) crops to float32 views; those that are finished stay as they are."""
+        """Turn (n, 3, S, S) crops into float32 views; finished views are returned unchanged."""
         if crops.dtype != torch.uint8:
             return crops
         return apply_views(crops, views, self._config)
 
     def _decoded(self, batch: Batch) -> Tensor:
-        """(4, N, 3, S, S) uint8."""
-        # Loads torchvision, which nobody else needs here.
+        """Decode and crop on the device: (4, N, 3, S, S) uint8."""
+        # Loads torchvision, which nothing else here needs.
         from seco.data.gpu_transforms import as_tensors, crop_resize_batch, decode_frames
 
         n = len(batch.order)
@@ -385,9 +385,7 @@ class DeviceViews:
             batch.unreadable.append(f"video {int(batch.videos[row])}: {broken[row]}")
             whole = [r for r in (*range(row + 1, n), *range(row)) if r not in broken]
             if not whole:
-                raise InputError(
-                    f"not one frame of a batch can be decoded: {broken[row]}", "--decode"
-                )
+                raise InputError(f"no frame of a batch can be decoded: {broken[row]}", "--decode")
             of_sample[row] = whole[0]
             batch.order[row], batch.videos[row] = batch.order[whole[0]], batch.videos[whole[0]]
         frame_of_view = 3 * of_sample[None, :] + np.array(FRAME_OF_VIEW)[:, None]
@@ -400,14 +398,14 @@ class DeviceViews:
 
 @dataclass
 class TripletBatch:
-    """N triplets for a training loop of one's own; augmented on the device they are on.
+    """N triplets for your own training loop; augmented on the device they are on.
 
     Attributes:
-        crops: (4, N, 3, S, S) uint8 of query, k1 (both of the anchor frame), k2 and k3.
-        uniform: (4, N, 13) what the augmentations are drawn from.
-        order: (N,) 0 when the anchor is before k2 and k3, 1 when it is after.
-        video: (N,) numbers of the videos in the dataset.
-        unreadable: why each sample that had to be replaced by another could not be read.
+        crops: (4, N, 3, S, S) uint8 of query, k1 (both from the anchor frame), k2 and k3.
+        uniform: (4, N, 13) random numbers for the augmentations.
+        order: (N,) 0 if the anchor is before k2 and k3, 1 if it is after.
+        video: (N,) video numbers in the dataset.
+        unreadable: one reason per sample that was replaced.
         config: how views are drawn.
     """
 
@@ -419,7 +417,7 @@ class TripletBatch:
     config: ViewConfig
 
     def to(self, device: torch.device | str) -> TripletBatch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         return replace(
             self,
             crops=self.crops.to(device),
@@ -435,13 +433,13 @@ class TripletBatch:
 
 
 class EpochLoader:
-    """Each iteration is the next epoch: :class:`TripletBatch` after :class:`TripletBatch`.
+    """Yields :class:`TripletBatch` objects; each iteration is the next epoch.
 
     Args:
-        stream: gives the samples.
+        stream: the samples.
         crop_size: S, side of a view, px.
         views: how they are drawn.
-        workers: loader workers; 0: batches are made when they are asked for.
+        workers: number of workers; 0: batches are made in this process, on demand.
     """
 
     def __init__(self, stream: Stream, crop_size: int, views: ViewConfig, workers: int) -> None:
@@ -455,11 +453,11 @@ class EpochLoader:
         return self._stream.steps_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the next iteration's epoch; each has its own order and augmentations."""
+        """Set the next iteration's epoch; each epoch has its own order and augmentations."""
         self.epoch = epoch
 
     def __iter__(self) -> Generator[TripletBatch, None, None]:
-        """Raises InputError when samples can neither be read nor replaced."""
+        """Yield one epoch; raises InputError if samples can be neither read nor replaced."""
         first = self.epoch * len(self)
         self.epoch += 1
         loader = TripletLoader(
@@ -476,7 +474,7 @@ class EpochLoader:
                     warnings.warn(f"unreadable, replaced by another: {reason}", stacklevel=2)
                 assert batch.images is not None
                 yield TripletBatch(
-                    crops=batch.images.clone(),  # the loader writes there again
+                    crops=batch.images.clone(),  # the loader reuses this memory
                     uniform=batch.uniform,
                     order=batch.order,
                     video=batch.videos,

@@ -39,25 +39,25 @@ class Target(NamedTuple):
 
     @property
     def exemplar_side(self) -> float:
-        """px of the square with context, sqrt((w + c)(h + c)) with c = (w + h) / 2."""
+        """Side of the square with context, px: sqrt((w + c)(h + c)) with c = (w + h) / 2."""
         context = CONTEXT * (self.width + self.height)
         return math.sqrt((self.width + context) * (self.height + context))
 
 
 def target_of(box: Sequence[float]) -> Target:
-    """From (x, y, w, h), the first pixel being 1."""
+    """Convert a box (x, y, w, h), whose first pixel is 1, to a target."""
     x, y, width, height = (float(number) for number in box)
     return Target(x - 1 + (width - 1) / 2, y - 1 + (height - 1) / 2, width, height)
 
 
 def box_of(target: Target) -> NDArray[np.float64]:
-    """(4,) x, y, w, h, the first pixel being 1."""
+    """Convert a target to a box (4,) x, y, w, h, whose first pixel is 1."""
     x, y, width, height = target
     return np.array([x + 1 - (width - 1) / 2, y + 1 - (height - 1) / 2, width, height])
 
 
 def mean_colour(frame: Pixels) -> NDArray[np.float32]:
-    """(3,) of an (H, W, 3) image."""
+    """Mean colour (3,) of an (H, W, 3) image."""
     height, width = frame.shape[:2]
     columns = frame.reshape(height, width * 3).sum(0, dtype=np.uint32)  # exact to 16 million rows
     totals = columns.reshape(width, 3).sum(0, dtype=np.float64)
@@ -68,18 +68,18 @@ def mean_colour(frame: Pixels) -> NDArray[np.float32]:
 def square_crops(
     frame: Tensor, centre: tuple[float, float], sides: Sequence[float], size: int, fill: Tensor
 ) -> Tensor:
-    """Squares of a frame around one centre, resized.
+    """Crop and resize squares around one centre of a frame.
 
-    Pixel u of a crop shows the frame at ``centre + ((u + 1/2) / size - 1/2) · side``, bilinearly,
-    after the frame was continued with ``fill`` on all sides without end: a square may lie partly or
-    wholly outside, and be smaller than a pixel. Where even the smallest square is twice as large as
-    its crop, or more, means of k × k pixels stand for pixels against aliasing, k = ⌊side / size⌋,
-    counted from the corner of what is read.
+    Pixel u of a crop samples the frame at ``centre + ((u + 1/2) / size - 1/2) · side``, bilinearly.
+    The frame is padded with ``fill`` without limit: a square may lie partly or entirely outside, or
+    be smaller than a pixel. If even the smallest square is at least twice as large as its crop,
+    pixels are first averaged over k × k against aliasing, k = ⌊side / size⌋, counted from the
+    corner of the region that is read.
 
     Args:
         frame: (H, W, 3) uint8, on any device.
         centre: x and y, px; the centre of the first pixel is 0.
-        sides: (n,) of the squares, px, above 0.
+        sides: (n,) sides of the squares, px, above 0.
         size: S, side of the crops.
         fill: (3,) float32, on the frame's device.
 
@@ -88,12 +88,12 @@ def square_crops(
     """
     height, width = frame.shape[:2]
     factor = max(1, int(min(sides) / size))
-    reach = max(sides) / 2 + 3 * factor  # the last block of pixels may be cut, and is not looked at
+    reach = max(sides) / 2 + 3 * factor  # the last block may be incomplete; it is never sampled
     left, right = _span(centre[0], reach, width)
     top, bottom = _span(centre[1], reach, height)
     if left == right or top == bottom:
         return fill.view(1, 3, 1, 1).expand(len(sides), 3, size, size).clone()
-    # What is zero then is the fill, also what grid_sample reads outside.
+    # Zero now means the fill, also where grid_sample pads.
     patch = frame[top:bottom, left:right].permute(2, 0, 1).float() - fill.view(3, 1, 1)
     if factor > 1:
         more = (-patch.shape[2] % factor, -patch.shape[1] % factor)
@@ -114,20 +114,20 @@ def square_crops(
 
 
 def _span(centre: float, reach: float, size: int) -> tuple[int, int]:
-    """First pixel, and the one after the last, of ``centre`` ± ``reach`` within the frame."""
+    """Range of pixels of ``centre`` ± ``reach`` within the frame: first, and one past the last."""
     first = min(max(0, math.floor(centre - reach)), size)
     return first, max(first, min(size, math.ceil(centre + reach) + 1))
 
 
 def _places(at: Tensor, first: int, factor: int, cells: int) -> Tensor:
-    """px of the frame as grid_sample's coordinates on cells of ``factor`` px from ``first`` on."""
+    """Convert frame px to grid_sample coordinates on cells of ``factor`` px from ``first`` on."""
     return (2 * ((at - first - (factor - 1) / 2) / factor) + 1) / cells - 1
 
 
 # Stretch of exemplar and search; shift across and down of the search crop, then of the exemplar.
 _DRAWS = 6
-# SiamFC cuts the 255 px by 4 on each side and takes a random 239 of what is left; the exemplar is
-# the centre of such a crop.
+# SiamFC trims the 255 px by 4 on each side and takes a random 239 of the rest; the exemplar is the
+# centre of such a crop.
 _MARGIN_PX = (SEARCH_PX - TRAIN_SEARCH_PX) // 4
 _BATCHES_AHEAD = 2
 
@@ -139,9 +139,9 @@ class PairBatch:
     exemplars: Tensor  # (N, 3, 127, 127) uint8
     searches: Tensor  # (N, 3, 239, 239) uint8
     keys: list[str]  # (N,)
-    unreadable: list[str] = field(default_factory=list)  # why a damaged sample was replaced
-    unusable: list[str] = field(default_factory=list)  # and one without boxes to train on
-    fatal: str | None = None  # the run cannot go on
+    unreadable: list[str] = field(default_factory=list)  # one reason per damaged, replaced sample
+    unusable: list[str] = field(default_factory=list)  # and per replaced sample without boxes
+    fatal: str | None = None  # error that ends the run
 
 
 class _Unusable(UnreadableFrame):
@@ -149,11 +149,11 @@ class _Unusable(UnreadableFrame):
 
 
 class PairMaker(Dataset[PairBatch]):
-    """Item s: the batch of step s, counted over epochs.
+    """Item s: the batch of step s, counted across epochs.
 
     Args:
-        stream: gives the samples of this rank; its epochs are passes over the sequences.
-        max_stretch: of the random change of scale.
+        stream: the samples of this rank; its epochs are passes over the sequences.
+        max_stretch: largest random change of scale.
     """
 
     def __init__(self, stream: PairStream, max_stretch: float) -> None:
@@ -195,7 +195,7 @@ class PairMaker(Dataset[PairBatch]):
         return batch
 
     def _fill(self, batch: PairBatch, epoch: int, row: int, sample: PairSample) -> NoPair | None:
-        """Write a sample's crops; returns why that is not possible."""
+        """Write a sample's crops; returns the problem if there is one."""
         if isinstance(sample, NoPair):
             return sample
         starts = sample_starts(self._stream.seed, epoch, [sample.key], "pair-crops")
@@ -228,16 +228,16 @@ class PairMaker(Dataset[PairBatch]):
 def training_crop(
     frame: Pixels, box: Box, size: int, scale: float, moved: Sequence[int] = (0, 0)
 ) -> Tensor:
-    """The square around a target that is trained on.
+    """Crop the square around a target for training.
 
-    As if the exemplar's square of 127 px were stretched by ``scale`` about its centre, and a crop
-    of ``size`` px were taken ``moved`` px to the right and down; in one interpolation.
+    Equivalent to stretching the exemplar's square of 127 px by ``scale`` about its centre and
+    cropping ``size`` px, ``moved`` px to the right and down, but in one interpolation.
 
     Returns:
         (3, size, size) uint8.
     """
     target = target_of(box)
-    px = target.exemplar_side / EXEMPLAR_PX / scale  # of the frame, for one of the crop
+    px = target.exemplar_side / EXEMPLAR_PX / scale  # frame px per crop px
     centre = (target.x + moved[0] * px, target.y + moved[1] * px)
     fill = torch.from_numpy(mean_colour(frame))
     crops = square_crops(torch.from_numpy(frame), centre, [size * px], size, fill)
@@ -248,10 +248,10 @@ class PairLoader:
     """Iterates over the batches of steps ``first_step`` … ``last_step`` - 1, in order.
 
     Args:
-        stream: gives the samples of this rank.
+        stream: the samples of this rank.
         config: of the run.
-        first_step: counted over epochs.
-        last_step: the one after the last.
+        first_step: counted across epochs.
+        last_step: step after the last.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class PairLoader:
         self._workers = workers
 
     def __iter__(self) -> Generator[PairBatch, None, None]:
-        """Raises InputError when samples cannot be made nor replaced."""
+        """Yield the batches; raises InputError if samples can be neither made nor replaced."""
         ahead = _BATCHES_AHEAD if self._workers else None
         tasks = iter(self._steps)
         with forked_loader(self._maker, lambda: tasks, self._workers, ahead) as batches:
@@ -278,6 +278,8 @@ class PairLoader:
                 batch = next(batches)
                 if batch.fatal:
                     raise InputError(
-                        batch.fatal, "--shards", "are they tracking shards? See `seco verify`"
+                        batch.fatal,
+                        "--shards",
+                        "give tracking shards, and check them with `seco verify`",
                     )
                 yield batch

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 
-UNLABELLED = -1  # the label of a video that has none
+UNLABELLED = -1  # label of a video without one
 _UCF101 = re.compile(r"(v_.+_g\d+)_c\d+", re.I)
 _HMDB51 = re.compile(r"(.+)_[a-z]{1,2}_(?:cm|nm)_np\d+_[a-z]{2}_[a-z]{3}_\d+", re.I)
 HELD_OUT_SHARE = 0.2
@@ -22,7 +22,7 @@ NAMED = 5
 
 
 def recordings(sources: Sequence[str], class_names: Sequence[str]) -> list[str] | None:
-    """The recording of each video, or None where not all file names tell it.
+    """Return the recording of each video, or None unless all file names identify one.
 
     UCF101's names are ``v_<Class>_g<group>_c<clip>``, HMDB51's ``<film>_<class>_<tags>_<clip>``.
 
@@ -43,19 +43,19 @@ def recordings(sources: Sequence[str], class_names: Sequence[str]) -> list[str] 
 
 
 class Labelled(Protocol):
-    """Videos with labels and splits: a feature folder's or those of shards."""
+    """Videos with labels and splits, of a feature folder or of shards."""
 
     @property
     def folder(self) -> object:
-        """Where they are, for messages."""
+        """Their location, for messages."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(V,) UNLABELLED for none."""
+        """(V,) labels; UNLABELLED for none."""
 
     @property
     def splits(self) -> Mapping[str, Sequence[str | None]]:
-        """For each split name, (V,) values."""
+        """(V,) values by split name."""
 
     def __len__(self) -> int: ...
 
@@ -66,7 +66,7 @@ def split_notes(
     test_labels: NDArray[np.int64],
     class_name: Callable[[int], str],
 ) -> list[str]:
-    """What a reader of an evaluation's figures should know of its videos."""
+    """Notes on the videos for readers of an evaluation's metrics."""
     notes = []
     if unlabelled:
         notes.append(f"{unlabelled} videos without a label are left out")
@@ -83,10 +83,10 @@ def split_notes(
 
 
 def choose_split(features: Labelled, wanted: str | None) -> str | None:
-    """The split's name; None where the folder has no splits.
+    """Return the split's name; None if there are no splits.
 
     Raises:
-        InputError: it has no such split, or several and none is the obvious one.
+        InputError: there is no such split, or there are several and no default.
     """
     names = list(features.splits)
     there = f"it has: {', '.join(names)}" if names else "it has no splits"
@@ -101,7 +101,7 @@ def choose_split(features: Labelled, wanted: str | None) -> str | None:
 
 
 def usual_split(features: Labelled) -> str | None:
-    """The one that is taken where none is named: "1", else "official", else the only one."""
+    """Return the default split: "1", else "official", else the only one."""
     names = list(features.splits)
     for name in ("1", "official"):
         if name in names:
@@ -112,7 +112,7 @@ def usual_split(features: Labelled) -> str | None:
 def labelled_rows(
     features: Labelled, split: str | None, value: str
 ) -> tuple[NDArray[np.int64], int]:
-    """The labelled rows of a split's value, and how many others have no label."""
+    """Return the labelled rows of a split's value, and the number of its unlabelled rows."""
     inside = np.ones(len(features), dtype=bool)
     if split is not None:
         inside = np.array([given == value for given in features.splits[split]], dtype=bool)
@@ -121,14 +121,14 @@ def labelled_rows(
 
 
 def no_rows(features: Labelled, split: str | None, value: str) -> InputError:
-    """What is said where a split has no labelled row of a value."""
+    """The error for a split that has no labelled row of a value."""
     return InputError(
         f"has no labelled {value} rows", features.folder, _what_there_is(features, split)
     )
 
 
 def _what_there_is(features: Labelled, chosen: str | None) -> str:
-    """The splits, their values and labelled rows, for a message."""
+    """The splits, their values and numbers of labelled rows, for a message."""
     labelled = features.labels != UNLABELLED
     if chosen is None:
         return f"it has {int(labelled.sum())} labelled of {len(features)} videos and no splits"
@@ -145,16 +145,15 @@ def _what_there_is(features: Labelled, chosen: str | None) -> str:
 def held_out(
     labels: NDArray[np.int64], groups: Sequence[str], share: float = HELD_OUT_SHARE
 ) -> NDArray[np.bool_]:
-    """(N,) whether a training row is held out, to choose a setting such as C on it.
+    """Choose training rows to hold out, for tuning a setting such as C: (N,) bool.
 
-    About ``share`` of every class is, groups whole.
+    Holds out about ``share`` of every class, in whole groups: clips cut from one recording are
+    near-duplicates, and holding out some of them while training on others would favour
+    memorisation.
 
-    Clips cut from one recording are near-copies: a part that held some clips of a recording whose
-    others are trained on would favour whatever memorises.
-
-    Groups are taken in an order of their names' digests, so that the same videos give the same part
-    wherever their rows are. A group that would take more than its share of any of its classes is
-    left in training; so is a class of one video.
+    Groups are considered in the order of their names' digests, so that the same videos give the
+    same rows in any order. A group that would exceed the share of any of its classes stays in
+    training; so does a class of one video.
     """
     sizes = Counter(labels.tolist())
     room = {label: min(int(np.ceil(share * n)), n - 1) for label, n in sizes.items()}

@@ -23,8 +23,8 @@ from shards.settings import setting
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_BLUR_GIVEN_AT_PX = 224  # the authors' sigma is for views of this side
-VIEW_DRAWS = 13  # uniform numbers a view's parameters take
+_BLUR_GIVEN_AT_PX = 224  # view size of the authors' sigma
+VIEW_DRAWS = 13  # uniform numbers per view
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -32,10 +32,10 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """How views are drawn: MoCo v2's recipe, which the authors use."""
+    """How views are drawn: MoCo v2's augmentation, which SeCo's authors use."""
 
     crop_scale: tuple[float, float] = setting(
-        CROP_SCALE, "area of the crop, of the frame's", source="authors' code"
+        CROP_SCALE, "area of the crop / area of the frame", source="authors' code"
     )
     crop_ratio: tuple[float, float] = setting(
         CROP_RATIO, "width / height of the crop", source="torchvision's default"
@@ -60,7 +60,7 @@ class ViewConfig:
 
 
 class ViewSettings(Protocol):
-    """The settings of a run that its views depend on."""
+    """The settings of a run that determine its views."""
 
     @property
     def crop_size(self) -> int:
@@ -68,11 +68,11 @@ class ViewSettings(Protocol):
 
     @property
     def min_crop_area(self) -> float:
-        """Smallest area of a crop, of the frame's."""
+        """Smallest area of a crop, as a share of the frame's."""
 
 
 def view_config(config: ViewSettings) -> ViewConfig:
-    """The views of a run. The blur, given in px of a 224 px view, shrinks with smaller views."""
+    """Views of a run. The blur, given for views of 224 px, is scaled to the crop size."""
     weakest, strongest = ViewConfig().blur_sigma
     scale = config.crop_size / _BLUR_GIVEN_AT_PX
     return ViewConfig(
@@ -82,7 +82,7 @@ def view_config(config: ViewSettings) -> ViewConfig:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What is done to each of N images."""
+    """The augmentation parameters of N images."""
 
     flip: Flags  # (N,)
     jitter: Flags  # (N,)
@@ -99,12 +99,12 @@ class ViewParameters:
         return len(self.flip)
 
     def select(self, images: NDArray[np.int64]) -> ViewParameters:
-        """The parameters of these images, for example one draw repeated for all of a clip."""
+        """Index the parameters by image, for example to repeat one draw for a whole clip."""
         return ViewParameters(**{f.name: getattr(self, f.name)[images] for f in fields(self)})
 
     @staticmethod
     def joined(parts: Sequence[ViewParameters]) -> ViewParameters:
-        """The parameters of all images of one or more parts, one part after the other."""
+        """Concatenate one or more parts."""
         return ViewParameters(
             **{
                 f.name: np.concatenate([getattr(part, f.name) for part in parts])
@@ -114,7 +114,7 @@ class ViewParameters:
 
 
 def draw_views(uniform: Floats, config: ViewConfig | None = None) -> ViewParameters:
-    """The parameters of N images from (N, 13) numbers in [0, 1)."""
+    """Turn (N, 13) random numbers in [0, 1) into the parameters of N images."""
     config = config or ViewConfig()
     low, high = config.blur_sigma
     return ViewParameters(
@@ -138,7 +138,7 @@ def _factor(uniform: Floats, strength: float) -> Floats:
 
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G and B
 _BOX_PASSES = 3  # PIL's GaussianBlur is a box blur applied three times
-_CPU_BLOCK_PX = 2**19  # larger batches fall out of the cache: measured at 32, 64 and 224 px
+_CPU_BLOCK_PX = 2**19  # larger batches exceed the cache: measured at 32, 64 and 224 px
 
 
 def normalise(
@@ -146,12 +146,12 @@ def normalise(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """(N, 3, H, W) uint8 to float32 with ``mean`` subtracted and divided by ``std``."""
+    """Convert (N, 3, H, W) uint8 to float32 in 0 … 1, subtract ``mean``, divide by ``std``."""
     return _standardise(images * (1 / 255), mean, std)
 
 
 def _standardise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """In place, on (N, 3, H, W) in 0 … 1; a channel at a time needs no constants on the device."""
+    """Standardise (N, 3, H, W) in place, per channel, which needs no constants on the device."""
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         x[:, channel].sub_(m).div_(s)
     return x
@@ -164,28 +164,28 @@ def apply_views(
     *,
     fused: bool | None = None,
 ) -> Tensor:
-    """Crops to normalised views, on the crops' device.
+    """Turn crops into normalised views, on the crops' device.
 
-    Jitter, grayscale, blur and flip in the authors' order. The operations are torchvision's on
-    float images, the blur is PIL's; values stay in float32 throughout, where PIL rounds to 8 bits
+    Jitter, grayscale, blur and flip, in the authors' order. The operations are torchvision's for
+    float images, the blur is PIL's. Values stay in float32 throughout, where PIL rounds to 8 bits
     after each operation.
 
     Args:
         images: (N, 3, S, S) uint8.
         views: of the N images.
-        config: gives the mean and standard deviation.
-        fused: through the compiled graph of ``gpu_transforms.py``; None: on a GPU, if it compiles.
+        config: mean and standard deviation.
+        fused: use the compiled graph of ``gpu_transforms.py``; None: on a GPU, if it compiles.
 
     Returns:
         (N, 3, S, S) float32.
 
     Raises:
-        ValueError: images that are not uint8, or as many parameters as there are not images.
+        ValueError: the images are not uint8, or their number differs from that of the parameters.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, these are {images.dtype}")
+        raise ValueError(f"images must be uint8, not {images.dtype}")
     if len(images) != len(views):
-        raise ValueError(f"{len(images)} images but parameters of {len(views)}")
+        raise ValueError(f"{len(images)} images, but parameters for {len(views)}")
     config = config or ViewConfig()
     if fused or (fused is None and images.device.type == "cuda"):
         from seco.data.gpu_transforms import fused_views  # which imports this module
@@ -228,21 +228,21 @@ def _apply(images: Tensor, views: ViewParameters, config: ViewConfig) -> Tensor:
 
 
 class _Regrouped:
-    """A batch whose images are moved so that those of a group lie side by side.
+    """A batch whose images can be reordered so that each group is contiguous.
 
     Attributes:
-        pixels: (N, 3, S, S) in the present order.
+        pixels: (N, 3, S, S) in the current order.
     """
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
-        self._numbers = np.arange(len(pixels))  # which image stands at each place
+        self._numbers = np.arange(len(pixels))  # number of the image at each place
 
     def regroup(self, groups: Sequence[Flags]) -> list[tuple[Tensor, NDArray[np.int64]]]:
-        """Move the images of each (disjoint) group together; the rest go behind them.
+        """Move the images of each (disjoint) group together; the rest follow.
 
         Returns:
-            for each group the view of its images, to be changed in place, and (n,) their numbers.
+            For each group, a view of its images, to be changed in place, and their numbers (n,).
         """
         members = [np.flatnonzero(group) for group in groups]
         rest = np.ones(len(self._numbers), dtype=bool)
@@ -257,7 +257,7 @@ class _Regrouped:
         ]
 
     def regroup_as_given(self) -> None:
-        """Put every image back where it stood."""
+        """Restore the original order."""
         self._arrange(np.arange(len(self._numbers)))
 
     def _arrange(self, numbers: NDArray[np.int64]) -> None:
@@ -271,12 +271,12 @@ class _Regrouped:
 
 
 def _column(values: Floats, device: torch.device) -> Tensor:
-    """(n,) to a (n, 1, 1, 1) float32 tensor."""
+    """Convert (n,) to a (n, 1, 1, 1) float32 tensor on the device."""
     return to_device(torch.from_numpy(values.astype(np.float32)), device)[:, None, None, None]
 
 
 def _gray(x: Tensor) -> Tensor:
-    """(n, 3, H, W) -> (n, 1, H, W)."""
+    """Convert (n, 3, H, W) to gray (n, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
     gray: Tensor = red * GRAY[0]
     return gray.add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
@@ -296,17 +296,17 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
 
 
 def _hue(x: Tensor, turns: Tensor) -> None:
-    """HSV's hue moved by ``turns``, with value and chroma kept."""
+    """Shift HSV's hue by ``turns``, keeping value and chroma."""
     red, green, blue = x.split(1, dim=1)
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    # lerp with weights 0 and 1 chooses as torch.where does, several times faster on the CPU.
+    # lerp with weights 0 and 1 selects like torch.where, several times faster on the CPU.
     red_trails, green_trails = (value - red).sign_(), (value - green).sign_()
     by_green = torch.add(blue - red, chroma, alpha=2)
     by_blue = torch.add(red - green, chroma, alpha=4)
     sixths = torch.lerp(green - blue, by_green.lerp_(by_blue, green_trails), red_trails)
-    # Without chroma both sides of the division are 0 and any hue will do.
+    # Without chroma, both sides of the division are 0 and any hue will do.
     sixths = sixths.div_(chroma.clamp_min(1e-10)).add_(turns * 6)
     sixths.sub_((sixths / 6).floor_(), alpha=6)
     shares = (
@@ -322,16 +322,16 @@ JITTER: tuple[Callable[[Tensor, Tensor], None], ...] = (_brightness, _contrast, 
 
 
 def box_reach(sigma: Floats) -> NDArray[np.int64]:
-    """How many whole px PIL's box reaches to either side, for each sigma."""
+    """Reach of PIL's box to either side, in whole px, for each sigma."""
     width = np.sqrt(12 * sigma**2 / _BOX_PASSES + 1)
     return np.floor((width - 1) / 2).astype(np.int64)
 
 
 def box_kernels(sigma: Floats) -> Floats:
-    """The boxes with fractional ends that PIL's ``GaussianBlur`` applies three times.
+    """Return the boxes, with fractional ends, that PIL's ``GaussianBlur`` applies three times.
 
     Args:
-        sigma: (n,) px, all of one reach L = floor((sqrt(4 sigma² + 1) - 1) / 2).
+        sigma: (n,) px, all with the same reach L = floor((sqrt(4 sigma² + 1) - 1) / 2).
 
     Returns:
         (n, 2L + 3) symmetric rows of sum 1 and variance sigma² / 3.
@@ -347,10 +347,10 @@ def box_kernels(sigma: Floats) -> Floats:
 
 
 def _blur(x: Tensor, boxes: Floats) -> Tensor:
-    """Convolve each of (n, 3, H, W) three times with its row of (n, 2R + 1), edges repeated.
+    """Convolve each of (n, 3, H, W) three times with its row of (n, 2R + 1), repeating edges.
 
-    Across, then down, as sums of shifted images: on the CPU that is quicker than a grouped
-    convolution, which prepares itself anew for every n.
+    Across, then down, as sums of shifted images: on the CPU, this is faster than a grouped
+    convolution, which has to be set up anew for every n.
     """
     radius = boxes.shape[1] // 2
     taps = to_device(torch.from_numpy(boxes.astype(np.float32)), x.device)

@@ -40,30 +40,30 @@ from shards.stream import (
     first_readable,
 )
 
-VIEWS = 4  # query and k1, both of the anchor frame, k2, k3
+VIEWS = 4  # query and k1, both from the anchor frame, k2, k3
 FRAME_OF_VIEW = (0, 0, 1, 2)
 _VIEWS_OF_FRAME = ((0, 1), (2,), (3,))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``first`` … ``first + n - 1`` of this rank's part of a batch, but for the pixels."""
+    """Rows ``first`` … ``first + n - 1`` of the per-rank batch, except for the pixels."""
 
     first: int
-    uniform: NDArray[np.float64]  # (4, n, 13) what the views' parameters are drawn from
+    uniform: NDArray[np.float64]  # (4, n, 13) random numbers for the views' parameters
     order: NDArray[np.int64]  # (n,) 0 anchor before, 1 after
     videos: NDArray[np.int64]  # (n,)
     boxes: NDArray[np.int64]  # (4, n, 4) left, top, width, height in the frame, px
-    unreadable: list[str] = field(default_factory=list)  # a reason for each replaced sample
+    unreadable: list[str] = field(default_factory=list)  # one reason per replaced sample
     jpegs: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)  # if decoded elsewhere
-    fatal: str | None = None  # the run cannot go on
+    fatal: str | None = None  # error that ends the run
 
 
 class ChunkMaker:
     """Makes chunks of a stream's batches.
 
     Args:
-        stream: gives the samples.
+        stream: the samples.
         crop_size: S, side of a view, px.
         views: how they are drawn.
         decode: False: leave the JPEG bytes to the device.
@@ -85,11 +85,11 @@ class ChunkMaker:
         """Read, crop and write these rows of a batch.
 
         Args:
-            out: (4, n, S, S, 3) uint8 crops to write, or (4, n, 3, S, S) float32 views if these are
-                finished here; None when decoding is left to the device.
+            out: output array, (4, n, S, S, 3) uint8 for crops, or (4, n, 3, S, S) float32 for
+                views that are finished here; None if decoding is left to the device.
             epoch: of the batch.
-            step: its number within the epoch.
-            rows: of the batch.
+            step: within the epoch.
+            rows: of the per-rank batch.
         """
         n = len(rows)
         crops = self._crops_of(out, n)
@@ -115,7 +115,7 @@ class ChunkMaker:
     def _fill_all(
         self, chunk: Chunk, crops: NDArray[np.uint8] | None, epoch: int, step: int, rows: range
     ) -> None:
-        """Raises NothingToRead when one video after another cannot be read."""
+        """Fill all rows; raises NothingToRead if too many videos in a row cannot be read."""
         reasons = self._fill(chunk, crops, epoch, 0, self._stream.read(epoch, step, rows))
         for at, reason in enumerate(reasons):
 
@@ -129,7 +129,7 @@ class ChunkMaker:
             first_readable(read, lambda error: chunk.unreadable.append(str(error)))
 
     def _crops_of(self, out: NDArray[np.generic] | None, n: int) -> NDArray[np.uint8] | None:
-        """(4, n, S, S, 3) where the crops are written."""
+        """Return the (4, n, S, S, 3) array for the crops; None if the device decodes."""
         if not self._decode:
             return None
         if not self._finish:
@@ -148,7 +148,7 @@ class ChunkMaker:
         at: int,
         samples: Sequence[Sample],
     ) -> list[str | None]:
-        """Write samples to places ``at``, ``at`` + 1, …; for each why it failed, or None."""
+        """Write samples to places ``at``, ``at`` + 1, …; return why each failed, or None."""
         sizes = np.ones((len(samples), 3, 2), dtype=np.int64)
         reasons: list[str | None] = [None] * len(samples)
         for i, sample in enumerate(samples):
@@ -190,7 +190,7 @@ class ChunkMaker:
     def _crop(
         self, out: NDArray[np.uint8], jpegs: Sequence[bytes], boxes: Sequence[Sequence[int]]
     ) -> None:
-        """The views of one sample into (4, S, S, 3)."""
+        """Write the crops of one sample to (4, S, S, 3)."""
         for jpeg, views in zip(jpegs, _VIEWS_OF_FRAME, strict=True):
             image = self._decoder.decode(jpeg)
             for view in views:
@@ -198,17 +198,17 @@ class ChunkMaker:
 
 
 class Triplet(NamedTuple):
-    """One sample of :class:`TripletDataset`; a ``DataLoader`` makes batches of them."""
+    """One sample of :class:`TripletDataset`, which a ``DataLoader`` can batch."""
 
-    views: tuple[Any, Any, Any, Any]  # query, k1 (both of the anchor frame), k2, k3
-    order: int  # 0 when the anchor is before k2 and k3, 1 when it is after
+    views: tuple[Any, Any, Any, Any]  # query, k1 (both from the anchor frame), k2, k3
+    order: int  # 0 if the anchor is before k2 and k3, 1 if it is after
     video: int  # number in the shards
 
 
 class TripletDataset(Dataset[Triplet]):
-    """The triplets of shards for a plain ``torch.utils.data.DataLoader``: item i is of video i.
+    """Triplets for a plain ``torch.utils.data.DataLoader``: item i is from the i-th usable video.
 
-    Slower than :func:`seco.triplet_loader`, and open to any transform::
+    Slower than :func:`seco.triplet_loader`, but takes any transform::
 
         dataset = seco.TripletDataset("shards/k400.json", transform=transform)
         loader = DataLoader(dataset, batch_size=256, shuffle=True, drop_last=True, num_workers=8)
@@ -218,8 +218,8 @@ class TripletDataset(Dataset[Triplet]):
         transform: called with a (3, H, W) uint8 tensor for each view, so twice with the anchor
             frame; for example one of ``torchvision.transforms.v2``. None: views are the frames.
         sampling: ``uniform`` (paper) or ``halves`` (authors' code).
-        seed: of the frames that are drawn.
-        split: the training videos of this official split only.
+        seed: for drawing frames.
+        split: use only the training videos of this official split.
 
     Raises:
         InputError: the shards cannot be used.
@@ -242,11 +242,11 @@ class TripletDataset(Dataset[Triplet]):
         return len(self._stream.usable)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the frames of another epoch, before the loader of that epoch starts its workers."""
+        """Draw other frames in this epoch; call before the epoch's workers start."""
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> Triplet:
-        """A video that cannot be read is replaced by the next one, with a warning.
+        """Return a triplet; a video that cannot be read is replaced by the next, with a warning.
 
         Raises:
             NothingToRead: 21 videos in a row cannot be read.

@@ -56,7 +56,7 @@ from shards.errors import InputError
 from shards.progress import progress
 from shards.settings import as_settings
 
-FEATURES = "features"  # the folder in --out of what is extracted
+FEATURES = "features"  # the folder in --out for extracted features
 _NAME = re.compile(r"[\w.+-]+")
 _SETTINGS = ("frames", "short_edge", "crop_size")
 _NONE = np.empty(0, dtype=np.int64)
@@ -66,7 +66,7 @@ Extract = Callable[[ExtractConfig], object]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder that the user named: ``source`` is a file or ``random``."""
+    """An encoder named by the user; ``source`` is a file or ``random``."""
 
     name: str
     source: str
@@ -84,13 +84,13 @@ class NamedFolders(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """One encoder's features of the videos that are compared.
+    """One encoder's features of the compared videos.
 
     Args:
-        name: of the encoder.
-        train: its folder; the rows of all encoders are in the order of the first one's.
-        test: of the test videos; the same where they are not apart.
-        train_order: (V,) the row of ``train`` that holds each video of the first encoder.
+        name: the encoder's name.
+        train: its feature folder.
+        test: its folder of test videos; the same object if there is only one folder.
+        train_order: (V,) the row of ``train`` for each video of the first encoder.
         test_order: the same for ``test``.
     """
 
@@ -102,17 +102,17 @@ class Compared:
 
 
 def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
-    """What ``--encoder`` names.
+    """Parse ``--encoder``.
 
-    A file is read, so that one that cannot be used is known before anything takes long.
+    Files are read here, so that an unusable one is reported before anything slow starts.
 
     Args:
-        given: ``[NAME=]SOURCE`` each.
-        arch: of ``random`` where it says none; by default that of the first file.
+        given: strings ``[NAME=]SOURCE``.
+        arch: architecture of a ``random`` that names none; by default that of the first file.
 
     Raises:
-        InputError: no such file, a file that is no encoder, no architecture for random weights, or
-            two of one name.
+        InputError: a file is missing or is not an encoder, random weights have no architecture, or
+            two encoders have the same name.
     """
     specs = []
     for text in given:
@@ -132,13 +132,13 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
 def extract_missing(
     config: CompareConfig, extraction: ExtractConfig, extract: Extract
 ) -> list[NamedFolders]:
-    """Extract the features of ``--shards`` that are not in ``--out`` yet; returns where all are.
+    """Extract the features of ``--shards`` missing from ``--out``; return the folders of all.
 
-    Features there of another checkpoint or of other settings are replaced.
+    Features of another checkpoint or with other settings are replaced.
 
     Args:
-        extraction: its settings; shards, checkpoint and out are filled in here.
-        extract: extracts, or finds that all is there.
+        extraction: extraction settings; shards, checkpoint and out are filled in here.
+        extract: extracts the features, unless they are complete already.
     """
     below = Path(config.out, FEATURES)
     found = []
@@ -157,10 +157,10 @@ def extract_missing(
 
 
 def given_folders(config: CompareConfig) -> list[NamedFolders]:
-    """What ``--features`` and ``--test-features`` name.
+    """The folders given by ``--features`` and ``--test-features``.
 
     Raises:
-        InputError: two of one name.
+        InputError: two encoders have the same name.
     """
     tests = config.test_features or (None,) * len(config.features)
     found = []
@@ -173,10 +173,10 @@ def given_folders(config: CompareConfig) -> list[NamedFolders]:
 
 
 def open_encoders(folders: Sequence[NamedFolders]) -> list[Compared]:
-    """The features of all encoders, of the same videos each.
+    """Open the features of all encoders.
 
     Raises:
-        InputError: a folder cannot be read, or they differ in their videos or labels.
+        InputError: a folder cannot be read, or the folders differ in videos or labels.
     """
     opened: list[Compared] = []
     for name, folder, test_folder in folders:
@@ -189,18 +189,18 @@ def open_encoders(folders: Sequence[NamedFolders]) -> list[Compared]:
 
 
 def differing_settings(encoders: Sequence[Compared]) -> list[str]:
-    """A note for each setting of the extraction in which the folders differ."""
+    """A note for each extraction setting in which the folders differ."""
     notes = []
     for name in _SETTINGS:
         values = {encoder.name: encoder.train.meta.get(name) for encoder in encoders}
         if len(set(values.values())) > 1:
             said = ", ".join(f"{value} for {key}" for key, value in values.items())
-            notes.append(f"the features differ in {name}: {said}; encoders are compared with that")
+            notes.append(f"the features differ in {name} ({said}), which affects the comparison")
     return notes
 
 
 def _named(text: str) -> tuple[str | None, str]:
-    """The name that was given, and the rest."""
+    """Split ``NAME=REST``; the name is None if there is none."""
     name, equals, rest = text.partition("=")
     if equals and _NAME.fullmatch(name) and not Path(text).exists():
         return name, rest
@@ -215,7 +215,7 @@ def _random(name: str | None, source: str) -> EncoderSpec:
     arch, seed, *more = [*source.split(":")[1:], "", ""]
     if any(more) or (seed and not (seed.isascii() and seed.isdigit() and len(seed) < 19)):
         raise InputError(
-            f"{source!r} is not understood", "--encoder", "random, random:ARCH or random:ARCH:SEED"
+            f"invalid encoder {source!r}", "--encoder", "random, random:ARCH or random:ARCH:SEED"
         )
     return EncoderSpec(name or _as_name(source), RANDOM, arch or None, int(seed or 0))
 
@@ -226,13 +226,13 @@ def _with_arch(spec: EncoderSpec, usual: str | None) -> EncoderSpec:
         raise InputError(
             "random weights need an architecture", "--encoder", "for example random:resnet50"
         )
-    feature_dim(arch)  # raises where there is no such network
+    feature_dim(arch)  # raises if the architecture is unknown
     return dataclasses.replace(spec, arch=arch)
 
 
 def _checkpoint(path: Path) -> Path:
     if not path.exists():
-        raise InputError("no such run folder or checkpoint", path)
+        raise InputError("run folder or checkpoint not found", path)
     if not path.is_dir():
         return path
     if not (path / LAST).is_file():
@@ -244,7 +244,7 @@ def _require_different(names: Sequence[str], option: str) -> None:
     for number, name in enumerate(names):
         if name in names[:number]:
             raise InputError(
-                f"two are named {name!r}", option, f"name them, for example {option} other=…"
+                f"two encoders are named {name!r}", option, f"rename one, such as {option} other=…"
             )
 
 
@@ -252,7 +252,7 @@ def _order(first: Features, other: Features) -> NDArray[np.int64]:
     """(V,) the rows of ``other`` in the order of ``first``'s videos.
 
     Raises:
-        InputError: they are not of the same videos, or of other labels.
+        InputError: the two differ in videos or labels.
     """
     places = {key: row for row, key in enumerate(other.keys)}
     common = sum(key in places for key in first.keys)
@@ -265,7 +265,7 @@ def _order(first: Features, other: Features) -> NDArray[np.int64]:
     order = np.array([places[key] for key in first.keys], dtype=np.int64)
     if not np.array_equal(other.labels[order], first.labels):
         raise InputError(
-            f"has other labels than {first.folder}",
+            f"labels differ from those of {first.folder}",
             other.folder,
             "extract all encoders from the same shards",
         )
@@ -279,14 +279,14 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ComparedVideos:
-    """Rows of the first encoder's folders; those of the others follow from their orders.
+    """Rows of the first encoder's folders; the other encoders' follow from their orders.
 
     Args:
-        labelled: training and test rows; None where only measures without labels are possible.
-        train_groups: (N,) of the training rows.
-        test_groups: (M,) of the test rows.
-        all_rows: the rows of the test folder that are measured without labels, test videos or not.
-        all_groups: (A,) of them.
+        labelled: training and test rows; None if only measures without labels are possible.
+        train_groups: (N,) groups of the training rows.
+        test_groups: (M,) groups of the test rows.
+        all_rows: (A,) rows of the test folder, in any split, for measures without labels.
+        all_groups: (A,) their groups.
         kind: what the groups are, in words.
     """
 
@@ -298,7 +298,7 @@ class ComparedVideos:
     kind: str
 
     def of(self, encoder: Compared) -> TrainTest:
-        """The labelled rows in an encoder's own folders."""
+        """The labelled rows in the folders of ``encoder``."""
         assert self.labelled is not None
         return dataclasses.replace(
             self.labelled,
@@ -312,10 +312,10 @@ class ComparedVideos:
 def choose_videos(
     encoders: Sequence[Compared], config: CompareConfig, notes: list[str]
 ) -> ComparedVideos:
-    """The videos whose features are finite for all encoders, by the split.
+    """Select the videos whose features are finite for all encoders, by split.
 
     Args:
-        notes: what a reader should know is added.
+        notes: notes for the reader are appended.
 
     Raises:
         InputError: the split has no training or test rows.
@@ -325,9 +325,7 @@ def choose_videos(
     train = _finite([(e.train, e.train_order) for e in encoders])
     test = _finite([(e.test, e.test_order) for e in encoders]) if apart else train
     if left_out := int((~train).sum()) + (int((~test).sum()) if apart else 0):
-        notes.append(
-            f"{left_out} videos with features that are not finite are left out for all encoders"
-        )
+        notes.append(f"{left_out} videos with non-finite features are left out for all encoders")
     labelled = _labelled(first, config, train, test, notes)
     train_groups, _ = video_groups(first.train)
     test_groups, kind = video_groups(first.test)
@@ -357,7 +355,7 @@ def _labelled(
     notes: list[str],
 ) -> TrainTest | None:
     train, test = first.train, first.test
-    only = "only what needs no labels is measured"
+    only = "only measures without labels are computed"
     if (train.labels == UNLABELLED).all() or (test.labels == UNLABELLED).all():
         notes.append(f"the videos have no labels: {only}")
         return None
@@ -365,7 +363,7 @@ def _labelled(
     if drawn:
         rows = held_out_split(train)
         notes.append(
-            f"the videos have no splits: {TEST_SHARE:.0%} of each class are tested, drawn as "
+            f"the videos have no splits: {TEST_SHARE:.0%} of each class are test videos, drawn by "
             f"{video_groups(train)[1]}"
         )
     else:
@@ -376,14 +374,14 @@ def _labelled(
         test_rows=rows.test_rows[test_usable[rows.test_rows]],
     )
     if not len(rows.test_rows) or len(np.unique(rows.train_labels)) < 2:
-        notes.append(f"training videos of two classes and test videos are needed: {only}")
+        notes.append(f"needs training videos of two classes, and test videos: {only}")
         return None
     notes += rows.notes()
     return rows
 
 
 def _finite(folders: Sequence[tuple[Features, Rows]]) -> NDArray[np.bool_]:
-    """(V,) whether a video's vectors are finite in all folders; in the first one's order."""
+    """(V,) whether a video's features are finite in all folders, in the first one's order."""
     usable = np.ones(len(folders[0][0]), dtype=bool)
     for features, order in folders:
         for array in (features.features, features.halves):
@@ -395,22 +393,22 @@ def _finite(folders: Sequence[tuple[Features, Rows]]) -> NDArray[np.bool_]:
 SCALINGS = ("none", "l2", "standard")
 EPSILON = 1e-7  # Garrido et al. 2023, Eq. 1
 _MOST_HOLD_OUTS = 5
-_ENOUGH_HELD_OUT = 1000  # videos: a standard error of 1.6 points at most
+_ENOUGH_HELD_OUT = 1000  # videos: standard error of at most 1.6 points
 
-Rights = NDArray[np.bool_]  # (R, M) of R draws and M test videos
+Rights = NDArray[np.bool_]  # (R, M) correct or not, for R draws and M test videos
 Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Draws of labelled training videos: ``rows`` (n,) are positions in the training rows."""
+    """Draws of labelled training videos, each (n,) positions in the training rows."""
 
     percent: float
     draws: list[NDArray[np.int64]]
 
     @property
     def videos(self) -> int:
-        """n."""
+        """Labelled videos per draw, n."""
         return len(self.draws[0])
 
     @property
@@ -422,9 +420,9 @@ class Labelled:
 def draw_labelled(
     labels: NDArray[np.int64], percents: Sequence[float], repeats: int, seed: int
 ) -> list[Labelled]:
-    """Draws for each percentage: that share of every class, and one video of each at least.
+    """Draw each percentage of every class, at least one video per class.
 
-    Of percentages that come to the same numbers the last is kept; all videos are drawn once.
+    If several percentages give the same numbers of videos, the last is kept. 100 % is drawn once.
     """
     classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
     found: dict[tuple[int, ...], Labelled] = {}
@@ -448,13 +446,13 @@ def draw_labelled(
 
 @dataclass(frozen=True)
 class SvmChoice:
-    """How one encoder's features are given to the SVM.
+    """The scaling and C chosen for one encoder's SVM.
 
     Args:
         c: the C chosen for each scaling.
-        held_out: the mean accuracy over classes of each scaling with it on held-out training
-            videos; empty where none could be held out.
-        scaling: the best of them.
+        held_out: mean class accuracy of each scaling with that C on held-out training videos;
+            empty if none could be held out.
+        scaling: the best scaling.
     """
 
     c: dict[str, float]
@@ -463,13 +461,13 @@ class SvmChoice:
 
 
 class Classified:
-    """The training and test rows of one encoder, and what classifies them.
+    """Classifiers on the training and test rows of one encoder.
 
     Args:
-        rows: its own.
-        values_of_c: to choose the SVM's from.
+        rows: the encoder's rows.
+        values_of_c: candidates for the SVM's C.
         device: where products are computed.
-        advance: told how many more SVMs are fitted.
+        advance: called with the number of SVMs just fitted.
     """
 
     def __init__(
@@ -486,19 +484,19 @@ class Classified:
         self._train = FeatureMatrix(rows.train.features, rows.train_rows)
         self._test = FeatureMatrix(rows.test.features, rows.test_rows)
         self._labels = rows.train_labels
-        # Means and deviations take no labels: those of all training rows, however few are labelled.
+        # Means and deviations need no labels, so all training rows count, however few are labelled.
         self._scalings = {how: fit_scaling(self._train, how) for how in SCALINGS}
         self.not_converged = 0
 
     def choose(self, parts: Sequence[NDArray[np.bool_]]) -> SvmChoice:
-        """Scaling and C of the best mean accuracy over the classes of held-out training videos.
+        """Choose the scaling and C with the best mean class accuracy on held-out training videos.
 
-        Over classes, since the test videos may have other shares of them: where videos are few, an
-        SVM of a small C may do nothing but prefer the frequent classes. Of equal ones the first:
-        raw features and the smallest C. Test videos have no influence.
+        Mean over classes, since class frequencies may differ in the test videos: with few videos,
+        an SVM with a small C may only prefer frequent classes. Ties go to the first: raw features
+        and the smallest C. Test videos have no influence.
 
         Args:
-            parts: of :func:`hold_outs`.
+            parts: the result of :func:`hold_outs`.
         """
         accuracy = {how: dict.fromkeys(self._values_of_c, 0.0) for how in SCALINGS}
         for outside in parts:
@@ -518,16 +516,16 @@ class Classified:
         return SvmChoice(chosen, best, max(SCALINGS, key=best.__getitem__))
 
     def fit_svms(self, labelled: Labelled, how: str, c: float) -> list[LinearSVM]:
-        """A linear SVM for each draw, on features scaled ``how``."""
+        """Fit a linear SVM per draw, on features scaled ``how``."""
         return [self._fit(rows, self._scalings[how], c) for rows in labelled.draws]
 
     def svm(self, svms: Sequence[LinearSVM], how: str) -> Rights:
-        """Of the test videos, by SVMs of :meth:`fit_svms` on features scaled ``how``."""
+        """(R, M) whether the SVMs of :meth:`fit_svms`, on features scaled ``how``, are correct."""
         test = self._test.scaled(self._scalings[how])
         return np.stack([_rights(svm, test, self._rows.test_labels) for svm in svms])
 
     def knn(self, labelled: Labelled, neighbours: int, temperature: float) -> Rights:
-        """Of the nearest neighbours' votes."""
+        """(R, M) whether the vote of the nearest neighbours is correct."""
         found = []
         for rows in labelled.draws:
             labels = self._labels[rows]
@@ -539,7 +537,7 @@ class Classified:
         return np.stack(found)
 
     def nearest(self, labelled: Labelled) -> Rights:
-        """R@1: whether the nearest labelled video is of the same class."""
+        """(R, M) R@1: whether the nearest labelled video is of the same class."""
         queries = unit_vectors(self._rows.test.features, self._rows.test_rows)
         found = []
         for rows in labelled.draws:
@@ -549,7 +547,7 @@ class Classified:
         return np.stack(found)
 
     def _fit(self, rows: NDArray[np.int64], scaling: Scaling, c: float) -> LinearSVM:
-        """An SVM of these of the training rows."""
+        """Fit an SVM to some of the training rows."""
         train = self._train.part(rows).scaled(scaling)
         try:
             svm = fit_svm(train, self._labels[rows], c=c, device=self._device)
@@ -563,19 +561,19 @@ class Classified:
 
 
 def _rights(svm: LinearSVM, test: FeatureMatrix, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(M,) whether an SVM is right."""
+    """(M,) whether the SVM is correct."""
     scores = ((place, svm.scores(block)) for place, block in test.blocks())
     return predictions_of(svm.classes, scores, labels).right
 
 
 def hold_outs(labels: NDArray[np.int64], groups: Sequence[str]) -> list[NDArray[np.bool_]]:
-    """Some ways to hold out a fifth of the training videos, groups whole; more where they are few.
+    """Masks that each hold out a fifth of the training videos, in whole groups; more if few videos.
 
-    Empty where nothing can be held out or less than two classes would be left.
+    Empty if nothing can be held out or fewer than two classes would be left.
     """
     parts: list[NDArray[np.bool_]] = []
     for number in range(_MOST_HOLD_OUTS):
-        # Another name gives a group another digest, and so another place in the order.
+        # Renaming a group changes its digest and therefore its place in the order.
         outside = held_out(labels, [f"{number} {group}" for group in groups])
         if outside.any() and len(np.unique(labels[~outside])) > 1:
             parts.append(outside)
@@ -585,12 +583,12 @@ def hold_outs(labels: NDArray[np.int64], groups: Sequence[str]) -> list[NDArray[
 
 
 def exact_index(vectors: FeatureMatrix, device: torch.device) -> ExactIndex:
-    """On a GPU where torch computes on one and faiss can use it, too."""
+    """An exact index; on a GPU if torch uses one and faiss can."""
     return ExactIndex(vectors, "cpu" if device.type == "cpu" else "auto")
 
 
 def mean_over_classes(right: NDArray[np.bool_], labels: NDArray[np.int64]) -> float:
-    """Of the classes there are, the mean share of right answers; both (M,)."""
+    """Mean class accuracy over the classes in ``labels``; both arguments are (M,)."""
     _, rows, videos = np.unique(labels, return_inverse=True, return_counts=True)
     return float((np.bincount(rows, weights=right) / videos).mean())
 
@@ -598,11 +596,11 @@ def mean_over_classes(right: NDArray[np.bool_], labels: NDArray[np.int64]) -> fl
 def same_video(
     halves: NDArray[np.float32], rows: NDArray[np.int64], device: torch.device
 ) -> Rights:
-    """(1, M) whether the first half of each video finds its own second half among all of them.
+    """(1, M) whether the second half nearest to each video's first half is its own.
 
     Args:
         halves: (V, 2, D).
-        rows: (M,) the videos.
+        rows: (M,) the videos to use.
     """
     index = exact_index(unit_vectors(halves[:, 1], rows), device)
     _, nearest = index.search(unit_vectors(halves[:, 0], rows), 1)
@@ -612,17 +610,17 @@ def same_video(
 def effective_rank(
     features: NDArray[np.float32], rows: NDArray[np.int64], blocks: NDArray[np.int64]
 ) -> tuple[float, NDArray[np.float64]]:
-    """RankMe: exp of the entropy of the singular values' shares (Garrido et al. 2023, Eq. 1).
+    """RankMe: exp of the entropy of the normalised singular values (Garrido et al. 2023, Eq. 1).
 
     Args:
         features: (V, D).
-        rows: (M,) the videos.
-        blocks: (M,) groups of them, 0 … B-1.
+        rows: (M,) the videos to use.
+        blocks: (M,) their blocks, 0 … B-1.
 
     Returns:
-        the effective rank of features (M, D), and the influence (B,) of each block on it: its
-        jackknife pseudo-value less the mean of all. (A bootstrap would draw videos twice, which add
-        nothing to a rank.)
+        The effective rank of the (M, D) features, and each block's influence (B,) on it: its
+        jackknife pseudo-value minus the mean. (A bootstrap would draw videos twice, and duplicates
+        add nothing to a rank.)
     """
     count, dimension = len(rows), features.shape[1]
     number = int(blocks.max()) + 1
@@ -648,7 +646,7 @@ def effective_rank(
 
 
 def _rank(gram: NDArray[np.float64]) -> float:
-    """Of a matrix whose squared singular values are the eigenvalues of ``gram``."""
+    """Effective rank of a matrix whose squared singular values are the eigenvalues of ``gram``."""
     if not len(gram):
         return 0.0
     values = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0))
@@ -660,23 +658,23 @@ def _rank(gram: NDArray[np.float64]) -> float:
 
 
 RESULT, PAGE, MAPS = "compare.json", "compare.html", "maps.png"
-_RANK_BLOCKS = 64  # of groups; the effective rank is computed without each of them
+_RANK_BLOCKS = 64  # the jackknife computes the effective rank once without each block
 
 
 def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) -> CompareResult:
-    """Extract what is missing, measure every encoder, write the result, its page and its maps.
+    """Extract missing features, measure every encoder, write the result, its page and its maps.
 
     Args:
-        config: as given.
-        extraction: settings of the features that are missing.
-        extract: extracts features; raises where it cannot.
+        config: settings as given.
+        extraction: settings for missing features.
+        extract: extracts features; raises if it cannot.
 
     Raises:
         InputError: settings, shards, checkpoints or feature folders cannot be used.
     """
     check_compare(config)
     out = Path(config.out)
-    require_writable(out)  # before anything that takes long
+    require_writable(out)  # before anything slow
     if config.features:
         folders = given_folders(config)
     else:
@@ -688,7 +686,7 @@ def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) 
     maps = comparison.maps()
     result = comparison.run()
     write_json(out / RESULT, result.to_json())
-    (out / MAPS).unlink(missing_ok=True)  # of an earlier comparison
+    (out / MAPS).unlink(missing_ok=True)  # left by an earlier comparison
     if maps is not None:
         with atomic_path(out / MAPS) as path:
             path.write_bytes(maps)
@@ -697,7 +695,7 @@ def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) 
 
 
 def _baselines(encoders: Sequence[Compared], wanted: Sequence[str]) -> list[str]:
-    """The names of the encoders that the others are compared with."""
+    """The names of the baselines."""
     names = [encoder.name for encoder in encoders]
     for name in wanted:
         if name not in names:
@@ -709,7 +707,7 @@ def _baselines(encoders: Sequence[Compared], wanted: Sequence[str]) -> list[str]
 
 
 class _Comparison:
-    """Measures that are taken one after the other, with their differences from the baseline."""
+    """Computes the measures one by one, with their differences from the baselines."""
 
     def __init__(
         self,
@@ -725,7 +723,7 @@ class _Comparison:
         self._notes = differing_settings(encoders)
         self._videos = choose_videos(encoders, config, self._notes)
         self._measures: list[Measure] = []
-        # By encoder and baseline.
+        # Keyed by (encoder, baseline).
         self._differences: dict[tuple[str, str], list[Difference]] = {
             (encoder.name, baseline): []
             for baseline in baselines
@@ -736,14 +734,14 @@ class _Comparison:
         self._choices: dict[str, SvmChoice] = {}
 
     def run(self) -> CompareResult:
-        """Measure everything.
+        """Compute all measures.
 
         Raises:
             InputError: there is nothing to measure, or features are too large for the SVM.
         """
         first, labelled = self._encoders[0], self._videos.labelled
         if len(self._videos.all_rows) < 2:
-            raise InputError("holds nothing to compare", first.test.folder, "two videos are needed")
+            raise InputError("has nothing to compare", first.test.folder, "two videos are needed")
         if labelled is not None:
             self._by_labels(labelled)
         self._same_video()
@@ -763,7 +761,7 @@ class _Comparison:
         )
 
     def maps(self) -> bytes | None:
-        """Maps of the test videos, or of all where none have labels, baselines first; a PNG."""
+        """Maps of the test videos (without labels: all videos) as a PNG, baselines first."""
         labelled = self._videos.labelled
         rows = shown_rows(
             labelled.test_rows if labelled else self._videos.all_rows, self._config.seed
@@ -778,22 +776,22 @@ class _Comparison:
                 for e in ordered
             }
         except ImportError:
-            self._notes.append("no maps: they need scikit-learn (pip install scikit-learn)")
+            self._notes.append("no maps: scikit-learn is not installed (pip install scikit-learn)")
             return None
         return draw(maps, [first.label_names[row] for row in rows])
 
     def _by_labels(self, labelled: TrainTest) -> None:
-        """SVM, kNN and R@1 with each percentage of the labels."""
+        """Compute SVM, kNN and R@1 with each percentage of the labels."""
         config, labels = self._config, labelled.train_labels
         bootstrap = GroupBootstrap(self._videos.test_groups, config.resamples, config.seed)
         amounts = draw_labelled(labels, fractions_of(config), config.repeats, config.seed)
         if lost := set(fractions_of(config)) - {amount.percent for amount in amounts}:
             shown = ", ".join(f"{percent:g} %" for percent in sorted(lost))
-            self._notes.append(f"{shown} of the labels are as few videos as the next percentage")
+            self._notes.append(f"{shown} of the labels give as many videos as the next percentage")
         parts = hold_outs(labels, self._videos.train_groups)
         if not parts:
             self._notes.append(
-                "no training videos can be held out: the SVM has raw features and the middle C"
+                "no training videos can be held out: the SVM uses raw features and the middle C"
             )
         fits = len(parts) * len(values_of_c(config)) + sum(len(one.draws) for one in amounts)
         fits *= len(SCALINGS) * len(self._encoders)
@@ -838,12 +836,12 @@ class _Comparison:
                 self._add(key, title_of, found, bootstrap, labelled=amount.videos)
 
     def _same_video(self) -> None:
-        """Of all videos that have two halves."""
+        """Compute same-video R@1 over all videos with two halves."""
         frames = np.stack([e.test.frames[e.test_order] for e in self._encoders])
         halved: NDArray[np.bool_] = np.all(frames >= 2, axis=0)[self._videos.all_rows]
         rows = self._videos.all_rows[halved]
         if len(rows) < 2:
-            self._notes.append("videos of one frame have no halves: no same-video R@1")
+            self._notes.append("no same-video R@1: videos of one frame have no halves")
             return
         groups = [g for g, two in zip(self._videos.all_groups, halved, strict=True) if two]
         bootstrap = GroupBootstrap(groups, self._config.resamples, self._config.seed)
@@ -868,8 +866,8 @@ class _Comparison:
         for (name, baseline), found in self._differences.items():
             if widths[name] != widths[baseline]:
                 reason = (
-                    f"features of {widths[name]} values cannot be compared in it with features "
-                    f"of {widths[baseline]}"
+                    f"effective ranks of features of width {widths[name]} and {widths[baseline]} "
+                    "are not comparable"
                 )
                 found.append(Difference(RANK, None, UNDECIDED, reason))
                 continue
@@ -886,7 +884,7 @@ class _Comparison:
         labelled: int | None = None,
         chance: float | None = None,
     ) -> None:
-        """A measure of outcomes (R, M) of each encoder, and the differences from the baseline's."""
+        """Add a measure from outcomes (R, M) per encoder, and its differences."""
         some = next(iter(rights.values()))
         self._measures.append(
             Measure(
@@ -905,7 +903,7 @@ class _Comparison:
             found.append(Difference(key, interval, *decide(interval, bootstrap.groups)))
 
     def _described(self, encoder: Compared) -> dict[str, Any]:
-        """Where it comes from, for the result."""
+        """The encoder's provenance, for ``compare.json``."""
         choice = self._choices.get(encoder.name)
         meta = encoder.train.meta
         said = ("shards", "dataset", "frames", "short_edge", "crop_size", "precision", "toolkit")

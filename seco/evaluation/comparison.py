@@ -29,13 +29,13 @@ class Measure:
     """One measure of all encoders.
 
     Args:
-        key: for programs: ``svm@10``.
-        title: for people: ``SVM, 10 % of labels``.
-        values: by encoder. Fractions, except those of the effective rank.
-        videos: whose outcomes are averaged, in ``groups``.
-        labelled: training videos whose labels were used; None for a measure without labels.
-        draws: by encoder, the value of each draw of labelled videos.
-        chance: the value of an encoder that knows nothing, where that is known.
+        key: for programs, such as ``svm@10``.
+        title: for people, such as ``SVM, 10 % of labels``.
+        values: by encoder; fractions, except for the effective rank.
+        videos: number of videos averaged over, in ``groups`` groups.
+        labelled: number of labelled training videos; None for a measure without labels.
+        draws: by encoder, the value for each draw of labelled videos.
+        chance: the chance level, if known.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Difference:
-    """An encoder's value less the baseline's; ``interval`` is None where they do not compare."""
+    """An encoder's value minus the baseline's; ``interval`` is None if not comparable."""
 
     key: str
     interval: Interval | None
@@ -69,11 +69,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """Everything that is reported.
+    """Everything ``seco compare`` reports.
 
     Args:
-        encoders: by name; where each comes from, and how its features were given to the SVM.
-        groups: in words, what was resampled.
+        encoders: by name, provenance and the scaling and C chosen for the SVM.
+        groups: what was resampled, in words.
         svm: by encoder and percentage of labels, the accuracy with each scaling.
     """
 
@@ -89,7 +89,7 @@ class CompareResult:
     notes: list[str]
 
     def sentence(self, pair: Pair) -> str:
-        """What the verdicts of a pair come to."""
+        """Summarise the verdicts of a pair."""
         keys = {
             verdict: [d.key for d in pair.differences if d.verdict == verdict]
             for verdict in (BETTER, WORSE, UNDECIDED)
@@ -106,7 +106,7 @@ class CompareResult:
         return f"{said}."
 
     def _named(self, keys: Sequence[str]) -> str:
-        """Measures in words, those of one kind together: ``kNN with 1 and 10 % of the labels``."""
+        """Measure titles, grouped by kind: ``kNN with 1 and 10 %``."""
         by_title: dict[str, list[str]] = {}
         for measure in self.measures:
             if measure.key in keys:
@@ -119,13 +119,13 @@ class CompareResult:
         )
 
     def sentences(self) -> list[str]:
-        """One for each pair."""
+        """One sentence per pair."""
         if not self.pairs:
-            return ["There is one encoder; name another one, such as random, to compare it with."]
+            return ["Only one encoder was given; add another, such as random, to compare it with."]
         return [self.sentence(pair) for pair in self.pairs]
 
     def to_json(self) -> dict[str, Any]:
-        """``compare.json``."""
+        """The content of ``compare.json``."""
         return {
             "format_version": _FORMAT_VERSION,
             "dataset": self.dataset,
@@ -146,7 +146,7 @@ class CompareResult:
         }
 
     def table(self) -> str:
-        """For a terminal: a table for each pair, and what it comes to."""
+        """Lines for a terminal: a table and a summary per pair."""
         blocks = []
         for pair in self.pairs:
             rows: list[Sequence[str]] = [("", pair.encoder, pair.baseline, "difference", "verdict")]
@@ -173,7 +173,7 @@ class CompareResult:
 
 
 def shown_value(measure: Measure, value: Interval) -> str:
-    """``54.2 (44.1 to 64.0)``: percent, except the effective rank."""
+    """Format as ``54.2 (44.1 to 64.0)``; in percent, except for the effective rank."""
     if value.low is None or value.high is None:
         return _number(measure, value.value)
     low, high = (_number(measure, end) for end in (value.low, value.high))
@@ -181,7 +181,7 @@ def shown_value(measure: Measure, value: Interval) -> str:
 
 
 def shown_difference(measure: Measure, difference: Difference) -> str:
-    """``+5.2 (-1.0 to +11.4)``: points, except of the effective rank."""
+    """Format as ``+5.2 (-1.0 to +11.4)``; in points, except for the effective rank."""
     interval = difference.interval
     if interval is None:
         return "–"
@@ -210,9 +210,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-FEWEST_VIDEOS = 12  # no neighbourhoods to speak of among fewer
-_MOST_VIDEOS = 2000  # a map of more takes minutes and shows no more
-_PERPLEXITY = 30.0  # van der Maaten and Hinton 2008: 5 to 50
+FEWEST_VIDEOS = 12  # fewer have no meaningful neighbourhoods
+_MOST_VIDEOS = 2000  # more take minutes and show nothing new
+_PERPLEXITY = 30.0  # van der Maaten and Hinton 2008 suggest 5 to 50
 _COLOURS = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _MARKERS = "os^Dvp<P>X"
 _OTHER = "#b8bec4"
@@ -220,7 +220,7 @@ _INCHES = 3.2
 
 
 def shown_rows(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """The rows themselves, or a drawn part of them that a map can show."""
+    """The rows, or a random subset small enough for a map."""
     if len(rows) <= _MOST_VIDEOS:
         return rows
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))[:_MOST_VIDEOS]
@@ -228,7 +228,7 @@ def shown_rows(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 
 
 def place(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """Places in the plane for features (M, D): (M, 2), by t-SNE of their directions.
+    """(M, 2) positions in the plane of (M, D) features, by t-SNE of their directions.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -239,21 +239,21 @@ def place(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     directions = features / np.maximum(lengths, np.finfo(np.float64).tiny)
     perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
-    # Of features that do not vary there are no principal components to start from.
+    # Constant features have no principal components to start from.
     varied = features.shape[1] > 1 and directions.std(axis=0).max() > 1e-6
     init = "pca" if varied else "random"
     tsne = TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1)
-    with threadpool_limits(1):  # so few videos are slower on several, on a busy machine by far
+    with threadpool_limits(1):  # more threads are slower on so few videos, by far on a busy machine
         places: NDArray[np.float32] = tsne.fit_transform(directions.astype(np.float32))
     return places
 
 
 def draw(maps: Mapping[str, NDArray[np.float32]], classes: Sequence[str]) -> bytes:
-    """The maps side by side as a PNG.
+    """Draw the maps side by side as a PNG.
 
     Args:
-        maps: by encoder, (M, 2) places of the same videos.
-        classes: (M,) their class names, "" for none; those of most videos get a colour.
+        maps: by encoder, (M, 2) positions of the same videos.
+        classes: (M,) their class names, "" for none; the largest classes get a colour.
     """
     named = Counter(name for name in classes if name)
     coloured = sorted(name for name, _ in named.most_common(len(_COLOURS)))
@@ -284,7 +284,7 @@ def draw(maps: Mapping[str, NDArray[np.float32]], classes: Sequence[str]) -> byt
 
 
 def _text(name: str) -> str:
-    """Without matplotlib's markup."""
+    """Escape matplotlib's markup."""
     return printable(name)[:24].replace("$", r"\$")
 
 
@@ -294,10 +294,10 @@ _SERIES_MARKERS = "os^Dv"
 
 
 def render_compare_page(result: CompareResult, maps: bytes | None) -> str:
-    """The page as HTML; nothing is loaded from elsewhere, and equal results give equal bytes.
+    """The page as self-contained HTML; equal results give equal bytes.
 
     Args:
-        maps: of :func:`seco.evaluation.comparison.draw`.
+        maps: the PNG of :func:`seco.evaluation.comparison.draw`.
     """
     return render_page(
         "compare.html.j2",
@@ -340,7 +340,7 @@ def _interval_chart(
     label: str,
     zero: bool = False,
 ) -> Markup:
-    """A row for each name, a dot with whiskers for each series; values as percent."""
+    """Chart with a row per name and a dot with whiskers per series; values in percent."""
     figure = new_chart(0.9 + _ROW_INCHES * len(names) * (1 if zero else 1.4), _WIDTH_INCHES)
     axes = figure.add_subplot()
     height = 0.6 / len(series)
@@ -374,7 +374,7 @@ def _interval_chart(
 
 
 def _svm_rows(result: CompareResult) -> list[tuple[str, str, list[tuple[str, float, str, bool]]]]:
-    """Encoder, percentage, and for each scaling its C, its accuracy, and whether it decides."""
+    """Encoder, percentage, and per scaling its C, its accuracy, and whether it was chosen."""
     rows = []
     for name, by_percent in result.svm.items():
         choice = result.encoders[name]["svm"]

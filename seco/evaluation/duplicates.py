@@ -43,18 +43,18 @@ from shards.storage import UnreadableFrame
 
 SIDE_PX = 16
 MOST_FRAMES = 64
-_BOX_PX = (64, 64)  # decoded to this before shrinking: libjpeg's own scaling is coarse
+_BOX_PX = (64, 64)  # decoded size before shrinking, since libjpeg's own scaling is coarse
 _LEAST_OVERLAP = 0.5  # of the shorter video
 _COARSE_SHIFTS = 48
-_FINE_SHIFTS = 4  # on each side of the best coarse one
+_FINE_SHIFTS = 4  # on each side of the best coarse shift
 _UNLIKE = 0.6  # appearance below which no shift is tried
 
-# Measured on HMDB51 clips (docs/retrieve.md): of 4,600 pairs of clips from different sources none
-# has a motion above 0.49; altered copies with every frame stored have 0.95 or more.
+# Measured on HMDB51 clips (docs/retrieve.md): none of 4,600 pairs of clips from different sources
+# has a motion above 0.49; altered copies with every frame stored have at least 0.95.
 _COPY_APPEARANCE, _COPY_MOTION = 0.95, 0.9
 _NEAR_APPEARANCE, _NEAR_MOTION = 0.75, 0.55
 _OF_OWN_SMOOTHNESS = 0.95
-_STILL_RMS = 1.0  # gray levels (of 255) of motion below which there is only noise to compare
+_STILL_RMS = 1.0  # motion in gray levels (of 255) below which only noise is left to compare
 _STILL_APPEARANCE = 0.998
 
 COPY, NEAR = "copy", "near"
@@ -62,33 +62,33 @@ COPY, NEAR = "copy", "near"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A video's frames, small and gray."""
+    """A video's frames as small gray images."""
 
     times: NDArray[np.float64]  # (F,) seconds from the first
     frames: NDArray[np.float32]  # (F, 256), 0 to 255
 
     def mirrored(self) -> Fingerprint:
-        """Left and right exchanged."""
+        """The mirror image."""
         return Fingerprint(self.times, mirrored(self.frames))
 
     @property
     def seconds(self) -> float:
-        """From the first frame to the last."""
+        """Seconds from the first frame to the last."""
         return float(self.times[-1])
 
 
 class Match(NamedTuple):
-    """How two videos agree where they overlap best."""
+    """How well two videos agree where they overlap best."""
 
-    kind: str | None  # "copy", "near", or None: different videos
+    kind: str | None  # "copy", "near", or None for different videos
     mirrored: bool
     appearance: float  # mean correlation of frames, at most 1
     motion: float  # correlation of what changes, at most 1
-    shift_seconds: float  # what b shows at a time t, a shows at t + shift
+    shift_seconds: float  # what b shows at time t, a shows at t + shift
 
     @property
     def score(self) -> float:
-        """To sort by: how sure it is."""
+        """Sort key: confidence of the match."""
         return self.appearance + self.motion
 
 
@@ -96,7 +96,7 @@ NO_MATCH = Match(None, False, 0.0, 0.0, 0.0)
 
 
 def fingerprint(jpegs: Sequence[bytes], times: Sequence[float]) -> Fingerprint | None:
-    """Of a video's stored frames and their times in seconds; None if no frame decodes."""
+    """Compute the fingerprint of stored frames at times in seconds; None if no frame decodes."""
     found = [
         (t, gray) for jpeg, t in zip(jpegs, times, strict=True) if (gray := _gray(jpeg)) is not None
     ]
@@ -107,22 +107,22 @@ def fingerprint(jpegs: Sequence[bytes], times: Sequence[float]) -> Fingerprint |
 
 
 def mirrored(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(F, 256) frames, left and right exchanged."""
+    """Mirror (F, 256) frames left to right."""
     flipped = frames.reshape(-1, SIDE_PX, SIDE_PX)[:, :, ::-1]
     return flipped.reshape(len(frames), -1)
 
 
 def picture_vector(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(256,) the mean of (F, 256) frames, each of them with mean 0 and length 1: to search by."""
+    """(256,) search vector: the mean of (F, 256) frames, each scaled to mean 0 and length 1."""
     mean: NDArray[np.float32] = _normed(frames).mean(axis=0)
     return mean
 
 
 def compare(a: Fingerprint, b: Fingerprint) -> Match:
-    """Are these the same video, perhaps mirrored, trimmed, resized, encoded again?
+    """Decide whether two videos are the same, perhaps mirrored, trimmed, resized or re-encoded.
 
-    ``copy``: the same frames at the same times. ``near``: as alike as frames stored this far apart
-    can tell, or clips of one scene with the same motion.
+    ``copy``: the same frames at the same times. ``near``: the same as far as frames stored this far
+    apart can show, or clips of one scene with the same motion.
     """
     matches = [_best_shift(a, b), _best_shift(a, b.mirrored())._replace(mirrored=True)]
     best = max(matches, key=lambda match: match.score)
@@ -134,8 +134,8 @@ def _judge(match: Match, a: Fingerprint, b: Fingerprint) -> str | None:
         return NEAR if match.appearance >= _STILL_APPEARANCE else None
     if match.appearance >= _COPY_APPEARANCE and match.motion >= _COPY_MOTION:
         return COPY
-    # Frames of a trimmed copy fall between those of the original. How well these can be told
-    # from their neighbours is how well the copy's can.
+    # Frames of a trimmed copy fall between those of the original, so they can agree only as well
+    # as the original's frames agree with their neighbours.
     expected = _OF_OWN_SMOOTHNESS * min(_smoothness(a), _smoothness(b))
     wanted = min(_COPY_MOTION, max(_NEAR_MOTION, expected))
     alike = match.appearance >= _NEAR_APPEARANCE and match.motion >= wanted
@@ -143,7 +143,7 @@ def _judge(match: Match, a: Fingerprint, b: Fingerprint) -> str | None:
 
 
 def _best_shift(a: Fingerprint, b: Fingerprint) -> Match:
-    """The shift with the highest appearance + motion; coarse steps, then fine ones around it."""
+    """The match at the shift with the highest appearance + motion, searched coarse to fine."""
     pairs = _normed(a.frames) @ _normed(b.frames).T  # (Fa, Fb)
     of_shorter = pairs.max(axis=0 if b.seconds <= a.seconds else 1)
     if np.median(of_shorter) < _UNLIKE:
@@ -166,7 +166,7 @@ def _best_shift(a: Fingerprint, b: Fingerprint) -> Match:
 
 
 def _agreement(a: Fingerprint, b: Fingerprint, shift: float) -> Match:
-    """Appearance and motion at the frames of b that fall within a."""
+    """The match at one shift, over the frames of b that fall within a."""
     slack = 1e-6  # times are floats
     inside = (b.times + shift >= -slack) & (b.times + shift <= a.seconds + slack)
     if inside.sum() < min(3, len(a.frames), len(b.frames)):
@@ -178,7 +178,7 @@ def _agreement(a: Fingerprint, b: Fingerprint, shift: float) -> Match:
 
 
 def _at(video: Fingerprint, times: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(T, 256) the frames at any times, blended from the two on either side."""
+    """(T, 256) frames at any times, interpolated between neighbours."""
     if len(video.frames) == 1:
         return np.repeat(video.frames, len(times), axis=0)
     left = np.clip(np.searchsorted(video.times, times) - 1, 0, len(video.times) - 2)
@@ -189,7 +189,7 @@ def _at(video: Fingerprint, times: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _smoothness(video: Fingerprint) -> float:
-    """The motion that frames and the means of their two neighbours have in common."""
+    """Motion correlation of frames with the means of their two neighbours."""
     if len(video.frames) < 5:
         return 0.0
     between = (video.frames[:-2] + video.frames[2:]) * np.float32(0.5)
@@ -197,14 +197,14 @@ def _smoothness(video: Fingerprint) -> float:
 
 
 def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Of two (F, 256), their means over time taken away."""
+    """Correlation of two (F, 256) arrays after subtracting their means over time."""
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     size = float(np.sqrt((a * a).sum(dtype=np.float64) * (b * b).sum(dtype=np.float64)))
     return float((a * b).sum(dtype=np.float64)) / size if size > 0 else 0.0
 
 
 def _motion_rms(video: Fingerprint) -> float:
-    """Gray levels by which the values differ from their mean over time."""
+    """RMS deviation from the mean frame, in gray levels."""
     moved = video.frames - video.frames.mean(axis=0)
     return float(np.sqrt((moved * moved).mean()))
 
@@ -214,7 +214,7 @@ def _spacing(video: Fingerprint) -> float:
 
 
 def _normed(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows with mean 0 and length 1; one gray all over stays 0."""
+    """Scale rows to mean 0 and length 1; uniform rows become 0."""
     centred = frames - frames.mean(axis=1, keepdims=True)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
     unit: NDArray[np.float32] = np.divide(
@@ -241,27 +241,27 @@ _LINES_SHOWN = 50
 
 @dataclass(frozen=True)
 class Pair:
-    """Two videos of different splits that are, or look, the same."""
+    """Two videos of different splits that are or look the same."""
 
     key: str
     split: str
     near_key: str
     near_split: str
     similarity: float  # cosine of the features
-    match: Match | None  # None: the frames were not looked at
+    match: Match | None  # None if the frames were not compared
 
     @property
     def kind(self) -> str:
-        """``copy``, ``near``, or ``unverified``."""
+        """The kind of match: ``copy``, ``near`` or ``unverified``."""
         return _UNVERIFIED if self.match is None else str(self.match.kind)
 
     @property
     def mirrored(self) -> bool:
-        """One of them is the mirror image of the other."""
+        """Whether one is the mirror image of the other."""
         return self.match is not None and self.match.mirrored
 
     def row(self) -> list[str]:
-        """Values of ``COLUMNS``."""
+        """The values of ``COLUMNS``."""
         told = [self.key, self.split, self.near_key, self.near_split, self.kind]
         told += ["yes" if self.mirrored else "", f"{self.similarity:.6f}"]
         if self.match is None:
@@ -272,23 +272,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What was found, the surest first."""
+    """The pairs found, most certain first."""
 
     pairs: list[Pair]
     compared: int  # pairs of videos whose frames were compared
-    unreadable: list[str]  # videos without a frame that decodes
+    unreadable: list[str]  # videos of which no frame decodes
     path: Path
-    threshold: float | None  # of the cosine, where frames were not looked at
+    threshold: float | None  # of the cosine, if frames were not compared
 
     def table(self) -> str:
         """Lines for a terminal."""
         if self.threshold is not None:
-            head = (
-                f"{len(self.pairs)} pairs across splits with a cosine of {self.threshold:g} or more"
-            )
+            head = f"{len(self.pairs)} pairs across splits with a cosine ≥ {self.threshold:g}"
         else:
             head = (
-                f"{len(self.pairs)} pairs across splits show the same video or nearly so "
+                f"{len(self.pairs)} pairs across splits show the same or nearly the same video "
                 f"({self.compared} compared frame by frame)"
             )
         lines = [
@@ -297,15 +295,15 @@ class Duplicates:
             for pair in self.pairs[:_LINES_SHOWN]
         ]
         if len(self.pairs) > _LINES_SHOWN:
-            lines.append(f"  … all are in {self.path}")
+            lines.append(f"  … the full list is in {self.path}")
         if self.unreadable:
             first = self.unreadable[0]
-            lines.append(f"{len(self.unreadable)} videos have no readable frame, first {first}")
+            lines.append(f"{len(self.unreadable)} videos have no readable frame, such as {first}")
         return "\n".join([head, *map(printable, lines)])
 
 
 def write_pairs(found: Duplicates) -> None:
-    """Write ``duplicates.csv``, a row a pair.
+    """Write ``duplicates.csv``, one row per pair.
 
     Raises:
         InputError: the file cannot be written.
@@ -315,29 +313,29 @@ def write_pairs(found: Duplicates) -> None:
 
 
 _FRAMES_TO_SEARCH = 3
-_KEPT = 20_000  # fingerprints, of 64 kB at most
+_KEPT = 20_000  # fingerprints of at most 64 kB
 _AT_ONCE = 4096  # videos or comparisons handed to the threads
 
 
 @dataclass(frozen=True)
 class Group:
-    """One side: the rows of a feature folder with one value of the split, or a whole folder."""
+    """One side: a feature folder, or its rows with one value of the split."""
 
     name: str
     features: Features
     rows: NDArray[np.int64]
 
     def vectors(self) -> FeatureMatrix:
-        """The features."""
+        """The features as unit vectors."""
         return unit_vectors(self.features.features, self.rows)
 
     def key(self, position: int) -> str:
-        """The key of one."""
+        """The key of the video at a position."""
         return self.features.keys[int(self.rows[position])]
 
 
 class FrameReader:
-    """The stored frames of both sides, by group and key."""
+    """Reads stored frames of both sides, by group and key."""
 
     def __init__(self, config: DuplicatesConfig, groups: Sequence[Group]) -> None:
         self._shards: dict[str, ShardSet] = {}
@@ -348,7 +346,7 @@ class FrameReader:
                 opened[spec] = _open(spec)
             self._shards[group.name] = opened[spec]
         self._unreadable: dict[str, None] = {}
-        #: (group, key) -> its fingerprint; None if no frame decodes.
+        #: (group, key) to fingerprint; None if no frame decodes.
         self.fingerprint = lru_cache(_KEPT)(self._fingerprint)
         self.pool = ThreadPoolExecutor(config.workers or usable_cpus())
 
@@ -364,13 +362,13 @@ class FrameReader:
         return sorted(self._unreadable)
 
     def frames_of(self, group: str, key: str, count: int) -> list[bytes]:
-        """Evenly spaced stored frames, in time order."""
+        """Read evenly spaced stored frames, in time order."""
         return frames_of(self._shards[group])(key, count)
 
     def picture_vectors(self, group: Group) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(N, 256) of three frames a video, and of their mirror images; 0 for unreadable ones."""
+        """(N, 256) search vectors of videos and of their mirror images; 0 if unreadable."""
         made, flipped = [], []
-        with progress(f"Looking at {group.name}", len(group.rows), "videos") as shown:
+        with progress(f"Reading {group.name}", len(group.rows), "videos") as shown:
             places = range(len(group.rows))
             for begin in range(0, len(places), _AT_ONCE):
                 keys = [group.key(place) for place in places[begin : begin + _AT_ONCE]]
@@ -398,7 +396,7 @@ class FrameReader:
             times = shards.record(video).frame_times
         except UnreadableFrame:
             times = []
-        if len(times) != shards.frame_count(video):  # foreign tars tell none
+        if len(times) != shards.frame_count(video):  # other tools' tars have none
             times = [float(number) for number in range(shards.frame_count(video))]
         read = shards.read_frames([(video, number) for number in numbers])
         return fingerprint(
@@ -412,22 +410,22 @@ def _open(spec: tuple[str, ...]) -> ShardSet:
         return open_shards(spec)
     except InputError as error:
         raise InputError(
-            error.what, error.where, "name the shards with --shards, or give --features-only"
+            error.what, error.where, "give the shards with --shards, or use --features-only"
         ) from error
 
 
-MOST_SHOWN = 200  # pairs; some 60 kB each
+MOST_SHOWN = 200  # pairs; about 60 kB each
 _FRAMES = 4
 
-# (group, key, how many) -> JPEG bytes in time order.
+# (group, key, count) to JPEG bytes in time order.
 FramesOfGroup = Callable[[str, str, int], list[bytes]]
 
 
 def render_duplicates_page(found: Duplicates, frames_of: FramesOfGroup) -> str:
-    """The page as HTML; pictures are embedded, nothing is loaded from elsewhere.
+    """The page as self-contained HTML.
 
     Args:
-        frames_of: gives the pictures.
+        frames_of: returns the frames to show.
     """
     pairs = [
         {
@@ -467,13 +465,13 @@ RESULT = "duplicates.csv"
 
 
 def duplicates(config: DuplicatesConfig) -> Duplicates:
-    """Near-duplicates between different values of the split, or between two folders.
+    """Find near-duplicates between values of the split, or between two folders.
 
     Writes ``duplicates.csv`` and, with ``config.html``, a page of pictures.
 
     Raises:
-        InputError: the feature folders cannot be used, there are no two splits, or the shards
-            cannot be opened.
+        InputError: the feature folders cannot be used, there are not two splits to compare, or the
+            shards cannot be opened.
     """
     if config.candidates < 1 or (config.workers is not None and config.workers < 1):
         raise InputError("must be 1 or more", "--candidates, --workers")
@@ -481,10 +479,10 @@ def duplicates(config: DuplicatesConfig) -> Duplicates:
         raise InputError("must be a cosine, from -1 to 1", "--threshold")
     out = Path(config.out or config.features)
     for folder in (out, *([Path(config.html).parent] if config.html is not None else [])):
-        require_writable(folder)  # before anything that takes long
+        require_writable(folder)  # before anything slow
     groups = _groups(config)
     if config.features_only and config.html is not None:
-        raise InputError("needs frames", "--html", "leave --features-only out")
+        raise InputError("needs frames", "--html", "remove --features-only")
     path = out / RESULT
     sides = list(itertools.combinations(groups, 2))
     if config.features_only:
@@ -510,7 +508,7 @@ def duplicates(config: DuplicatesConfig) -> Duplicates:
 def _by_frames(
     config: DuplicatesConfig, a: Group, b: Group, videos: FrameReader
 ) -> tuple[list[Pair], int]:
-    """The pairs whose frames agree, and how many pairs were compared."""
+    """The pairs whose frames agree, and the number of pairs compared."""
     wanted = _candidates(config, a, b, videos)
 
     def matched(pair: tuple[int, int]) -> Match | None:
@@ -532,11 +530,11 @@ def _by_frames(
 def _candidates(
     config: DuplicatesConfig, a: Group, b: Group, videos: FrameReader
 ) -> list[tuple[int, int]]:
-    """Positions (in b, in a) worth a look at their frames, in the order of b."""
+    """Positions (in b, in a) of pairs whose frames to compare, in the order of b."""
     of_a, _ = videos.picture_vectors(a)
     of_b, of_b_mirrored = videos.picture_vectors(b)
-    # An encoder that was not trained for it need not put a video beside its mirror image, nor an
-    # untrained one beside its copy.
+    # An encoder may not place a video near its mirror image, nor an untrained one near its copy,
+    # so candidates are searched by picture, too.
     by_picture = ExactIndex(unit_vectors(of_a), config.device)
     searches: list[tuple[NearestIndex, FeatureMatrix, str]] = [
         (ExactIndex(a.vectors(), config.device), b.vectors(), "Nearest features"),
@@ -589,5 +587,5 @@ def _groups(config: DuplicatesConfig) -> list[Group]:
     values = np.array(features.splits[split] if split is not None else [""] * len(features))
     named = sorted(set(values.tolist()) - {"", "unused"}, key=lambda v: (v != "train", v))
     if len(named) < 2:
-        raise InputError("has no two splits to compare", features.folder, "give --test-features")
+        raise InputError("has fewer than two splits", features.folder, "give --test-features")
     return [Group(value, features, np.flatnonzero(values == value)) for value in named]

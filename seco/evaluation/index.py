@@ -34,26 +34,26 @@ from shards.progress import progress, size_text
 RECALL_QUERIES = 256
 RECALL_KS = (1, 10)
 
-_LEAST_ROWS = 256  # a code book of 8 bits has 256 entries
+_LEAST_ROWS = 256  # an 8-bit codebook has 256 entries
 _MOST_VALUES = 256  # after the PCA
 _PCA_ROWS = 32_768
-_ROWS_A_LIST = 64  # to train on; faiss warns of poor clusters below 39
+_ROWS_A_LIST = 64  # training rows; faiss warns of poor clusters below 39
 _LEAST_ROWS_A_LIST = 39
 _ROWS_A_CODE, _CODE_ROUNDS = 64, 10
 _LEAST_TRAINED_ON = _ROWS_A_CODE * 256
-_GPU_MOST = 2048  # candidates and probes a GPU search can have
+_GPU_MOST = 2048  # candidates and probes that a GPU search supports
 _QUERIES_AT_ONCE = 256
 _COMPARED_AT_ONCE = 16  # queries whose scattered candidates are mapped at a time
 
 
 class ApproximateIndex:
-    """A trained IVF-PQ over ``vectors``, which are read for the exact comparison.
+    """A trained IVF-PQ over ``vectors``, which are read to re-rank the candidates exactly.
 
     Args:
-        index: of :func:`train_ivfpq`.
-        vectors: those it was filled with.
-        rerank: candidates for each video wanted; 0 keeps the approximate order and cosines.
-        device: where it is searched; ``auto`` takes GPUs when faiss can use any.
+        index: the result of :func:`train_ivfpq`.
+        vectors: the indexed vectors.
+        rerank: candidates per requested video; 0 keeps the approximate order and cosines.
+        device: where to search; ``auto`` uses GPUs if faiss can.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ApproximateIndex:
                 if self._rerank:
                     self._compare(asked, at, cosines[some], found[some])
                 else:
-                    # |a - b|² = 2 - 2 a·b for vectors of length 1.
+                    # |a - b|² = 2 - 2 a·b for unit vectors.
                     cosines[some] = np.where(at[:, :k] < 0, -np.inf, 1 - squared[:, :k] / 2)
                     found[some] = at[:, :k]
                 shown.advance(len(asked))
@@ -97,7 +97,7 @@ class ApproximateIndex:
     ) -> None:
         k = cosines.shape[1]
         for row, query in enumerate(queries):
-            at = np.sort(candidates[row][candidates[row] >= 0])  # in the order of the file
+            at = np.sort(candidates[row][candidates[row] >= 0])  # in file order
             exact = self._vectors.take(at) @ query
             best = np.argsort(-exact, kind="stable")[:k]
             cosines[row, : len(best)] = exact[best]
@@ -110,10 +110,10 @@ class ApproximateIndex:
 def build_index(
     vectors: FeatureMatrix, config: IndexSettings, device: str = "auto", title: str = ""
 ) -> NearestIndex:
-    """An exact index, or past ``config.ivfpq_above`` vectors an approximate one.
+    """Build an exact index, or above ``config.ivfpq_above`` vectors an approximate one.
 
     Raises:
-        InputError: too few vectors for an IVF-PQ, or settings that cannot work.
+        InputError: too few vectors for an IVF-PQ, or invalid settings.
     """
     validate_index(config)
     if index_kind(len(vectors), config) == "flat":
@@ -124,17 +124,17 @@ def build_index(
 
 
 def index_kind(rows: int, config: IndexSettings) -> str:
-    """``flat`` or ``ivfpq``."""
+    """The kind of index for so many rows: ``flat`` or ``ivfpq``."""
     return "ivfpq" if 0 < config.ivfpq_above < rows else "flat"
 
 
 def train_ivfpq(
     vectors: FeatureMatrix, config: IndexSettings, device: str = "auto", title: str = "Adding"
 ) -> Any:
-    """Train an IVF-PQ on a sample of the vectors and add all, block by block.
+    """Train an IVF-PQ on a sample of the vectors and add all of them, block by block.
 
-    Memory: 64 shortened vectors a list, one block of whole ones, and the index itself:
-    ``config.code_bytes`` + 8 bytes a vector.
+    Memory: 64 PCA-reduced vectors per list, one block of full vectors, and the index:
+    ``config.code_bytes`` + 8 bytes per vector.
 
     Raises:
         InputError: too few vectors.
@@ -156,11 +156,11 @@ def train_ivfpq(
         filled += len(block)
     quantizer = faiss.IndexFlatL2(values)
     ivf = faiss.IndexIVFPQ(quantizer, values, lists, codes, 8)
-    ivf.pq.cp.min_points_per_centroid = 1  # no warnings for small sets
-    # With faiss's own 256 points and 25 rounds the codes take ten times as long, and come 2 %
-    # closer, which the exact comparison of the candidates does not need.
+    ivf.pq.cp.min_points_per_centroid = 1  # no warnings for small datasets
+    # faiss's defaults of 256 points and 25 rounds take ten times as long for codes that are 2 %
+    # closer, which re-ranking makes unnecessary.
     ivf.pq.cp.max_points_per_centroid, ivf.pq.cp.niter = _ROWS_A_CODE, _CODE_ROUNDS
-    if gpus_for(device):  # the lists' centres are found there; the codes are few
+    if gpus_for(device):  # only the list centroids are worth a GPU: the codes are few
         ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(values))
     ivf.train(shortened)
     del shortened
@@ -174,11 +174,11 @@ def train_ivfpq(
 
 
 def _principal_axes(vectors: FeatureMatrix, values: int) -> Any:
-    """The faiss transform of (B, D) to (B, values): the strongest directions, turned at random.
+    """The faiss transform from (B, D) to (B, values): PCA followed by a random rotation.
 
-    Without the turn the first bytes of a code would have to tell most of a vector. Distances do
-    not change when the mean is left where it is. faiss's own ``PCAMatrix`` needs the whole sample
-    in memory, and ten times as long.
+    Without the rotation, the first bytes of a code would carry most of a vector. The mean is not
+    subtracted, which does not change distances. faiss's own ``PCAMatrix`` needs the whole sample
+    in memory and takes ten times as long.
     """
     size = vectors.dimension
     total, products, rows = np.zeros(size), np.zeros((size, size)), 0
@@ -200,11 +200,11 @@ def _principal_axes(vectors: FeatureMatrix, values: int) -> Any:
 def measure_recall(
     index: NearestIndex, vectors: FeatureMatrix, device: str = "auto"
 ) -> dict[str, float]:
-    """How much of the exact result the index finds, on a sample of the vectors as queries.
+    """Recall of the index against exact search, with a sample of the vectors as queries.
 
     Returns:
-        ``recall@1`` and ``recall@10``: the mean share of a query's k nearest, itself left out,
-        that are among the k found.
+        ``recall@1`` and ``recall@10``: the mean fraction of a query's k nearest vectors, without
+        itself, that are among the k found.
     """
     rng = np.random.Generator(np.random.PCG64(2))
     chosen = np.sort(rng.permutation(len(vectors))[:RECALL_QUERIES])
@@ -225,20 +225,20 @@ def measure_recall(
 
 
 def _place(index: Any, device: str) -> tuple[Any, bool]:
-    """The index where it is searched, and whether that is a GPU."""
+    """Move the index to where it is searched; also returns whether that is a GPU."""
     if not gpus_for(device):
         return index, False
     options = faiss.GpuMultipleClonerOptions()
-    options.useFloat16 = True  # the look-up tables of 64 bytes a code fit in no other type
+    options.useFloat16 = True  # with 64 bytes per code, the lookup tables fit in no other type
     try:
         return faiss.index_cpu_to_all_gpus(index, options), True
-    except RuntimeError as error:  # faiss's: no memory, or a --code-bytes that GPUs do not know
+    except RuntimeError as error:  # out of memory, or a --code-bytes unsupported on GPUs
         reason = str(error).strip().splitlines()[-1][:120]
         if device == "cuda":
             raise InputError(
-                f"the index does not fit on a GPU ({reason})", "--device", "give cpu"
+                f"the index does not fit on a GPU ({reason})", "--device", "use cpu"
             ) from error
-        print(f"seco: the index is searched on the CPU: {reason}", file=sys.stderr)
+        print(f"seco: searching the index on the CPU: {reason}", file=sys.stderr)
         return index, False
 
 
@@ -249,11 +249,11 @@ _BUILD_AGAIN = "run `seco retrieve build` again"
 
 @dataclass(frozen=True)
 class BuiltIndex:
-    """A saved index, for people."""
+    """A saved index and its description."""
 
     path: Path
     description: dict[str, Any]
-    seconds: float  # of training and adding
+    seconds: float  # to train and add
 
     def table(self) -> str:
         """Lines for a terminal."""
@@ -263,7 +263,7 @@ class BuiltIndex:
         ]
         if told["kind"] == "ivfpq":
             lines.append(
-                f"{told['lists']} lists, {told['code_bytes']} bytes a video, "
+                f"{told['lists']} lists, {told['code_bytes']} bytes per video, "
                 f"{told['probes']} lists probed, built in {self.seconds:.1f} s"
             )
             lines.append(recall_line(told["recall"]))
@@ -271,21 +271,21 @@ class BuiltIndex:
 
 
 def recall_line(recall: dict[str, Any]) -> str:
-    """What an approximate index is worth, as a line for people."""
+    """The recall of an approximate index, as a line for people."""
     shares = ", ".join(
         f"{name} {percent(value)}%" for name, value in recall.items() if name != "queries"
     )
-    return f"against the exact (flat) search, {recall['queries']} queries: {shares}"
+    return f"compared with exact (flat) search, {recall['queries']} queries: {shares}"
 
 
 def build(config: BuildConfig) -> BuiltIndex:
-    """Save an index of all videos with a description of it.
+    """Save an index of all videos, and its description.
 
-    Exact searches of this toolkit read ``features.npy`` itself; a flat index is for other users of
-    faiss. Of an IVF-PQ the description states the recall against the exact search.
+    This toolkit's exact search reads ``features.npy`` directly; a flat index is for other programs
+    that use faiss. The description of an IVF-PQ includes its recall against exact search.
 
     Raises:
-        InputError: the feature folder cannot be used, or the file not be written.
+        InputError: the feature folder cannot be used, or the file cannot be written.
     """
     validate_index(config)
     features = read_features(config.features)
@@ -317,15 +317,15 @@ def build(config: BuildConfig) -> BuiltIndex:
 
 
 def _withdraw(path: Path) -> None:
-    """Take an earlier index out of use, once there is one to take its place.
+    """Invalidate an earlier index, once its replacement is ready.
 
-    The description is written last: without it an index is not used.
+    The description is written last; an index without one is not used.
     """
     discard(_description(path))
 
 
 def stated_recall(index: NearestIndex, vectors: FeatureMatrix, device: str) -> dict[str, Any]:
-    """What is written of an approximate index: queries, and the recalls against exact search."""
+    """The recall entry of the description: number of queries, and recalls against exact search."""
     queries = min(RECALL_QUERIES, len(vectors))
     return {"queries": queries, **measure_recall(index, vectors, device)}
 
@@ -333,19 +333,19 @@ def stated_recall(index: NearestIndex, vectors: FeatureMatrix, device: str) -> d
 def open_index(
     path: Path, features: Features, device: str = "auto", probes: int | None = None
 ) -> NearestIndex:
-    """Open a saved index, which must be of these features.
+    """Open a saved index of these features.
 
     Args:
-        probes: lists of an IVF-PQ to look into; as built if not given.
+        probes: IVF-PQ lists to probe; by default as built.
 
     Raises:
-        InputError: damaged, or an index of another encoder or of other videos.
+        InputError: the index is damaged, or is of another encoder or of other videos.
     """
     told = _read_description(path, features)
     if probes is not None and probes < 1:
         raise InputError("must be 1 or more", "--probes")
     if not path.is_file() or path.stat().st_size != told["bytes"]:
-        # Looked at first: faiss does not notice every end that comes too early.
+        # Checked first, since faiss does not detect every truncated file.
         raise InputError("is missing or damaged", path, _BUILD_AGAIN)
     vectors = unit_vectors(features.features)
     if told["kind"] == "flat":
@@ -365,8 +365,8 @@ def open_index(
 def _write_flat(vectors: FeatureMatrix, path: Path) -> None:
     """A faiss ``IndexFlatIP`` of the vectors, written block by block.
 
-    faiss itself could only write it from memory. The file is an empty index's with the two counts
-    set, then the rows; that faiss reads it is seen before it gets its name.
+    faiss itself could only write it from memory. The file is an empty index with its two counts
+    set, followed by the rows. It is read back with faiss before it is renamed.
     """
     header = bytearray(faiss.serialize_index(faiss.IndexFlatIP(vectors.dimension)).tobytes())
     struct.pack_into("<q", header, 8, len(vectors))
@@ -381,14 +381,14 @@ def _write_flat(vectors: FeatureMatrix, path: Path) -> None:
         if written.ntotal != len(vectors) or not np.array_equal(
             written.reconstruct(len(vectors) - 1), last
         ):
-            raise AssertionError(f"faiss {faiss.__version__} reads another layout of flat indexes")
+            raise AssertionError(f"faiss {faiss.__version__} uses another layout for flat indexes")
 
 
 def _write_ivfpq(index: Any, path: Path) -> None:
     with atomic_path(path) as temporary:
         try:
             faiss.write_index(index, str(temporary))
-        except RuntimeError as error:  # faiss's for any failing write
+        except RuntimeError as error:  # from faiss, for any failed write
             raise InputError("cannot be written", path, "free some space") from error
 
 
@@ -414,7 +414,7 @@ def _read_description(path: Path, features: Features) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError("has no readable description", path, _BUILD_AGAIN) from error
     if not known:
-        raise InputError("is of another version of this toolkit", path, _BUILD_AGAIN)
+        raise InputError("is from another version of this toolkit", path, _BUILD_AGAIN)
     if encoder.get("sha256") != features.encoder["sha256"]:
         raise InputError(
             f"is of another encoder ({encoder_name(encoder)}) than {features.folder} "

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
-FEWEST_GROUPS = 10  # with fewer, nothing is decided
+FEWEST_GROUPS = 10  # with fewer, every verdict is undecided
 MOST_BLOCKS = 1000
 BETTER, WORSE, UNDECIDED = "better", "worse", "cannot be told"
 HOLDS_ZERO = "the interval of the difference holds 0"
@@ -41,14 +41,14 @@ class Interval:
 
 
 class GroupBootstrap:
-    """Resamples of the groups of M videos; the same for all that is measured on these videos.
+    """Bootstrap over the groups of M videos; all measures on these videos share the resamples.
 
     Args:
         groups: (M,) the group of each video.
-        resamples: how many.
-        seed: of the draws.
-        most_blocks: more groups are gathered at random into so many blocks, which are drawn in
-            their place.
+        resamples: number of resamples.
+        seed: seed of the resamples.
+        most_blocks: if there are more groups, they are merged at random into this many blocks,
+            which are resampled instead.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class GroupBootstrap:
         self._counts: dict[int, Floats] = {}
 
     def mean(self, outcomes: NDArray[Any], lowest: float, highest: float) -> Interval:
-        """The mean of outcomes (R, M) of R draws of the labelled videos, within these bounds."""
+        """The mean of outcomes (R, M) over R draws of the labelled videos, within the bounds."""
         by_block: Floats = np.stack(
             [np.bincount(self.blocks, row.astype(np.float64)) for row in outcomes]
         )
@@ -85,11 +85,11 @@ class GroupBootstrap:
         return Interval(value, low, high)
 
     def _between_draws(self, by_block: Floats, means: Floats) -> Floats | float:
-        """Deviations due to which videos were labelled, of sums (R, blocks) with ``means`` (R,).
+        """Deviations due to the choice of labelled videos, from sums (R, blocks) and means (R,).
 
-        Means of R draws differ also because each draw errs on other test videos. That part is in
-        the resampled groups already and is taken out: the variance of what rows and columns of
-        ``by_block`` leave unexplained.
+        The means of R draws differ also because each draw errs on different test videos. The
+        resampled groups cover that part already, so it is removed: it is the variance that rows
+        and columns of ``by_block`` leave unexplained.
         """
         draws = len(means)
         if draws == 1:
@@ -110,10 +110,10 @@ class GroupBootstrap:
         return deviations
 
     def of_influence(self, value: float, influence: Floats) -> Interval:
-        """A value that is not a mean, of which each block (blocks,) moves it by its influence.
+        """The interval of a value that is not a mean, from the influence of each block on it.
 
         Args:
-            influence: jackknife pseudo-values less their mean.
+            influence: (blocks,) jackknife pseudo-values minus their mean.
         """
         if self.groups < 2:
             return Interval(value, None, None)
@@ -123,7 +123,7 @@ class GroupBootstrap:
         return Interval(value, low, high)
 
     def _drawn(self, blocks: int) -> Floats:
-        """(resamples, blocks) how often each is drawn."""
+        """(resamples, blocks) how often each block is drawn."""
         if blocks not in self._counts:
             shares = np.full(blocks, 1 / blocks)
             drawn = self._generator(3, blocks).multinomial(blocks, shares, size=self.resamples)
@@ -131,12 +131,12 @@ class GroupBootstrap:
         return self._counts[blocks]
 
     def _generator(self, *use: int) -> np.random.Generator:
-        """One for each use, so that no interval depends on which others were asked for."""
+        """A generator per use, so that no interval depends on which others were computed."""
         return np.random.Generator(np.random.PCG64([self._seed, *use]))
 
 
 def decide(difference: Interval, groups: int) -> tuple[str, str]:
-    """The verdict of a difference, and why where it is that it cannot be told."""
+    """The verdict on a difference, and the reason if it is undecided."""
     if groups < FEWEST_GROUPS or difference.low is None or difference.high is None:
         return UNDECIDED, f"{groups} groups of videos; at least {FEWEST_GROUPS} are needed"
     if difference.low > 0:
@@ -154,8 +154,8 @@ def _ends(deviations: Floats) -> Floats:
 def _student(rng: np.random.Generator, count: float, size: int) -> Floats:
     """(size,) factors that make bootstrapped deviations of a mean of ``count`` values t-like.
 
-    A bootstrap's variance is short by (count - 1) / count, and a normal deviation divided by the
-    root of a chi-squared one over its count - 1 degrees of freedom is Student's.
+    A bootstrap's variance is too small by the factor (count - 1) / count, and a normal deviate
+    divided by the root of a chi-squared one over its count - 1 degrees of freedom is Student's.
     """
     factors: Floats = np.sqrt(count / rng.chisquare(count - 1, size))
     return factors

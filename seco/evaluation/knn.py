@@ -26,21 +26,21 @@ def knn_scores(
     temperature: float = 0.07,
     device: str | torch.device = "cpu",
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Votes of the nearest training rows: each gives exp((s - t) / temperature) to its class.
+    """Votes of the nearest training rows: each adds exp((s - t) / temperature) to its class.
 
-    s is its cosine and t that of the very nearest, with which no temperature is too low for the
-    votes to be told apart.
+    s is its cosine and t that of the nearest row. Subtracting t keeps the votes distinguishable at
+    any temperature.
 
     Args:
         train: (N, D), with ``labels`` (N,).
         test: (M, D).
-        neighbours: how many vote; all if there are fewer.
+        neighbours: number of voters; all rows if there are fewer.
 
     Returns:
         The classes (K,) in ascending order and the votes (M, K).
 
     Raises:
-        ValueError: no training rows, or a setting that is not above 0.
+        ValueError: there are no training rows, or a setting is not above 0.
     """
     if not len(labels) or neighbours < 1 or not temperature > 0:
         raise ValueError("kNN needs training rows, neighbours >= 1 and a temperature above 0")
@@ -63,10 +63,10 @@ def knn_votes(
     temperature: float,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """The votes (m, K) of some test rows at a time; neither set is held in memory.
+    """Yield the votes (m, K) for a block of test rows at a time, without loading all features.
 
-    Training rows are read a block at a time for every block of test rows, and the nearest so far
-    are kept.
+    For every block of test rows, training rows are read block by block and the nearest so far are
+    kept.
     """
     classes, targets = np.unique(labels, return_inverse=True)
     gallery = Products(train, torch.device(device))
@@ -86,7 +86,7 @@ def knn_votes(
 
 
 def _nearest(gallery: Products, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and rows (m, k) of the nearest to unit queries (m, D)."""
+    """Cosines and rows (m, k) of the nearest training rows to unit queries (m, D)."""
     best = queries.new_empty((len(queries), 0))
     found = best.long()
     for place, block in gallery.blocks(torch.float32):
@@ -101,6 +101,6 @@ def _nearest(gallery: Products, queries: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Of length 1, however large or small they are; rows of zeros stay zero."""
+    """Scale rows to length 1 without overflow or underflow; zero rows stay zero."""
     largest = rows.abs().amax(1, keepdim=True)
     return normalize(rows / largest.where(largest > 0, 1), dim=1)

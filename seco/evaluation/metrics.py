@@ -15,7 +15,7 @@ from seco.text import percent, printable
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of M rows with true ``labels``: the class of the highest score, and whether five suffice."""
+    """For M rows with true ``labels``: the top-scoring class, and whether top-5 is correct."""
 
     labels: NDArray[np.int64]  # (M,)
     predicted: NDArray[np.int64]  # (M,)
@@ -23,7 +23,7 @@ class Predictions:
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """(M,) whether the highest score is the true class's."""
+        """(M,) whether the prediction is correct."""
         same: NDArray[np.bool_] = self.predicted == self.labels
         return same
 
@@ -39,15 +39,15 @@ def predictions_of(
     blocks: Iterable[tuple[slice, NDArray[np.float64]]],
     labels: NDArray[np.int64],
 ) -> Predictions:
-    """Take the predictions from scores that come a block at a time.
+    """Collect predictions from blocks of scores.
 
-    A tie counts against the true class in top-5, so that equal scores earn nothing. With 5 classes
-    or fewer top-5 says nothing.
+    A tie counts against the true class in top-5, so that constant scores earn nothing. With 5
+    classes or fewer, top-5 is meaningless.
 
     Args:
-        classes: (K,) ascending labels the scores are of.
-        blocks: rows and their scores (m, K).
-        labels: (M,) true labels; those of no class count as wrong.
+        classes: (K,) the ascending labels of the score columns.
+        blocks: row slices and their scores (m, K).
+        labels: (M,) true labels; those not in ``classes`` count as wrong.
     """
     predicted = np.empty(len(labels), dtype=np.int64)
     among_five = np.empty(len(labels), dtype=bool)
@@ -79,7 +79,7 @@ class ClassAccuracy:
 def confusions(
     classes: NDArray[np.int64], found: Predictions
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All labels (U,), of classes and rows, and the counts (U, U) of true by predicted ones."""
+    """All labels (U,) of classes and rows, and counts (U, U) of true by predicted labels."""
     every = np.union1d(classes, found.labels)
     counts = np.zeros((len(every), len(every)), dtype=np.int64)
     places = np.searchsorted(every, found.labels), np.searchsorted(every, found.predicted)
@@ -90,7 +90,7 @@ def confusions(
 def class_accuracies(
     labels: NDArray[np.int64], names: Sequence[str], confusion: NDArray[np.int64]
 ) -> list[ClassAccuracy]:
-    """Of the classes (U,) that have rows in the confusion matrix (U, U)."""
+    """Accuracies of the classes (U,) that have rows in the confusion matrix (U, U)."""
     return [
         ClassAccuracy(int(label), name, float(row[i] / row.sum()), int(row.sum()))
         for i, (label, name, row) in enumerate(zip(labels, names, confusion, strict=True))
@@ -99,7 +99,7 @@ def class_accuracies(
 
 
 def class_lines(per_class: Sequence[ClassAccuracy]) -> list[str]:
-    """For a terminal: a line a class, of many the lowest."""
+    """Lines for a terminal, one per class; only the lowest if there are many."""
     shown, lines = list(per_class), []
     if len(shown) > _ROWS_SHOWN:
         shown = sorted(shown, key=lambda row: row.accuracy)[:_ROWS_SHOWN]
@@ -113,19 +113,19 @@ def class_lines(per_class: Sequence[ClassAccuracy]) -> list[str]:
 
 
 class Confused(Protocol):
-    """A result of which a confusion matrix can be drawn."""
+    """A result with a confusion matrix to draw."""
 
     @property
     def method(self) -> str:
-        """For the title."""
+        """Method name, for the title."""
 
     @property
     def top1(self) -> float:
-        """A fraction."""
+        """Top-1 accuracy as a fraction."""
 
     @property
     def class_names(self) -> list[str]:
-        """(U,)"""
+        """(U,) names of the classes."""
 
     @property
     def confusion(self) -> NDArray[np.int64]:
@@ -133,7 +133,7 @@ class Confused(Protocol):
 
 
 def draw_confusion(result: Confused) -> Figure:
-    """The confusion matrix, each row as shares of its true class."""
+    """Draw the confusion matrix, each row as fractions of its true class."""
     count = len(result.class_names)
     side = min(14.0, 4.0 + 0.16 * count)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -142,12 +142,12 @@ def draw_confusion(result: Confused) -> Figure:
     image = axes.imshow(
         result.confusion / totals.clip(min=1), vmin=0, vmax=1, cmap="Blues", interpolation="nearest"
     )
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="fraction of the true class")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(f"{result.method}, top-1 {percent(result.top1)}%")
     if count <= _NAMES_DRAWN:
-        # A dollar sign would start matplotlib's mathematics.
+        # A dollar sign would start math text in matplotlib.
         names = [printable(name)[:30].replace("$", r"\$") for name in result.class_names]
         axes.set_xticks(range(count), names, rotation=90, fontsize=7)
         axes.set_yticks(range(count), names, fontsize=7)

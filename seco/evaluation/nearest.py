@@ -19,29 +19,29 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class NearestIndex(Protocol):
-    """Finds the nearest of the vectors it was made of."""
+    """Finds the nearest of its vectors."""
 
     def __len__(self) -> int: ...
 
     def search(self, queries: FeatureMatrix, k: int, title: str = "") -> Found:
-        """Cosines and positions (Q, k) of the nearest to each query, the nearest first.
+        """Cosines and positions (Q, k) of the vectors nearest to each query, nearest first.
 
-        k is at most the size of the index; position -1 is nothing found (approximate ones only).
+        k is capped at the index size. Position -1 means not found (approximate indexes only).
 
         Args:
-            title: shown with a progress bar, if given.
+            title: if given, shown with a progress bar.
         """
 
 
 class ExactIndex:
-    """Compares with every vector, read block by block: nothing has to be built or kept.
+    """Compares queries with every vector, read block by block; needs no index structure.
 
     Args:
-        vectors: what is searched in.
-        device: ``auto`` takes a GPU when faiss can use one.
+        vectors: the vectors to search.
+        device: ``auto`` uses a GPU if faiss can.
 
     Raises:
-        InputError: a GPU is asked for and faiss can use none.
+        InputError: a GPU is requested and faiss cannot use one.
     """
 
     def __init__(self, vectors: FeatureMatrix, device: str = "auto") -> None:
@@ -52,7 +52,7 @@ class ExactIndex:
         return len(self._vectors)
 
     def search(self, queries: FeatureMatrix, k: int, title: str = "") -> Found:
-        """See :class:`NearestIndex`; of equal cosines the one in the earlier block comes first."""
+        """See :class:`NearestIndex`; ties go to the earlier block."""
         k = min(k, len(self))
         cosines, found = nothing_found(len(queries), k)
         passes = -(-len(queries) // _QUERIES_AT_ONCE)
@@ -73,7 +73,7 @@ class ExactIndex:
 
 
 def nothing_found(queries: int, k: int) -> Found:
-    """The result to begin with: position -1, and a cosine below all, in every place."""
+    """Initial result: position -1 and cosine -inf everywhere."""
     return (
         np.full((queries, k), -np.inf, dtype=np.float32),
         np.full((queries, k), -1, dtype=np.int64),
@@ -81,23 +81,23 @@ def nothing_found(queries: int, k: int) -> Found:
 
 
 def gpus_for(device: str) -> int:
-    """How many GPUs faiss is to use.
+    """Number of GPUs for faiss to use.
 
     Raises:
-        InputError: an unknown device, or a GPU is asked for and faiss can use none.
+        InputError: the device is unknown, or a GPU is requested and faiss cannot use one.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"unknown device {device!r}", "--device", "cpu or cuda")
-    # faiss-cpu and faiss-gpu share a name; only the second has the resources.
+        raise InputError(f"unknown device {device!r}", "--device", "use auto, cpu or cuda")
+    # faiss-cpu and faiss-gpu share a module name; only faiss-gpu has these resources.
     there = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if device == "cuda" and not there:
-        raise InputError("faiss can use no GPU here", "--device", "install faiss-gpu or give cpu")
+        raise InputError("faiss finds no GPU", "--device", "install faiss-gpu or use cpu")
     return 0 if device == "cpu" else there
 
 
 @functools.lru_cache
 def _gpu_resources() -> Any:
-    return faiss.StandardGpuResources()  # holds gigabytes of the GPU: once
+    return faiss.StandardGpuResources()  # takes gigabytes of GPU memory, so only once
 
 
 def _merge(
@@ -106,7 +106,7 @@ def _merge(
     near: NDArray[np.float32],
     at: NDArray[np.int64],
 ) -> None:
-    """Put the k best of both into ``cosines`` and ``found`` (Q, k)."""
+    """Merge in place: keep the k best of both in ``cosines`` and ``found`` (Q, k)."""
     k = cosines.shape[1]
     both = np.concatenate([cosines, near], axis=1)
     order = np.argsort(-both, axis=1, kind="stable")[:, :k]

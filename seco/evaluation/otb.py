@@ -44,12 +44,12 @@ Floats = NDArray[np.float64]
 SUCCESS_THRESHOLDS: Floats = np.linspace(0, 1, 21)  # of the overlap
 PRECISION_THRESHOLDS: Floats = np.arange(51.0)  # px
 _PRECISION_AT_PX = 20
-_EPS = np.finfo(float).eps  # the toolkit's, in the union
+_EPS = np.finfo(float).eps  # added to the union, as in the GOT-10k toolkit
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Success and precision of a sequence, or means over sequences; shares of frames."""
+    """Success and precision of a sequence, or means over sequences; fractions of frames."""
 
     success: Floats  # (21,) at SUCCESS_THRESHOLDS
     precision: Floats  # (51,) at PRECISION_THRESHOLDS
@@ -66,12 +66,12 @@ class Curves:
 
     @property
     def precision_20(self) -> float:
-        """Share of frames whose centre is within 20 px, OTB's usual figure."""
+        """Fraction of frames with a centre error of at most 20 px, the usual OTB metric."""
         return float(self.precision[_PRECISION_AT_PX])
 
 
 def overlaps(boxes: Floats, truth: Floats) -> Floats:
-    """(F, 4) and (F, 4) to (F,) intersections over unions, 0 … 1."""
+    """(F,) intersections over unions of two (F, 4) arrays of boxes, 0 … 1."""
     start = np.maximum(boxes[:, :2], truth[:, :2])
     end = np.minimum(boxes[:, :2] + boxes[:, 2:], truth[:, :2] + truth[:, 2:])
     common = np.maximum(end - start, 0).prod(axis=1)
@@ -81,21 +81,21 @@ def overlaps(boxes: Floats, truth: Floats) -> Floats:
 
 
 def centre_errors(boxes: Floats, truth: Floats) -> Floats:
-    """(F, 4) and (F, 4) to (F,) distances of the centres, px."""
+    """(F,) distances between the centres of two (F, 4) arrays of boxes, px."""
     apart = boxes[:, :2] + (boxes[:, 2:] - 1) / 2 - truth[:, :2] - (truth[:, 2:] - 1) / 2
     errors: Floats = np.sqrt((apart**2).sum(axis=1))
     return errors
 
 
 def curves(boxes: Floats, truth: Floats) -> Curves:
-    """The curves of one sequence.
+    """Compute the curves of one sequence.
 
     Args:
-        boxes: (F, 4) of the tracker, F ≥ 1. The first is the given one and counts.
-        truth: (F, 4).
+        boxes: (F, 4) boxes of the tracker, F ≥ 1. The first is the given one and counts.
+        truth: (F, 4) true boxes.
 
     Raises:
-        ValueError: there are no frames, or different numbers of boxes.
+        ValueError: there are no frames, or the numbers of boxes differ.
     """
     if boxes.shape != truth.shape or not len(boxes):
         raise ValueError(f"{len(boxes)} boxes for {len(truth)} frames")
@@ -107,7 +107,7 @@ def curves(boxes: Floats, truth: Floats) -> Curves:
 
 
 def mean_curves(found: list[Curves]) -> Curves:
-    """Means over sequences, each counting once."""
+    """Mean over sequences, all with the same weight."""
     return Curves(
         success=np.mean([one.success for one in found], axis=0),
         precision=np.mean([one.precision for one in found], axis=0),
@@ -115,39 +115,39 @@ def mean_curves(found: list[Curves]) -> Curves:
 
 
 RESULT = "track.json"
-_TOOLKIT_FOLDER = "OTB2015"  # what the GOT-10k toolkit calls OTB-100
+_TOOLKIT_FOLDER = "OTB2015"  # the GOT-10k toolkit's name for OTB-100
 _TARGET = re.compile(r"(Jogging|Skating2)-([12])")
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 _ROUNDING = 1e-3  # of three decimals
-_IDENTITY = "tracking.json"  # whose results lie in a folder
+_IDENTITY = "tracking.json"  # says whose results a folder holds
 
-MOST_NAMED = 10  # sequences that are left out; track.json names all
+MOST_NAMED = 10  # excluded sequences to print; track.json names all
 
 
 def is_file_name(text: str) -> bool:
-    """Whether this may name a file: shards of others could hold paths that lead elsewhere."""
+    """Whether the text is safe as a file name; keys in foreign shards could be paths."""
     return bool(_FILE_NAME.fullmatch(text))
 
 
 def sequence_name(key: str, dataset: str) -> str:
-    """The sequence's name in the GOT-10k toolkit, whose files these are: ``Jogging.1``."""
+    """The sequence's name in the GOT-10k toolkit, such as ``Jogging.1``."""
     if dataset != OTB:
         return key
-    # Of Human4 the toolkit finds one target: the other's file is empty.
+    # The toolkit finds one target in Human4: the other one's file is empty.
     return _TARGET.sub(r"\1.\2", "Human4" if key == "Human4-2" else key)
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """One sequence as it was tracked."""
+    """The result of tracking one sequence."""
 
     name: str
     boxes: Floats  # (F, 4) x, y, w, h, px, as written
-    seconds: Floats  # (F,) of the tracker, without reading and decoding; 0 where it did nothing
+    seconds: Floats  # (F,) tracker time without reading and decoding; 0 if it did not run
 
     @property
     def rated(self) -> tuple[int, float]:
-        """Frames that were searched, and their seconds: all but the first."""
+        """Number of frames searched (all but the first), and their seconds."""
         searched = self.seconds[1:][self.seconds[1:] > 0]
         return len(searched), float(searched.sum())
 
@@ -156,13 +156,13 @@ class ResultFolder:
     """``OUT/OTB2015/NAME/SEQUENCE.txt`` and ``times/SEQUENCE_time.txt``, as the toolkit reads them.
 
     Args:
-        out: of the evaluation.
-        dataset: of the set.
-        tracker: its name.
-        identity: what the results depend on; files of another tracker are refused.
+        out: output folder of the evaluation.
+        dataset: name of the dataset.
+        tracker: name of the tracker.
+        identity: what the results depend on; other files are refused.
 
     Raises:
-        InputError: the folder holds results of another tracker or of other settings.
+        InputError: the folder holds results of another tracker or with other settings.
     """
 
     def __init__(self, out: Path, dataset: str, tracker: str, identity: dict[str, Any]) -> None:
@@ -174,19 +174,19 @@ class ResultFolder:
                 raise InputError(
                     "holds results of another tracker or with other settings",
                     self.folder,
-                    "give another --name or --out, or delete it",
+                    "choose another --name or --out, or delete it",
                 )
         elif any(self.folder.glob("*.txt")):
             raise InputError(
-                "holds results of another program", self.folder, "give another --name or --out"
+                "holds results of another program", self.folder, "choose another --name or --out"
             )
         else:
             write_text(mark, text)
 
     def finished(self, name: str, truth: Floats) -> Tracked | None:
-        """A sequence that an earlier, interrupted evaluation has done; (F, 4) are its boxes.
+        """Result of a sequence that an interrupted evaluation finished; ``truth`` is (F, 4).
 
-        One with unreadable frames is not: they are named again, or have been mended.
+        None if frames were unreadable: they are reported again, or have been repaired since.
         """
         found = self._written(name, truth)
         return None if found is not None and (found.seconds[1:] == 0).any() else found
@@ -201,11 +201,11 @@ class ResultFolder:
         if boxes.shape != (frames, 4) or seconds.shape != (frames,):
             return None
         if np.abs(boxes[0] - truth[0]).max() > _ROUNDING:
-            return None  # of frames of another size
+            return None  # tracked on frames of another size
         return Tracked(name, boxes, seconds)
 
     def write(self, name: str, boxes: Floats, seconds: Floats) -> Tracked:
-        """Write a sequence; its boxes are rounded to the three decimals of the format."""
+        """Write a sequence; return it with boxes rounded to the format's three decimals."""
         write_text(self._times(name), "".join(f"{value:.8f}\n" for value in seconds))
         write_text(
             self._boxes(name),
@@ -224,22 +224,22 @@ class ResultFolder:
 
 @dataclass
 class Evaluation:
-    """The figures of a tracker on a set."""
+    """The metrics of a tracker on a dataset."""
 
     dataset: str
-    tracker: str  # its name
+    tracker: str  # name
     encoder: dict[str, Any]
     settings: dict[str, Any]
-    in_set: int  # sequences
+    in_set: int  # sequences in the dataset
     names: list[str] = field(default_factory=list)
     curves: list[Curves] = field(default_factory=list)
-    frames: list[int] = field(default_factory=list)  # that count
+    frames: list[int] = field(default_factory=list)  # that are counted
     rates: list[tuple[int, float]] = field(default_factory=list)  # frames, seconds
     left_out: dict[str, str] = field(default_factory=dict)  # sequence: why
     notes: list[str] = field(default_factory=list)
 
     def add(self, tracked: Tracked, curves: Curves, frames: int) -> None:
-        """One more sequence."""
+        """Add a sequence."""
         self.names.append(tracked.name)
         self.curves.append(curves)
         self.frames.append(frames)
@@ -252,11 +252,11 @@ class Evaluation:
 
     @property
     def of_sequences(self) -> int:
-        """How many there are in the whole data set."""
+        """Number of sequences in the whole dataset."""
         return OTB_SEQUENCES if self.dataset == OTB else self.in_set
 
     def write(self, out: Path) -> None:
-        """``track.json``."""
+        """Write ``track.json``."""
         rows = [
             {
                 "sequence": name,
@@ -288,13 +288,13 @@ class Evaluation:
         write_json(out / RESULT, content)
 
     def lines_of_left_out(self, most: int | None = None) -> list[str]:
-        """One a sequence; of more than ``most`` their number at the end."""
+        """One line per excluded sequence; beyond ``most``, one line with their number."""
         lines = [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         rest = len(lines[most:]) if most is not None else 0
         return [*lines[:most], f"left out: {rest} more"] if rest else lines
 
     def table(self) -> str:
-        """What is shown."""
+        """Lines for a terminal."""
         width = max(len(name) for name in [*self.names, "mean"])
         lines = [f"{'':{width}}  success  precision@20  precision AUC   frames/s"]
         rows = zip([*self.names, "mean"], [*self.curves, self.mean], strict=True)
@@ -324,16 +324,16 @@ def _rounded(curve: Floats) -> list[float]:
 
 
 def _rate(rates: list[tuple[int, float]]) -> float | None:
-    """Frames a second; None where none was searched."""
+    """Frames per second; None if no frame was searched."""
     frames, seconds = sum(rate[0] for rate in rates), sum(rate[1] for rate in rates)
     return round(frames / seconds, 2) if seconds > 0 else None
 
 
-_READ_AT_ONCE = 8  # frames; remote shards answer for all of them in one round trip
+_READ_AT_ONCE = 8  # frames; one round trip for remote shards
 
 
 def frames_ahead(shards: ShardSet, video: int) -> Iterator[Pixels | str]:
-    """The (H, W, 3) frames of a sequence in time order; in the place of an unreadable one, why."""
+    """Yield the (H, W, 3) frames of a sequence; for an unreadable frame, the reason."""
     count = shards.frame_count(video)
 
     def read(first: int) -> list[Pixels | str]:
@@ -359,19 +359,19 @@ def _decoded(data: bytes | UnreadableFrame) -> Pixels | str:
 SUCCESS_PLOT, PRECISION_PLOT = "success.png", "precision.png"
 _INCHES = (5.2, 3.9)
 _DPI = 150
-_FEW = 8  # sequences that are drawn one by one
+_FEW = 8  # up to so many sequences get their own curves
 _STYLES = ("-", "--", "-.", ":")
 
 
 def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curves]) -> None:
-    """Write ``success.png`` and ``precision.png``; a few sequences are drawn one by one, too."""
+    """Write ``success.png`` and ``precision.png``; few sequences get their own curves, too."""
     plots = (
         (SUCCESS_PLOT, SUCCESS_THRESHOLDS, "success", "overlap threshold", mean.success_auc, "AUC"),
         (
             PRECISION_PLOT,
             PRECISION_THRESHOLDS,
             "precision",
-            "distance of the centres, px",
+            "centre error, px",
             mean.precision_20,
             "at 20 px",
         ),
@@ -381,7 +381,7 @@ def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curv
         axes = figure.add_subplot()
         if len(sequences) <= _FEW:
             for number, (sequence, one) in enumerate(sequences.items()):
-                # Line styles, too: not everybody tells eight colours apart.
+                # Line styles, too: eight colours alone are hard to distinguish.
                 style = _STYLES[number % len(_STYLES)]
                 axes.plot(thresholds, getattr(one, kind), style, linewidth=1, label=sequence)
         axes.plot(
@@ -395,7 +395,7 @@ def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curv
             axes.axvline(20, color="#707070", linewidth=0.8, linestyle=":")
         axes.set(
             xlabel=axis,
-            ylabel=f"{kind}, share of frames",
+            ylabel=f"{kind}, fraction of frames",
             xlim=(thresholds[0], thresholds[-1]),
             ylim=(0, 1.02),
             title=f"{kind.capitalize()}, one pass, mean of {len(sequences)} sequences",
@@ -410,7 +410,7 @@ def write_plots(out: Path, tracker: str, mean: Curves, sequences: dict[str, Curv
             figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
 
 
-_ASSUMED_FPS = 30.0  # of videos, where the data set does not tell
+_ASSUMED_FPS = 30.0  # for videos if the dataset has no frame rate
 _INFERENCE = (
     *("scales", "scale_step", "scale_penalty", "scale_update", "window", "upsampling"),
     "precision",
@@ -427,7 +427,7 @@ class _Sequence:
     name: str
     video: int
     truth: Floats  # (F, 4)
-    counted: np.ndarray[tuple[int], np.dtype[np.bool_]]  # (F,) the target is there
+    counted: np.ndarray[tuple[int], np.dtype[np.bool_]]  # (F,) the target is visible
     fps: float
 
 
@@ -436,21 +436,21 @@ class _LeftOut(Exception):
 
 
 def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -> Evaluation:
-    """Track every sequence from its first box, and compare with the others.
+    """Track every sequence from its first box and compare with the true boxes.
 
-    Result files, ``track.json`` and plots are written into the folder; sequences that an
-    interrupted evaluation of the same tracker has finished are not tracked again.
+    Writes result files, ``track.json`` and plots. Sequences finished by an interrupted evaluation
+    of the same tracker are not tracked again.
 
     Args:
         config: what to evaluate, and how.
-        write_video: needed for ``video``.
+        write_video: needed for ``config.video``.
 
     Raises:
         InputError: the settings, shards or tracker cannot be used, or no sequence can be evaluated.
     """
     check_tracker(config)
     if not is_file_name(config.name):
-        raise InputError(f"{config.name!r} is no file name", "--name")
+        raise InputError(f"{config.name!r} is not a valid file name", "--name")
     shards = open_shards(config.shards)
     require_boxes(shards)
     model, said = load_tracker(Path(config.tracker))
@@ -502,7 +502,7 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
 
 
 def _training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """How a tracker was trained, as far as its checkpoint tells."""
+    """The training settings recorded in a tracker's checkpoint."""
     config = checkpoint["config"]
     found = {name: config[name] for name in _TRAINED if name in config}
     for name, recorded in (("train_shards", "shards"), ("epochs_planned", "epochs")):
@@ -521,7 +521,7 @@ def _dataset(shards: ShardSet) -> str:
 
 
 def _sequence(shards: ShardSet, video: int) -> _Sequence:
-    """What is known of a sequence; raises _LeftOut when it cannot be evaluated."""
+    """Read a sequence's record; raises _LeftOut if it cannot be evaluated."""
     try:
         record = shards.record(video)
         truth = boxes_of(record)
@@ -529,11 +529,11 @@ def _sequence(shards: ShardSet, video: int) -> _Sequence:
         raise _LeftOut(str(error)) from error
     frames = shards.frame_count(video)
     if not is_file_name(str(record.key)):
-        raise _LeftOut(f"{record.key!r} is no file name")
+        raise _LeftOut(f"{record.key!r} is not a valid file name")
     if record.dataset == OTB and not record.splits:
-        raise _LeftOut("is not of OTB-100")
+        raise _LeftOut("is not part of OTB-100")
     if record.dataset == OTB and record.source_frames not in (None, frames):
-        raise _LeftOut(f"{frames} of its {record.source_frames} frames are stored, OTB-100 has all")
+        raise _LeftOut(f"{frames} of {record.source_frames} frames are stored, OTB-100 uses all")
     if len(truth) != frames:
         raise _LeftOut(f"{len(truth)} boxes for {frames} frames")
     counted = np.ones(frames, dtype=np.bool_)
@@ -548,9 +548,9 @@ def _sequence(shards: ShardSet, video: int) -> _Sequence:
 def _track(
     tracker: Tracker, shards: ShardSet, sequence: _Sequence, found: Evaluation, shown: Progress
 ) -> tuple[Floats, Floats]:
-    """(F, 4) boxes and (F,) seconds of the tracker.
+    """Track a sequence; return (F, 4) boxes and (F,) seconds.
 
-    A frame that cannot be read keeps the box before, is counted and named.
+    An unreadable frame keeps the previous box, is counted and reported.
     """
     frames = frames_ahead(shards, sequence.video)
     first = next(frames)
@@ -579,16 +579,16 @@ def _track(
 
 def _evaluate(found: Evaluation, sequence: _Sequence, tracked: Tracked) -> None:
     boxes = tracked.boxes.copy()
-    boxes[0] = sequence.truth[0]  # the given one, whatever its file has rounded
+    boxes[0] = sequence.truth[0]  # as given, not as rounded in the file
     counted = sequence.counted
     found.add(tracked, curves(boxes[counted], sequence.truth[counted]), int(counted.sum()))
     absent = len(counted) - int(counted.sum())
     if absent:
-        found.notes.append(f"{sequence.name}: {absent} frames without the target do not count")
+        found.notes.append(f"{sequence.name}: {absent} frames without the target are not counted")
 
 
 def _annotated(shards: ShardSet, sequence: _Sequence, tracked: Tracked) -> Iterator[Pixels]:
-    """The frames with true and tracked box; an unreadable one shows the frame before."""
+    """Yield frames with true and tracked box; an unreadable frame repeats the previous one."""
     last: Pixels | None = None
     frames = frames_ahead(shards, sequence.video)
     for frame, box, truth in zip(frames, tracked.boxes, sequence.truth, strict=True):

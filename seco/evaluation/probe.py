@@ -52,13 +52,13 @@ from shards.errors import InputError
 from shards.progress import progress
 
 _MOMENTUM = 0.9
-_FIRST_DEVIATION = 0.01  # of the weights, as MoCo
+_FIRST_DEVIATION = 0.01  # of the initial weights, as in MoCo
 _LARGEST_LENGTH = 1e15  # its square divides the learning rate
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """A fitted classifier."""
+    """A fitted linear classifier."""
 
     classes: NDArray[np.int64]  # (K,) ascending
     weights: NDArray[np.float32]  # (K, D)
@@ -82,17 +82,16 @@ def fit_linear(
     device: str | torch.device = "cpu",
     advance: Callable[[], object] = lambda: None,
 ) -> LinearClassifier:
-    """Train on features (N, D) and labels (N,); the rate falls to 0 along a cosine.
+    """Train on features (N, D) and labels (N,), with cosine decay of the learning rate to 0.
 
-    Rows come in a new order in every epoch and are read as they come, so that features may be
-    larger than memory.
+    Rows are shuffled in every epoch and read batch by batch, so features may be larger than memory.
 
     Args:
-        lr: divided by the mean squared length of a row.
+        lr: learning rate; divided by the mean squared length of a row.
         advance: called after each epoch.
 
     Raises:
-        FeaturesTooLarge: the learning rate for them would be none in float32.
+        FeaturesTooLarge: the learning rate would not be representable in float32.
     """
     classes, targets = np.unique(labels, return_inverse=True)
     products = Products(features, torch.device(device))
@@ -104,10 +103,10 @@ def fit_linear(
     length = math.sqrt(square / count) or 1.0
     if not length < _LARGEST_LENGTH:
         raise FeaturesTooLarge("rows too long for float32")
-    # The first logits, too, are as they would be for unit length.
+    # So that the initial logits, too, are as for unit length.
     weights = (first * (_FIRST_DEVIATION / length)).to(products.device).requires_grad_()
     biases = torch.zeros(len(classes), device=products.device, requires_grad=True)
-    # A bias is the weight of a feature that is 1 everywhere, and is not divided.
+    # A bias is the weight of a constant feature 1, so its learning rate is not divided.
     optimizer = torch.optim.SGD(
         [{"params": [weights]}, {"params": [biases]}],
         lr=lr, momentum=_MOMENTUM, weight_decay=weight_decay,
@@ -123,7 +122,7 @@ def fit_linear(
                 )  # fmt: skip
                 optimizer.param_groups[0]["lr"] = rate / length**2
                 optimizer.param_groups[1]["lr"] = rate
-                # In order, because a file is read faster so.
+                # Sorted, because files are read faster in order.
                 chosen = rows.sort().values.to(products.device)
                 logits = linear(products.take(chosen), weights, biases)
                 optimizer.zero_grad(set_to_none=True)
@@ -140,7 +139,7 @@ RESULT, CONFUSION, PER_CLASS = "probe.json", "probe-confusion.png", "probe-per-c
 
 @dataclass(frozen=True)
 class SweptC:
-    """The figures of one value of C on the validation part."""
+    """The metrics of one value of C on the validation videos."""
 
     c: float
     top1: float
@@ -150,11 +149,11 @@ class SweptC:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Accuracies as fractions; ``confusion`` (U, U) counts rows of true by predicted class."""
+    """Accuracies as fractions; ``confusion`` (U, U) counts rows by true and predicted class."""
 
     method: str
     settings: dict[str, Any]  # C and tolerance, or neighbours and temperature, or SGD's; normalise
-    solution: str  # of an SVM: exact, or where it stopped; else empty
+    solution: str  # for an SVM, exact or where it stopped; else empty
     top1: float
     top5: float
     mean_class: float
@@ -166,14 +165,14 @@ class ProbeResult:
     dataset: str
     encoder: dict[str, Any]
     sweep: list[SweptC]
-    validation: dict[str, Any]  # what the sweep was chosen on; empty without one
+    validation: dict[str, Any]  # videos that C was chosen on; empty without a sweep
     notes: list[str]
     class_names: list[str]
     confusion: NDArray[np.int64]
-    folder: Path  # of the files
+    folder: Path  # where the files go
 
     def to_json(self) -> dict[str, Any]:
-        """``probe.json``."""
+        """The content of ``probe.json``."""
         sweep = [
             {"C": s.c, "top1": s.top1, "top5": s.top5, "mean_class": s.mean_class}
             for s in self.sweep
@@ -198,14 +197,14 @@ class ProbeResult:
         }
 
     def write(self) -> None:
-        """All files; each appears only when whole."""
+        """Write all files, each atomically."""
         with atomic_path(self.folder / CONFUSION) as temporary:
             draw_confusion(self).savefig(temporary, format="png", dpi=100)
         write_text(self.folder / PER_CLASS, self.per_class_csv())
         write_json(self.folder / RESULT, self.to_json())
 
     def per_class_csv(self) -> str:
-        """A row a class: its accuracy, and the class its videos are most often mistaken for."""
+        """One row per class: its accuracy, and the class its videos are most often mistaken for."""
         header = ("label", "label_name", "videos", "right", "accuracy", "mistaken_for", "times")
         rows: list[Sequence[object]] = [header]
         tested = [i for i, row in enumerate(self.confusion) if row.sum()]
@@ -220,7 +219,7 @@ class ProbeResult:
         return csv_text(rows)
 
     def table(self) -> str:
-        """The figures as lines for a terminal."""
+        """The metrics as lines for a terminal."""
         given = {name: value for name, value in self.settings.items() if value is not None}
         settings = ", ".join(f"{name} {value}" for name, value in given.items())
         lines = [
@@ -245,12 +244,12 @@ class ProbeResult:
         return "\n".join([*lines, printable(str(self.folder / RESULT))])
 
 
-_ACTIVITYNET_FRAMES = 50  # the authors' protocol; 30 elsewhere
+_ACTIVITYNET_FRAMES = 50  # in the authors' protocol; 30 elsewhere
 
 
 @dataclass
 class _Sets:
-    """Training and test rows as a classifier gets them."""
+    """Training and test rows after scaling."""
 
     train: FeatureMatrix
     labels: NDArray[np.int64]
@@ -259,14 +258,14 @@ class _Sets:
 
 
 def probe(config: ProbeConfig, features: Features | None = None) -> ProbeResult:
-    """Fit on the training rows, test on the others; write the results.
+    """Fit on the training rows, test on the test rows, write the results.
 
-    Features are read a block at a time and may be larger than memory.
+    Features are read block by block and may be larger than memory.
 
     Args:
-        config: as given.
-        features: instead of the folder ``config`` names; results are then written only where it
-            says so.
+        config: settings as given.
+        features: used instead of ``config.features``; results are then written only if
+            ``config.out`` is set.
 
     Raises:
         InputError: settings or feature folders cannot be used.
@@ -284,7 +283,7 @@ def probe(config: ProbeConfig, features: Features | None = None) -> ProbeResult:
             f"all {len(labels)} training videos are of one class "
             f"({rows.class_name(int(labels[0]))})",
             rows.train.folder,
-            "there is nothing to tell apart",
+            "give training videos of at least two classes",
         )
     out = results_folder(config, rows)
     written = features is None or config.out is not None
@@ -295,7 +294,7 @@ def probe(config: ProbeConfig, features: Features | None = None) -> ProbeResult:
         taken = rows.test.meta.get("frames")
         if taken != _ACTIVITYNET_FRAMES:
             notes.append(
-                f"features of {taken} frames a video; the protocol of ActivityNet has "
+                f"features of {taken} frames per video; the protocol for ActivityNet uses "
                 f"{_ACTIVITYNET_FRAMES}"
             )
     c = config.c
@@ -316,10 +315,9 @@ def probe(config: ProbeConfig, features: Features | None = None) -> ProbeResult:
 
 
 def results_folder(config: ProbeConfig, rows: TrainTest) -> Path:
-    """Where results go: those of the SVM on the usual rows beside the features.
+    """The folder for results: the feature folder for the SVM on the default rows.
 
-    Those of other methods and splits have folders of their own below, so that none replaces
-    another's.
+    Other methods and splits get subfolders, so that no result replaces another.
     """
     if config.out is not None:
         return Path(config.out)
@@ -340,17 +338,17 @@ def accuracies(
 
 
 def _checked(config: ProbeConfig) -> list[float]:
-    """Refuse settings that cannot be used; returns the values of ``--sweep``, ascending."""
+    """Validate the settings; return the values of ``--sweep``, ascending."""
     try:
         sweep = [float(value) for value in (config.sweep or "").split(",") if value.strip()]
     except ValueError:
-        raise InputError(f"{config.sweep!r} is no list of numbers", "--sweep") from None
+        raise InputError(f"{config.sweep!r} is not a list of numbers", "--sweep") from None
     if config.sweep is not None and not sweep:
-        raise InputError("holds no number", "--sweep", "for example 0.01,0.1,1,10")
+        raise InputError("is empty", "--sweep", "give numbers, for example 0.01,0.1,1,10")
     if config.method != "svm" and sweep:
-        raise InputError("only the SVM has a C", "--sweep", "leave it out or use --method svm")
+        raise InputError("only the SVM has a C", "--sweep", "remove it or use --method svm")
     if config.method != "svm" and config.tolerance is not None:
-        raise InputError("is for the SVM", "--tolerance", "leave it out or use --method svm")
+        raise InputError("is for the SVM", "--tolerance", "remove it or use --method svm")
     if config.tolerance is not None and not 0 < config.tolerance < math.inf:
         raise InputError("must be above 0", "--tolerance", "LIBLINEAR's default is 0.01")
     if not all(value > 0 and math.isfinite(value) for value in [config.c, *sweep]):
@@ -371,7 +369,7 @@ def _scaled(
     test_labels: NDArray[np.int64],
     how: str,
 ) -> _Sets:
-    """Both sets scaled by what the training rows alone say."""
+    """Scale both sets with statistics of the training rows only."""
     scaling = fit_scaling(train, how)
     return _Sets(train.scaled(scaling), labels, test.scaled(scaling), test_labels)
 
@@ -383,15 +381,15 @@ def _choose_c(
     device: torch.device,
     notes: list[str],
 ) -> tuple[float, list[SweptC], dict[str, Any]]:
-    """The C of the best top-1 on a part of the training rows (the smallest of equal ones)."""
+    """Choose the C with the best top-1 on held-out training rows (ties: the smallest)."""
     labels, features = rows.train_labels, rows.train
     groups, kind = video_groups(features)
     outside = held_out(labels, [groups[row] for row in rows.train_rows])
     if not outside.any() or len(np.unique(labels[~outside])) < 2:
         raise InputError(
-            "no part of the training videos can be held out to choose C on",
+            "no training videos can be held out to choose C",
             features.folder,
-            "leave out --sweep: there are too few videos a class or recordings",
+            "remove --sweep: there are too few videos per class or too few recordings",
         )
     inner = _scaled(
         FeatureMatrix(features.features, rows.train_rows[~outside]), labels[~outside],
@@ -416,7 +414,7 @@ def _choose_c(
 def _predict(
     config: ProbeConfig, c: float, sets: _Sets, device: torch.device, notes: list[str]
 ) -> tuple[Predictions, str]:
-    """Fit on the training rows and judge the test rows; also says how an SVM was solved."""
+    """Fit on the training rows, predict the test rows; also return an SVM's solution."""
     if config.method == "knn":
         classes = np.unique(sets.labels)
         votes = knn_votes(
@@ -446,7 +444,7 @@ def _fit(
                 device=device, advance=shown.advance,
             )  # fmt: skip
         if not np.isfinite(linear.weights).all():
-            raise InputError("training diverged", "--lr", "give a smaller one")
+            raise InputError("training diverged", "--lr", "lower it")
         return linear
     with progress(f"SVM, C {c:g}", len(np.unique(sets.labels)), "classes") as shown:
         svm = fit_svm(

@@ -32,12 +32,12 @@ from shards.opening import open_shards
 _FRAMES_AT_ONCE = 64
 _JUDGED_AT_MOST = 1000
 _TESTS = ("test", "val")
-# What `seco prepare` stores when it is told nothing; the manifest of a set says what it was told.
+# Defaults of `seco prepare`; a dataset's manifest has the values used.
 _SHORT_EDGE_PX, _QUALITY = 256, 90
 
 
 class DecodeFile(Protocol):
-    """Evenly spaced frames of a video file as JPEGs (``pipelines/``, which is another room)."""
+    """Evenly spaced frames of a video file as JPEGs; implemented in ``pipelines/``."""
 
     def __call__(
         self, path: Path, *, frames: int, short_edge: int, quality: int, timeout_seconds: float
@@ -46,7 +46,7 @@ class DecodeFile(Protocol):
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A video near another; ``right`` is None where one of the two has no label."""
+    """A neighbour; ``right`` (same label as the query) is None if one of the two has no label."""
 
     row: int
     key: str
@@ -56,13 +56,13 @@ class Neighbour:
 
 
 def query(features: Features, key: str, neighbours: int, index: NearestIndex) -> list[Neighbour]:
-    """The videos nearest to one of them, itself left out, the nearest first.
+    """The videos nearest to the video ``key``, without itself, nearest first.
 
     Args:
-        index: of all rows of ``features``.
+        index: index of all rows of ``features``.
 
     Raises:
-        InputError: there is no such video.
+        InputError: the video is not found.
     """
     row = features.find(key)
     asked = unit_vectors(features.features, np.array([row]))
@@ -72,13 +72,13 @@ def query(features: Features, key: str, neighbours: int, index: NearestIndex) ->
 def query_vector(
     features: Features, vector: NDArray[np.float32], neighbours: int, index: NearestIndex
 ) -> list[Neighbour]:
-    """The videos nearest to a feature (D,) of the same encoder, the nearest first."""
+    """The videos nearest to a feature (D,) of the same encoder, nearest first."""
     return _neighbours(features, unit_vectors(vector[None]), neighbours, index, None)
 
 
 @dataclass(frozen=True)
 class NearestShare:
-    """How many of the videos nearest to a set's videos are of their classes, on average."""
+    """Average fraction of the nearest videos that have the query's label."""
 
     share: float
     neighbours: int
@@ -86,7 +86,7 @@ class NearestShare:
     tests: bool  # the queries are test videos only
 
     def sentence(self) -> str:
-        """In words."""
+        """Say it in words."""
         which = "test videos" if self.tests else "videos with a label"
         return (
             f"averaged over {self.queries} {which}, {percent(self.share)} % of the "
@@ -97,9 +97,9 @@ class NearestShare:
 def right_among_nearest(
     features: Features, neighbours: int, index: NearestIndex
 ) -> NearestShare | None:
-    """Over the labelled test videos, or over all with a label where there are no test videos.
+    """Average over the labelled test videos, or over all labelled videos if none are test videos.
 
-    At most 1,000 of them are asked for. None without labels.
+    Uses at most 1,000 queries. None if there are no labels.
     """
     labelled = features.labels != UNLABELLED
     tests = np.zeros(len(features), dtype=bool)
@@ -124,7 +124,7 @@ def right_among_nearest(
 def frames_of_file(
     path: Path, features: Features, shards: ShardSet, decode: DecodeFile, timeout_seconds: float
 ) -> list[bytes]:
-    """The file's frames (JPEG), taken and stored as those of the features' set were.
+    """JPEG frames of the file, sampled and encoded as those of the features' dataset.
 
     Raises:
         InputError: the file cannot be decoded.
@@ -146,18 +146,18 @@ def frames_of_file(
 def encode_frames(
     jpegs: Sequence[bytes], features: Features, checkpoint: str | None, device: str = "auto"
 ) -> NDArray[np.float32]:
-    """The feature (D,) of a video's frames, by the encoder and crops ``features`` were made with.
+    """The feature (D,) of a video's frames, with the encoder and crops of ``features``.
 
     Args:
-        checkpoint: a file of this encoder; by default the path the features name.
+        checkpoint: the encoder's file; by default the path recorded in the features.
 
     Raises:
-        InputError: it is another encoder, or a frame does not decode.
+        InputError: the checkpoint is of another encoder, or a frame does not decode.
     """
     encoder = features.encoder
     source = str(checkpoint or encoder.get("checkpoint"))
     if checkpoint is None and source != RANDOM and not Path(source).is_file():
-        raise InputError("is not where it was", source, "name the encoder with --checkpoint")
+        raise InputError("not found", source, "give the encoder's file with --checkpoint")
     seed = encoder.get("seed")
     arch = str(encoder["arch"]) if source == RANDOM else None
     backbone = load_backbone(source, arch, seed if isinstance(seed, int) else 0)
@@ -167,12 +167,12 @@ def encode_frames(
             f"is another encoder ({encoder_name(own)}) than that of {features.folder} "
             f"({encoder_name(encoder)})",
             "--checkpoint",
-            "give the features' own",
+            "give the features' encoder",
         )
     short_edge, crop_size = _whole(features, "short_edge"), _whole(features, "crop_size")
     try:
         crops = [center_crop(decode_jpeg(jpeg), short_edge, crop_size) for jpeg in jpegs]
-    except BrokenJpeg as error:  # of our own encoder: the memory or disk is at fault
+    except BrokenJpeg as error:  # we encoded it ourselves, so memory or disk is at fault
         raise InputError(f"a decoded frame is damaged ({error})", "--file") from error
     images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
     on = resolve_device(device)
@@ -204,7 +204,7 @@ def _neighbours(
 
 
 def _prepared_with(shards: ShardSet) -> dict[str, Any]:
-    """The settings in the set's manifest, where it lies beside the shards."""
+    """The settings in the manifest next to the shards, if there is one."""
     first = Path(shards.addresses[0])
     manifest = first.with_name(f"{shards.name}.json")
     return read_manifest(manifest).settings if manifest.is_file() else {}
@@ -213,7 +213,7 @@ def _prepared_with(shards: ShardSet) -> dict[str, Any]:
 def _whole(features: Features, name: str) -> int:
     value = features.meta.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"does not say its {name}", features.folder, "extract the features again")
+        raise InputError(f"does not record {name}", features.folder, "extract the features again")
     return value
 
 
@@ -224,24 +224,24 @@ FRAMES_OF_NEIGHBOUR = 3
 def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
     """Write the page of the videos nearest to those of ``config.video``, or to ``config.file``.
 
-    An index saved by ``seco retrieve build`` is used if there is one.
+    Uses the index saved by ``seco retrieve build``, if there is one.
 
     Args:
-        decode: gives the frames of a video file.
+        decode: decodes the frames of a video file.
 
     Returns:
-        What to show the user: the videos, the nearest first, and where the page is.
+        Text for the user: the nearest videos, and the path of the page.
 
     Raises:
-        InputError: no such video, a file that cannot be decoded, another encoder, an index of
-            other features, or the shards cannot be opened.
+        InputError: the video is not found, the file cannot be decoded, the encoder or the index
+            does not match the features, or the shards cannot be opened.
     """
     if bool(config.video) == (config.file is not None):
-        raise InputError("give one of them", "--video KEY, --file PATH")
+        raise InputError("give exactly one of these", "--video KEY, --file PATH")
     if config.file is None and config.checkpoint is not None:
-        raise InputError("is for --file", "--checkpoint", "leave it out")
+        raise InputError("needs --file", "--checkpoint", "remove it")
     path = Path(config.html)
-    require_writable(path.parent)  # before anything that takes long
+    require_writable(path.parent)  # before anything slow
     features = read_features(config.features)
     shards = open_shards(config.shards or tuple(features.meta.get("shards", ())))
     pictures = frames_of(shards)
@@ -272,7 +272,7 @@ def write_query_page(config: QueryConfig, decode: DecodeFile) -> str:
 
 @dataclass(frozen=True)
 class Query:
-    """A query as the page shows it, and the videos nearest to it."""
+    """A query as shown on the page, with the videos nearest to it."""
 
     key: str
     label: str
@@ -284,7 +284,7 @@ class Query:
 def of_video(
     features: Features, key: str, nearest: Sequence[Neighbour], pictures: FramesOf
 ) -> Query:
-    """A video of the set with the videos nearest to it (:func:`seco.evaluation.query.query`)."""
+    """A query by a video of the dataset, with its neighbours from :func:`query`."""
     row = features.find(key)
     return Query(
         key=printable(key),
@@ -303,11 +303,11 @@ def _of_file(file: Path, frames: Sequence[bytes], nearest: Sequence[Neighbour]) 
 def render_query_page(
     features: Features, shown: Sequence[Query], share: NearestShare | None, pictures: FramesOf
 ) -> str:
-    """The page as HTML; nothing is loaded from elsewhere.
+    """The page as self-contained HTML.
 
     Args:
-        share: of :func:`seco.evaluation.query.right_among_nearest`.
-        pictures: gives the frames of the neighbours.
+        share: the result of :func:`right_among_nearest`.
+        pictures: returns the frames of the neighbours.
     """
     return render_page(
         "retrieval.html.j2",
@@ -343,15 +343,13 @@ def _query_values(one: Query, pictures: FramesOf) -> dict[str, Any]:
 
 
 def _index(config: QueryConfig, features: Features) -> NearestIndex:
-    # faiss knows cpu and cuda alone; a GPU by its number is torch's.
+    # faiss knows only cpu and cuda; GPU numbers are torch's.
     device = config.device.partition(":")[0]
     saved = Path(config.out or config.features) / INDEX
     if saved.is_file():
         return open_index(saved, features, device, config.probes)
     if config.probes is not None:
-        raise InputError(
-            "there is no saved index", saved, "run `seco retrieve build`, or leave --probes out"
-        )
+        raise InputError("index not found", saved, "run `seco retrieve build`, or remove --probes")
     return ExactIndex(unit_vectors(features.features), device)
 
 

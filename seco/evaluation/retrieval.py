@@ -38,17 +38,17 @@ class SplitRecalls:
     gallery: int
     train_split: str
     test_split: str
-    recall: dict[str, Any] | None  # of an approximate index, against the exact search
+    recall: dict[str, Any] | None  # of an approximate index, against exact search
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
     """Recalls as fractions, by k.
 
-    ``label``: a test video is found at k when one of its k nearest training videos has its label;
-    empty for a set without labels; with several splits it is their mean, and ``queries`` and
-    ``gallery`` are their sums. ``same_video``: the first half of a video finds its own second
-    half among those of all videos.
+    ``label``: a test video is a hit at k if one of its k nearest training videos has its label.
+    Empty without labels; with several splits, their mean (``queries`` and ``gallery`` are sums).
+    ``same_video``: the first half of a video is a hit if it finds its own second half among those
+    of all videos.
     """
 
     label: dict[int, float]
@@ -58,15 +58,15 @@ class RetrievalResult:
     videos: int
     train_split: str
     test_split: str
-    index: str  # "flat" or "ivfpq": of the largest gallery
-    same_video_recall: dict[str, Any] | None  # as SplitRecalls.recall
+    index: str  # "flat" or "ivfpq", for the largest gallery
+    same_video_recall: dict[str, Any] | None  # see SplitRecalls.recall
     dataset: str
     encoder: dict[str, Any]
     notes: list[str]
     splits: list[SplitRecalls]
 
     def to_json(self) -> dict[str, Any]:
-        """``retrieval.json``."""
+        """The content of ``retrieval.json``."""
         return {
             "label": _by_name(self.label),
             "same_video": _by_name(self.same_video),
@@ -86,7 +86,7 @@ class RetrievalResult:
         }
 
     def table(self) -> str:
-        """The figures as lines for a terminal."""
+        """The metrics as lines for a terminal."""
 
         def line(title: str, recalls: dict[int, float]) -> str:
             cells = "   ".join(f"R@{k} {percent(value)}%" for k, value in recalls.items())
@@ -110,13 +110,13 @@ class RetrievalResult:
 
 
 def evaluate(config: EvaluateConfig) -> RetrievalResult:
-    """R@k of test videos among training videos, and of videos' halves; writes ``retrieval.json``.
+    """Compute R@k of test among training videos, and of halves; write ``retrieval.json``.
 
     Raises:
         InputError: settings or feature folders cannot be used.
     """
     out = Path(config.out or config.features)
-    require_writable(out)  # before anything that takes long
+    require_writable(out)  # before anything slow
     features = read_features(config.features)
     if config.split not in (None, ALL_SPLITS, HELD_OUT):
         choose_split(features, config.split)
@@ -151,7 +151,7 @@ def _split_recalls(config: EvaluateConfig, rows: TrainTest) -> SplitRecalls:
     index, recall = _searched(config, gallery)
     queries = unit_vectors(rows.test.features, rows.test_rows)
     _, found = index.search(queries, max(LABEL_KS), f"R@k of {rows.test_split}")
-    # Row -1: an approximate index found fewer than asked for.
+    # -1: an approximate index found fewer rows than requested.
     right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
     return SplitRecalls(
         label=_recalls(right, LABEL_KS),
@@ -166,7 +166,7 @@ def _split_recalls(config: EvaluateConfig, rows: TrainTest) -> SplitRecalls:
 def _searched(
     config: EvaluateConfig, gallery: FeatureMatrix
 ) -> tuple[NearestIndex, dict[str, Any] | None]:
-    """An index, and its recall against the exact search where it is an approximate one."""
+    """An index, and if it is approximate, its recall against exact search."""
     index = build_index(gallery, config, config.device, "Adding")
     exact = index_kind(len(gallery), config) == "flat"
     return index, None if exact else stated_recall(index, gallery, config.device)
@@ -175,7 +175,7 @@ def _searched(
 def _halves(
     config: EvaluateConfig, queried: Features
 ) -> tuple[dict[int, float], int, dict[str, Any] | None]:
-    """R@k of the second half of each video, how many videos have two, and the index's recall."""
+    """Same-video R@k, the number of videos with two halves, and the index's recall."""
     rows = np.flatnonzero(queried.frames >= 2)
     if not len(rows):
         return {}, 0, None
@@ -186,19 +186,19 @@ def _halves(
 
 
 def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[TrainTest], list[str]]:
-    """What to search in and for, for each split; and what a reader should know."""
+    """The training and test rows of each split, and notes for the reader."""
     if (features.labels == UNLABELLED).all():
-        return [], ["no video has a label: only the halves are measured"]
+        return [], ["no video has a label: only same-video recall is computed"]
     if config.test_features is None and not features.splits and config.split != HELD_OUT:
-        return [], ["the videos have no splits: only the halves are measured"]
+        return [], ["the videos have no splits: only same-video recall is computed"]
     splits: list[str | None] = [config.split]
     if config.split == ALL_SPLITS and ALL_SPLITS not in features.splits:
         splits = [*sorted(name for name in features.splits if name.isdigit())]
         if len(splits) < 2:
             raise InputError(
-                f"a mean needs two numbered splits, here is {', '.join(features.splits)}",
+                f"a mean needs two numbered splits, found {', '.join(features.splits)}",
                 features.folder,
-                "leave --split out, or choose one with it",
+                "remove --split, or choose one split",
             )
     found = [
         read_train_test(
@@ -210,7 +210,7 @@ def _labelled_rows(config: EvaluateConfig, features: Features) -> tuple[list[Tra
 
 
 def _recalls(right: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[int, float]:
-    """The share of rows (Q, k) with a hit among the first k, for each k."""
+    """The fraction of rows (Q, k) with a hit among the first k, for each k."""
     return {k: float(right[:, :k].any(axis=1).mean()) for k in ks}
 
 

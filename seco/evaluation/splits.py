@@ -22,16 +22,16 @@ from seco.features.store import Features, read_features, require_same_encoder
 from shards.errors import InputError
 
 GROUPS, RECORDINGS, SINGLE_VIDEOS = "groups", "recordings", "single videos"
-HELD_OUT = "held-out"  # a split that is made here, where the videos have none
-TEST_SHARE = 0.3  # of each class in it
-_TEST_VALUES = ("test", "val")  # the test sets of Kinetics and ActivityNet have no public labels
+HELD_OUT = "held-out"  # a split made here, for videos without one
+TEST_SHARE = 0.3  # of each class
+_TEST_VALUES = ("test", "val")  # the test videos of Kinetics and ActivityNet have no public labels
 
 
 def video_groups(features: Features) -> tuple[list[str], str]:
-    """The group of each video (V,), and in words what the groups are.
+    """The group of each video (V,), and what the groups are in words.
 
-    In this order: the column ``group`` of ``videos.csv`` (a video without one is its own group),
-    the recordings that the file names of UCF101 and HMDB51 tell, the videos themselves.
+    Taken, in this order, from the column ``group`` of ``videos.csv`` (a video with an empty field
+    is its own group), the recordings in the file names of UCF101 and HMDB51, the videos themselves.
     """
     if features.groups is not None and any(features.groups):
         pairs = zip(features.groups, features.keys, strict=True)
@@ -42,11 +42,11 @@ def video_groups(features: Features) -> tuple[list[str], str]:
 
 @dataclass(frozen=True)
 class TrainTest:
-    """Rows of one feature folder, or of two; ``unlabelled`` rows of the splits are left out."""
+    """Training and test rows of one or two feature folders, without ``unlabelled`` rows."""
 
     train: Features
     train_rows: NDArray[np.int64]
-    train_split: str  # "1 train", or "all" where the folder has no splits
+    train_split: str  # such as "1 train"; "all" if the folder has no splits
     test: Features
     test_rows: NDArray[np.int64]
     test_split: str
@@ -54,16 +54,16 @@ class TrainTest:
 
     @property
     def train_labels(self) -> NDArray[np.int64]:
-        """(N,) labels to train on."""
+        """(N,) labels of the training rows."""
         return self.train.labels[self.train_rows]
 
     @property
     def test_labels(self) -> NDArray[np.int64]:
-        """(M,) labels to test on."""
+        """(M,) labels of the test rows."""
         return self.test.labels[self.test_rows]
 
     def class_name(self, label: int) -> str:
-        """The label's name, or its number where it has none."""
+        """The label's name, or its number if it has none."""
         return self._names.get(label, str(label))
 
     @cached_property
@@ -71,7 +71,7 @@ class TrainTest:
         return self.train.class_names() | self.test.class_names()
 
     def notes(self) -> list[str]:
-        """What a reader of the figures should know."""
+        """Notes for readers of the metrics."""
         return split_notes(self.unlabelled, self.train_labels, self.test_labels, self.class_name)
 
 
@@ -85,15 +85,15 @@ def read_train_test(
     """Open the feature folder(s) and choose the rows.
 
     Args:
-        test_folder: where the test rows are, if not in ``folder``.
-        split: the split's name; by default "1", else "official", else the only one. "held-out":
-            test on 30 % of the labelled videos, recordings whole.
-        train_value: rows of the split to train on.
-        test_value: rows to test on; by default "test", or "val" where test has no labelled row.
+        test_folder: folder of the test rows; by default ``folder``.
+        split: the split's name; by default "1", else "official", else the only one. "held-out"
+            tests on 30 % of the labelled videos, in whole recordings.
+        train_value: the split's value of training rows.
+        test_value: that of test rows; by default "test", or "val" if no test row has a label.
 
     Raises:
-        InputError: a folder cannot be used, no row is left, two folders do not go together, or a
-            video would be trained on and tested.
+        InputError: a folder cannot be used, no row is left, two folders do not match, or a video
+            would be in both training and test rows.
     """
     train = read_features(folder)
     test = train if test_folder is None else read_features(test_folder)
@@ -107,16 +107,16 @@ def train_test(
     train_value: str = "train",
     test_value: str | None = None,
 ) -> TrainTest:
-    """The same for open folders; ``test`` may be ``train`` itself.
+    """Choose the rows of open folders; ``test`` may be ``train`` itself.
 
     Raises:
-        InputError: as :func:`read_train_test`.
+        InputError: as in :func:`read_train_test`.
     """
     if test is not train:
         require_same_encoder(train, test)
         if train.features.shape[1] != test.features.shape[1]:
             raise InputError(
-                f"has {test.features.shape[1]} values a video, and {train.folder} has "
+                f"has {test.features.shape[1]} values per video, {train.folder} has "
                 f"{train.features.shape[1]}",
                 test.folder,
                 "extract both with the same checkpoint",
@@ -128,7 +128,7 @@ def train_test(
             raise InputError(
                 "no labelled video can be held out",
                 train.folder,
-                "two videos of each class are needed, and of two recordings",
+                "each class needs two videos from two recordings",
             )
         return drawn
     train_name = choose_split(train, split)
@@ -139,8 +139,8 @@ def train_test(
         raise InputError(
             "has no splits",
             train.folder,
-            "give the test videos' folder with --test-features, or --split held-out to test on "
-            "30 % of these",
+            "give a folder of test videos with --test-features, or use --split held-out to test "
+            "on 30 % of these",
         )
     train_rows, train_unlabelled = labelled_rows(train, train_name, train_value)
     values = (test_value,) if test_value is not None else _TEST_VALUES
@@ -166,7 +166,7 @@ def train_test(
 
 
 def held_out_split(features: Features) -> TrainTest:
-    """About 30 % of every class to test on, recordings whole, the same videos every time."""
+    """A deterministic split that tests on about 30 % of every class, in whole recordings."""
     labelled = np.flatnonzero(features.labels != UNLABELLED)
     groups, _ = video_groups(features)
     outside = held_out(features.labels[labelled], [groups[row] for row in labelled], TEST_SHARE)
@@ -184,9 +184,9 @@ def held_out_split(features: Features) -> TrainTest:
 def _require_apart(
     train: Features, train_rows: NDArray[np.int64], test: Features, test_rows: NDArray[np.int64]
 ) -> None:
-    """Refuse to test on what was trained on.
+    """Refuse overlapping training and test rows.
 
-    Sets of their own may have equal keys by chance: a video is the same when its features are, too.
+    Separate datasets may share keys by chance, so features must be equal, too.
     """
     tested = {test.keys[row]: row for row in test_rows.tolist()}
     both = [
@@ -201,7 +201,7 @@ def _require_apart(
     if both:
         some = ", ".join(both[:NAMED]) + (", ..." if len(both) > NAMED else "")
         raise InputError(
-            f"{len(both)} videos would be trained on and tested ({some})",
+            f"{len(both)} videos are in both train and test ({some})",
             train.folder if train is test else test.folder,
             "choose other rows with --train-split, --test-split or --test-features",
         )
@@ -214,5 +214,5 @@ def _require_same_labels(train: Features, test: Features) -> None:
             raise InputError(
                 f"label {label} is {name!r} here and {names[label]!r} in {train.folder}",
                 test.folder,
-                "prepare both sets with the same annotations",
+                "prepare both datasets with the same annotations",
             )

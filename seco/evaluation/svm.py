@@ -57,8 +57,8 @@ _TOLERANCE = 1e-2
 def line_search(inner: Tensor, square: Tensor, margin: Tensor, change: Tensor, c: float) -> Tensor:
     """The step (K,) to each class's minimum along its direction d.
 
-    The objective's derivative along a line is piecewise linear and rising, so that Newton's method,
-    kept between the last step too short and the last too long, finds its zero in a few rounds.
+    The derivative along a line is piecewise linear and increasing, so Newton's method, bracketed by
+    the last step too short and the last too long, finds its zero in a few rounds.
 
     Args:
         inner: (K,) w·d.
@@ -83,7 +83,7 @@ def line_search(inner: Tensor, square: Tensor, margin: Tensor, change: Tensor, c
 def _derivatives(
     step: Tensor, inner: Tensor, square: Tensor, margin: Tensor, change: Tensor, c: float
 ) -> tuple[Tensor, Tensor]:
-    """The objective's first and second derivative (K,) by the step; a class's rows at a time."""
+    """First and second derivative (K,) of the objective by the step, class by class."""
     first, second = torch.empty_like(step), torch.empty_like(step)
     for k in range(len(step)):
         inside = (margin[k] - step[k] * change[k]).clamp_(min=0)
@@ -93,11 +93,10 @@ def _derivatives(
 
 
 def factor(matrix: Tensor) -> Tensor:
-    """The Cholesky factor of a matrix that is positive-definite but for rounding.
+    """The Cholesky factor of a matrix that is positive-definite up to rounding.
 
     Features of 10⁸ and more (a network after a few steps) swamp the identity in float64. A larger
-    diagonal changes the direction's length and slant, not that it goes down, and the line search
-    takes care of the rest.
+    diagonal changes the direction, but it still descends, and the line search does the rest.
     """
     more = torch.finfo(matrix.dtype).eps * float(matrix.diagonal().abs().mean())
     while True:
@@ -111,14 +110,14 @@ def factor(matrix: Tensor) -> Tensor:
 
 _MAX_CG = 200
 _FIRST_TOLERANCE = 0.1
-_FEW = 0.1  # share of rows below which a class gathers them: reading all costs more
+_FEW = 0.1  # fraction of rows below which gathering them is cheaper than reading all
 _GATHERED_BYTES = 256 << 20
-_SMALL_DIMENSION = 256  # up to this the matrix is factorised
-_EXACT_AFTER = 25  # steps; a class that takes more needs better directions than float32 gives
+_SMALL_DIMENSION = 256  # up to here the matrix is factorised
+_EXACT_AFTER = 25  # steps, after which a class gets float64 directions
 
 
 class Newton:
-    """Minimises for groups of classes; the eigenvectors are computed once, when needed."""
+    """Truncated Newton for groups of classes; computes the eigenvectors once, when needed."""
 
     def __init__(self, products: Products, c: float, gap: float) -> None:
         self.products, self.c, self.gap = products, c, gap
@@ -136,7 +135,7 @@ class Newton:
         max_steps: int,
         advance: Callable[[int], object],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From weights (K, D): the minimum's, its objective, relative gap and steps (K,)."""
+        """Minimise from weights (K, D): the new weights, and objective, gap and steps (K,)."""
         c, count = self.c, len(weights)
         weights = weights.clone()
         objective, gap = weights.new_empty(count), weights.new_empty(count)
@@ -173,7 +172,7 @@ class Newton:
         return weights, objective, gap, steps
 
     def _direction(self, gradient: Tensor, active: Tensor, progress: Tensor, number: int) -> Tensor:
-        """(K, D); ``progress`` (K,) is the gradient's norm beside the first one."""
+        """(K, D) Newton directions; ``progress`` (K,) is the gradient norm over the first one."""
         products, direction = self.products, torch.empty_like(gradient)
         counts = active.sum(1)
         tolerance = torch.clamp(progress.sqrt(), max=_FIRST_TOLERANCE).square()
@@ -201,7 +200,7 @@ class Newton:
         return direction
 
     def _factorised(self, gradient: Tensor, active: Tensor) -> Tensor:
-        """The same (K, D) by factorising each class's matrix, summed a block of rows at a time."""
+        """(K, D) directions by factorising each class's matrix, summed over blocks of rows."""
         dimension = gradient.shape[1]
         matrices = torch.eye(dimension, dtype=gradient.dtype, device=gradient.device)
         matrices = matrices.repeat(len(gradient), 1, 1)
@@ -224,12 +223,12 @@ class Newton:
         dtype: torch.dtype,
         curve: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, int]:
-        """Directions (K, D) float64 and the rounds taken.
+        """Directions (K, D) in float64, and the number of rounds.
 
         Args:
-            counts: (K,) rows within the margin.
-            tolerance: (K,) of the squared residual in the preconditioner's norm.
-            curve: Xᵀ A X v of vectors (k, D) of the chosen classes (k,).
+            counts: (K,) numbers of rows within the margin.
+            tolerance: (K,) relative squared residual in the preconditioner's norm.
+            curve: Xᵀ A X v for vectors (k, D) of the chosen classes (k,).
         """
         values, vectors = (part.to(dtype) for part in self._spectrum)
         share = (counts / self.products.count).to(dtype)
@@ -238,7 +237,7 @@ class Newton:
         def precondition(residual: Tensor, chosen: Tensor) -> Tensor:
             return ((residual @ vectors) * scale[chosen]) @ vectors.T
 
-        # Scaled, because float32 has no room for the squares of the largest gradients.
+        # Scaled, because squares of the largest gradients overflow float32.
         size = gradient.norm(dim=1, keepdim=True).clamp(min=1e-300)
         live = torch.arange(len(gradient), device=gradient.device)
         residual = (-gradient / size).to(dtype)
@@ -267,9 +266,9 @@ class Newton:
 
 MAX_STEPS = 1000  # LIBLINEAR's
 _CG_TOLERANCE = 0.1  # of the gradient's norm
-# Ratios of actual to predicted decrease: a step is taken above the first.
+# Ratios of actual to predicted decrease; a step is taken above the first.
 _TAKEN, _POOR, _GOOD = 1e-4, 0.25, 0.75
-# What the radius is multiplied by: at least, after a poor step at most, after a good one at most.
+# Factors of the radius: minimum, maximum after a poor step, maximum after a good one.
 _LEAST, _POOR_MOST, _GOOD_MOST = 0.25, 0.5, 4.0
 
 
@@ -280,7 +279,7 @@ def fit_as_liblinear(
     tolerance: float,
     advance: Callable[[int], object],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights (K, D), objective, relative gap, steps, and whether the rule is met (K,)."""
+    """Fit as LIBLINEAR does; return weights (K, D), and objective, gap, steps, converged (K,)."""
     count = len(rest.own)
     weights = torch.zeros(count, products.dimension, dtype=torch.float64, device=products.device)
     margin = rest.margins(products.scores(weights))
@@ -311,7 +310,7 @@ def fit_as_liblinear(
         before = torch.where(steps[live] == 0, torch.minimum(radius[live], length), radius[live])
         radius[live] = _radius(before, length, slope, actual, predicted)
         taken = actual > _TAKEN * predicted
-        # At the end of float64 neither the objective nor its model goes down any more.
+        # At float64 precision, neither the objective nor its model decreases any more.
         least = 1e-12 * objective[live]
         stuck[live] = (actual.abs() <= least) & (predicted.abs() <= least)
         chosen = live[taken]
@@ -330,21 +329,21 @@ def fit_as_liblinear(
 
 
 def _objective(weights: Tensor, margin: Tensor, c: float) -> Tensor:
-    """(K,) at weights (K, D) with margins (K, N) 1 - y w·x."""
+    """(K,) objective at weights (K, D) with margins (K, N) 1 - y w·x."""
     return 0.5 * weights.square().sum(1) + c * margin.clamp(min=0).square_().sum(1)
 
 
 def _gradient(
     products: Products, rest: OneVsRest, weights: Tensor, margin: Tensor, c: float
 ) -> Tensor:
-    """(K, D) of the objective."""
+    """(K, D) gradient of the objective."""
     return weights - 2 * c * products.combine(rest.signed_(margin.clamp(min=0)))
 
 
 def _radius(
     radius: Tensor, length: Tensor, slope: Tensor, actual: Tensor, predicted: Tensor
 ) -> Tensor:
-    """The next radius (K,) of the region, from how well its model predicted a step."""
+    """The next trust-region radius (K,), from how well the model predicted the step."""
     curvature = -actual - slope  # of the objective along the step
     factor = torch.where(curvature <= 0, _GOOD_MOST, (-0.5 * slope / curvature).clamp(min=_LEAST))
     wanted = factor * length
@@ -368,7 +367,7 @@ def _radius(
 def _conjugate_gradients(
     products: Products, gradient: Tensor, active: Tensor, radius: Tensor, c: float
 ) -> tuple[Tensor, Tensor]:
-    """Newton's step (K, D) as far as the region goes, and what it leaves of the gradient (K, D)."""
+    """The Newton step (K, D) within the trust region, and its residual (K, D)."""
     step, residual = torch.zeros_like(gradient), -gradient
     search, square = residual.clone(), residual.square().sum(1)
     enough = _CG_TOLERANCE * square.sqrt()
@@ -392,7 +391,7 @@ def _conjugate_gradients(
 
 
 def _to_edge(step: Tensor, along: Tensor, radius: Tensor) -> Tensor:
-    """The a > 0 (K,) with ||step + a · along|| = radius; steps lie inside and lengthen."""
+    """The a > 0 (K,) with ||step + a · along|| = radius, for steps inside the region."""
     inner, square = (step * along).sum(1), along.square().sum(1)
     room = (radius.square() - step.square().sum(1)).clamp(min=0)
     return room / (inner + (inner.square() + square * room).sqrt())
@@ -404,25 +403,25 @@ _FILLED_AT_ONCE = 128  # rows
 
 @dataclass
 class WorkingSet:
-    """The rows of one class, their kernel matrix and coefficients."""
+    """The working set of one class: rows, kernel matrix and coefficients."""
 
-    index: Tensor  # (n,) row numbers
+    index: Tensor  # (n,) row indices
     sign: Tensor  # (n,) y, float64
     kernel: Tensor  # (n, n) float32 or float64
     coefficients: Tensor  # (n,) b = y a with a >= 0, float64
 
     @classmethod
     def empty(cls, device: torch.device, dtype: torch.dtype) -> WorkingSet:
-        """No rows yet; ``dtype`` is the kernel's."""
+        """A set without rows; ``dtype`` is the kernel's."""
         nothing = torch.zeros(0, dtype=torch.float64, device=device)
         return cls(nothing.long(), nothing, nothing.to(dtype)[:, None].expand(0, 0), nothing)
 
     def replace(self, kept: Tensor, new: Tensor, new_sign: Tensor, x: Tensor) -> int:
-        """Keep some rows and add others; returns the entries of the kernel matrix computed.
+        """Keep some rows and add others; return the number of kernel entries computed.
 
         Args:
-            kept: (m,) which of the rows stay.
-            new: (p,) row numbers that are added, with ``new_sign`` (p,).
+            kept: (m,) positions of the rows to keep.
+            new: (p,) indices of the rows to add, with ``new_sign`` (p,).
             x: (m + p, D) the features of all of them, in this order.
         """
         m = len(kept)
@@ -437,25 +436,25 @@ class WorkingSet:
         return computed
 
     def solve(self, margin: Tensor, c: float) -> None:
-        """Coefficients of the minimum over these rows alone.
+        """Set the coefficients to the minimum over these rows alone.
 
-        Only changes go through the kernel matrix. Its rounding therefore shrinks with each call, as
+        Only changes go through the kernel matrix, so its rounding error shrinks with each call, as
         in iterative refinement.
 
         Args:
-            margin: (n,) 1 - y w·x in float64, at the coefficients there are.
+            margin: (n,) 1 - y w·x in float64, at the current coefficients.
         """
         kernel = self.kernel.double()
         b, sign = self.coefficients, self.sign
         active = margin > 0
         for _ in range(_MAX_NEWTON):
             inside = active.nonzero().flatten()
-            target = -b  # rows outside the margin lose their coefficient
+            target = -b  # rows outside the margin get coefficient 0
             right = (sign * margin - b / (2 * c))[inside]
             leaving = (~active & (b != 0)).nonzero().flatten()
             if len(leaving):
                 right = right + (b[leaving] @ kernel[leaving])[inside]
-            matrix = self.kernel[inside][:, inside].double()  # float32 rows are copied faster
+            matrix = self.kernel[inside][:, inside].double()  # float32 is copied faster
             matrix.diagonal().add_(1 / (2 * c))
             target[inside] = torch.cholesky_solve(right[:, None], factor(matrix))[:, 0]
             product = kernel @ target
@@ -472,15 +471,16 @@ class WorkingSet:
         self.coefficients = sign * (sign * b).clamp(min=0)
 
     def lower_bound(self, square: Tensor, c: float) -> Tensor:
-        """The dual objective, below the minimum over all rows; ``square`` is ||X_Wᵀ b||²."""
+        """The dual objective, a lower bound over all rows; ``square`` is ||X_Wᵀ b||²."""
         a = self.coefficients.abs()
         return a.sum() - square / 2 - a.square().sum() / (4 * c)
 
 
 def _fill(kernel: Tensor, x: Tensor, start: int) -> int:
-    """Rows and columns of X Xᵀ from ``start`` on; of what is symmetric nearly a half is spared.
+    """Fill rows and columns of X Xᵀ from ``start`` on, using its symmetry.
 
-    Returns the number of entries computed.
+    Returns:
+        The number of entries computed.
     """
     computed = 0
     step = max(_FILLED_AT_ONCE, (len(x) - start) // 8)
@@ -492,15 +492,15 @@ def _fill(kernel: Tensor, x: Tensor, start: int) -> int:
     return computed
 
 
-_PROOF_FROM = 1e-4  # gaps above this are seen well enough with float32 margins
-_UNPROVEN_ROUNDS = 8  # after which margins are float64 in any case
+_PROOF_FROM = 1e-4  # above this gap, float32 margins are precise enough
+_UNPROVEN_ROUNDS = 8  # after these, margins are always float64
 _FIRST_ROWS = 512
 _LEAST_GROWTH = 128
-_MOST_ROWS = 2048  # its Cholesky factor costs what a pass over many rows does
+_MOST_ROWS = 2048  # where a Cholesky factor costs as much as a pass over many rows
 
 
 class WorkingSets:
-    """Classes (K) being solved; results are valid where ``gap`` is finite."""
+    """Working-set solver for K classes; results are valid where ``gap`` is finite."""
 
     def __init__(self, products: Products, rest: OneVsRest, c: float) -> None:
         device, count = products.device, len(rest.own)
@@ -510,17 +510,17 @@ class WorkingSets:
         self.gap = self.objective.clone()  # relative
         self.rounds = torch.zeros(count, dtype=torch.int64, device=device)
         self._bound = torch.zeros_like(self.objective)
-        # Rounding of the kernel matrix must be small beside the 1 / 2C on its diagonal.
+        # Rounding of the kernel matrix must be small compared with the 1 / 2C on its diagonal.
         rounding = 2 * c * products.largest_square * torch.finfo(torch.float32).eps
         dtype = torch.float64 if rounding > 1e-3 else torch.float32
         self._sets = [WorkingSet.empty(device, dtype) for _ in range(count)]
-        # Past the dimension the other form of Newton's matrix is the smaller one.
+        # With more rows than dimensions, the primal form of Newton's matrix is smaller.
         self._most = max(_LEAST_GROWTH, min(products.dimension, _MOST_ROWS))
         if device.type == "cuda":
-            self._most = min(self._most, _FIRST_ROWS)  # many small factors do not fill it
+            self._most = min(self._most, _FIRST_ROWS)  # many small factorisations do not fill a GPU
 
     def run(self, gap: float, most_rounds: int, advance: Callable[[int], object]) -> list[int]:
-        """Solve; returns the classes that are not proven to be within ``gap``."""
+        """Solve; return the classes not proven to be within ``gap``."""
         live, left = list(range(len(self._sets))), []
         margin: Tensor | None = None  # (live, N) 1 - y w·x
         for number in range(most_rounds):
@@ -549,24 +549,24 @@ class WorkingSets:
         return sorted(left + live)
 
     def _evaluate(self, index: Tensor, weights: Tensor, proven: bool) -> Tensor:
-        """Margins (k, N) of classes' weights (k, D); keeps the weights that are the best so far."""
+        """Margins (k, N) of weights (k, D); also keeps the best weights so far."""
         scores = self._products.scores(weights if proven else weights.float())
         margin = self._rest.part(index).margins(scores)
-        # A class at a time: the (k, N) products would be as large again.
+        # Class by class: the (k, N) products would need the same memory again.
         loss = torch.stack([row.clamp(min=0).double().square_().sum() for row in margin])
         value = 0.5 * weights.square().sum(1) + self._c * loss
         better = value < self.objective[index]
         self.weights[index[better]] = weights[better]
         objective = torch.minimum(self.objective[index], value)
         self.gap[index] = 1 - self._bound[index] / objective.clamp(min=1e-300)
-        # What float32 makes of an objective must not stand for the lowest one.
+        # A float32 objective must not count as the lowest so far.
         self.objective[index] = objective if proven else torch.inf
         return margin
 
     def _solve(self, k: int, margin: Tensor | None) -> Tensor | None:
-        """Renew class k's rows by the margins (N,) of all and solve: weights (D,).
+        """Update class k's rows from the margins (N,) of all rows and solve for weights (D,).
 
-        None when it would take too many rows.
+        None if that would take too many rows.
         """
         own, ws = self._rest.own[k], self._sets[k]
         if margin is None:
@@ -591,7 +591,7 @@ class WorkingSets:
         return weights
 
     def _first_rows(self, own: Tensor) -> Tensor:
-        """All rows if they are few, else of a class's own and evenly spaced others."""
+        """All rows if there are few; else some of the class's own, and evenly spaced others."""
         count = self._products.count
         if count <= self._most // 2:
             return torch.arange(count, device=own.device)
@@ -607,13 +607,13 @@ class WorkingSets:
 
 _Advance = Callable[[int], object]
 
-# How far a class's objective may lie above its minimum, relatively, by the dual bound. LIBLINEAR's
-# rule compares gradients instead, and stops many per cent above on features of unequal directions.
+# How far a class's objective may be above its minimum, relatively, by the dual bound. LIBLINEAR's
+# rule compares gradients instead, and stops many per cent above it on ill-conditioned features.
 RELATIVE_GAP = 1e-8
 
 MAX_ROUNDS = 40
 _GROUP = 64  # classes at a time: enough for fast matrix products
-_GROUP_BYTES = 1 << 30  # of the (K, N) arrays of a group
+_GROUP_BYTES = 1 << 30  # for the (K, N) arrays of a group
 
 
 @dataclass(frozen=True)
@@ -623,12 +623,12 @@ class LinearSVM:
     classes: NDArray[np.int64]  # (K,) the labels in ascending order
     weights: NDArray[np.float64]  # (K, D)
     objective: NDArray[np.float64]  # (K,) reached
-    gap: NDArray[np.float64]  # (K,) what it is above the minimum at most, relatively
+    gap: NDArray[np.float64]  # (K,) bound on its relative distance from the minimum
     rounds: NDArray[np.int64]  # (K,) working sets and Newton steps
-    converged: NDArray[np.bool_]  # (K,) false where what was asked for was not reached
+    converged: NDArray[np.bool_]  # (K,) whether the requested precision was reached
     solution: str  # in words: exact, or where it stopped
     passes: int  # over the features, by all groups of classes
-    pass_seconds: float  # what these took
+    pass_seconds: float  # their duration
     flops: dict[str, float]  # of the matrix products with the features, by precision
 
     def scores(self, features: NDArray[Any]) -> NDArray[np.float64]:
@@ -658,17 +658,17 @@ def fit_svm(
     Args:
         features: an array, or rows of one that may be larger than memory.
         c: LIBLINEAR's C, the weight of the loss against the regulariser.
-        gap: a class is finished when its objective is proven to be within this of its minimum,
-            relatively.
+        gap: a class is finished when its objective is proven to be within this relative distance
+            of its minimum.
         tolerance: stop each class where LIBLINEAR's primal solver does at this tolerance, which is
-            not the minimum; ``gap`` and ``max_rounds`` are not used then.
+            not the minimum; ``gap`` and ``max_rounds`` are then ignored.
         device: where the matrix products run.
-        max_rounds: working sets of a class, and then Newton steps, at most.
-        advance: told how many more classes are finished.
+        max_rounds: maximum number of working sets per class, and then of Newton steps.
+        advance: called with the number of classes just finished.
 
     Raises:
-        ValueError: no rows, sizes that do not match, features that are not finite, or a C, gap or
-            tolerance that is not above 0.
+        ValueError: there are no rows, sizes do not match, features are not finite, or C, gap or
+            tolerance is not above 0.
     """
     if isinstance(features, FeatureMatrix):
         rows, shape = features, (len(features), features.dimension)
@@ -718,7 +718,7 @@ def fit_svm(
 def _fit_group(
     products: Products, rest: OneVsRest, newton: Newton, most_rounds: int, advance: _Advance
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights (K, D), objective, gap, rounds and whether it is proven (K,) of some classes."""
+    """Fit some classes: weights (K, D), and objective, gap, rounds, whether proven (K,)."""
     sets = WorkingSets(products, rest, newton.c)
     left = sets.run(newton.gap, most_rounds, advance)
     if left:

@@ -36,20 +36,20 @@ from seco.processes.device import resolve_device, to_device
 from shards.atomic import require_writable, write_text
 from shards.errors import InputError
 
-# The original (MATLAB) code's limits of the size, as factors of the first box.
+# Limits of the size in the original (MATLAB) code, as factors of the first box.
 _SMALLEST, _LARGEST = 0.2, 5.0
 
 
 class Tracker:
-    """Follows a target; the exemplar is the first frame's and is not updated.
+    """Follows a target; the exemplar is from the first frame and is not updated.
 
-    The centre stays within the frame and the size between 0.2 and 5 times the first, whatever the
-    responses say; boxes may reach out of the frame.
+    The centre is clamped to the frame, and the size to 0.2 to 5 times the first. Boxes may extend
+    beyond the frame.
 
     Args:
-        model: of :func:`seco.checkpoints.weights.load_tracker`.
-        config: of the inference.
-        device: where it computes.
+        model: the result of :func:`seco.checkpoints.weights.load_tracker`.
+        config: inference settings.
+        device: where to compute.
     """
 
     def __init__(self, model: SiamFC, config: TrackerConfig, device: torch.device) -> None:
@@ -67,10 +67,10 @@ class Tracker:
         self._window = (window / window.sum()).to(device, torch.float32)
         self._bias = model.head.bias.item()
         self.target = Target(0, 0, 0, 0)
-        self.score = 0.0  # of the last frame: how sure the head is of the place, 0 … 1
+        self.score = 0.0  # the head's confidence in the last frame, 0 … 1
 
     def init(self, frame: Pixels, box: Any) -> None:
-        """Take the target from a frame.
+        """Start tracking the target in ``box``.
 
         Args:
             frame: (H, W, 3) uint8.
@@ -95,19 +95,19 @@ class Tracker:
                 self._exemplar = self._model.head.exemplar(features)
 
     def update(self, frame: Pixels) -> NDArray[np.float64]:
-        """(4,) x, y, w, h in the next frame, of any size of its own; :attr:`score` goes along."""
+        """(4,) x, y, w, h in the next frame, of any size; also sets :attr:`score`."""
         side = self.target.exemplar_side * SEARCH_PX / EXEMPLAR_PX
         with torch.inference_mode():
             crops = self._crops(frame, [side * factor for factor in self._factors], SEARCH_PX)
             with self._precision():
                 search = self._model.head.search(self._model.backbone(normalise(crops)))
-                # Without the learnt bias: a factor on a negative one would be a reward.
+                # Without the learnt bias: a penalty factor on a negative response would reward it.
                 responses = self._model.head.correlation(self._exemplar, search)
             found = peak(responses, self._penalty, self._window, self._config.window)
         number, down, across, response = found.tolist()
         self.score = (1 + math.tanh((response + self._bias) / 2)) / 2  # sigmoid; exp overflows
         factor = self._factors[int(number)]
-        # From cells of the upsampled response to px of the frame.
+        # px of the frame per cell of the upsampled response.
         px = STRIDE / self._config.upsampling * side * factor / SEARCH_PX
         middle = (self._response_px - 1) / 2
         self._move((across - middle) * px, (down - middle) * px, factor, frame)
@@ -135,13 +135,13 @@ class Tracker:
 
 
 def peak(responses: Tensor, penalty: Tensor, window: Tensor, influence: float) -> Tensor:
-    """Where the target is: the scale with the highest response, and the place in it.
+    """Locate the target: the scale with the highest response, and the position in it.
 
     Args:
-        responses: (n, 17, 17) of the scales.
-        penalty: (n,) factors of their upsampled responses.
-        window: (S, S) Hann window of sum 1, S being what the responses are upsampled to.
-        influence: share of the window in what decides the place.
+        responses: (n, 17, 17) responses of the scales.
+        penalty: (n,) factors applied to the upsampled responses.
+        window: (S, S) Hann window of sum 1; responses are upsampled to S.
+        influence: weight of the window, 0 … 1.
 
     Returns:
         (4,) float64: scale, row and column in the upsampled response, and the response there.
@@ -156,13 +156,13 @@ def peak(responses: Tensor, penalty: Tensor, window: Tensor, influence: float) -
     mixed = (1 - influence) * shifted / (shifted.sum() + 1e-16) + influence * window
     place = mixed.argmax()
     score = chosen.flatten().index_select(0, place.view(1))[0]
-    # In one tensor, to be fetched from the device at once.
+    # One tensor, so that one copy fetches it from the device.
     return torch.stack(
         [scale.double(), place.double() // size, place.double() % size, score.double()]
     )
 
 
-# Writes frames (H, W, 3), all of one size, as a video of so many frames a second.
+# Writes frames (H, W, 3) of equal size as a video: (path, frames per second, frames).
 WriteVideo = Callable[[Path, float, Iterable[Pixels]], None]
 
 TRACKED = (255, 64, 32)
@@ -172,9 +172,9 @@ TRUE = (64, 220, 96)
 def with_boxes(
     frame: Pixels, boxes: Iterable[tuple[Sequence[float] | NDArray[np.float64], tuple[int, ...]]]
 ) -> Pixels:
-    """A copy of the frame with the outline of each (box, colour); what is outside is not drawn.
+    """A copy of the frame with the outline of each (box, colour), clipped to the frame.
 
-    Boxes are x, y, w, h, px; the first pixel is 1. A box of less than a pixel is drawn as one.
+    Boxes are x, y, w, h, px; the first pixel is 1. Boxes are drawn at least one pixel large.
     """
     drawn: Pixels = frame.copy()
     height, width = frame.shape[:2]
@@ -201,24 +201,24 @@ def _inside(span: tuple[int, int], size: int) -> slice:
 
 
 _HEADER = "frame,seconds,x,y,width,height,score\n"
-_ASSUMED_FPS = 25.0  # ffmpeg's, where a file does not tell
+_ASSUMED_FPS = 25.0  # ffmpeg's default, for files without a frame rate
 
 TimedFrames = Iterable[tuple[float, bytes]]  # seconds, JPEG
 
 
 def output_paths(config: TrackRunConfig) -> tuple[Path, Path]:
-    """(boxes, video) that will be written.
+    """The output paths (boxes, video).
 
     Raises:
-        InputError: one would be written over the source or over the other, or is a folder.
+        InputError: one would overwrite the source or the other, or is a folder.
     """
     stem = Path(config.video).stem
     boxes = Path(config.out or f"{stem}.boxes.csv")
     video = Path(config.out_video or f"{stem}.tracked.mp4")
     if Path(config.video).resolve() in (video.resolve(), boxes.resolve()):
-        raise InputError("would be written over", config.video, "choose another --out")
+        raise InputError("would be overwritten", config.video, "choose another --out")
     if boxes.resolve() == video.resolve():
-        raise InputError("is given for boxes and video", boxes, "choose another --out-video")
+        raise InputError("is given for both boxes and video", boxes, "choose another --out-video")
     for option, path in (("--out", boxes), ("--out-video", video)):
         if path.is_dir():
             raise InputError("is a folder", path, f"give {option} the name of a file")
@@ -231,12 +231,12 @@ def track_run(
     fps: Callable[[], float | None],
     write_video: WriteVideo,
 ) -> tuple[Path, Path]:
-    """Track through frames as they come; returns the paths of boxes and video.
+    """Track through a stream of frames; return the paths of boxes and video.
 
     Args:
         config: the tracker and the first box.
-        frames: of the video, one after the other; only the current one is kept.
-        fps: the video's rate, asked for when the first frame is there.
+        frames: the video's frames in order; only the current one is kept in memory.
+        fps: returns the video's frame rate; called once the first frame has arrived.
         write_video: writes the frames with their boxes.
 
     Raises:

@@ -52,7 +52,7 @@ RESULT, CONFUSION = "finetune.json", "finetune-confusion.png"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Accuracies as fractions; ``confusion`` (U, U) counts videos of true by predicted class."""
+    """Accuracies as fractions; ``confusion`` (U, U) counts videos by true and predicted class."""
 
     dataset: str
     split: str
@@ -65,7 +65,7 @@ class FinetuneResult:
     encoder: dict[str, Any]
     n_train: int
     n_test: int
-    unreadable: int  # test videos that are left out
+    unreadable: int  # excluded test videos
     classes: int
     notes: list[str]
     per_class: list[ClassAccuracy]
@@ -74,7 +74,7 @@ class FinetuneResult:
     method: str = "fine-tuned"
 
     def to_json(self) -> dict[str, Any]:
-        """``finetune.json``."""
+        """The content of ``finetune.json``."""
         left_out = ("class_names", "confusion", "method")
         fields = [f.name for f in dataclasses.fields(self) if f.name not in left_out]
         rows = [dataclasses.asdict(row) for row in self.per_class]
@@ -82,7 +82,7 @@ class FinetuneResult:
         return {**given, "per_class": rows, "toolkit": __version__}
 
     def table(self) -> str:
-        """The figures as lines for a terminal."""
+        """The metrics as lines for a terminal."""
         lines = [
             f"{printable(self.dataset)} split {printable(self.split)}: trained on {self.n_train} "
             f"videos, tested on {self.n_test} with {self.clips} clips x {self.crops} crops",
@@ -93,7 +93,7 @@ class FinetuneResult:
         return "\n".join(lines + [f"note: {printable(note)}" for note in self.notes])
 
     def write(self, folder: Path) -> Path:
-        """Write ``finetune.json`` and the confusion matrix; returns the former's path."""
+        """Write ``finetune.json`` and the confusion matrix; return the path of the former."""
         with atomic_path(folder / CONFUSION) as temporary:
             draw_confusion(self).savefig(temporary, format="png", dpi=100)
         write_json(folder / RESULT, self.to_json())
@@ -108,14 +108,14 @@ def finetune_result(
     encoder: dict[str, Any],
     dataset: str,
 ) -> FinetuneResult:
-    """The result of the scores (M, K) of the test videos; rows of NaN could not be read.
+    """Compute the result from scores (M, K) of the test videos; NaN rows are unreadable videos.
 
     Raises:
-        InputError: none could be read.
+        InputError: no test video could be read.
     """
     known = np.isfinite(scores).all(axis=1)
     if not known.any():
-        raise InputError("not one test video could be read", videos.folder, "see `seco verify`")
+        raise InputError("no test video could be read", videos.folder, "see `seco verify`")
     labels, scores = videos.labels[videos.test][known], scores[known]
     row_labels = np.array(classes.labels, dtype=np.int64)
     names = dict(zip(classes.labels, classes.names, strict=True))
@@ -126,7 +126,7 @@ def finetune_result(
     training = protocol["training"]
     epochs, planned = training["epochs"], training["epochs_planned"]
     if epochs is not None and epochs != planned:
-        notes.append(f"its training stopped after {epochs:g} of {planned} epochs")
+        notes.append(f"training stopped after {epochs:g} of {planned} epochs")
     if videos.empty:
         notes.append(f"{videos.empty} training videos without frames are left out")
     if not known.all():
@@ -155,7 +155,7 @@ def finetune_result(
 
 @dataclass(frozen=True)
 class ClipProtocol:
-    """How a video is tested."""
+    """The clips and crops each video is tested with."""
 
     clips: int
     clip_frames: int
@@ -164,7 +164,7 @@ class ClipProtocol:
     middles: bool = False  # instead: one clip of the middle frames of ``clip_frames`` segments
 
     def frames(self, count: int) -> list[list[int]]:
-        """The frames of each clip of a video with ``count``."""
+        """The frame numbers of each clip of a video with ``count`` frames."""
         if self.middles:
             return [segment_middles(count, self.clip_frames)]
         starts = clip_starts(count, self.clips, self.clip_frames)
@@ -173,14 +173,14 @@ class ClipProtocol:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some frames of a test video: (F, H, W, 3) uint8, or why they cannot be read."""
+    """Some frames of a test video: (F, H, W, 3) uint8, or the reason they are unreadable."""
 
     images: Tensor | None
     reason: str = ""
 
 
 class _Frames(Dataset[_Part]):
-    """Item (video, frames): the frames, resized."""
+    """Dataset whose item (video, frames) is these frames, resized."""
 
     def __init__(self, videos: LabelledVideos, short_edge: int) -> None:
         self._shards = videos.shards
@@ -194,7 +194,7 @@ class _Frames(Dataset[_Part]):
                 for jpeg in self._shards.read_frames([(video, frame) for frame in frames])
             ]
             return _Part(torch.from_numpy(np.stack(images)))
-        except (UnreadableFrame, ValueError) as error:  # broken, or of two sizes
+        except (UnreadableFrame, ValueError) as error:  # damaged, or frames of different sizes
             return _Part(None, str(error))
 
 
@@ -204,13 +204,13 @@ class VideoScores:
     A video's scores do not depend on which rank computes them, nor on the other videos.
 
     Args:
-        videos: the set.
+        videos: the dataset.
         protocol: which clips and crops.
-        device: this rank's.
-        ranks: the processes; each takes every ``size``-th video.
+        device: this rank's device.
+        ranks: the process group; each rank takes every ``size``-th video.
         bf16: whether the backbone runs in bf16.
-        workers: loader processes; never changes a result.
-        frames_a_forward: frames whose crops go through the backbone together.
+        workers: number of workers; does not change results.
+        frames_a_forward: frames per forward pass, each with all its crops.
     """
 
     def __init__(
@@ -238,17 +238,17 @@ class VideoScores:
         numbers: NDArray[np.int64],
         done: Callable[[], None] = lambda: None,
     ) -> NDArray[np.float64]:
-        """The scores (M, K) of videos (M,); NaN where one cannot be read, which is said.
+        """Scores (M, K) of videos (M,); NaN for unreadable videos, which are reported.
 
         Args:
-            model: on the device; put back into training mode where it was.
+            model: on the device; its training mode is restored.
             done: called after each video of this rank; may raise.
 
         Raises:
-            InputError: the network gives a video scores that are not finite.
+            InputError: a video's scores are not finite.
         """
         ranks = self._ranks
-        ranks.from_first(model.backbone.buffers())  # the running statistics that are saved
+        ranks.from_first(model.backbone.buffers())  # use the running statistics that are saved
         classes = model.classifier.out_features
         share = -(-len(numbers) // ranks.size)
         mine = numbers[ranks.rank :: ranks.size]
@@ -303,7 +303,7 @@ class VideoScores:
                 yield None
 
     def _features(self, model: VideoClassifier, frames: Tensor) -> Tensor:
-        """(F, H, W, 3) uint8 frames to the (F, crops, C) features of their crops."""
+        """(F, crops, C) features of the crops of (F, H, W, 3) uint8 frames."""
         size, crops = self._protocol.size, self._protocol.crops
         images = to_device(frames, self._device).permute(0, 3, 1, 2)
         corners = crop_corners(images.shape[2], images.shape[3], size, crops)
@@ -317,7 +317,7 @@ class VideoScores:
 def _of_video(
     model: VideoClassifier, features: Tensor, frames: list[int], clips: list[list[int]]
 ) -> NDArray[np.float64]:
-    """(F, crops, C) features of distinct frames to the (K,) mean score of all clips and crops."""
+    """(K,) mean score over clips and crops, from (F, crops, C) features of distinct frames."""
     place = {frame: number for number, frame in enumerate(frames)}
     index = torch.tensor([[place[frame] for frame in clip] for clip in clips])
     of_clips = features[index.to(features.device)].mean(1)  # (clips, crops, C)
@@ -325,7 +325,7 @@ def _of_video(
     return scores
 
 
-# What a result says of the training before it.
+# Training settings recorded in a result.
 _TRAINING = (
     *("segments", "epochs", "batch_size", "lr", "lr_decay_epochs", "momentum", "weight_decay"),
     *("clip_norm", "dropout", "freeze_bn", "bn_group", "crop_size", "min_crop_area", "seed"),
@@ -334,26 +334,27 @@ _TRAINING = (
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A classifier, what it tells apart, and what it was trained from and on."""
+    """A classifier with its classes and the record of its training."""
 
     model: VideoClassifier
     classes: Classes
-    encoder: dict[str, Any]  # the pre-trained one
+    encoder: dict[str, Any]  # the pre-trained encoder
     dataset: str
-    settings: Mapping[str, Any]  # of its run
-    epochs: float | None  # reached; None where nobody wrote them down
+    settings: Mapping[str, Any]  # of the fine-tuning run
+    epochs: float | None  # epochs reached; None if not recorded
 
 
 def finetune_eval(config: FinetuneTestConfig) -> str:
     """Test a fine-tuned checkpoint on its split's test videos.
 
     Returns:
-        What to show the user; nothing on all ranks but the first.
+        Text for the user; empty on all ranks but the first.
 
     Raises:
-        InputError: the checkpoint or the shards cannot be used, or do not go together.
-        TooManyExcluded: all is written, but more than ``max_failures`` percent could not be read.
-        Stopped: a signal came.
+        InputError: the checkpoint or the shards cannot be used, or do not match.
+        TooManyExcluded: everything is written, but more than ``max_failures`` percent of the
+            videos could not be read.
+        Stopped: a signal arrived.
     """
     device = resolve_device(config.device)
     with joined(device) as ranks:
@@ -385,7 +386,7 @@ def tested(
     """Score the test videos by the test protocol.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a signal arrived.
         InputError: no test video could be read.
     """
     protocol = _protocol(config)
@@ -396,7 +397,7 @@ def tested(
         def done() -> None:
             if stop:
                 said = (
-                    f"{stop.signal_name}: stopped while testing; `seco finetune-eval` tests again"
+                    f"{stop.signal_name}: stopped while testing; run `seco finetune-eval` to test"
                 )
                 raise Stopped(said if ranks.first else "")
             shown.advance()
@@ -421,7 +422,7 @@ def scorer_of(
     device: torch.device,
     ranks: Ranks,
 ) -> VideoScores:
-    """Scores videos by a protocol, as the settings say."""
+    """A scorer of videos for a protocol and settings."""
     return VideoScores(
         videos,
         protocol,
@@ -434,10 +435,11 @@ def scorer_of(
 
 
 def written(result: FinetuneResult, config: FinetuneTestConfig, out: Path, ranks: Ranks) -> str:
-    """Write a result, on the first rank; returns what to show the user, there.
+    """Write a result on the first rank; return the text for the user there.
 
     Raises:
-        TooManyExcluded: all is written, but more than ``max_failures`` percent could not be read.
+        TooManyExcluded: everything is written, but more than ``max_failures`` percent of the
+            videos could not be read.
         PeerLost: the same, on the other ranks.
     """
     shown = f"{result.table()}\n{result.write(out)}" if ranks.first else ""
@@ -456,7 +458,7 @@ def written(result: FinetuneResult, config: FinetuneTestConfig, out: Path, ranks
 
 
 def _as_its_run(config: FinetuneTestConfig, settings: Mapping[str, Any]) -> FinetuneTestConfig:
-    """With the run's test protocol where nothing else is said."""
+    """Fill in the run's test protocol where ``config`` leaves it open."""
     of_run: dict[str, Any] = {
         name: settings.get(name) for name in PROTOCOL if getattr(config, name) is None
     }
@@ -473,11 +475,11 @@ def _protocol(config: FinetuneTestConfig) -> ClipProtocol:
 
 
 def _require_other_protocols_elsewhere(config: FinetuneTestConfig, out: Path) -> None:
-    """A result by another test protocol is not replaced unless its folder is named."""
+    """Refuse to replace a result of another test protocol unless ``--out`` is given."""
     if config.out is not None:
         return
     there: Any = None
-    with suppress(OSError, ValueError):  # no result, or none that anybody can read
+    with suppress(OSError, ValueError):  # no result, or an unreadable one
         there = json.loads((out / RESULT).read_text(encoding="utf-8"))
     there = there.get("protocol") if isinstance(there, dict) else None
     for name, here in dataclasses.asdict(_protocol(config)).items():

@@ -39,22 +39,22 @@ def shard_features(
     stop: StopRequest,
     on_videos: Callable[[int], object] = lambda count: None,
 ) -> Generator[tuple[int, ShardFeatures], None, None]:
-    """Shard after shard: its number, and the features of its videos.
+    """Yield each shard's number and the features of its videos.
 
     Args:
-        shards: the set.
-        numbers: which of its shards.
-        forwards: of the backbone.
+        shards: the dataset.
+        numbers: numbers of the shards to compute.
+        forwards: computes the features.
         config: resolved settings.
-        stop: ends the waiting for data.
-        on_videos: told how many more videos have been computed.
+        stop: interrupts the wait for data.
+        on_videos: called with the number of newly finished videos.
 
     Raises:
-        StopWaiting: a signal came; the shard that was begun is lost.
+        StopWaiting: a signal came; the current shard is lost.
     """
     assert config.frames is not None and config.batch_size is not None
     frames = VideoFrames(shards, config.frames, config.short_edge, config.crop_size)
-    # Where no video has a frame, nothing is loaded and nothing would be heard of the shard.
+    # The loader yields nothing for a shard whose videos have no frames.
     blank = [number for number in numbers if not frames.counts(number).any()]
     for number in blank:
         yield number, _Collected(frames, number, keep=config.per_frame).finish()
@@ -89,12 +89,12 @@ def shard_features(
 
 
 class _Collected:
-    """The features of a shard's frames, as they come in.
+    """Collects the features of a shard's frames.
 
     Args:
-        frames: of the set.
+        frames: of the dataset.
         shard: its number.
-        keep: the features of single frames, too.
+        keep: also keep the features of single frames.
     """
 
     def __init__(self, frames: VideoFrames, shard: int, *, keep: bool) -> None:
@@ -109,7 +109,7 @@ class _Collected:
         self._failures: dict[int, str] = {}
 
     def add(self, batch: FrameBatch, values: NDArray[np.float32]) -> int:
-        """Take the (n, D) features of a batch; returns how many videos they complete."""
+        """Add the (n, D) features of a batch; returns the number of videos this completes."""
         if not len(self._values):
             self._values = np.empty((int(self._ends[-1]), values.shape[1]), dtype=np.float32)
         last = batch.first + len(batch)
@@ -121,7 +121,7 @@ class _Collected:
         )
 
     def finish(self) -> ShardFeatures:
-        """All frames are there."""
+        """Return the shard's features, once all frames have been added."""
         name = Path(self._shards.addresses[self._shard]).name
         rows, failures, means, halves, kept = [], [], [], [], []
         for place, count in enumerate(self._counts.tolist()):
@@ -148,9 +148,9 @@ class _Collected:
 
 
 def pooled(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(F, D) features of a video's frames to their mean (D,) and those of both halves (2, D).
+    """Average a video's (F, D) frame features to the mean (D,) and that of both halves (2, D).
 
-    Added up in float64, frame after frame. The middle one of an odd number is in neither half.
+    Summed in float64, in frame order. If F is odd, the middle frame is in neither half.
     """
     middle = max(1, len(frames) // 2)
     mean, *halves = (
@@ -160,38 +160,38 @@ def pooled(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
     return mean, np.stack(halves)
 
 
-_PATIENCE = datetime.timedelta(days=7)  # a process may have a shard left when all others are done
+_PATIENCE = datetime.timedelta(days=7)  # one rank may have a shard left when the others are done
 
 
 def extract_features(
     config: ExtractConfig, backbone: Backbone | None = None, *, quiet: bool = False
 ) -> Path:
-    """Extract on the processes there are; returns the feature folder.
+    """Extract features on all ranks; returns the feature folder.
 
     Args:
         config: as given.
-        backbone: instead of the checkpoint that ``config`` names.
-        quiet: show no progress: somebody else does.
+        backbone: replaces the checkpoint that ``config`` names.
+        quiet: show no progress, for callers that show their own.
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used; a feature is not
-            finite; not one video can be read.
+            finite; no video can be read.
         TooManyExcluded: all is written, but more than ``max_failures`` percent is missing.
         Stopped: a signal came; all finished shards are kept.
-        PeerLost: another process ended, and has said why.
+        PeerLost: another rank ended, and has reported why.
     """
     device = resolve_device(config.device)
     with joined(device, _PATIENCE) as ranks, StopRequest() as stop:
         try:
             extraction = Extraction(config, device, backbone)
         except InputError as error:
-            # The same for all processes of a machine: its first one says it.
+            # Report it once per node (local rank 0).
             raise error if local_rank() == 0 else PeerLost from error
         return _Worker(extraction, device, ranks, stop, quiet).run()
 
 
 class _Worker:
-    """One process of an extraction."""
+    """One rank of an extraction."""
 
     def __init__(
         self,
@@ -213,18 +213,18 @@ class _Worker:
         if not ranks.agree(extraction.digest):
             raise self._rank_zero_error(
                 InputError(
-                    "the processes do not see the same shards, checkpoint or settings",
+                    "the processes have different shards, checkpoints or settings",
                     extraction.out,
-                    "start all of them with the same command, where all see the same files",
+                    "start all processes with the same command, on the same files",
                 )
             )
         done, todo = self._agreed_todo()
         if done:
             if ranks.first:
-                extraction.parts.remove_all()  # of a run that was killed at its very end
+                extraction.parts.remove_all()  # left by a run that was killed at its very end
                 tell(f"these features are in {extraction.out} already")
             return extraction.out
-        with contextlib.suppress(StopWaiting):  # the others have to be told
+        with contextlib.suppress(StopWaiting):  # the other ranks have to learn of it first
             self._extract(todo[ranks.rank :: ranks.size])
         if ranks.any(bool(self._stop)):
             raise self._stopped()
@@ -232,9 +232,9 @@ class _Worker:
         return extraction.out
 
     def _agreed_todo(self) -> tuple[bool, list[int]]:
-        """Whether all is written, else which shards are to be computed, as the first rank sees it.
+        """Whether all is written, and otherwise the shards to compute, according to rank 0.
 
-        (Another would see what a quick one has finished in the meantime.)
+        (Other ranks might see what a faster one has finished in the meantime.)
         """
         extraction = self._extraction
         seen = np.array([[extraction.done(), *extraction.finished()]], dtype=np.float64)
@@ -244,7 +244,7 @@ class _Worker:
         return bool(done), [shard for shard, there in enumerate(finished) if not there]
 
     def _extract(self, numbers: Sequence[int]) -> None:
-        """Compute and keep these shards.
+        """Compute these shards and store them as partial results.
 
         Raises:
             StopWaiting: a signal came.
@@ -276,7 +276,7 @@ class _Worker:
             raise
 
     def _write(self) -> None:
-        """The first rank puts all together, and all end for the same reason."""
+        """Merge the partial results on rank 0; all ranks end for the same reason."""
         outcome: BaseException | None = None
         if self._ranks.first:
             try:

@@ -15,18 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 32 << 20
-_SQUARED = 1e-15, 1e15  # lengths whose squares float32 holds well
+_SQUARED = 1e-15, 1e15  # range of lengths whose squares are accurate in float32
 
 
 class FeaturesTooLarge(ValueError):
-    """Their squares are beyond float32."""
+    """The squares of the features exceed float32."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """``none``; ``l2``: rows of length 1; ``standard``: columns of mean 0 and variance 1.
+    """Feature scaling: ``none``, ``l2`` (rows of length 1) or ``standard`` (mean 0, variance 1).
 
-    ``mean`` and ``deviation`` (D,) float64 are those of the training rows (``standard`` only).
+    ``mean`` and ``deviation`` (D,) float64 are those of the training rows' columns (``standard``
+    only).
     """
 
     how: str = "none"
@@ -34,7 +35,7 @@ class Scaling:
     deviation: NDArray[np.float64] | None = None
 
     def apply(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """Rows (n, D) scaled; rows of zeros and constant columns become zero."""
+        """Scale rows (n, D); rows of zeros and constant columns become zero."""
         if self.how == "l2":
             return unit_rows(rows)
         if self.mean is not None and self.deviation is not None:
@@ -43,12 +44,12 @@ class Scaling:
 
 
 class FeatureMatrix:
-    """Rows (N, D) float32 of an array, in the order of ``rows``.
+    """Rows (N, D) of an array as float32, in the order of ``rows``.
 
     Args:
         array: (V, D); may be memory-mapped.
-        rows: (N,) which of them; all if not given.
-        scaling: how they are given out.
+        rows: (N,) row numbers; None: all.
+        scaling: applied to the rows on access.
     """
 
     def __init__(
@@ -67,21 +68,21 @@ class FeatureMatrix:
 
     @property
     def bytes(self) -> int:
-        """What all rows would take in memory."""
+        """Size of all rows in memory."""
         return 4 * len(self) * self.dimension
 
     @property
     def rows_a_block(self) -> int:
-        """Rows of one block of :meth:`blocks`."""
+        """Rows per block of :meth:`blocks`."""
         return max(1, BLOCK_BYTES // (4 * self.dimension))
 
     def block(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start`` to ``stop``."""
+        """Return rows ``start`` … ``stop`` - 1."""
         wanted = slice(start, stop) if self.rows is None else self.rows[start:stop]
         return self._scaling.apply(self.array[wanted])
 
     def blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """All rows, (n, D) at a time."""
+        """Yield all rows in blocks (n, D)."""
         for start in range(0, len(self), self.rows_a_block):
             stop = min(start + self.rows_a_block, len(self))
             block = self.block(start, stop)
@@ -89,23 +90,23 @@ class FeatureMatrix:
             yield slice(start, stop), block
 
     def take(self, index: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Some of the rows, (n, D), in the order asked for."""
+        """Return rows by index, (n, D), in the order of ``index``."""
         return self._scaling.apply(self.array[index if self.rows is None else self.rows[index]])
 
     def part(self, index: NDArray[np.int64]) -> FeatureMatrix:
-        """Some of the rows as a matrix of their own."""
+        """Return a matrix of some of the rows."""
         chosen = index if self.rows is None else self.rows[index]
         return FeatureMatrix(self.array, chosen, self._scaling)
 
     def scaled(self, scaling: Scaling) -> FeatureMatrix:
-        """The same rows with another scaling."""
+        """Return the same rows with another scaling."""
         return FeatureMatrix(self.array, self.rows, scaling)
 
     def sample(self, count: int, seed: int) -> Iterator[NDArray[np.float32]]:
-        """``count`` random rows, or all, in blocks and in their order, which disks like."""
+        """Yield ``count`` random rows (at most all) in blocks, sorted for sequential reads."""
         rng = np.random.Generator(np.random.PCG64(seed))
         chosen = np.sort(rng.permutation(len(self))[:count])
-        # Scattered rows bring their neighbours on the disk along: fewer at a time.
+        # Smaller blocks: reading scattered rows also brings their neighbours on disk into memory.
         at_once = max(1, self.rows_a_block // 4)
         for start in range(0, len(chosen), at_once):
             block = self.take(chosen[start : start + at_once])
@@ -114,17 +115,17 @@ class FeatureMatrix:
 
 
 def unit_vectors(array: NDArray[Any], rows: NDArray[np.int64] | None = None) -> FeatureMatrix:
-    """Rows (N, D) of length 1, whose products are cosines."""
+    """Return rows (N, D) scaled to length 1, whose products are cosines."""
     return FeatureMatrix(array, rows, Scaling("l2"))
 
 
 def fit_scaling(rows: FeatureMatrix, how: str) -> Scaling:
-    """The scaling ``how`` of (unscaled) training rows; reads them once for ``standard``."""
+    """Fit the scaling ``how`` to (unscaled) training rows; ``standard`` reads them once."""
     if how != "standard":
         return Scaling(how)
     count, mean, square = 0, np.zeros(rows.dimension), np.zeros(rows.dimension)
     for _, block in rows.blocks():
-        # Chan's rule: sums of squares about a far origin would cancel.
+        # Chan's algorithm: plain sums of squares cancel if the mean is far from 0.
         block_mean = block.mean(axis=0, dtype=np.float64)
         difference = block_mean - mean
         total = count + len(block)
@@ -133,13 +134,13 @@ def fit_scaling(rows: FeatureMatrix, how: str) -> Scaling:
         mean += difference * (len(block) / total)
         count = total
     deviation = np.sqrt(square / count)
-    # A constant that float64 cannot sum exactly deviates by rounding, not by what float32 holds.
+    # The sum of a constant column may round, which must not count as a deviation.
     deviation[deviation <= np.finfo(np.float32).eps * np.abs(mean)] = 1
     return Scaling(how, mean, deviation)
 
 
 def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows (V, D) of length 1, contiguous, of finite ones; rows of zeros stay zero."""
+    """Scale finite rows (V, D) to length 1, contiguous; rows of zeros stay zero."""
     x = np.ascontiguousarray(features, dtype=np.float32)
     with np.errstate(over="ignore"):
         length = np.linalg.norm(x, axis=1, keepdims=True)
@@ -154,14 +155,14 @@ def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def release(array: NDArray[np.float32]) -> None:
-    """Give the pages of a memory-mapped array back; they are read again when they are needed.
+    """Release the pages of a memory-mapped array; they are read again when needed.
 
-    The system would do so by itself, but not before memory is short, and a process that went
-    through a file would seem to hold all of it. Other arrays are left alone.
+    The system does this only when memory is short, so a process that has read a whole file would
+    seem to hold all of it. Other arrays are left alone.
     """
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
-    # Not what may be written: the pages of a private mapping are all there is of its changes.
+    # Never a writable array: dropping the pages of a private mapping would lose its changes.
     if not array.flags.writeable and isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)

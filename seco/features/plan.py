@@ -65,17 +65,17 @@ _ON_A_GPU = 2
 
 
 class FeatureExtractor:
-    """Within the block, computes pooled features of crops.
+    """Computes pooled features of crops; use as a context manager.
 
     Args:
-        network: (N, 3, S, S) to (N, D); is put on the device, in evaluation mode.
-        device: where it computes.
-        precision: ``auto``, ``bf16`` or ``fp32``. On a GPU ``fp32`` is without TF32.
-        channels_last: the layout of images and weights.
+        network: (N, 3, S, S) to (N, D); moved to the device and set to evaluation mode.
+        device: where to compute.
+        precision: ``auto``, ``bf16`` or ``fp32``. On a GPU, ``fp32`` does not use TF32.
+        channels_last: memory format of images and weights.
 
     Attributes:
-        at_once: how many batches are computed at a time.
-        on_gpu: whether it has to be fed from pinned memory.
+        at_once: number of batches computed at a time.
+        on_gpu: whether crops should be in pinned memory.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FeatureExtractor:
         if self.on_gpu:
             flags = {"benchmark": False, "deterministic": True, "allow_tf32": False}
             self._settings.enter_context(torch.backends.cudnn.flags(enabled=True, **flags))
-            torch.cuda.synchronize(self.device)  # the weights are there, for all streams
+            torch.cuda.synchronize(self.device)  # all streams can now read the weights
         else:
             self._settings.callback(torch.set_num_threads, torch.get_num_threads())
         return self
@@ -113,7 +113,7 @@ class FeatureExtractor:
         self._settings.close()
 
     def submit(self, parts: Sequence[NDArray[np.uint8]]) -> Future[NDArray[np.float32]]:
-        """Crops (n, S, S, 3), which must stay as they are until the result is there, to (N, D)."""
+        """Compute features (N, D) of crops (n, S, S, 3), which must not change until then."""
         return self._threads.submit(self._pooled, parts)
 
     def _start_thread(self) -> None:
@@ -136,7 +136,7 @@ class FeatureExtractor:
         return pooled
 
     def _images(self, parts: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """(N, 3, S, S), normalised, on the device."""
+        """Copy crops to the device and normalise them: (N, 3, S, S)."""
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
         crops = torch.empty(shape, dtype=torch.uint8, device=self.device)
         begin = 0
@@ -147,19 +147,19 @@ class FeatureExtractor:
 
 
 def computing_threads() -> int:
-    """This process's share of the cores, or what ``OMP_NUM_THREADS`` says."""
+    """Return ``OMP_NUM_THREADS``, or this process's share of the cores."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdigit() and int(told) else max(1, usable_cpus() // local_size())
 
 
-_NAMED = 16  # digits of the digest in a file's name
+_NAMED = 16  # digits of the digest in file names
 
 
 @dataclass(frozen=True)
 class ShardFeatures:
-    """Features of one shard's videos that could be read (v), and why the others could not."""
+    """Features of a shard's v readable videos, and why the others could not be read."""
 
-    rows: list[dict[str, Any]]  # (v,) of videos.csv
+    rows: list[dict[str, Any]]  # (v,) rows of videos.csv
     failures: list[tuple[str, str, str]]  # key, shard, reason
     features: Floats  # (v, D)
     halves: Floats  # (v, 2, D)
@@ -167,12 +167,12 @@ class ShardFeatures:
 
 
 class Parts:
-    """The parts of one run.
+    """The partial results of one run.
 
     Args:
-        folder: where they are.
+        folder: where they are stored.
         names: (S,) file names of the shards.
-        digests: (S,) of what their features depend on.
+        digests: (S,) digests of everything their features depend on.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], digests: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ class Parts:
         ]
 
     def finished(self, shard: int) -> bool:
-        """Whether it is there and nothing in it is worth trying again."""
+        """Whether a shard has a partial result without failures, which would be retried."""
         try:
             part = _Opened(self._paths[shard], self._digests[shard])
         except InputError:
@@ -192,11 +192,11 @@ class Parts:
         return not part.failures
 
     def unused(self) -> int:
-        """How many parts there are of other settings, weights or videos."""
+        """Count the partial results with other settings, weights or videos."""
         return len(set(self.folder.glob("*.npz")) - set(self._paths))
 
     def write(self, shard: int, part: ShardFeatures) -> None:
-        """Keep a part.
+        """Write a partial result.
 
         Raises:
             InputError: a feature is not finite, or the disk is full.
@@ -211,21 +211,21 @@ class Parts:
             np.savez(file, **{n: _as_bytes(text) for n, text in texts.items()}, **arrays)  # type: ignore[arg-type]
 
     def open(self, shard: int) -> FeaturePart:
-        """A part for the writer.
+        """Open a partial result for merging.
 
         Raises:
-            InputError: it is not there, or not whole.
+            InputError: it is missing or damaged.
         """
         found = _Opened(self._paths[shard], self._digests[shard])
         return FeaturePart(lambda: found.read("rows"), found.arrays, found.failures)
 
     def discard(self, shards: Sequence[int]) -> None:
-        """Remove these parts."""
+        """Remove these partial results."""
         for shard in shards:
             self._paths[shard].unlink(missing_ok=True)
 
     def remove_all(self) -> None:
-        """Remove the folder with all parts, also those of other settings."""
+        """Remove the folder with all partial results, including those with other settings."""
         with contextlib.suppress(OSError):
             for path in (*self.folder.glob("*.npz"), *self.folder.glob("*.npz.*.part")):
                 path.unlink(missing_ok=True)
@@ -233,10 +233,10 @@ class Parts:
 
 
 class _Opened:
-    """A part's file. Arrays are read when they are asked for.
+    """The file of a partial result; arrays are read on demand.
 
     Raises:
-        InputError: it cannot be read, or is of another digest.
+        InputError: it cannot be read, or has another digest.
     """
 
     def __init__(self, path: Path, digest: str) -> None:
@@ -246,11 +246,11 @@ class _Opened:
         self.failures: list[tuple[str, str, str]] = [tuple(row) for row in self.read("failures")]
 
     def read(self, name: str) -> Any:
-        """One of the texts, as it was."""
+        """Read one of the JSON values."""
         return json.loads(self._load(name)[name].tobytes())
 
     def arrays(self) -> tuple[Floats, Floats, Floats | None]:
-        """features, halves and frames."""
+        """Read features, halves and frames."""
         found = self._load("features", "halves", "frames")
         return found["features"], found["halves"], found.get("frames")
 
@@ -265,14 +265,14 @@ class _Opened:
         return InputError(
             "is missing or damaged",
             self._path,
-            "delete it and run the same command again; all machines have to see the folder",
+            "delete it and run the same command again; all machines must see the folder",
         )
 
 
 def part_digests(
     config: ExtractConfig, backbone: Backbone, device: str, indexes: Sequence[ShardIndex]
 ) -> list[str]:
-    """Of all that each shard's features depend on.
+    """Digests, per shard, of everything its features depend on.
 
     Args:
         config: resolved settings.
@@ -308,12 +308,12 @@ _MOST_NAMED = 3
 
 
 class Extraction:
-    """What is to be extracted, and what of it is there already.
+    """What to extract, and what of it exists already.
 
     Args:
         config: as given.
         device: where the backbone will compute.
-        backbone: instead of the checkpoint that ``config`` names.
+        backbone: replaces the checkpoint that ``config`` names.
 
     Raises:
         InputError: settings, shards, checkpoint or output folder cannot be used.
@@ -339,13 +339,13 @@ class Extraction:
         other = self._other_features()
         if other is not None and not config.overwrite:
             raise InputError(
-                f"holds {other} already, which would be lost with their results",
+                f"already holds {other}, which would be lost with their results",
                 self.out,
                 "give another --out, or --overwrite",
             )
 
     def _other_features(self) -> str | None:
-        """What is finished there of another encoder, set or settings, in words."""
+        """Describe finished features of another encoder, dataset or settings in the folder."""
         try:
             meta = json.loads((self.out / META).read_bytes())
             if meta["digest"] == self.digest:
@@ -355,11 +355,11 @@ class Extraction:
             return None
 
     def done(self) -> bool:
-        """Whether an earlier run has written all of it."""
+        """Whether an earlier run has written everything."""
         return self._written(())
 
     def _written(self, failures: Sequence[tuple[str, str, str]]) -> bool:
-        """Whether an earlier run has written all but these videos."""
+        """Whether an earlier run has written everything except these videos."""
         try:
             meta = json.loads((self.out / META).read_bytes())
             whole = meta["digest"] == self.digest and meta["unreadable"] == len(failures)
@@ -373,44 +373,44 @@ class Extraction:
             return False
 
     def finished(self) -> list[bool]:
-        """(S,) whether a shard has a part that need not be made again."""
+        """Whether each shard has a partial result that can be reused, (S,)."""
         return [self.parts.finished(shard) for shard in range(len(self.names))]
 
     def tell_of_parts(self, finished: Sequence[object]) -> None:
-        """What of an earlier run is gone on with, and what is not."""
+        """Report how much of an earlier run is reused, and what is not."""
         if there := sum(map(bool, finished)):
-            tell(f"going on: {there} of {len(finished)} shards are there")
+            tell(f"resuming: {there} of {len(finished)} shards are done")
         if unused := self.parts.unused():
-            tell(f"{unused} finished shards of other settings or weights are not used")
+            tell(f"ignoring {unused} finished shards with other settings or weights")
 
     def stopped(self, why: str) -> Stopped:
-        """What is said when a run ends before its end."""
+        """The message for a run that is stopped."""
         finished = self.finished()
         return Stopped(
             f"{why}: {sum(finished)} of {len(finished)} shards are done and kept in "
-            f"{self.out / PARTS}; go on with the same command"
+            f"{self.out / PARTS}; run the same command again to resume"
         )
 
     def keep(self, shard: int, part: ShardFeatures) -> None:
-        """Write a part, and name the videos it lacks."""
+        """Write a partial result, and report the videos it lacks."""
         for key, _, reason in part.failures:
             tell(f"left out: {key}: {reason}")
         self.parts.write(shard, part)
 
     def write(self, before_each: Callable[[], None]) -> None:
-        """Put the parts together into the feature folder, then remove them.
+        """Merge the partial results into the feature folder, then remove them.
 
-        While videos are missing they are kept, and the same command tries their shards again; what
-        stands there stays where that changes nothing.
+        While videos are missing, the partial results are kept, and the same command retries the
+        shards of these videos. If the same videos are missing again, nothing is written.
 
         Raises:
-            InputError: not one video could be read, a part is damaged, or the disk is full.
+            InputError: no video could be read, a partial result is damaged, or the disk is full.
             TooManyExcluded: all is written, but more than ``max_failures`` percent is missing.
         """
         parts = [self.parts.open(shard) for shard in range(len(self.names))]
         failures = [row for part in parts for row in part.failures]
         if len(failures) == len(self.shards):
-            raise InputError("not one video could be read", self.config.shards, failures[0][2])
+            raise InputError("no video could be read", self.config.shards, failures[0][2])
         if self._written(failures):
             tell(f"nothing has changed; these features are in {self.out} already")
         else:
@@ -422,8 +422,8 @@ class Extraction:
             more = ", …" if len(failures) > _MOST_NAMED else ""
             tell(
                 f"{len(failures)} of {len(self.shards)} videos could not be read and are left out "
-                f"({named}{more}); see errors.csv. The same command tries their shards again, for "
-                f"which {self.parts.folder} is kept"
+                f"({named}{more}); see errors.csv. To retry their shards, run the same command "
+                f"again; {self.parts.folder} is kept for this"
             )
         if len(failures) * 100 > self.config.max_failures * len(self.shards):
             raise TooManyExcluded(
@@ -452,7 +452,7 @@ class Extraction:
 
 
 def resolved(config: ExtractConfig, dataset: str, device: torch.device) -> ExtractConfig:
-    """The settings with what depends on the data set and the device filled in."""
+    """Fill in the settings that depend on the dataset and the device."""
     return dataclasses.replace(
         config,
         frames=frames_of(config, dataset),
@@ -462,7 +462,7 @@ def resolved(config: ExtractConfig, dataset: str, device: torch.device) -> Extra
 
 
 def dataset_of(shards: ShardSet) -> str:
-    """Of the first video that says."""
+    """Return the dataset's name from the first readable record."""
     for video in range(len(shards)):
         with contextlib.suppress(UnreadableFrame):
             return shards.record(video).dataset
@@ -472,7 +472,7 @@ def dataset_of(shards: ShardSet) -> str:
 def feature_extractor(
     backbone: Backbone, device: torch.device, config: ExtractConfig
 ) -> FeatureExtractor:
-    """With these (resolved) settings."""
+    """Make a FeatureExtractor with these (resolved) settings."""
     return FeatureExtractor(
         backbone.network,
         device,
@@ -482,5 +482,5 @@ def feature_extractor(
 
 
 def tell(message: str) -> None:
-    """A line for the user."""
+    """Print a line for the user."""
     print(f"seco extract-features: {message}", file=sys.stderr, flush=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from seco.features.matrix import FeatureMatrix
 
-_RESIDENT_BYTES = 1 << 30  # rows up to this are read once; more are read in every pass
-_DEVICE_SHARE = 0.4  # of a GPU's free memory that features may take
+_RESIDENT_BYTES = 1 << 30  # up to this size, rows are read once; larger ones in every pass
+_DEVICE_SHARE = 0.4  # of a GPU's free memory, for features
 
 
 class Products:
-    """The features X (N, D) float32, multiplied from both sides; counts what it multiplies."""
+    """Products with the features X (N, D) float32 from both sides; counts passes and FLOPs."""
 
     def __init__(self, rows: FeatureMatrix, device: torch.device) -> None:
         self.count, self.dimension = len(rows), rows.dimension
@@ -38,13 +38,13 @@ class Products:
                 self._all[place] = torch.from_numpy(_writable(block)).to(device)
 
     def rows_a_block(self, dtype: torch.dtype = torch.float32) -> int:
-        """Rows of one block of :meth:`blocks`; a GPU takes all of them at once where it can."""
+        """Rows per block of :meth:`blocks`; all of them if they are in a GPU's memory."""
         if self._all is not None and self.device.type == "cuda" and dtype == torch.float32:
             return self.count
         return self._rows.rows_a_block
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """All rows, (n, D) at a time, on the device."""
+        """Yield all rows in blocks (n, D), on the device."""
         self.passes += 1
         began = time.perf_counter()
         step = self.rows_a_block(dtype)
@@ -58,13 +58,13 @@ class Products:
         self.pass_seconds += time.perf_counter() - began
 
     def take(self, index: Tensor) -> Tensor:
-        """Some of the rows, (n, D) float32."""
+        """Return rows by index, (n, D) float32."""
         if self._all is not None:
             return self._all[index]
         return torch.from_numpy(_writable(self._rows.take(index.cpu().numpy()))).to(self.device)
 
     def scores(self, weights: Tensor) -> Tensor:
-        """W Xᵀ in the weights' precision: (K, D) -> (K, N)."""
+        """Compute W Xᵀ in the weights' precision: (K, D) to (K, N)."""
         out = weights.new_empty((len(weights), self.count))
         for place, block in self.blocks(weights.dtype):
             torch.mm(weights, block.T, out=out[:, place])
@@ -72,7 +72,7 @@ class Products:
         return out
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """A X in float64: (K, N) -> (K, D)."""
+        """Compute A X in float64: (K, N) to (K, D)."""
         out = coefficients.new_zeros((len(coefficients), self.dimension), dtype=torch.float64)
         for place, block in self.blocks(torch.float64):
             out.addmm_(coefficients[:, place].double(), block)
@@ -80,7 +80,7 @@ class Products:
         return out
 
     def curve(self, vectors: Tensor, active: Tensor) -> Tensor:
-        """Xᵀ A_k X v_k, in the vectors' precision, for active rows (K, N) bool: (K, D)."""
+        """Compute Xᵀ A_k X v_k (K, D) for active rows (K, N) bool, in the vectors' precision."""
         out = torch.zeros_like(vectors)
         for place, block in self.blocks(vectors.dtype):
             out.addmm_((vectors @ block.T).mul_(active[:, place]), block)
@@ -88,7 +88,7 @@ class Products:
         return out
 
     def gram(self) -> Tensor:
-        """Xᵀ X (D, D) float64, of float32 products of a block each."""
+        """Compute Xᵀ X (D, D) in float64, from float32 products of each block."""
         out = torch.zeros(self.dimension, self.dimension, dtype=torch.float64, device=self.device)
         for _, block in self.blocks(torch.float32):
             out += block.T @ block
@@ -97,40 +97,40 @@ class Products:
 
     @cached_property
     def largest_square(self) -> float:
-        """max ||x||²; not a number where a feature is none."""
+        """max ||x||²; NaN if a feature is NaN."""
         squares = [b.square().sum(1).max() for _, b in self.blocks(torch.float32)]
         return float(torch.stack(squares).max())
 
     def worked(self, vectors: int, dtype: torch.dtype, rows: int | None = None) -> None:
-        """Count products of that many vectors with the rows (all of them by default)."""
+        """Count the FLOPs of products of so many vectors with the rows (default: all rows)."""
         size = (self.count if rows is None else rows) * self.dimension
         self.flops[dtype] += 2.0 * vectors * size
 
 
 class OneVsRest:
-    """Signs of some classes' problems: +1 for a class's own rows, -1 for the others.
+    """Labels y of one-vs-rest problems: +1 for a class's own rows, -1 for the others.
 
-    They are never written out as (K, N): ``own`` has the rows of each class.
+    They are never materialised as (K, N): ``own`` has the rows of each class.
     """
 
     def __init__(self, target: Tensor, classes: Tensor) -> None:
         self.own = [(target == k).nonzero().flatten() for k in classes]
 
     def part(self, chosen: Tensor) -> OneVsRest:
-        """Some of the classes."""
+        """Return the problems of some of the classes."""
         part = OneVsRest.__new__(OneVsRest)
         part.own = [self.own[k] for k in chosen.tolist()]
         return part
 
     def signed_(self, values: Tensor) -> Tensor:
-        """y times values (K, N), in place."""
+        """Multiply values (K, N) by y, in place."""
         values.neg_()
         for row, own in zip(values, self.own, strict=True):
             row[own] *= -1
         return values
 
     def margins(self, scores: Tensor) -> Tensor:
-        """1 - y w·x from scores (K, N), in place."""
+        """Turn scores w·x (K, N) into 1 - y w·x, in place."""
         scores.add_(1)
         for row, own in zip(scores, self.own, strict=True):
             row[own] = 2 - row[own]
@@ -138,5 +138,5 @@ class OneVsRest:
 
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:
-    """torch takes no read-only arrays, which memory-mapped files are."""
+    """Copy an array if it is read-only, as memory-mapped ones are, which torch does not accept."""
     return np.require(array, requirements=["C", "W"])

@@ -24,14 +24,14 @@ from shards.progress import progress
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
 from shards.storage import is_remote
 
-_AHEAD = 2  # tasks handed out for each that can run
+_AHEAD = 2  # tasks submitted per task that can run
 
 
 def extract_on_cluster(config: ExtractConfig) -> Path:
     """Extract on a cluster, on its GPUs if it has any; returns the feature folder.
 
     Raises:
-        InputError: as :func:`seco.features.extract.extract_features`, or no cluster answers.
+        InputError: as for :func:`seco.features.extract.extract_features`, or no cluster answers.
         TooManyExcluded: all is written, but more than ``max_failures`` percent is missing.
         Stopped: a signal came; all finished shards are kept.
     """
@@ -56,7 +56,7 @@ def extract_on_cluster(config: ExtractConfig) -> Path:
             settings = dataclasses.replace(settings, workers=workers)
             needs, at_once = {"num_gpus": 1, "num_cpus": 1 + workers}, resources["GPU"]
         else:
-            # One thread computes, and decodes in between: shards are what is done side by side.
+            # One thread computes and decodes: the parallelism is across shards.
             needs, at_once = {"num_cpus": 1}, resources.get("CPU", 1)
             settings = dataclasses.replace(settings, workers=0)
         task = ray.remote(_extract_on_node).options(
@@ -96,7 +96,7 @@ def _device(config: ExtractConfig, resources: dict[str, float]) -> torch.device:
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name not in ("cpu", "cuda"):
-        raise InputError(f"{name!r} is not for clusters", "--device", "cpu or cuda")
+        raise InputError(f"{name!r} cannot be used on a cluster", "--device", "give cpu or cuda")
     if name == "cuda" and not gpus:
         raise InputError("the cluster has no GPU", "--device", "leave it out or give cpu")
     return torch.device(name)
@@ -105,16 +105,16 @@ def _device(config: ExtractConfig, resources: dict[str, float]) -> torch.device:
 def _extract_on_node(
     backbone: Backbone, config: ExtractConfig, address: str, digest: str, device: str
 ) -> ShardFeatures:
-    """One shard. ``digest`` is that of its part, as the driver sees the shard."""
+    """Compute one shard. ``digest`` is that of its partial result, according to the driver."""
     shards = open_shards([address])
     if part_digests(config, backbone, device, shards.indexes) != [digest]:
         raise InputError(
-            "is another one on this node, or its toolkit or torch are of another version",
+            "differs on this node from the driver's copy, or this node's toolkit or torch does",
             address,
-            "put the shards where all nodes see them, and install the same everywhere",
+            "put the shards where all nodes see them, and install the same versions everywhere",
         )
     guard = BackboneGuard(backbone)
-    here = resolve_device(device)  # of several GPUs Ray shows it one
+    here = resolve_device(device)  # Ray shows the task only its own GPU
     with feature_extractor(backbone, here, config) as forwards, StopRequest() as stop:
         ((_, part),) = shard_features(shards, [0], forwards, config, stop)
     guard.require_unchanged()

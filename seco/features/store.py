@@ -28,9 +28,9 @@ from shards.errors import InputError
 
 FORMAT_VERSION = 1
 FEATURES, HALVES, FRAMES = "features.npy", "halves.npy", "frames.npy"
-PARTS = "parts"  # the folder in it of an extraction that is under way
+PARTS = "parts"  # subfolder with the partial results of an extraction
 VIDEOS, META, ERRORS = "videos.csv", "meta.json", "errors.csv"
-# What other modules write beside the features they measured.
+# What other modules write next to the features they evaluated.
 RESULTS = (
     "probe.json",
     "probe-confusion.png",
@@ -38,18 +38,18 @@ RESULTS = (
     "retrieval.json",
     "duplicates.csv",
 )
-PROBES = "probe-"  # begins the folders of probes of other methods and splits
+PROBES = "probe-"  # prefix of the folders of probes with other methods and splits
 COLUMNS = ("key", "source", "label", "label_name", "frames", "shard")
 SPLIT = "split."
-GROUP = "group"  # an optional column: videos of one recording share it
+GROUP = "group"  # optional column; the same for videos of one recording
 _BLOCK_VALUES = 1 << 24
 
 
 def require_finite(array: NDArray[np.float32], keys: Sequence[str], folder: Path) -> None:
-    """Refuse a video (row) that holds NaN or infinity.
+    """Check that no video (row) contains NaN or infinity.
 
     Raises:
-        InputError: names the video.
+        InputError: one does; it is named.
     """
     rows = max(1, _BLOCK_VALUES // max(1, int(np.prod(array.shape[1:]))))
     for start in range(0, len(array), rows):
@@ -60,15 +60,15 @@ def require_finite(array: NDArray[np.float32], keys: Sequence[str], folder: Path
             raise InputError(
                 f"the features of {keys[start + int(bad[0])]} are not finite",
                 folder,
-                "the checkpoint may be of a run that diverged",
+                "the run of this checkpoint may have diverged",
             )
 
 
 def discard(path: Path) -> None:
-    """Remove a file if it is there.
+    """Remove a file if it exists.
 
     Raises:
-        InputError: its folder cannot be written to.
+        InputError: its folder is not writable.
     """
     try:
         path.unlink(missing_ok=True)
@@ -82,14 +82,14 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class FeaturePart:
-    """Some videos of a set; what is called is read when it is needed, more than once.
+    """Some videos of a dataset; the callables are called when needed, more than once.
 
     Args:
-        rows: a video each: key, source, label (None for none), label_name, frames, shard, and
-            ``splits``, a dict such as ``{"1": "train"}``.
-        arrays: their features (v, D), halves (v, 2, D), and the features of all their frames (f, D)
-            or None.
-        failures: (key, shard, why) of each video that has no row.
+        rows: returns one row per video: key, source, label (None for none), label_name, frames,
+            shard, and ``splits``, a dict such as ``{"1": "train"}``.
+        arrays: returns features (v, D), halves (v, 2, D), and the features of all frames (f, D) or
+            None.
+        failures: (key, shard, why) of each video without a row.
     """
 
     rows: Callable[[], Rows]
@@ -117,14 +117,14 @@ def write_feature_parts(
     meta: Mapping[str, Any],
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a feature folder; one that is there is replaced.
+    """Write a feature folder, replacing any that exists.
 
     Args:
-        folder: made if need be.
+        folder: created if needed.
         parts: in the order of the rows.
         meta: encoder (arch, checkpoint, sha256, seed), shards, frames, short_edge, crop_size,
             toolkit; the format version and the encoder's dimension are added.
-        before_each: part, is called; what it raises ends the writing.
+        before_each: called before each part; an exception ends the writing.
 
     Raises:
         ValueError: sizes do not match, or there is no video.
@@ -148,15 +148,15 @@ def write_feature_parts(
         for growing in open_arrays.values():
             growing.finish()
         dimension = open_arrays[FEATURES].shape[1]
-        # Without meta.json the folder is unfinished, so no mixture of old and new is ever read.
+        # Without meta.json the folder is unfinished, so a mixture of old and new is never read.
         discard(folder / META)
-        # Of the features that were here: they would be taken for these'.
+        # Results of the old features would be taken for those of the new ones.
         for name in (*RESULTS, FRAMES, ERRORS):
             discard(folder / name)
         for other in folder.glob(f"{PROBES}*/"):
             for name in RESULTS:
                 discard(other / name)
-            with contextlib.suppress(OSError):  # a user's own files keep it
+            with contextlib.suppress(OSError):  # not empty: it holds files of the user's
                 other.rmdir()
     _write_csv(folder / VIDEOS, _table(parts, sorted(splits)))
     failures = [row for part in parts for row in part.failures]
@@ -167,9 +167,9 @@ def write_feature_parts(
 
 
 class _GrowingArray:
-    """An ``.npy`` file of float32 whose first dimension is known at its end.
+    """Writes a float32 ``.npy`` file whose length is known only at the end.
 
-    The header that numpy writes keeps room for any length, so the bytes are those of ``np.save``.
+    NumPy pads the header for any length, so the bytes equal those of ``np.save``.
     """
 
     def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
@@ -183,14 +183,14 @@ class _GrowingArray:
         return (self.length, *self._shape)
 
     def append(self, rows: Floats) -> None:
-        """Raises ValueError for rows of another shape."""
+        """Append rows; raises ValueError if their shape does not match."""
         if rows.shape[1:] != self._shape:
-            raise ValueError(f"{rows.shape} does not go on with {self.shape}")
+            raise ValueError(f"{rows.shape} cannot be appended to {self.shape}")
         self._file.write(np.ascontiguousarray(rows, dtype="<f4").data)
         self.length += len(rows)
 
     def finish(self) -> None:
-        """All rows are there."""
+        """Write the final header, once all rows have been appended."""
         self._file.seek(0)
         self._write_header()
         self._file.flush()
@@ -201,7 +201,7 @@ class _GrowingArray:
 
 
 def _checked(part: FeaturePart, rows: Rows, folder: Path) -> dict[str, Floats]:
-    """A part's arrays by the files' names."""
+    """Check a part's arrays; return them by file name."""
     features, halves, frames = part.arrays()
     videos, dimension = features.shape
     if halves.shape != (videos, 2, dimension) or len(rows) != videos:
@@ -229,7 +229,7 @@ def _table(parts: Sequence[FeaturePart], splits: Sequence[str]) -> Iterator[Sequ
 
 
 def _write_csv(path: Path, rows: Iterator[Sequence[object]] | Sequence[Sequence[object]]) -> None:
-    # A lone surrogate of an odd file name must not cost hours of extraction.
+    # backslashreplace: a lone surrogate in a file name must not waste hours of extraction.
     with (
         atomic_path(path) as temporary,
         open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -250,35 +250,35 @@ class Features:
     keys: list[str]
     sources: list[str]
     labels: NDArray[np.int64]  # (V,) UNLABELLED for none
-    label_names: list[str]  # of each video; "" for none
-    frames: NDArray[np.int64]  # (V,) frames the means are over
+    label_names: list[str]  # (V,) "" for none
+    frames: NDArray[np.int64]  # (V,) number of averaged frames
     shards: list[str]
-    splits: dict[str, list[str]]  # for each split name, (V,) values; "" for none
+    splits: dict[str, list[str]]  # (V,) values by split name; "" for none
     meta: dict[str, Any]
     all_frames: NDArray[np.float32] | None = None  # (F, D) with --per-frame
-    groups: list[str] | None = None  # (V,) the optional column "group"; "" for none
+    groups: list[str] | None = None  # (V,) optional column "group"; "" for none
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def encoder(self) -> dict[str, Any]:
-        """arch, dimension, checkpoint, sha256 and seed of the encoder."""
+        """The encoder's arch, dimension, checkpoint, sha256 and seed."""
         encoder: dict[str, Any] = self.meta["encoder"]
         return encoder
 
     @property
     def dataset(self) -> str:
-        """The set's name, or the folder's where ``meta.json`` has none."""
+        """The dataset's name, or the folder's if ``meta.json`` has none."""
         return str(self.meta.get("dataset") or self.folder.resolve().name)
 
     @cached_property
     def frame_offsets(self) -> NDArray[np.int64]:
-        """(V + 1,) the frames of video v are rows offset[v] … offset[v + 1] - 1 of all frames."""
+        """(V + 1,) offsets: video v has rows offset[v] … offset[v + 1] - 1 of ``all_frames``."""
         return np.concatenate([[0], np.cumsum(self.frames)]).astype(np.int64)
 
     def frames_of(self, row: int) -> NDArray[np.float32]:
-        """(f, D) the features of a video's frames, in time order.
+        """Return the features of a video's frames, (f, D), in time order.
 
         Raises:
             InputError: they were not kept.
@@ -290,10 +290,10 @@ class Features:
         return self.all_frames[self.frame_offsets[row] : self.frame_offsets[row + 1]]
 
     def find(self, key: str) -> int:
-        """The row of a video.
+        """Return the row of a video.
 
         Raises:
-            InputError: there is none.
+            InputError: there is no such video.
         """
         try:
             return self.keys.index(key)
@@ -303,7 +303,7 @@ class Features:
             ) from None
 
     def class_names(self) -> dict[int, str]:
-        """The name of every label that has one."""
+        """Return the names of labels that have one."""
         pairs = zip(self.labels.tolist(), self.label_names, strict=True)
         return {label: name for label, name in pairs if label != UNLABELLED and name}
 
@@ -312,11 +312,11 @@ def read_features(folder: str | Path, *, finite: bool = True) -> Features:
     """Open a feature folder.
 
     Args:
-        folder: what ``extract-features`` has written.
-        finite: refuse features that hold NaN or infinity.
+        folder: written by ``extract-features``.
+        finite: refuse features with NaN or infinity.
 
     Raises:
-        InputError: missing, not a feature folder, unfinished, or its files do not fit together.
+        InputError: missing, not a feature folder, unfinished, or its files do not match.
     """
     folder = Path(folder)
     meta = _read_meta(folder)
@@ -334,7 +334,7 @@ def read_features(folder: str | Path, *, finite: bool = True) -> Features:
     if halves.shape[1:] != (2, dimension) or meta["encoder"].get("dimension") != dimension:
         raise InputError(
             f"{FEATURES} is {features.shape}, {HALVES} {halves.shape}, and {META} says "
-            f"{meta['encoder'].get('dimension')} values a video",
+            f"{meta['encoder'].get('dimension')} values per video",
             folder,
             _EXTRACT_AGAIN,
         )
@@ -366,14 +366,14 @@ def read_features(folder: str | Path, *, finite: bool = True) -> Features:
 
 
 def require_same_encoder(a: Features, b: Features) -> None:
-    """Features of two encoders lie in different spaces and must not be compared.
+    """Check that two folders are of one encoder: other features are in different spaces.
 
     Raises:
-        InputError: the folders are of different encoders.
+        InputError: the encoders differ.
     """
     if a.encoder["sha256"] != b.encoder["sha256"]:
         raise InputError(
-            f"is of another encoder ({encoder_name(b.encoder)}) than {a.folder} "
+            f"has another encoder ({encoder_name(b.encoder)}) than {a.folder} "
             f"({encoder_name(a.encoder)})",
             b.folder,
             "extract both with the same checkpoint",
@@ -381,7 +381,7 @@ def require_same_encoder(a: Features, b: Features) -> None:
 
 
 def encoder_name(encoder: Mapping[str, Any]) -> str:
-    """A short name for messages: arch, checkpoint and the digest's first digits."""
+    """Short name for messages: arch, checkpoint and the first digits of the digest."""
     return f"{encoder.get('arch')} {encoder.get('checkpoint')} {str(encoder.get('sha256'))[:8]}"
 
 
@@ -460,6 +460,6 @@ def _integers(
             out[row] = int(value)
         else:
             raise InputError(
-                f"row {row + 1}: {value!r} is no {column}", path, "give a number of 0 or more"
+                f"row {row + 1}: {column} is {value!r}", path, "give an integer of 0 or more"
             )
     return out

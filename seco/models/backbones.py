@@ -23,17 +23,17 @@ TORCHVISION, SMALL_IMAGES = "torchvision", "for small images"  # families
 
 
 class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """A ResNet with a 3×3 stem, without max-pooling, and of any width.
+    """A ResNet of any width with a 3×3 stem and no max-pooling.
 
-    Tensor names and initialisation are torchvision's; with ``width`` 64, so are all shapes but the
-    stem's.
+    Tensor names and initialisation are torchvision's; with ``width`` 64, so are all shapes except
+    the stem's.
 
     Args:
         block: ``BasicBlock`` or ``Bottleneck``.
         blocks: number of blocks in each of the four stages.
         width: channels of the stem and of the first stage, a multiple of 16; each later stage has
             twice as many (four times that at the outputs of a ``Bottleneck``).
-        stem_stride: 1 or 2; the last stage's features are 8 times as much smaller than the image.
+        stem_stride: 1 or 2; the total stride is 8 times this.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no type
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        """One stage; torchvision asks for 64, 128, 256 and 512 planes."""
+        """Build one stage; torchvision calls this with 64, 128, 256 and 512 planes."""
         if planes == 64:
             self.inplanes = self._stem_width
         planes = planes * self._stem_width // 64
@@ -75,7 +75,7 @@ class BackboneSpec:
     Args:
         family: ``TORCHVISION`` or ``SMALL_IMAGES``.
         width: C, the width of the pooled feature.
-        build: makes it, from (N, 3, H, W) to (N, C), randomly initialised.
+        build: returns a randomly initialised network from (N, 3, H, W) to (N, C).
     """
 
     family: str
@@ -107,8 +107,8 @@ def _small(
     return _spec(SMALL_IMAGES, 8 * width * block.expansion, resnet)
 
 
-# A file that does not name its architecture is recognised by its tensors' shapes: no two of these
-# may differ in strides alone. The likeliest first, because a file is compared in this order.
+# A file that does not name its architecture is recognised by the shapes of its tensors: no two of
+# these may differ only in strides. Files are compared in this order, the likeliest first.
 _SPECS: dict[str, BackboneSpec] = {
     "resnet50": _torchvision("resnet50", 2048),
     **{name: _torchvision(name, 512) for name in ("resnet18", "resnet34")},
@@ -123,7 +123,7 @@ _SPECS: dict[str, BackboneSpec] = {
     "resnet10_w16": _small(BasicBlock, (1, 1, 1, 1), width=16, stem_stride=2),
     "resnet10_w32": _small(BasicBlock, (1, 1, 1, 1), width=32, stem_stride=2),
     "resnet10_w64": _small(BasicBlock, (1, 1, 1, 1), width=64, stem_stride=2),
-    # The stem for CIFAR of SimCLR (appendix B.9), of MoCo's demo on CIFAR-10 and of lightly.
+    # The CIFAR stem of SimCLR (appendix B.9), MoCo's CIFAR-10 demo and lightly.
     "resnet18_cifar": _small(BasicBlock, (2, 2, 2, 2), width=64, stem_stride=1),
     "resnet34_cifar": _small(BasicBlock, (3, 4, 6, 3), width=64, stem_stride=1),
     "resnet50_cifar": _small(Bottleneck, (3, 4, 6, 3), width=64, stem_stride=1),
@@ -131,7 +131,7 @@ _SPECS: dict[str, BackboneSpec] = {
 
 
 def known_archs() -> tuple[str, ...]:
-    """The names that ``--arch`` takes."""
+    """Names that ``--arch`` accepts."""
     return tuple(_SPECS)
 
 
@@ -151,7 +151,7 @@ def backbone_spec(arch: str) -> BackboneSpec:
 
 
 def build_backbone(arch: str) -> nn.Module:
-    """A randomly initialised ResNet from (N, 3, H, W) to its pooled feature (N, C).
+    """Build a randomly initialised ResNet from (N, 3, H, W) to pooled features (N, C).
 
     Raises:
         InputError: no backbone has this name.
@@ -169,7 +169,7 @@ def feature_dim(arch: str) -> int:
 
 
 def tensors_sha256(state: dict[str, Tensor]) -> str:
-    """A digest of names, shapes and values: equal exactly for equal weights."""
+    """Digest of names, dtypes, shapes and values: equal if and only if the weights are equal."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -17,22 +17,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def running_statistics(module: nn.Module, *, follow: bool) -> Iterator[None]:
-    """Whether BatchNorm's running statistics follow the forwards within the block.
+    """Control whether forwards within the block update BatchNorm's running statistics.
 
-    The statistics of a step are those of the first group of each pass, as those of rank 0 are in
-    the authors' code. They are put back rather than left alone, so that a compiled encoder is one
-    graph for all groups.
+    Only the first group of each pass updates them, as only rank 0's do in the authors' code. They
+    are restored afterwards rather than frozen, so that a compiled encoder is one graph for all
+    groups.
 
     Args:
         module: in training mode.
-        follow: False: they are afterwards what they were before.
+        follow: False: restore the statistics after the block.
     """
     if follow:
         yield
         return
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    # As .data: autograd takes a changed buffer for a changed input of the backward pass, which
-    # in training mode does not read the running statistics.
+    # .data hides the change from autograd, which would reject it; in training mode, the backward
+    # pass does not read the running statistics.
     buffers = [b.data for layer in layers for b in layer.buffers()]
     kept = [[b for b in buffers if b.is_floating_point() == real] for real in (True, False)]
     before = [[b.clone() for b in some] for some in kept]

@@ -13,24 +13,24 @@ from seco.models.batchnorm import running_statistics
 
 @dataclass(frozen=True)
 class Classes:
-    """What a classifier of K rows tells apart."""
+    """The K classes of a classifier."""
 
     labels: list[int]  # (K,) in increasing order
     names: list[str]  # (K,)
 
 
 class VideoClassifier(nn.Module):
-    """The score of a clip is the mean of its frames' scores (authors' code).
+    """A clip classifier: a clip's scores are the mean of its frames' scores (authors' code).
 
-    The classifier is linear, so it is applied to the mean of the frames' features; dropout of this
-    mean is the same dropout for all frames of the clip.
+    The classifier is linear, so it is applied to the mean of the frames' features. Dropout on this
+    mean is the same for all frames of the clip.
 
     Args:
         arch: name of the backbone.
         classes: K.
-        frozen: BatchNorm layers that keep statistics, weight and bias: ``all-but-first`` (authors'
+        frozen: BatchNorm layers with fixed statistics, weight and bias: ``all-but-first`` (authors'
             code), ``all`` or ``none``. The others normalise over groups of clips.
-        dropout: share of the feature that is dropped.
+        dropout: probability of dropping a feature.
     """
 
     def __init__(
@@ -47,20 +47,21 @@ class VideoClassifier(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> VideoClassifier:
-        """Training mode, in which frozen layers still normalise by their running statistics."""
+        """Set training mode; frozen layers still use their running statistics."""
         super().train(mode)
         for layer in self.frozen:
             layer.eval()
         return self
 
     def forward(self, images: Tensor, uniform: Tensor, group: int, first: bool = True) -> Tensor:
-        """The scores of training clips.
+        """Compute the scores of training clips.
 
         Args:
             images: (n, T, 3, S, S) views.
-            uniform: (n, C) numbers in [0, 1) that the dropout is drawn from.
+            uniform: (n, C) random numbers in [0, 1) for the dropout.
             group: clips normalised together; divides n. Clips g·group … are group g.
-            first: of the micro-batches of a step: the running statistics follow its first group.
+            first: whether this is a step's first micro-batch, whose first group updates the running
+                statistics.
 
         Returns:
             (n, K) float32.
@@ -75,17 +76,17 @@ class VideoClassifier(nn.Module):
         return self.scores(mean * kept)
 
     def scores(self, features: Tensor) -> Tensor:
-        """(…, C) mean features to (…, K) float32, even under autocast."""
+        """Map (…, C) mean features to (…, K) scores, in float32 even under autocast."""
         with torch.autocast(features.device.type, enabled=False):
             scores: Tensor = self.classifier(features.float())
         return scores
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """All but those of frozen layers."""
+        """Parameters outside the frozen layers."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def frozen_sha256(self) -> str:
-        """Of everything in the frozen layers: it must never change."""
+        """Digest of the frozen layers, which must never change."""
         state = {
             f"{number}.{name}": tensor
             for number, layer in enumerate(self.frozen)

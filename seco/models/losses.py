@@ -18,18 +18,18 @@ def inter_loss(
 ) -> tuple[Tensor, Tensor]:
     """Inter-frame instance discrimination, Eq. 2: the mean InfoNCE of the three positives.
 
-    The sum over the negatives is the same for the three positives, so it is taken once; and it is
-    taken in blocks, so that neither the 3N × (K+1) logits of the plain form nor N × K are built.
+    The sum over the negatives is the same for all three positives, so it is computed once, in
+    blocks: neither the 3N × (K+1) logits of the plain form nor an N × K matrix is materialised.
 
     Args:
         query: (N, D).
         keys: (3, N, D), the positives k1, k2, k3.
-        negatives: (K, D), rows of the queue.
+        negatives: (K, D), the queue.
         temperature: τ of Eq. 1.
         masked: (N, K) bool, negatives to leave out; None for none.
 
     Returns:
-        The loss, and the share of the 3N positives that score above all their negatives.
+        The loss, and the accuracy: the share of the 3N positives that score above all negatives.
     """
     positive = (query * keys).sum(-1) / temperature  # (3, N)
     rest, hardest = negative_logsumexp(query, negatives, temperature, masked)  # (N,), (N,)
@@ -40,7 +40,7 @@ def inter_loss(
 
 
 def intra_loss(query: Tensor, keys: Tensor, temperature: float, form: str) -> tuple[Tensor, Tensor]:
-    """Intra-frame instance discrimination, Eq. 3: k1 is of the query's frame, k2 and k3 are not.
+    """Intra-frame instance discrimination, Eq. 3: k1 is from the query's frame, k2 and k3 are not.
 
     Args:
         query: (N, D).
@@ -50,7 +50,7 @@ def intra_loss(query: Tensor, keys: Tensor, temperature: float, form: str) -> tu
             terms k1 against k2 and k1 against k3).
 
     Returns:
-        The loss, and the share of queries whose k1 scores highest.
+        The loss, and the accuracy: the share of queries whose k1 scores highest.
     """
     logits = (query * keys).sum(-1).t() / temperature  # (N, 3)
     if form == "three-way":
@@ -70,7 +70,7 @@ def order_loss(logits: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Temporal order validation, Eq. 4, from the classifier's logits (N, 2) and labels (N,).
 
     Returns:
-        The cross-entropy, and the share of right answers.
+        The cross-entropy, and the accuracy.
     """
     with torch.no_grad():
         accuracy = (logits.argmax(1) == order).float().mean()

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Of a block. A processor wants it in its cache, a GPU wants few kernels.
+# Per block: on a CPU it should fit into the cache, a GPU should need few kernels.
 _BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 
 def negative_logsumexp(
     query: Tensor, negatives: Tensor, temperature: float, masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log Σ exp(q · k / τ) over the negatives, and the largest q · k / τ.
+    """Compute log Σ exp(q · k / τ) over the negatives, and the largest q · k / τ.
 
     Args:
-        query: (N, D); the sum is differentiable by it.
+        query: (N, D); the sum is differentiable with respect to it.
         negatives: (K, D), constants.
         temperature: τ.
         masked: (N, K) bool, negatives to leave out; None for none.
@@ -47,8 +47,8 @@ class _NegativeLogSumExp(torch.autograd.Function):
         for logits, _ in _blocks(query, negatives, temperature, masked):
             largest = logits.amax(1)
             hardest = torch.maximum(hardest, largest)
-            shift = largest.masked_fill(largest == float("-inf"), 0.0)  # all are masked
-            sums = logits.sub_(shift[:, None]).exp_().sum(1)  # in place: the block is not needed on
+            shift = largest.masked_fill(largest == float("-inf"), 0.0)  # where all are masked
+            sums = logits.sub_(shift[:, None]).exp_().sum(1)  # in place: not needed any more
             total = torch.logaddexp(total, shift + sums.log())
         ctx.save_for_backward(query, negatives, masked, total)
         ctx.temperature = temperature
@@ -60,7 +60,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         query, negatives, masked, total = ctx.saved_tensors
         gradient = torch.zeros_like(query)
         scale = (grad / ctx.temperature)[:, None]
-        total = total.masked_fill(total == float("-inf"), 0.0)  # all are masked: no shares
+        total = total.masked_fill(total == float("-inf"), 0.0)  # all masked: no gradient
         for logits, block in _blocks(query, negatives, ctx.temperature, masked):
             shares = logits.sub_(total[:, None]).exp_().mul_(scale)  # softmax over all negatives
             gradient.addmm_(shares, block)
@@ -68,7 +68,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
 
 
 def _blocks(query: Tensor, negatives: Tensor, temperature: float, masked: Tensor | None) -> Any:
-    """(N, k) logits of each block of k negatives, and the block (k, D)."""
+    """Yield the (N, k) logits of each block of k negatives, and the block (k, D)."""
     size = max(1, _BLOCK_LOGITS[query.device.type] // max(1, len(query)))
     for begin in range(0, len(negatives), size):
         block = negatives[begin : begin + size]
@@ -79,14 +79,14 @@ def _blocks(query: Tensor, negatives: Tensor, temperature: float, masked: Tensor
 
 
 class NegativeQueue(nn.Module):
-    """K rows of past keys, the oldest replaced first. All of its state is in buffers, hence saved.
+    """A ring of K past keys; the oldest are replaced first. All state is in (saved) buffers.
 
     Args:
         size: K.
         dim: D.
         init: ``unit`` (random unit vectors) or ``uniform`` (authors' code: ±1/sqrt(D/3), not
             normalised).
-        generator: source of the first rows, so that all ranks start alike.
+        generator: for the initial rows, so that all ranks start with the same ones.
     """
 
     rows: Tensor
@@ -102,7 +102,7 @@ class NegativeQueue(nn.Module):
         else:
             rows = F.normalize(torch.randn(size, dim, generator=generator))
         self.register_buffer("rows", rows)  # (K, D)
-        self.register_buffer("videos", torch.full((size,), -1))  # (K,) -1: nobody's
+        self.register_buffer("videos", torch.full((size,), -1))  # (K,) -1: no video
         self.register_buffer("next_slot", torch.zeros((), dtype=torch.long))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # keys ever appended
 
@@ -113,14 +113,14 @@ class NegativeQueue(nn.Module):
 
     @property
     def fill(self) -> float:
-        """The share of rows that are real keys, 0 … 1."""
+        """Share of rows that hold real keys, 0 … 1."""
         return min(1.0, int(self.seen) / self.size)
 
     @torch.no_grad()
     def append(self, keys: Tensor, videos: Tensor) -> None:
-        """Append M keys (M, D) of videos (M,) in their order, wrapping at the end; any M."""
+        """Append M keys (M, D) of videos (M,) in order, wrapping around; any M."""
         appended = len(keys)
-        first = max(0, appended - self.size)  # more than K: only the last K would remain
+        first = max(0, appended - self.size)  # of more than K, only the last K remain
         slots = torch.arange(first, appended, device=self.rows.device)
         slots = (slots + self.next_slot) % self.size
         self.rows[slots] = keys[first:].to(self.rows.dtype)

@@ -32,21 +32,21 @@ Ints = NDArray[np.int64]
 
 
 class KeyShuffle:
-    """The plan of one step, the same on all ranks.
+    """Which rank encodes which key images in one step; the plan is consistent across ranks.
 
     Args:
         batch: N, the global batch.
-        rank: this process's number of ``size`` processes.
-        size: their number; divides N.
-        generator: seeded alike on all ranks.
+        rank: this process's rank.
+        size: number of ranks; divides N.
+        generator: with the same seed on all ranks.
 
     Attributes:
-        wanted: (3n,) of the 3N key images (k1 of all rows, then k2, then k3) those that this rank
+        wanted: (3n,) which of the 3N key images (k1 of all rows, then k2, then k3) this rank
             encodes, by key and place; n = N / size.
-        sent: (3n,) of this rank's own 3n key images the order in which they leave, rank after rank.
+        sent: (3n,) the order in which this rank's own 3n key images are sent, by receiving rank.
         sent_counts: how many go to each rank.
-        received_counts: how many come from each.
-        arrived: (3n,) where in what came each wanted image is.
+        received_counts: how many come from each rank.
+        arrived: (3n,) the position of each wanted image among the received ones.
     """
 
     def __init__(self, batch: int, rank: int, size: int, generator: torch.Generator) -> None:
@@ -70,7 +70,7 @@ class KeyShuffle:
         self.arrived[np.argsort(coming, kind="stable")] = np.arange(KEYS * share)
 
     def by_row(self, vectors: Tensor) -> Tensor:
-        """(R · 3n, D) by rank, key and place to (3, N, D) by key and row of the global batch."""
+        """Unshuffle (R · 3n, D), by rank, key and place, to (3, N, D), by key and global row."""
         size = self._batch // self._share
         by_place = vectors.view(size, KEYS, self._share, -1).transpose(0, 1)
         by_place = by_place.reshape(KEYS, self._batch, -1)
@@ -79,11 +79,11 @@ class KeyShuffle:
 
 
 class Encoder(nn.Module):
-    """Backbone and heads; the output is an L2-normalised embedding for each task.
+    """Backbone and heads; outputs L2-normalised embeddings.
 
     Args:
         arch: name of the backbone.
-        heads: names of the heads, ``("shared",)`` or the tasks (paper §5.2: C → C → D with a ReLU).
+        heads: names of the heads, ``("shared",)`` or the tasks (paper §5.2: C → C → D with ReLU).
         embedding_dim: D.
     """
 
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) → for each head, unit vectors (N, D), in float32 even under autocast."""
+        """Map (N, 3, H, W) to unit vectors (N, D) per head, in float32 even under autocast."""
         feature = self.backbone(images)
         vectors = {name: head(feature) for name, head in self.heads.items()}
         return {
@@ -114,38 +114,38 @@ Embeddings = dict[str, Tensor]  # by head
 
 
 class TripletViews(Protocol):
-    """A batch of N triplets: what ``seco.triplet_loader`` yields, or a ``DataLoader``."""
+    """A batch of N triplets, from ``seco.triplet_loader`` or a ``DataLoader``."""
 
     @property
     def views(self) -> Tensor | Sequence[Tensor]:
-        """Query, k1 (both of the anchor), k2 and k3: four times (N, 3, S, S), normalised."""
+        """Query, k1 (both from the anchor), k2 and k3: (N, 3, S, S) each, normalised."""
 
     @property
     def order(self) -> Tensor:
-        """(N,) 0 when the anchor is before k2 and k3, 1 when it is after."""
+        """(N,) 0 if the anchor is before k2 and k3, 1 if it is after."""
 
     @property
     def video(self) -> Tensor:
-        """(N,) numbers of the videos."""
+        """(N,) video numbers."""
 
 
 @dataclass
 class SeCoOutput:
     """The summed loss of some queries, and detached metrics by name.
 
-    Each metric is a mean over the rows, so the means of equally large groups, or of all ranks, are
-    those of the batch.
+    Each metric is a mean over rows, so averaging over groups of equal size, or over ranks, gives
+    the metric of the batch.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     moments: Tensor  # (2, D) means of the first task's embeddings and of their squares
-    keys: Embeddings = field(default_factory=dict)  # of the batch, for SeCo.update
+    keys: Embeddings = field(default_factory=dict)  # the batch's keys, for SeCo.update
     videos: Tensor | None = None
 
 
 class Negatives(NamedTuple):
-    """K rows that are not positives of any query, or only of those of their own video."""
+    """K keys that are positives of no query, except of queries from their own video."""
 
     rows: Tensor  # (K, D)
     videos: Tensor  # (K,) -1: of no video
@@ -165,14 +165,14 @@ class SeCo(nn.Module):
             optimizer.step()
             model.update(out)
 
-    For several GPUs, :func:`seco.pretrain` runs the same parts (:class:`TrainingStep`).
+    On several GPUs, :func:`seco.pretrain` runs the same parts (:class:`TrainingStep`).
 
     Args:
-        arch: name of the backbone; or the resolved settings of a run.
-        settings: options of ``seco pretrain`` that concern the model, with its defaults: ``tasks``,
+        arch: name of the backbone, or the resolved settings of a run.
+        settings: the model options of ``seco pretrain``, with the same defaults: ``tasks``,
             ``heads``, ``embedding_dim``, ``queue_size``, ``queue_init``, ``mask_same_video``,
             ``temperature``, ``intra``, ``intra_temperature``, ``ema``, ``bn_group``, ``preset``,
-            ``seed`` (of the queue's first rows).
+            ``seed`` (of the queue's initial rows).
 
     Raises:
         InputError: unknown architecture or task, or a value out of range.
@@ -193,7 +193,7 @@ class SeCo(nn.Module):
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.order_classifier = nn.Linear(3 * config.embedding_dim, 2)
         self.order_classifier.requires_grad_("order" in self.tasks)
-        self.queue: NegativeQueue | None = None  # None: the negatives are the keys of the batch
+        self.queue: NegativeQueue | None = None  # None: the batch's keys are the negatives
         if config.queue_size:
             self.queue = NegativeQueue(
                 config.queue_size,
@@ -204,9 +204,9 @@ class SeCo(nn.Module):
         self._mask_same_video = config.mask_same_video or not config.queue_size
 
     def forward(self, batch: TripletViews) -> SeCoOutput:
-        """The loss of a batch, on one device.
+        """Compute the loss of a batch, on one device.
 
-        Keys are shuffled over BatchNorm groups of ``bn_group`` images (default: a quarter of the
+        Keys are shuffled across BatchNorm groups of ``bn_group`` images (default: a quarter of the
         batch) with torch's global generator. The activations of all queries are kept until
         ``backward``.
 
@@ -237,7 +237,7 @@ class SeCo(nn.Module):
         return out
 
     def update(self, out: SeCoOutput) -> None:
-        """After the optimizer's step: the key encoder follows, the batch's keys join the queue."""
+        """Update the key encoder and append the batch's keys; call after the optimizer's step."""
         if out.videos is not None:
             self.append_keys(out.keys, out.videos)
         self.update_key_encoder()
@@ -247,14 +247,14 @@ class SeCo(nn.Module):
         """Encode this rank's key images, one BatchNorm group at a time.
 
         Args:
-            groups: (g, 3, S, S) each, in the order of :class:`seco.models.seco.KeyShuffle`:
-                those of k1, then those of k2 and of k3. Taken one after the other, so that
-                a generator needs memory for one alone.
-            per_key: groups of each key. The running statistics follow the first of them, as those
-                of rank 0 do in the authors' code, which has a forward for each key.
+            groups: (g, 3, S, S) each, in the order of :class:`seco.models.seco.KeyShuffle`: k1's
+                groups, then k2's, then k3's. Consumed one at a time, so a generator needs memory
+                for one only.
+            per_key: groups per key. The first of them updates the running statistics, as rank 0
+                does in the authors' code, which has one forward per key.
 
         Returns:
-            for each head unit vectors (3n, D) in the groups' order.
+            Unit vectors (3n, D) per head, in the groups' order.
         """
         encoded: list[Embeddings] = []
         for number, images in enumerate(groups):
@@ -263,11 +263,11 @@ class SeCo(nn.Module):
         return {name: torch.cat([group[name] for group in encoded]) for name in encoded[0]}
 
     def negatives(self, keys: Mapping[str, Tensor], videos: Tensor) -> Negatives:
-        """The queue's rows, or without a queue the keys of the batch.
+        """Return the queue's rows or, without a queue, the keys of the batch.
 
         Args:
-            keys: for each head (3, N, D).
-            videos: (N,) numbers of the videos.
+            keys: (3, N, D) per head.
+            videos: (N,) video numbers.
         """
         if self.queue is not None:
             return Negatives(self.queue.rows, self.queue.videos)
@@ -283,22 +283,23 @@ class SeCo(nn.Module):
         negatives: Negatives,
         first: bool = True,
     ) -> SeCoOutput:
-        """The losses of the g queries of one BatchNorm group.
+        """Compute the losses of the g queries of one BatchNorm group.
 
         Args:
             images: (g, 3, S, S) query views.
-            keys: for each head (3, g, D), k1, k2, k3 of the same rows.
-            order: (g,) 0 when the anchor is before k2 and k3, 1 when after.
-            videos: (g,) numbers of the videos.
-            negatives: for all groups of a batch.
-            first: of the groups of a step: BatchNorm's running statistics follow it.
+            keys: (3, g, D) per head, k1, k2, k3 of the same rows.
+            order: (g,) 0 if the anchor is before k2 and k3, 1 if it is after.
+            videos: (g,) video numbers.
+            negatives: the same for all groups of a batch.
+            first: whether this is a step's first group, which updates BatchNorm's running
+                statistics.
         """
         config = self.config
         with running_statistics(self.query_encoder, follow=first):
             queries: Embeddings = self.query_encoder(images)
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=images.device)
-        # Logits of unit vectors divided by 0.1 do not bear 8 bits of mantissa.
+        # Cosines divided by a temperature of 0.1 need more than bfloat16's 8 bits of mantissa.
         with torch.autocast(images.device.type, enabled=False):
             for task in self.tasks:
                 query, key = queries[self.head_of[task]], keys[self.head_of[task]]
@@ -320,19 +321,19 @@ class SeCo(nn.Module):
         return SeCoOutput(total, metrics, moments)
 
     def append_keys(self, keys: Mapping[str, Tensor], videos: Tensor) -> None:
-        """The keys of the global batch, for each head (3, N, D), become negatives of later ones."""
+        """Append the keys of the global batch, (3, N, D) per head, to the queue."""
         if self.queue is not None and "inter" in self.tasks:
             self.queue.append(keys[self.head_of["inter"]].flatten(0, 1), videos.repeat(KEYS))
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
-        """Eq. 6, after the optimizer's step; parameters only (the key BN buffers are its own)."""
+        """Apply Eq. 6, after the optimizer's step; parameters only (BN buffers stay its own)."""
         key = [p.detach() for p in self.key_encoder.parameters()]
         query = [p.detach() for p in self.query_encoder.parameters()]
         torch._foreach_lerp_(key, query, 1 - self.config.ema)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer steps: the query encoder and the order classifier."""
+        """Parameters for the optimizer: the query encoder and the order classifier."""
         parameters = list(self.query_encoder.parameters())
         return parameters + (
             list(self.order_classifier.parameters()) if "order" in self.tasks else []
@@ -340,7 +341,7 @@ class SeCo(nn.Module):
 
 
 def mean_output(results: Sequence[SeCoOutput]) -> SeCoOutput:
-    """The means over groups of one size."""
+    """Mean over groups of equal size."""
     if len(results) == 1:
         return results[0]
     metrics = {
@@ -355,7 +356,7 @@ def mean_output(results: Sequence[SeCoOutput]) -> SeCoOutput:
 
 
 def spread(moments: Tensor) -> Tensor:
-    """1 for embeddings spread evenly over the sphere, 0 when all collapse into one."""
+    """Feature std: 1 if embeddings are spread evenly over the sphere, 0 if they have collapsed."""
     mean, square = moments
     deviation: Tensor = (square - mean.square()).clamp_min(0).sqrt()
     value: Tensor = deviation.mean() * len(mean) ** 0.5

@@ -14,15 +14,15 @@ _STAGES = ("layer1", *FEATURE_LAYERS)
 
 
 def dilate(network: nn.Module) -> dict[str, int]:
-    """Set strides and dilations of a ResNet in place so that no stage exceeds stride 8.
+    """Change a ResNet's strides and dilations in place so that no stage exceeds stride 8.
 
-    For torchvision's Bottleneck networks this is its
+    For torchvision's Bottleneck networks this equals
     ``replace_stride_with_dilation=[False, True, True]``, which torchvision refuses for ResNet-18
-    and 34. As there, the kernel that had the stride keeps the dilation of the stage before: that
-    is what leaves the values as they are.
+    and 34. As there, the kernel that had the stride keeps the dilation of the previous stage, so
+    that values do not change.
 
     Returns:
-        for each stage, ``layer1`` to ``layer4``, how many px of the image one cell stands for.
+        The stride in px of each stage, ``layer1`` to ``layer4``.
     """
     total = _stride(cast(nn.Conv2d, network.conv1))
     if isinstance(network.maxpool, nn.MaxPool2d):
@@ -60,20 +60,20 @@ def _stride(convolution: nn.Conv2d) -> int:
 class DilatedBackbone(nn.Module):
     """Features of a frozen, dilated ResNet at stride 8 instead of 32 (paper §5.2).
 
-    In torchvision's ResNets the strides of res4 and res5 become 1 and their 3×3 kernels are spread
-    instead, by 2 and 4; in ResNets for small images, which reach stride 8 later, fewer stages
-    change. Weights stay as they are, and so do the values: at every fourth cell (or second, or
-    each) the dilated network has what the original has (the "algorithme à trous").
+    In torchvision's ResNets, the strides of res4 and res5 become 1 and their 3×3 kernels are
+    dilated by 2 and 4 instead; in ResNets for small images, which reach stride 8 later, fewer
+    stages change. Weights do not change, nor do values: at every fourth cell (or every second, or
+    every cell), the dilated network equals the original (the "algorithme à trous").
 
     Always in evaluation mode, without gradients. The whole network is kept, so that its weights
-    can be compared with those it was made from.
+    can be compared with those it was loaded from.
 
     Args:
         network: a ResNet with pre-trained weights; changed in place.
-        feature_layer: the last stage that is computed, ``layer2``, ``layer3`` or ``layer4``.
+        feature_layer: the last stage to compute, ``layer2``, ``layer3`` or ``layer4``.
 
     Raises:
-        InputError: the stage's features have a smaller stride.
+        InputError: the features of this stage have a smaller stride.
     """
 
     def __init__(self, network: nn.Module, feature_layer: str) -> None:
@@ -82,7 +82,7 @@ class DilatedBackbone(nn.Module):
         if strides[feature_layer] != STRIDE:
             usable = [name for name in FEATURE_LAYERS if strides[name] == STRIDE]
             raise InputError(
-                f"{feature_layer} of this backbone has stride {strides[feature_layer]}, the"
+                f"{feature_layer} of this backbone has stride {strides[feature_layer]}; the"
                 f" tracker needs {STRIDE}",
                 "--feature-layer",
                 f"give {' or '.join(usable)}",
@@ -93,18 +93,18 @@ class DilatedBackbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> DilatedBackbone:
-        """Frozen statistics whatever is asked for."""
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @property
     def width(self) -> int:
-        """C, the channels of the features."""
+        """C, the number of feature channels."""
         stage = cast(nn.Sequential, getattr(self.network, self._stages[-1]))
         norms = [layer for layer in stage[-1].modules() if isinstance(layer, nn.BatchNorm2d)]
         return norms[-1].num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised → (N, C, ⌈H/8⌉, ⌈W/8⌉)."""
+        """Map normalised (N, 3, H, W) to features (N, C, ⌈H/8⌉, ⌈W/8⌉)."""
         net = self.network
         with torch.no_grad():
             x = net.maxpool(net.relu(net.bn1(net.conv1(images))))  # type: ignore[operator]
@@ -113,20 +113,20 @@ class DilatedBackbone(nn.Module):
         return cast(Tensor, x)
 
 
-TRACKER = "tracker"  # where a checkpoint of `seco track train` says what it is
-# Of the deviations' root mean square: a channel that hardly moved while it was measured would
-# else be magnified without limit where it does move, and the loss diverge.
+TRACKER = "tracker"  # key of a `seco track train` checkpoint that describes the tracker
+# Of the root mean square of the standard deviations. Otherwise a channel that was nearly constant
+# while measured would be amplified without limit elsewhere, and the loss would diverge.
 _LEAST_SHARE = 0.05
-_LEAST_STD = 1e-6  # of features that are all the same
+_LEAST_STD = 1e-6  # for features that are all the same
 
 
 def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
-    """How well an exemplar fits at each place of a search region.
+    """Correlate an exemplar with every position of a search region.
 
     Response (i, j) is the sum over cells (y, x) and channels of
     ``exemplar[y, x] · search[y + i, x + j]``: a convolution with as many groups as pairs. It is
-    computed from the products of all cells with all, which is four times the arithmetic in one
-    matrix product and several times quicker.
+    computed from the products of all pairs of cells: four times the arithmetic, but in one matrix
+    product, which is several times faster.
 
     Args:
         exemplar: (N, C, h, w), or (1, C, h, w) for all.
@@ -147,16 +147,16 @@ def cross_correlation(exemplar: Tensor, search: Tensor) -> Tensor:
 
 
 class SiameseHead(nn.Module):
-    """From features to responses; all that is learnt of a tracker.
+    """Map features to responses; the only learnt part of a tracker.
 
     Args:
         width: C, channels of the features.
-        channels: D, outputs of the 1×1 convolution.
-        response_scale: factor of the correlation; a bias is learnt.
-        separate: a convolution for each of exemplar and search, instead of one for both.
-        standardise: subtract ``mean`` from the features and divide by ``std``, channel by channel.
-            Both are measured once (:meth:`measure`), then constants: with them it is still one 1×1
-            convolution.
+        channels: D, output channels of the 1×1 convolution.
+        response_scale: constant factor of the correlation; a bias is learnt.
+        separate: use one convolution for exemplars and another for search regions.
+        standardise: subtract ``mean`` from the features and divide by ``std``, per channel. Both
+            are measured once (:meth:`measure`) and then constant, so that this is still a single
+            1×1 convolution.
     """
 
     mean: Tensor
@@ -181,9 +181,9 @@ class SiameseHead(nn.Module):
         self._standardise = standardise
 
     def measure(self, mean: Tensor, std: Tensor) -> None:
-        """Take the (C,) mean and standard deviation of the features.
+        """Set the (C,) mean and standard deviation of the features.
 
-        Deviations below a twentieth of their root mean square are raised to that.
+        Deviations below a twentieth of their root mean square are raised to it.
         """
         if self._standardise:
             least = (_LEAST_SHARE * std.square().mean().sqrt()).clamp(min=_LEAST_STD)
@@ -191,33 +191,33 @@ class SiameseHead(nn.Module):
             self.std.copy_(std.maximum(least))
 
     def exemplar(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) → (N, D, h, w)."""
+        """Project exemplar features (N, C, h, w) to (N, D, h, w)."""
         return self._projected(features, self.exemplar_convolution)
 
     def search(self, features: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, D, H, W)."""
+        """Project search features (N, C, H, W) to (N, D, H, W)."""
         return self._projected(features, self.search_convolution or self.exemplar_convolution)
 
     def correlation(self, exemplar: Tensor, search: Tensor) -> Tensor:
-        """Projected (N or 1, D, h, w) and (N, D, H, W) → (N, H - h + 1, W - w + 1), scaled."""
+        """Correlate projected (N or 1, D, h, w) and (N, D, H, W); (N, H - h + 1, W - w + 1)."""
         return cross_correlation(exemplar, search) * self._scale
 
     def forward(self, exemplar: Tensor, search: Tensor) -> Tensor:
-        """Features of N pairs to their logits."""
+        """Map the features of N pairs to logits."""
         return self.correlation(self.exemplar(exemplar), self.search(search)) + self.bias
 
     def _projected(self, features: Tensor, convolution: nn.Conv2d) -> Tensor:
-        # (features - mean) / std is done by the convolution's weights: no pass over the features.
+        # (features - mean) / std is folded into the convolution: no pass over the features.
         weight = convolution.weight[:, :, 0, 0] / self.std
         assert convolution.bias is not None
         bias = convolution.bias - weight @ self.mean
-        # A matrix product: with gradients, torch's own 1×1 convolution is slow on a processor.
+        # A matrix product: with gradients, torch's own 1×1 convolution is slow on a CPU.
         projected: Tensor = weight @ features.flatten(2) + bias[:, None]
         return projected.view(*projected.shape[:2], *features.shape[2:])
 
 
 class SiamFC(nn.Module):
-    """Frozen backbone and head."""
+    """A frozen, dilated backbone and a trainable head."""
 
     def __init__(self, network: nn.Module, config: TrackTrainConfig) -> None:
         super().__init__()
@@ -231,5 +231,5 @@ class SiamFC(nn.Module):
         )
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Those of the head."""
+        """Parameters of the head."""
         return list(self.head.parameters())

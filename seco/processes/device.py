@@ -22,19 +22,19 @@ _MOST_WORKERS = 16
 
 
 def resolve_device(name: str, *, spare_cores: int = 1) -> torch.device:
-    """The device of ``--device``; ``auto`` is a GPU when there is one.
+    """Resolve ``--device``; ``auto`` is a GPU if there is one.
 
-    Of several processes on a machine each takes the GPU of its number, or its share of the cores.
-    On the CPU one core is left to the loader: computing threads that wait for each other at every
-    layer lose far more than that core to a loader process which takes turns with them. How many
-    threads compute depends on the machine and ``OMP_NUM_THREADS`` alone, never on ``--workers``,
-    because the number of threads may change the last bits of a sum.
+    If a machine runs several processes, each takes the GPU of its local rank, or its share of the
+    cores. On the CPU, one core is left to the loader: compute threads that wait for each other at
+    every layer lose far more than that core if they share theirs with a worker. The number of
+    compute threads depends only on the machine and ``OMP_NUM_THREADS``, never on ``--workers``,
+    because it may change the last bits of a sum.
 
     Args:
-        spare_cores: left to the loader; 0 for work that has none.
+        spare_cores: cores left to the loader; 0 for work without one.
 
     Raises:
-        InputError: a GPU is asked for and there is none.
+        InputError: unknown device, or a GPU is requested and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,10 +48,10 @@ def resolve_device(name: str, *, spare_cores: int = 1) -> torch.device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         named: int | None = device.index
         if named is None:
-            # A scheduler may show each process its own GPU alone, as number 0.
+            # A scheduler may show each process only its own GPU, as number 0.
             device = torch.device("cuda", local_rank() if gpus > 1 else 0)
         if (device.index or 0) >= gpus:
-            there = f"{gpus} can be used here" if gpus else "no GPU can be used here"
+            there = f"only {gpus} GPUs can be used here" if gpus else "no GPU can be used here"
             raise InputError(f"{name}: {there}", "--device", "leave it out or give cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (usable_cpus() - spare_cores) // local_size()))
@@ -61,15 +61,15 @@ def resolve_device(name: str, *, spare_cores: int = 1) -> torch.device:
 
 
 def loader_workers(given: int | None, device: torch.device, cores: int | None = None) -> int:
-    """Return ``--workers``, or how many loader workers a device needs.
+    """Return ``--workers``, or its default for a device.
 
-    A GPU takes its share of the machine's cores less two, and 16 at most: 2,500 triplets per
-    second take 14 (estimated from the CPU time per triplet in ``docs/loader.md``).
+    For a GPU, this is the process's share of the cores less two, and at most 16: 2,500 triplets
+    per second take 14 (estimated from the CPU time per triplet in ``docs/loader.md``).
 
     Args:
-        given: what the user asked for.
-        device: what is fed.
-        cores: this process's share, where it is not this machine's.
+        given: ``--workers``.
+        device: the device to feed.
+        cores: this process's share of the cores, if not on this machine.
     """
     if given is not None:
         return given
@@ -80,12 +80,12 @@ def loader_workers(given: int | None, device: torch.device, cores: int | None = 
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """What ``--precision`` means there: ``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    """Whether ``--precision`` means bf16 there; ``auto`` is bf16 on a GPU and fp32 elsewhere."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def wall_milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long ``work`` takes, until the device has done it too."""
+    """Time ``work`` in ms, including what it queues on the device."""
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -95,7 +95,7 @@ def wall_milliseconds(work: Callable[[], object], device: torch.device) -> float
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Within the block, float32 matrix products are of float32: no TF32, no bfloat16."""
+    """Compute float32 matrix products in float32 within the block: no TF32, no bfloat16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -105,20 +105,20 @@ def exact_products() -> Iterator[None]:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device: that takes pinned memory."""
+    """Copy a tensor to the device without blocking, through pinned memory."""
     if device.type != "cuda":
         return host
     return host.pin_memory().to(device, non_blocking=True)
 
 
 _Made = TypeVar("_Made")
-_failures: list[str] = []  # not tried again: each try costs seconds
+_failures: list[str] = []  # not retried: each attempt costs seconds
 
 
 def if_it_compiles(work: Callable[[], _Made]) -> _Made | None:
-    """What ``work``, which uses torch.compile, returns; None where compiling fails.
+    """Run ``work``, which uses torch.compile; return None if compilation fails.
 
-    The first failure is printed in one line, and nothing is tried after it.
+    The first failure is printed on one line; after it, nothing is compiled.
     """
     if _failures:
         return None
@@ -129,14 +129,16 @@ def if_it_compiles(work: Callable[[], _Made]) -> _Made | None:
     except (RuntimeError, ImportError, OSError) as error:  # dynamo's, inductor's: RuntimeErrors
         _failures.append(_reason(error))
         print(
-            f"seco: slower, as torch.compile failed ({_failures[0]})", file=sys.stderr, flush=True
+            f"seco: torch.compile failed, running slower ({_failures[0]})",
+            file=sys.stderr,
+            flush=True,
         )
         return None
 
 
 @functools.cache
 def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile can build anything for ``device``; takes a second or two."""
+    """Whether torch.compile works for ``device``; takes a second or two."""
     return if_it_compiles(lambda: torch.compile(_twice)(torch.ones(8, device=device))) is not None
 
 
@@ -146,10 +148,10 @@ def _twice(x: Tensor) -> Tensor:
 
 @contextmanager
 def compile_faults() -> Iterator[None]:
-    """Turn torch.compile's own faults within the block into one line.
+    """Turn errors of torch.compile within the block into one line.
 
     Raises:
-        InputError: it failed.
+        InputError: compilation failed.
     """
     from torch._dynamo.exc import TorchDynamoException
 

@@ -25,18 +25,18 @@ from shards.errors import (
     Stopped,
 )
 
-_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # handed on to the processes
-_SAVING_SECONDS = "1800"  # they have for it, after which torch kills them
-_LAUNCHER_LOOKS_WITHIN = 15.0  # seconds; it looks every half second
-_MARK = "SECO_STOPPED"  # names the folder where each notes that it has stopped with all saved
+_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # forwarded to the processes
+_SAVING_SECONDS = "1800"  # for saving after a signal; then torch kills the processes
+_LAUNCHER_LOOKS_WITHIN = 15.0  # seconds; the launcher polls every half second
+_MARK = "SECO_STOPPED"  # folder in which each rank marks that it has stopped and saved
 
 
 class ManyProcesses(Protocol):
-    """Settings of a stage that runs on many processes."""
+    """Settings of a multi-process stage."""
 
     @property
     def processes(self) -> int | None:
-        """How many; None for one a GPU, or a single one without."""
+        """How many; None: one per GPU, or one without a GPU."""
 
     @property
     def device(self) -> str:
@@ -51,22 +51,23 @@ def launch(
     run: Callable[[_Config], int],
     check: Callable[[_Config, int], object] = lambda config, processes: None,
     *,
-    again: str = "go on with the same command",
+    again: str = "run the same command again to resume",
 ) -> int:
-    """Run a stage on all processes; returns the exit code.
+    """Run a stage on all processes and return the exit code.
 
     Args:
         config: as given; pickled for the new processes.
-        run: what each process does; returns its exit code. Found by its name in the new processes.
-        check: refuses settings that cannot work on so many processes, so that it is said once.
-        again: what the user is told to do after a process was killed.
+        run: called in each process; returns its exit code. New processes import it by name.
+        check: raises for settings that cannot work on so many processes, so that the error is
+            reported once.
+        again: advice to the user after a process was killed.
 
     Raises:
-        InputError: more processes than GPUs; what ``check`` raises.
+        InputError: more processes than GPUs; whatever ``check`` raises.
     """
     if "RANK" in os.environ:
         if config.processes is not None:
-            raise InputError("is for runs without torchrun", "--processes", "leave it out")
+            raise InputError("cannot be used under torchrun", "--processes", "leave it out")
         code = run(config)
         return EXIT_FAILED if code == EXIT_PEER_LOST else code
     processes = _processes(config)
@@ -87,7 +88,7 @@ def _launched(
 
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
-    # Each process says in one line what happened to it; the launcher's own pages add nothing.
+    # Each process reports its error on one line; the launcher's own log adds only noise.
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     launched = LaunchConfig(
@@ -113,20 +114,20 @@ def _launched(
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 print(
                     f"seco: process {failure.local_rank} was killed by signal {-failure.exitcode}; "
-                    f"the others were stopped — {again}",
+                    f"the others were stopped; {again}",
                     file=sys.stderr,
                 )
         return EXIT_FAILED
     except SignalException as error:
         name = signal.Signals(error.sigval).name
         if _all_stopped(scratch, processes):
-            raise Stopped("") from None  # the first of them has said so
+            raise Stopped("") from None  # rank 0 has reported it
         raise InputError(f"{name} ended the run, and not everything could be saved") from None
     return 0
 
 
 def _wait_until_all_have_stopped() -> None:
-    """The launcher ends the others when the first has ended, also one that has yet to say it."""
+    """Wait for the marks of all ranks: once one ends, the launcher kills the others."""
     waited_until = time.monotonic() + _LAUNCHER_LOOKS_WITHIN
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
     while not _all_stopped(os.environ[_MARK], processes) and time.monotonic() < waited_until:
@@ -138,7 +139,7 @@ def _all_stopped(scratch: str, processes: int) -> bool:
 
 
 def _processes(config: ManyProcesses) -> int:
-    """How many this machine runs."""
+    """How many processes to start on this machine."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -153,17 +154,17 @@ def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
     try:
         code = run(config)
     except BaseException:
-        traceback.print_exc()  # torch would keep it to itself
+        traceback.print_exc()  # torch would not print it
         sys.exit(EXIT_FAILED)
     if code == EXIT_STOPPED:
         Path(os.environ[_MARK], os.environ["RANK"]).touch()
         _wait_until_all_have_stopped()
     if code == EXIT_PEER_LOST:
-        # The launcher tells of the first failure it sees, and that has to be the other's: it will
-        # end this process as soon as it has seen it.
+        # The launcher reports the first failure it sees, which has to be the peer's; it kills this
+        # process as soon as it has seen that one.
         time.sleep(_LAUNCHER_LOOKS_WITHIN)
     if code:
-        # Without the interpreter's end, in which torch's threads that wait for others abort.
+        # Skip the interpreter's shutdown, in which torch's waiting threads would abort.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

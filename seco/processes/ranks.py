@@ -25,20 +25,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import EXIT_FAILED, InputError, PeerLost, Stopped
 
-_EVERY = 1.0  # seconds between two signs of life
-_GRACE = 10.0  # seconds in which the process itself may notice and say more
+_EVERY = 1.0  # seconds between heartbeats
+_GRACE = 10.0  # seconds in which the main thread may notice and report more
 _ALIVE, _LEFT, _FAILED = 0, 1, 2
 
 
 class PeerWatch:
-    """A thread that exchanges signs of life with those of the other processes.
+    """A thread that exchanges heartbeats with the other ranks.
 
-    A process that waits in a GPU's collective hears nothing of a peer that was killed, and a peer
-    that hangs closes no connection. This one ends such a process, with the reason on screen.
+    A rank that waits in a GPU collective does not notice that a peer was killed, and a peer that
+    hangs closes no connection. This thread ends such a rank and prints the reason.
 
     Args:
-        group: of all processes, for this alone; its timeout is the silence after which a process
-            counts as lost.
+        group: process group of all ranks, used for nothing else; its timeout is the silence after
+            which a rank counts as lost.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -49,7 +49,7 @@ class PeerWatch:
         self._thread.start()
 
     def leave(self, *, failed: bool) -> None:
-        """End the watch of all processes; where this one has failed, the others end too."""
+        """End the watch on all ranks; if this rank has failed, the others end too."""
         self._says = _FAILED if failed else _LEFT
         self._leaving.set()
         self._thread.join()
@@ -62,7 +62,7 @@ class PeerWatch:
             except RuntimeError as error:
                 return self._lost(" ".join(str(error).split())[:200])
             if int(said) == _FAILED:
-                return self._lost("one of them has failed")
+                return self._lost("another process has failed")
             if int(said) == _LEFT:
                 return None
             self._leaving.wait(_EVERY)
@@ -71,34 +71,34 @@ class PeerWatch:
         if self._leaving.wait(_GRACE):
             return
         rank = dist.get_rank()
-        print(f"seco: process {rank} has lost the others ({reason})", file=sys.stderr, flush=True)
-        os._exit(EXIT_FAILED)  # its main thread may wait forever
+        print(f"seco: process {rank} lost its peers ({reason})", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)  # the main thread may wait forever
 
 
-_TIMEOUT = datetime.timedelta(minutes=5)  # to find each other, and of what GPUs exchange
-_HOST_TIMEOUT = datetime.timedelta(minutes=30)  # the first one may be saving to a slow disk
-_SILENCE = datetime.timedelta(seconds=45)  # after which a process counts as lost
+_TIMEOUT = datetime.timedelta(minutes=5)  # for connecting, and for collectives on GPUs
+_HOST_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may be saving to a slow disk
+_SILENCE = datetime.timedelta(seconds=45)  # after which a rank counts as lost
 
 
-# Its name before torch 2.14.
+# The second is its name before torch 2.14.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Ranks:
-    """This process's place among ``size`` processes."""
+    """This process's rank among ``size`` ranks, and the collectives."""
 
     def __init__(self, rank: int = 0, size: int = 1, host: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.size = size
-        self._host = host  # what the processors exchange, apart from the devices
+        self._host = host  # process group of the CPUs
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that logs and saves."""
+        """Whether this is rank 0, which logs and saves."""
         return self.rank == 0
 
     def gather_host(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n, F) of every rank to (size · n, F), rank after rank, without the device."""
+        """All-gather (n, F) to (size · n, F), in rank order, on the CPU."""
         if self.size == 1:
             return rows
         mine = torch.from_numpy(np.ascontiguousarray(rows))
@@ -108,17 +108,17 @@ class Ranks:
         return everyone.numpy()
 
     def agree(self, text: str) -> bool:
-        """Whether all ranks say the same."""
+        """Whether ``text`` is the same on all ranks."""
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
         everyone = self.gather_host(np.array([[float(number)]]))
         return bool((everyone == everyone[0]).all())
 
     def any(self, mine: bool) -> bool:
-        """Whether it holds for at least one rank."""
+        """Whether ``mine`` is true on at least one rank."""
         return bool(self.gather_host(np.array([[float(mine)]])).any())
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(n, …) of every rank to (size · n, …), rank after rank, on the device."""
+        """All-gather (n, …) to (size · n, …), in rank order, on the device."""
         if self.size == 1:
             return rows
         everyone = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
@@ -131,11 +131,11 @@ class Ranks:
 
         Args:
             rows: (M, …) on the device.
-            sent: how many go to each rank.
-            received: how many come from each.
+            sent: number of rows for each rank.
+            received: number of rows from each rank.
 
         Returns:
-            what came, rank after rank.
+            The received rows, in rank order.
         """
         if self.size == 1:
             return rows
@@ -145,7 +145,7 @@ class Ranks:
         return came
 
     def mean(self, values: Tensor) -> Tensor:
-        """(n,) of every rank to their means."""
+        """Mean of (n,) values over the ranks."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -154,7 +154,7 @@ class Ranks:
         return total / self.size
 
     def from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks the first one's values."""
+        """Broadcast rank 0's values to all ranks, in place."""
         if self.size > 1:
             with self.watched():
                 for tensor in tensors:
@@ -162,7 +162,7 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A fault of what the block exchanges means that another process has gone."""
+        """Raise PeerLost if a collective within the block fails: another rank has died."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -171,39 +171,38 @@ class Ranks:
             if self.size == 1:
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise PeerLost(f"process {self.rank} has lost the others ({reason})") from error
+            raise PeerLost(f"process {self.rank} lost its peers ({reason})") from error
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Block until all ranks have reached this point."""
         if self.size > 1:
             self.gather_host(np.zeros((1, 1)))
 
 
 @contextmanager
 def joined(device: torch.device, patience: datetime.timedelta = _HOST_TIMEOUT) -> Iterator[Ranks]:
-    """Within the block this process belongs to the run that the environment names.
+    """Join the run that the environment describes, for the duration of the block.
 
     Args:
         device: of this process.
-        patience: how long one that waits for the others does so. (One that has died is noticed
-            at once.)
+        patience: how long a rank waits for the others. (A rank that has died is noticed at once.)
 
     Raises:
-        InputError: the others do not come.
+        InputError: the other ranks did not join.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
     try:
-        # Numbers of the host go by gloo, those of GPUs by NCCL.
+        # gloo for tensors on the host, NCCL for those on GPUs.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
         host = _host_group(patience)
         watch = PeerWatch(_host_group(_SILENCE))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the {size} processes do not find each other ({reason})") from error
+        raise InputError(f"the {size} processes cannot connect ({reason})") from error
     failed = True
     try:
         yield Ranks(dist.get_rank(), size, host)
@@ -218,27 +217,27 @@ def joined(device: torch.device, patience: datetime.timedelta = _HOST_TIMEOUT) -
 
 def _host_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)  # this process is in it
+    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
     return group
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is that of its GPU."""
+    """This process's rank on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_size() -> int:
-    """Processes of the run on this machine."""
+    """Number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Mistakes found before the start are the same for all processes: a machine's first says them.
+    """Report setup errors once per node (local rank 0); they are the same on all ranks.
 
     Raises:
-        InputError: in the first process of a machine.
-        PeerLost: in the others.
+        InputError: on local rank 0.
+        PeerLost: on the other ranks.
     """
     try:
         yield
@@ -246,27 +245,27 @@ def one_voice() -> Iterator[None]:
         raise error if local_rank() == 0 else PeerLost from error
 
 
-# Its name before torch 2.14.
+# The second is its name before torch 2.14.
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
 
 
 def distributed(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """The model itself on one process; on many, its gradients are the means over all ranks'."""
+    """Wrap the model so that gradients are averaged over the ranks; unchanged for one rank."""
     if ranks.size == 1:
         return model
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # BatchNorm's running statistics are those of rank 0.
+        # Rank 0's BatchNorm running statistics are the ones that are saved.
         **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
     )
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around a backward pass: only the ``last`` micro-batch of a step exchanges gradients."""
+    """Context for a backward pass: only a step's ``last`` micro-batch synchronises gradients."""
     if isinstance(model, DistributedDataParallel) and not last:
         unsynchronised: AbstractContextManager[None] = model.no_sync()
         return unsynchronised

@@ -20,10 +20,10 @@ class StopWaiting(BaseException):
 
 
 class StopRequest:
-    """Within the block, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP sets a flag and kills nobody.
+    """Turn the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP within the block into a flag.
 
-    A second Ctrl-C interrupts at once: whoever presses it twice does not want to wait. (A terminal
-    and a launcher that hands it on make two of one.)
+    A second Ctrl-C interrupts at once, for users who do not want to wait. (It counts only after a
+    second: one Ctrl-C may come twice, from the terminal and from a launcher that forwards it.)
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,14 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for name in _SIGNALS:
             number = getattr(signal, name, None)
-            # nohup wants a hang-up to be passed by.
+            # Under nohup, SIGHUP must stay ignored.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     @contextmanager
     def while_waiting(self) -> Iterator[None]:
-        """Within the block a signal interrupts, with :class:`StopWaiting`, what may never end."""
+        """Let a signal raise :class:`StopWaiting` within the block, which may wait forever."""
         if self:
             raise StopWaiting
         self._waiting = True
@@ -75,16 +75,16 @@ class StopRequest:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For loader processes: signals reach the whole group, but only the parent acts on them.
+    """Ignore stop signals in a worker: they reach the whole group, but only the parent acts.
 
-    A loader that died of the scheduler's SIGTERM would take the trainer with it before it can save.
-    It ends when its parent tells it to, or is gone. In a group of its own it can be killed with
-    the commands it runs (``pipe:``).
+    A worker that died of the scheduler's SIGTERM would take the trainer with it before it can save.
+    It ends when its parent tells it to, or has died. In a process group of its own, it can be
+    killed together with the commands it runs (``pipe:``).
     """
     os.setpgid(0, 0)
     for name in _SIGNALS:
         if hasattr(signal, name):
-            # A handler, unlike SIG_IGN, is not handed on to these commands.
+            # Unlike SIG_IGN, a handler is not inherited by these commands.
             signal.signal(getattr(signal, name), _pass_by)
 
 
@@ -93,17 +93,17 @@ def _pass_by(number: int, frame: FrameType | None) -> None:
 
 
 def kill_workers(loader: object) -> None:
-    """End the processes of a DataLoader's iterator at once, whatever they are waiting for.
+    """Kill the workers of a DataLoader's iterator at once, whatever they are waiting for.
 
-    They do not hear SIGTERM, with which torch would end them, and may be stuck in a read.
+    They ignore SIGTERM, with which torch would end them, and may be stuck in a read.
     """
     workers = getattr(loader, "_workers", [])
     if workers:
-        # Else torch takes their death for a fault and raises it here.
+        # Otherwise torch reports their death as an error here.
         _remove_worker_pids(id(loader))
         loader._worker_pids_set = False  # type: ignore[attr-defined]
     for worker in workers:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)
-        worker.kill()  # one that had no time yet to make its group
+        worker.kill()  # in case it has not made its group yet
         worker.join()

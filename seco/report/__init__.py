@@ -1,1 +1,1 @@
-"""``seco report``: results beside the paper's tables."""
+"""``seco report``: results compared with the paper's tables."""

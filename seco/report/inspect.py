@@ -78,34 +78,34 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class SetSummary:
-    """The figures of a set. Histograms are (name, videos) pairs, the largest first."""
+    """The counts of a dataset. Histograms are (name, videos) pairs, largest first."""
 
     datasets: list[str]
     videos: int
     frames: int
     shards: int
     bytes: int
-    labels: list[tuple[str, int]]  # videos without a label are not in it
+    labels: list[tuple[str, int]]  # without unlabelled videos
     unlabelled: int
-    splits: dict[str, list[tuple[str, int]]]  # by split name, its values
+    splits: dict[str, list[tuple[str, int]]]  # by split name, histogram of its values
     frames_per_video: NDArray[np.int64]  # (V,)
     sizes: list[tuple[tuple[int, int], int]]  # ((width_px, height_px), videos)
-    durations_seconds: NDArray[np.float64]  # of the sources that tell one
+    durations_seconds: NDArray[np.float64]  # of the sources that have one
     unreadable_records: int
 
     @property
     def frames_spread(self) -> Spread:
-        """Stored frames a video."""
+        """Stored frames per video."""
         return _spread(self.frames_per_video)
 
     @property
     def duration_spread(self) -> Spread | None:
-        """Seconds of the source videos; None where no record tells."""
+        """Seconds of the source videos; None if not recorded."""
         return _spread(self.durations_seconds) if len(self.durations_seconds) else None
 
 
 def summarise(shard_set: Videos) -> SetSummary:
-    """Count everything; reads each video's record, no picture."""
+    """Count everything; reads the record of each video, but no frames."""
     videos = len(shard_set)
     datasets: Counter[str] = Counter()
     labels: Counter[str] = Counter()
@@ -149,7 +149,7 @@ def summarise(shard_set: Videos) -> SetSummary:
 
 
 def label_of(shard_set: Videos, video: int, record: VideoRecord | None) -> str:
-    """The name of a video's class: the set's, else the record's, else its number."""
+    """A video's class name, from the dataset, else from the record, else its number."""
     label = int(shard_set.labels[video])
     if label < 0:
         return _NO_LABEL
@@ -164,7 +164,7 @@ def lines(summary: SetSummary, width: int = 100) -> str:
     table.add_column(style=None, no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts(summary):
-        # As Text: names in a set are not ours, and markup in them must stay what it is.
+        # As Text, so that markup in foreign names stays literal.
         table.add_row(name, Text(printable(value)))
     drawn = io.StringIO()
     Console(file=drawn, width=width, color_system=None, force_terminal=False).print(table)
@@ -173,13 +173,13 @@ def lines(summary: SetSummary, width: int = 100) -> str:
 
 
 def facts(summary: SetSummary) -> list[tuple[str, str]]:
-    """The summary as (name, words) pairs."""
+    """The summary as (name, text) pairs."""
     pairs = [
-        ("data set", ", ".join(summary.datasets) or "unknown"),
+        ("dataset", ", ".join(summary.datasets) or "unknown"),
         ("videos", f"{summary.videos:,}"),
         ("frames", f"{summary.frames:,}"),
         ("shards", f"{summary.shards:,}, {human_bytes(summary.bytes)}"),
-        ("frames a video", _spread_words(summary.frames_spread, "")),
+        ("frames per video", _spread_words(summary.frames_spread, "")),
     ]
     if summary.sizes:
         pairs.append(("stored size", _sizes_words(summary)))
@@ -197,7 +197,7 @@ def facts(summary: SetSummary) -> list[tuple[str, str]]:
 
 
 def human_bytes(count: int) -> str:
-    """1536 as "1.5 KiB"."""
+    """Format bytes: 1536 as "1.5 KiB"."""
     value = float(count)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -258,11 +258,11 @@ _BROKEN = (190, 40, 40)
 
 @dataclass(frozen=True)
 class Strip:
-    """One video: its frames side by side, in time order."""
+    """One video, its frames side by side in time order."""
 
     key: str
     label: str
-    frames: int  # stored, not drawn
+    frames: int  # stored frames, not drawn ones
     image: Image.Image
     broken: int  # tiles that could not be decoded
 
@@ -272,17 +272,17 @@ def contact_sheet(
 ) -> Image.Image:
     """A picture of ``videos`` random videos with their keys and labels.
 
-    A frame that cannot be decoded is a crossed tile; ``image.info["broken"]`` counts them.
+    A frame that cannot be decoded is a crossed-out tile; ``image.info["broken"]`` counts them.
 
     Args:
-        frames_per_video: spread evenly from the first to the last.
-        seed: which videos; the same seed gives the same picture.
+        frames_per_video: evenly spaced from the first to the last.
+        seed: selects the videos; the same seed gives the same picture.
     """
     return compose(draw_strips(shard_set, videos, frames_per_video, seed))
 
 
 def write_contact_sheet(image: Image.Image, path: Path) -> None:
-    """Write the sheet as PNG, whole or not at all.
+    """Write the sheet as PNG, atomically.
 
     Raises:
         InputError: the file cannot be written.
@@ -294,14 +294,14 @@ def write_contact_sheet(image: Image.Image, path: Path) -> None:
 def draw_strips(
     shard_set: Videos, videos: int = 24, frames_per_video: int = 6, seed: int = 0
 ) -> list[Strip]:
-    """The strips of a contact sheet, in the order of the set."""
+    """The strips of a contact sheet, in dataset order."""
     rng = np.random.Generator(np.random.PCG64(seed))
     chosen = rng.choice(len(shard_set), size=min(videos, len(shard_set)), replace=False)
     return [_strip(shard_set, int(video), frames_per_video) for video in sorted(chosen)]
 
 
 def compose(strips: list[Strip]) -> Image.Image:
-    """The strips below each other, each under its caption."""
+    """Stack the strips, each below its caption."""
     row_px = _CAPTION_PX + TILE_PX[1] + _GAP_PX
     width = max((strip.image.width for strip in strips), default=TILE_PX[0]) + 2 * _GAP_PX
     broken = sum(strip.broken for strip in strips)
@@ -342,7 +342,7 @@ def _strip(shard_set: Videos, video: int, frames_per_video: int) -> Strip:
 
 
 def _tile(shard_set: Videos, video: int, frame: int) -> Image.Image | None:
-    """The frame within a tile, its aspect kept; None when it cannot be decoded."""
+    """The frame in a tile, aspect ratio kept; None if it cannot be decoded."""
     try:
         picture = small_picture(shard_set.read_frame(video, frame), TILE_PX)
     except UnreadableFrame:
@@ -367,7 +367,7 @@ def _crossed_tile() -> Image.Image:
 def _shortened(text: str, width_px: float, measure: Callable[[str], float]) -> str:
     if measure(text) <= width_px:
         return text
-    text = text[: int(width_px)]  # no glyph of use is narrower than a px
+    text = text[: int(width_px)]  # no glyph is narrower than 1 px
     while text and measure(text + "…") > width_px:
         text = text[:-1]
     return text + "…"
@@ -379,7 +379,7 @@ _JPEG_QUALITY = 82
 def write_set_page(
     summary: SetSummary, strips: Sequence[Strip], path: Path, title: str = "shard set"
 ) -> None:
-    """Write the page; the same set gives the same bytes.
+    """Write the page; the same dataset gives the same bytes.
 
     Raises:
         InputError: the file cannot be written.
@@ -388,7 +388,7 @@ def write_set_page(
 
 
 def render_set_page(summary: SetSummary, strips: Sequence[Strip], title: str = "shard set") -> str:
-    """The page as HTML; pictures are embedded, nothing is loaded from elsewhere."""
+    """The page as self-contained HTML."""
     most = max((videos for _, videos in summary.labels), default=1)
     return render_page(
         "inspect.html.j2",
@@ -411,10 +411,10 @@ def _charts(summary: SetSummary) -> list[tuple[str, Markup]]:
     charts = []
     if len(summary.labels) > 1:
         counts = [videos for _, videos in summary.labels]
-        charts.append(("Videos a class, the largest first", _class_sizes(counts)))
+        charts.append(("Videos per class, largest first", _class_sizes(counts)))
     if summary.frames_spread.smallest != summary.frames_spread.largest:
         values = summary.frames_per_video.tolist()
-        charts.append(("Frames a video", _histogram(values, "stored frames", "frames")))
+        charts.append(("Frames per video", _histogram(values, "stored frames", "frames")))
     spread = summary.duration_spread
     if spread is not None and spread.smallest != spread.largest:
         durations = summary.durations_seconds.tolist()
@@ -425,13 +425,13 @@ def _charts(summary: SetSummary) -> list[tuple[str, Markup]]:
 def _class_sizes(counts: Sequence[int]) -> Markup:
     figure = new_chart()
     axes = figure.add_subplot()
-    # As a filled step line: hundreds of bars would be hundreds of elements.
+    # A filled step line, since hundreds of bars would be hundreds of elements.
     edges = [number + 0.5 for number in range(len(counts) + 1)]
     axes.stairs(counts, edges, fill=True, color=SERIES[0])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("class, by rank", color=INK, fontsize=9)
     style_axes(axes)
-    return figure_svg(figure, "Videos a class, the largest first", "classes")
+    return figure_svg(figure, "Videos per class, largest first", "classes")
 
 
 def _histogram(values: Sequence[float], unit: str, salt: str) -> Markup:
@@ -452,7 +452,7 @@ def _jpeg(image: Image.Image) -> str:
 
 
 def inspect_set(spec: Sequence[str], html: str | None = None, png: str | None = None) -> str:
-    """The set's figures as text; with ``html`` or ``png`` also its page or contact sheet.
+    """The summary of a dataset as text; with ``html`` or ``png``, also write page or contact sheet.
 
     Raises:
         InputError: the shards cannot be read, or a file cannot be written.

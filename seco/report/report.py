@@ -76,17 +76,17 @@ from shards.settings import resumable_settings
 
 _MOST_OTHERS = 12
 _FEW_POINTS = 12
-# Said in words, or of a task that the run does not have.
+# Shown as text, or of a task that the run does not have.
 _NO_CHART = {"step", "epoch", "unreadable", "loss"} | {
     f"{w}_{t}" for w in ("loss", "acc") for t in TASKS
 }
-# The trainer logs the spread in units of what unit vectors that point everywhere alike have.
-_EVEN = (("evenly spread", 1.0),)
+# The trainer logs feature std relative to that of uniformly distributed unit vectors.
+_EVEN = (("spread evenly", 1.0),)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart and what is said below it."""
+    """A drawn chart and the note below it."""
 
     title: str
     svg: Markup
@@ -97,15 +97,15 @@ class Chart:
 class _Plan:
     title: str
     curves: tuple[tuple[str, str], ...]  # (key of metrics.jsonl, name in the legend)
-    levels: tuple[tuple[str, float], ...] = ()  # (what it is, height): a dotted line each
+    levels: tuple[tuple[str, float], ...] = ()  # dotted lines: (what it is, height)
     limits: tuple[float | None, float | None] = (None, None)
 
 
 def chance_levels(config: Mapping[str, Any]) -> dict[str, float]:
-    """The value of each loss and accuracy for an encoder that knows nothing.
+    """The chance level of each loss and accuracy.
 
     ln(1 + K) for inter (Eq. 2), ln 3 for the three-way intra loss (Eq. 3) or ln 2 for the pairwise
-    one of the authors' code, ln 2 for order (Eq. 4). What the settings do not tell is left out.
+    one of the authors' code, ln 2 for order (Eq. 4). Levels unknown from the settings are omitted.
     """
     levels = {"loss_order": math.log(2), "acc_order": 1 / 2}
     negatives, batch = config.get("queue_size"), config.get("batch_size")
@@ -122,12 +122,12 @@ def chance_levels(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def draw_charts(run: Run, salt: str) -> list[Chart]:
-    """Every chart that the run has figures for, in the order of the page.
+    """Every chart that the run has metrics for, in the order of the page.
 
-    Columns that this toolkit's pre-training does not log get a chart of their own, the first ones.
+    The first columns that this toolkit's pre-training does not log get charts of their own.
 
     Args:
-        salt: sets this run's charts apart from the others on the page.
+        salt: distinguishes this run's charts from others on the page.
     """
     curves = {**(run.speed.curves if run.speed is not None else {}), **run.log.curves}
     plans = _plans(run.config)
@@ -148,8 +148,8 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
     ln_intra = "ln 2" if config.get("intra") == "pairwise" else "ln 3"
     words = {"loss_inter": "ln(1+K)", "loss_intra": ln_intra, "loss_order": "ln 2"}
     plans = []
-    if len(tasks) > 1:  # else it is that of the one task
-        whole = "Loss, all parts" if tasks_of(config) else "Loss"
+    if len(tasks) > 1:  # else it equals the task's loss
+        whole = "Loss, all tasks" if tasks_of(config) else "Loss"
         plans.append(_Plan(whole, (("loss", "loss"),)))
     for task in tasks:
         key = f"loss_{task}"
@@ -164,9 +164,9 @@ def _plans(config: Mapping[str, Any]) -> list[_Plan]:
         _Plan("kNN on labelled shards", (("knn_top1", "top-1"),), limits=(0, 1)),
         _Plan("Learning rate", (("lr", "lr"),), limits=(0, None)),
         _Plan("Queue fill", (("queue_fill", "queue fill"),), limits=(0, 1.02)),
-        _Plan("Feature spread", (("feature_std", "feature std"),), _EVEN, (0, None)),
+        _Plan("Feature std", (("feature_std", "feature std"),), _EVEN, (0, None)),
         _Plan("Images per second", (("images_per_s", "images/s"),), limits=(0, None)),
-        _Plan("Share of time waiting for data", (("data_wait", "waiting"),), limits=(0, None)),
+        _Plan("Fraction of time waiting for data", (("data_wait", "waiting"),), limits=(0, None)),
     ]
     if "order" in tasks:
         order = _Plan("Order accuracy", (("acc_order", "order"),), (("chance", 0.5),), (0, 1))
@@ -180,7 +180,7 @@ def _draw(plan: _Plan, curves: Sequence[tuple[str, Curve]], salt: str) -> Chart:
     for colour, (name, curve) in zip(SERIES, curves, strict=False):
         there = ~np.isnan(curve.values)
         x, y = curve.steps[there], curve.values[there]
-        # A point that has no neighbour draws no line.
+        # A point without neighbours draws no line.
         marker = "o" if len(x) < _FEW_POINTS else ""
         axes.plot(
             x,
@@ -219,7 +219,7 @@ _SPLITS = 3  # of UCF101 and of HMDB51
 
 @dataclass(frozen=True)
 class Result:
-    """A result with a figure in a table of the paper: its number there and its protocol."""
+    """A result that has a place in the paper's tables: its number there and its protocol."""
 
     number: int
     folder: Path
@@ -230,7 +230,7 @@ class Result:
 
 
 def measure(found: Found) -> tuple[list[Result], list[Measured]]:
-    """Everything found that has a place in the paper's tables."""
+    """The results found that have a place in the paper's tables."""
     results: list[Result] = []
     measured: list[Measured] = []
     for features in found.features:
@@ -300,7 +300,7 @@ def _add_evaluation(
             )
         )
     run = run_of(item.encoder, found.runs)
-    # A tracker is evaluated into a folder of its run's.
+    # A tracker is evaluated into a subfolder of its run.
     by_folder = {other.folder: other.config for other in found.runs}
     here = by_folder.get(folder) or by_folder.get(folder.parent) or {}
     protocol = [
@@ -313,14 +313,14 @@ def _add_evaluation(
 
 
 def _alike(item: Evaluation) -> str:
-    """Equal for figures of one encoder by one training and test, whatever the split and seed."""
+    """A key, equal for results that differ in nothing but split and seed."""
     of_split = ("split", "seed", "out", "training", "n_test", "frames")
     settings = {n: words(v) for n, v in item.settings.items() if n not in of_split}
     return repr((words(item.encoder.get("sha256")), sorted(settings.items())))
 
 
 def _partly(figures: Sequence[Measured]) -> list[str]:
-    """What a mean over splits lacks: splits, and videos of these."""
+    """What a mean over splits lacks: splits, or videos of them."""
     splits = {figure.split for figure in figures}
     missing = [f"{len(splits)} of {_SPLITS} splits"] if len(splits) < _SPLITS else []
     return missing + list(dict.fromkeys(figure.size for figure in figures if figure.size))
@@ -331,15 +331,15 @@ def _split_words(item: Evaluation) -> str:
 
 
 def _arch_of_table(metric: str, arch: str) -> str:
-    """ResNet-18 is Table 2's backbone, where the metric is one of that table."""
+    """The backbone of the table for this metric; ResNet-18 is Table 2's."""
     archs = [t.arch for t in TABLES if metric in [column.metric for column in t.columns]]
     return arch if arch in archs else archs[0]
 
 
 def _means_over_splits(measured: Sequence[Measured]) -> list[Measured]:
-    """The mean of an encoder fine-tuned on several splits of a set, beside the single figures.
+    """Means of encoders fine-tuned on several splits of a dataset.
 
-    Only of runs that differ in nothing but the split.
+    Only over runs that differ in nothing but split and seed.
     """
     runs: dict[tuple[str, str, str], list[Measured]] = {}
     for figure in measured:
@@ -365,7 +365,7 @@ def _means_over_splits(measured: Sequence[Measured]) -> list[Measured]:
 
 
 RANDOM = "random initialisation"
-# Runs of an ablation may differ in these without being another experiment.
+# Settings in which the runs of an ablation may differ.
 _EXPECTED = (resumable_settings(PretrainConfig) - {"shards", "init", "preset"}) | {"tasks", "seed"}
 
 _EVALUATION = ("epochs", "clips", "crops", "segments", "feature_layer", "raw_features", "scales")
@@ -381,19 +381,19 @@ class AblationRow:
     lowest: float
     highest: float
     gain: float | None  # over the row above
-    paper: str  # the paper's figure; "" where it has none
+    paper: str  # the paper's value; "" if it has none
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Choices of tasks compared by one figure."""
+    """Choices of tasks compared by one metric."""
 
     dataset: str
     figure: str
     arch: str
     conditions: str  # what all results have in common
     rows: list[AblationRow]
-    varying: list[str]  # settings of pre-training in which the runs differ besides
+    varying: list[str]  # other settings of pre-training in which the runs differ
 
 
 @dataclass(frozen=True)
@@ -409,11 +409,11 @@ class _Kind:
     figure: str
     arch: str
     conditions: str
-    metric: str  # of Table 1's column, or ""
+    metric: str  # the column in Table 1, or ""
 
 
 def ablations(found: Found) -> list[Ablation]:
-    """One for each figure that was measured for two choices of tasks or more."""
+    """One ablation per metric that was measured for at least two choices of tasks."""
     kinds: dict[_Kind, list[_Trial]] = {}
     for kind, encoder, fraction in _figures(found):
         tasks = encoder_tasks(encoder, found.runs)
@@ -492,7 +492,7 @@ def _ablation(kind: _Kind, trials: Sequence[_Trial]) -> Ablation:
         )
     runs = [trial.run for trial in trials if trial.run is not None]
     return Ablation(
-        dataset=kind.dataset or "unknown set",
+        dataset=kind.dataset or "unknown dataset",
         figure=kind.figure,
         arch=kind.arch or "unknown backbone",
         conditions=kind.conditions,
@@ -526,7 +526,7 @@ def _varying(runs: Sequence[Run]) -> list[str]:
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """A feature folder with what was measured on it."""
+    """A feature folder with its measurements."""
 
     folder: Path
     encoder: str
@@ -539,7 +539,7 @@ class FeatureRow:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """A fine-tuned network or a tracker: its figures (fractions) and other facts."""
+    """A fine-tuned classifier or a tracker: its metrics (fractions) and other facts."""
 
     folder: Path
     encoder: str
@@ -550,29 +550,29 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class TableSection:
-    """A table of the paper with our figures, and what each of them was measured with."""
+    """A table of the paper with our results, and the protocol of each result."""
 
     table: PaperTable
     rows: list[FilledRow]
     results: list[tuple[Result, list[Compared], list[Compared], list[Compared]]]
-    # each with the settings that differ, that nobody recorded, and that are the same
+    # each with the settings that differ, are not recorded, and are the same
 
 
 @dataclass(frozen=True)
 class RunSection:
-    """A run: where it stands, in pairs of words, and what its log says last."""
+    """A run: its progress as (name, text) pairs, and the last logged values."""
 
     run: Run
     summary: list[tuple[str, str]]
     last: list[tuple[str, float]]
     settings: list[tuple[str, str]]
-    joined: str  # how the curves were thinned; "" if they were not
+    joined: str  # how the curves were thinned; "" if not at all
     skipped_lines: int
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """All of it, in the order of the page."""
+    """Everything on the page, in order."""
 
     features: list[FeatureRow]
     evaluations: list[EvaluationRow]
@@ -584,7 +584,7 @@ class ReportContent:
 
 
 def report_content(found: Found) -> ReportContent:
-    """What is to be said of the results found."""
+    """Build the content of the report from the results found."""
     results, measured = measure(found)
     tables = []
     for table in TABLES:
@@ -635,7 +635,11 @@ def _feature_row(item: Features) -> FeatureRow:
 def _evaluation_row(folder: Path, item: Evaluation) -> EvaluationRow:
     settings = item.settings
     if item.kind == "finetune":
-        size = [("n_test", "test videos"), ("clips", "clips a video"), ("crops", "crops a clip")]
+        size = [
+            ("n_test", "test videos"),
+            ("clips", "clips per video"),
+            ("crops", "crops per clip"),
+        ]
     else:
         whole = f"of {words(settings['of_sequences'])} " if "of_sequences" in settings else ""
         size = [("sequences", f"{whole}sequences"), ("frames", "frames")]
@@ -673,7 +677,7 @@ def _run_section(run: Run) -> RunSection:
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """Where the run stands, in a few pairs of words."""
+    """The run's progress and main settings, as (name, text) pairs."""
     log, config = run.log, run.config
     pairs = [("last step", f"{log.last_step:,g}")]
     epoch = log.curves.get("epoch")
@@ -714,11 +718,11 @@ def write_report(
     The same results give the same bytes.
 
     Args:
-        markdown: where the same goes as Markdown, without curves and pictures.
-        json: where the same goes as one JSON object, without curves and pictures.
+        markdown: also write the report as Markdown here, without curves and pictures.
+        json: also write the report as one JSON object here, without curves and pictures.
 
     Returns:
-        what was found, with the files that could not be read.
+        What was found, including the files that could not be read.
 
     Raises:
         InputError: nothing was found, or a file cannot be written.
@@ -747,9 +751,9 @@ def render_report(content: ReportContent) -> str:
 
 
 def report_json(content: ReportContent) -> dict[str, Any]:
-    """The report as plain values; figures are fractions where they are not called percent.
+    """The report as plain values; metrics are fractions unless named percent.
 
-    Those of comparisons are text with their intervals; ``compare.json`` has the numbers.
+    Those of comparisons are text with intervals; ``compare.json`` has the numbers.
     """
     valid: dict[str, Any] = _valid(
         {
@@ -828,7 +832,7 @@ def _run_json(section: RunSection) -> dict[str, Any]:
 
 
 def _valid(value: Any) -> Any:
-    """``value`` with nothing in it that JSON or UTF-8 does not have."""
+    """``value`` without anything that JSON or UTF-8 cannot represent."""
     if isinstance(value, dict):
         return {printable(name): _valid(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -35,11 +35,11 @@ _COUNTS = ("clips", "crops", "frames", "sequences", "of_sequences", "n_test")
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """``probe.json``; accuracies are fractions."""
+    """The content of ``probe.json``; accuracies are fractions."""
 
     method: str
     c: float | None
-    tolerance: float | None  # at which the SVM was stopped; None: solved exactly
+    tolerance: float | None  # where the SVM stopped; None if solved exactly
     normalise: str
     top1: float | None
     top5: float | None
@@ -55,7 +55,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """``retrieval.json``: R@k as fractions, by k."""
+    """The content of ``retrieval.json``: R@k as fractions, by k."""
 
     label: dict[int, float]
     same_video: dict[int, float]
@@ -65,14 +65,14 @@ class Retrieval:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """``finetune.json`` or ``track.json``: figures (fractions) of one encoder on one data set."""
+    """``finetune.json`` or ``track.json``: metrics (fractions) of one encoder on one dataset."""
 
     kind: str  # "finetune" or "track"
     dataset: str
     encoder: dict[str, Any]
     split: str
-    figures: dict[str, float]  # those of FIGURES that are there
-    n_train: int | None  # videos of a fine-tuning
+    figures: dict[str, float]  # those of FIGURES that are present
+    n_train: int | None  # videos, of fine-tuning
     n_test: int | None  # videos, or sequences
     classes: int | None
     per_class: list[tuple[str, float, int | None]]  # of fine-tuning: (name, accuracy, videos)
@@ -83,10 +83,10 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """``compare.json``: encoders measured side by side."""
+    """The content of ``compare.json``: encoders measured on the same videos."""
 
     dataset: str
-    groups: str  # what the intervals are over
+    groups: str  # what was resampled for the intervals
     encoders: list[str]
     rows: list[tuple[str, dict[str, str]]]  # (measure, value and interval by encoder)
     sentences: list[str]
@@ -96,7 +96,7 @@ def parse_probe(raw: Mapping[str, Any]) -> Probe:
     """Read ``probe.json``.
 
     Raises:
-        ValueError: an accuracy is not a fraction, or there is none at all.
+        ValueError: an accuracy is not a fraction, or there is none.
     """
     classes = _per_class(raw)
     probe = Probe(
@@ -116,7 +116,7 @@ def parse_probe(raw: Mapping[str, Any]) -> Probe:
         notes=_notes(raw),
     )
     if probe.top1 is None and probe.top5 is None and probe.mean_class is None and not classes:
-        raise ValueError("holds no accuracy")
+        raise ValueError("has no accuracy")
     return probe
 
 
@@ -124,7 +124,7 @@ def parse_retrieval(raw: Mapping[str, Any]) -> Retrieval:
     """Read ``retrieval.json``.
 
     Raises:
-        ValueError: a recall is not a fraction, or there is none at all.
+        ValueError: a recall is not a fraction, or there is none.
     """
 
     def recalls(name: str) -> dict[int, float]:
@@ -139,7 +139,7 @@ def parse_retrieval(raw: Mapping[str, Any]) -> Retrieval:
         gallery=count(raw.get("gallery")),
     )
     if not retrieval.label and not retrieval.same_video:
-        raise ValueError("holds no recall")
+        raise ValueError("has no recall")
     return retrieval
 
 
@@ -147,12 +147,12 @@ def parse_evaluation(raw: Mapping[str, Any], kind: str) -> Evaluation:
     """Read ``finetune.json`` or ``track.json``.
 
     Raises:
-        ValueError: a figure is not a fraction, or there is none at all.
+        ValueError: a metric is not a fraction, or there is none.
     """
     names = FIGURES[kind]
     figures = _present(raw, names)
     if not figures:
-        raise ValueError(f"holds none of {', '.join(names)}")
+        raise ValueError(f"has none of {', '.join(names)}")
     counts = {name: raw[name] for name in _COUNTS if raw.get(name) is not None}
     protocol = mapping(raw.get("protocol"))
     return Evaluation(
@@ -180,7 +180,7 @@ def parse_comparison(raw: Mapping[str, Any]) -> Comparison:
     """Read ``compare.json``.
 
     Raises:
-        ValueError: it has no measures, or a value is not a number.
+        ValueError: there are no measures, or a value is not a number.
     """
     rows = [
         (
@@ -201,10 +201,10 @@ def parse_comparison(raw: Mapping[str, Any]) -> Comparison:
 
 
 def fraction(values: Mapping[str, Any], name: str) -> float | None:
-    """``values[name]`` between 0 and 1; None when absent.
+    """``values[name]``, a number between 0 and 1; None if missing.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is anything else.
     """
     value = values.get(name)
     if value is None:
@@ -216,12 +216,12 @@ def fraction(values: Mapping[str, Any], name: str) -> float | None:
 
 
 def count(value: Any) -> int | None:
-    """A whole number, or None."""
+    """``value`` if it is an integer, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A JSON object, or an empty one."""
+    """``value`` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -235,8 +235,8 @@ def words(value: Any) -> str:
 
 
 def extraction_words(meta: Mapping[str, Any]) -> list[str]:
-    """How features were extracted, by their ``meta.json``."""
-    said = (("frames", "frames a video"), ("crop_size", "px"))
+    """How features were extracted, in words, from their ``meta.json``."""
+    said = (("frames", "frames per video"), ("crop_size", "px"))
     return [f"{words(meta[name])} {what}" for name, what in said if meta.get(name) is not None]
 
 
@@ -271,10 +271,10 @@ def _rows(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _interval(measure: Mapping[str, Any], given: Any) -> str:
-    """A value with its interval, as ``seco compare`` shows it.
+    """Format a value with its interval, as ``seco compare`` does.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: the value is missing or not a number.
     """
     value, low, high = (_number(mapping(given).get(name)) for name in ("value", "low", "high"))
     if value is None:
@@ -293,7 +293,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-# The standard library reads TOML from Python 3.11 on; by name, for mypy to accept both.
+# The standard library has TOML from Python 3.11 on; imported by name to satisfy mypy.
 _TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
 
 DEFAULT_FOLDERS = ("runs", "features")
@@ -309,19 +309,19 @@ class Run:
     """A training run: its settings and its logs."""
 
     folder: Path
-    config: dict[str, Any]  # empty without a readable config.toml
+    config: dict[str, Any]  # empty if there is no readable config.toml
     log: LoggedRun
-    speed: LoggedRun | None  # clock readings, which stand apart from what is computed
+    speed: LoggedRun | None  # clock readings, which are logged separately
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """A feature folder and what was measured on it."""
+    """A feature folder and its measurements."""
 
     folder: Path
     dataset: str
     encoder: dict[str, Any]
-    meta: dict[str, Any]  # of the extraction; empty without a readable meta.json
+    meta: dict[str, Any]  # of the extraction; empty if there is no readable meta.json
     probe: Probe | None
     retrieval: Retrieval | None
     confusion_png: bytes | None
@@ -329,7 +329,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Unread:
-    """A file that is not on the page, and why."""
+    """A file missing from the page, and the reason."""
 
     path: Path
     reason: str
@@ -337,7 +337,7 @@ class Unread:
 
 @dataclass
 class Found:
-    """Everything found, in the order of the walk."""
+    """Everything found, in the order of the directory walk."""
 
     runs: list[Run] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
@@ -350,15 +350,15 @@ class Found:
 
 
 def find_results(folders: Sequence[str | Path] = ()) -> Found:
-    """Read every result under the folders; by default under ``runs/`` and ``features/``.
+    """Read every result under the folders, by default ``runs/`` and ``features/``.
 
     Raises:
-        InputError: a named folder does not exist, or nothing readable was found.
+        InputError: a given folder does not exist, or nothing readable was found.
     """
     roots = [Path(folder) for folder in folders]
     for folder in roots:
         if not folder.is_dir():
-            raise InputError("is not a folder", folder, "name folders of runs or features")
+            raise InputError("is not a folder", folder, "give folders of runs or features")
     roots = roots or [Path(name) for name in DEFAULT_FOLDERS if Path(name).is_dir()]
     found = Found()
     walked = list(_walk(roots, found))
@@ -371,7 +371,7 @@ def find_results(folders: Sequence[str | Path] = ()) -> Found:
         raise InputError(
             f"no results found{reason}",
             ", ".join(str(root) for root in roots or DEFAULT_FOLDERS),
-            "run `seco pretrain` or `seco probe` first, or name the folders that hold results",
+            "run `seco pretrain` or `seco probe` first, or give the folders that hold results",
         )
     return found
 
@@ -391,7 +391,7 @@ def _walk(roots: Iterable[Path], found: Found) -> Iterator[tuple[Path, set[str]]
 
 
 class _Folder:
-    """Reads the results that lie directly in one folder."""
+    """Reads the results directly in one folder."""
 
     def __init__(self, folder: Path, names: set[str], found: Found) -> None:
         self._folder = folder
@@ -425,7 +425,7 @@ class _Folder:
             return
         meta = self._try("meta.json", _read_object) or {}
         if not meta and self._folder.name.startswith(PROBES):
-            # Of another method or split: the features are those of the folder around it.
+            # Results of another method or split: the features are in the parent folder.
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 meta = _read_object(self._folder.parent / "meta.json")
         self._found.features.append(
@@ -445,7 +445,7 @@ class _Folder:
             return None
         path = self._folder / name
         try:
-            if not path.is_file():  # a pipe would be waited for, for ever
+            if not path.is_file():  # reading a pipe would block for ever
                 raise ValueError("is not a file")
             return read(path)
         except OSError as error:
@@ -483,7 +483,7 @@ def _bytes_of(path: Path, most: int) -> bytes:
 
 
 def encoder_name(encoder: Mapping[str, Any]) -> str:
-    """An encoder in words: its backbone and where its weights are from."""
+    """An encoder in words: its backbone and the source of its weights."""
     weights = words(encoder.get("checkpoint") or encoder.get("source"))
     if weights == "random":
         weights = "random initialisation"
@@ -491,7 +491,7 @@ def encoder_name(encoder: Mapping[str, Any]) -> str:
 
 
 def short_name(name: str) -> str:
-    """An encoder's name with no more of its path than the run's folder and the file."""
+    """An encoder's name with its path cut to the run's folder and the file."""
     arch, comma, path = name.rpartition(", ")
     parts = path.split("/")
     if len(parts) <= 2:
@@ -505,9 +505,9 @@ def is_random(encoder: Mapping[str, Any]) -> bool:
 
 
 def encoder_tasks(encoder: Mapping[str, Any], runs: Sequence[Run]) -> tuple[str, ...] | None:
-    """The proxy tasks it was trained with: as it says itself, or as the run of its checkpoint does.
+    """The proxy tasks of an encoder, as recorded with it, or by the run of its checkpoint.
 
-    Only a run that is part of the report counts: a path in a result is not followed.
+    Only runs in the report count: a path in a result is not followed.
     """
     stated = tasks_of(encoder)
     if stated:
@@ -517,7 +517,7 @@ def encoder_tasks(encoder: Mapping[str, Any], runs: Sequence[Run]) -> tuple[str,
 
 
 def tasks_of(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The proxy tasks of a run in the order of Eq. 5; None when its settings do not say."""
+    """The proxy tasks of a run in the order of Eq. 5; None if its settings do not name them."""
     named = config.get("tasks")
     if isinstance(named, str):
         named = named.split(",")
@@ -528,7 +528,7 @@ def tasks_of(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def run_of(encoder: Mapping[str, Any], runs: Sequence[Run]) -> Run | None:
-    """The run of the report that trained it, by the folder of its checkpoint."""
+    """The run in the report that trained the encoder, by the folder of its checkpoint."""
     checkpoint = encoder.get("checkpoint")
     if not isinstance(checkpoint, str) or not checkpoint:
         return None
@@ -536,7 +536,7 @@ def run_of(encoder: Mapping[str, Any], runs: Sequence[Run]) -> Run | None:
     for run in runs:
         if run.folder.absolute() == folder.absolute():
             return run
-    # As named from the folder where the command ran, which need not be this one.
+    # The path may be relative to the folder where the command ran.
     named = folder.parts
     if folder.is_absolute() or not named or ".." in named:
         return None

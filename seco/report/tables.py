@@ -26,8 +26,8 @@ from seco.config import (
 from seco.report.results import Evaluation, Probe, Run, tasks_of, words
 
 NOT_COMPARABLE = (
-    "Figures measured on rendered, made-up or partial sets are not comparable with the paper's, "
-    "nor are those of shorter training; only a full set under the paper's protocol is."
+    "Results on rendered, synthetic or partial datasets, or after shorter training, are not "
+    "comparable with the paper's; only a full dataset under the paper's protocol is."
 )
 NOT_MEASURED = "not measured"
 
@@ -35,7 +35,7 @@ SECO_INTER = ("inter",)
 SECO_INTER_INTRA = ("inter", "intra")
 SECO = ("inter", "intra", "order")
 
-# Videos and classes of the sets (§5.1); a figure over fewer videos is of a partial set.
+# Videos and classes of the datasets (§5.1); a result over fewer videos is of a partial set.
 TRAIN_VIDEOS = {"kinetics400": 240_000, "activitynet": 10_024, "ucf101": 9_500, "hmdb51": 3_500}
 TEST_VIDEOS = {"kinetics400": 20_000, "activitynet": 4_926, "ucf101": 3_700, "hmdb51": 1_500}
 CLASSES = {"kinetics400": 400, "activitynet": 200, "ucf101": 101, "hmdb51": 51}
@@ -45,7 +45,7 @@ _LOST_OR_ROUNDED = 0.05
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures; ``metric`` is what of ours corresponds to it."""
+    """A column of a table; ``metric`` is the name of our corresponding metric."""
 
     heading: str
     metric: str
@@ -53,17 +53,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A method and its figures, one a column; "-" as the paper prints it, "" outside it."""
+    """A method and its values, one per column; "-" as in the paper, "" if not in it."""
 
     method: str
     figures: tuple[str, ...]
-    tasks: tuple[str, ...] | None = None  # of the SeCo run that corresponds
+    tasks: tuple[str, ...] | None = None  # of the corresponding SeCo run
     extra: bool = False  # not in the paper's table
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table; ``arch`` is the backbone that its SeCo rows have."""
+    """One table; ``arch`` is the backbone of its SeCo rows."""
 
     number: int
     caption: str
@@ -74,28 +74,28 @@ class PaperTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A figure of ours that corresponds to a column of the paper."""
+    """A result of ours that corresponds to a column of the paper."""
 
     metric: str
-    encoder: str  # its name for people
+    encoder: str  # display name
     arch: str
     tasks: tuple[str, ...] | None
     percent: float
     note: str
-    results: tuple[int, ...] = ()  # the numbers of what it is a figure of, on the page
+    results: tuple[int, ...] = ()  # numbers on the page of the underlying results
     split: str = ""  # of fine-tuning
-    alike: str = ""  # equal for runs that differ in nothing but the split
-    size: str = ""  # what a set lacks
+    alike: str = ""  # equal for runs that differ in nothing but split and seed
+    size: str = ""  # note on a partial dataset
 
 
 @dataclass
 class FilledRow:
-    """A row of the page: the paper's figures and ours, column by column."""
+    """A row of the page: the paper's values and ours, column by column."""
 
     method: str
     figures: tuple[str, ...]
     ours: list[list[Measured]] = field(default_factory=list)
-    kind: str = "paper"  # "extra": quoted from elsewhere; "ours": a method of no row
+    kind: str = "paper"  # "extra": quoted from elsewhere; "ours": not in the table
     is_seco: bool = False  # a method that this toolkit trains
 
 
@@ -174,10 +174,10 @@ _VERSION_OR_SPLIT = r"([-_ ]?(v?1[.-]?3|train|val|validation|test))*"
 
 
 def known_dataset(name: str, classes: int | None = None) -> str | None:
-    """The data set of the paper that a set's name stands for, or None.
+    """The paper's dataset that a name stands for, or None.
 
-    ``kinetics`` alone may be 400, 600 or 700: the number of classes decides. A set with another
-    number of classes than the paper's is another task, whatever its name.
+    ``kinetics`` alone may be 400, 600 or 700, so the number of classes decides. A dataset with
+    another number of classes than the paper's is another task, whatever its name.
     """
     lowered = name.strip().lower()
     unversioned = re.fullmatch("kinetics" + _VERSION_OR_SPLIT, lowered)
@@ -191,12 +191,12 @@ def known_dataset(name: str, classes: int | None = None) -> str | None:
 
 
 def is_whole(videos: int, whole: int) -> bool:
-    """Whether so many are the whole set: some videos are always lost, and §5.1 rounds."""
+    """Whether this is the whole dataset, up to lost videos and the rounding in §5.1."""
     return abs(videos - whole) <= _LOST_OR_ROUNDED * whole
 
 
 def set_size_note(dataset: str, n_test: int | None) -> str:
-    """How much of the official test set a figure is over, in words."""
+    """How much of the official test set a result covers, in words."""
     tracking = dataset == "otb100"
     whole = OTB_SEQUENCES if tracking else TEST_VIDEOS[dataset]
     unit = "sequences" if tracking else "videos"
@@ -208,10 +208,10 @@ def set_size_note(dataset: str, n_test: int | None) -> str:
 
 
 def fill(table: PaperTable, measured: Sequence[Measured]) -> list[FilledRow]:
-    """The table's rows with our figures in their places.
+    """The table's rows with our results filled in.
 
-    A figure of an encoder that is no method of the table (random weights, other tasks) gets a row
-    of its own at the end. ResNet-18 belongs to Table 2, every other backbone to Table 1.
+    An encoder that is not a method of the table (random weights, other tasks) gets its own row at
+    the end. ResNet-18 belongs to Table 2, every other backbone to Table 1.
     """
     metrics = [column.metric for column in table.columns]
     ours = [m for m in measured if m.metric in metrics and _belongs(table, m)]
@@ -246,7 +246,7 @@ def _is_method(table: PaperTable, row: Row, measured: Measured) -> bool:
 
 
 def probe_metric(dataset: str, split: str, method: str, classes: int | None) -> str | None:
-    """The column that a probe's top-1 corresponds to: linear SVM on a validation set, else None."""
+    """The column for a probe's top-1; None unless it is a linear SVM on a validation set."""
     known = known_dataset(dataset, classes)
     if known not in ("kinetics400", "activitynet") or method.lower() != "svm":
         return None
@@ -258,13 +258,13 @@ def probe_metric(dataset: str, split: str, method: str, classes: int | None) -> 
 def evaluation_metrics(
     kind: str, dataset: str, classes: int | None, figures: Mapping[str, float]
 ) -> dict[str, tuple[str, float]]:
-    """For each figure of a fine-tuning or tracking run that corresponds: (column, fraction)."""
+    """(column, fraction) for each metric of fine-tuning or tracking that is in a table."""
     known = known_dataset(dataset, classes)
     places = {}
     if kind == "finetune" and known in ("ucf101", "hmdb51"):
         places = {"top1": f"{known}-finetune"}
     elif kind == "track" and known == "otb100":
-        # §5.2 calls both "AUC"; the usual precision is the one at 20 px. Both are shown.
+        # §5.2 calls both "AUC"; the usual precision is at 20 px. Both are shown.
         places = {
             "precision_20": "otb100-precision",
             "precision_auc": "otb100-precision",
@@ -284,24 +284,24 @@ _EPOCH_CHECKPOINT = re.compile(r"epoch-(\d+)\.pt")
 
 @dataclass(frozen=True)
 class Compared:
-    """A setting: the paper's value, ours as recorded, and whether they are the same."""
+    """A setting: the paper's value, ours as recorded, and whether they agree."""
 
     stage: str
     what: str
     paper: str
-    source: str  # of the paper's value
+    source: str  # where the paper's value is from
     here: str
     state: str  # SAME, DIFFERS or UNKNOWN
 
     @property
     def whose(self) -> str:
-        """Who names the value that it is compared with."""
+        """The source of the reference value, such as ``paper``."""
         return re.split(r" §| Eq|[:;]", self.source)[0] or "paper"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The value of a setting in the paper; ``names`` are those it is recorded under."""
+    """A setting's value in the paper; ``names`` are the keys it is recorded under."""
 
     what: str
     names: tuple[str, ...]
@@ -312,12 +312,12 @@ class Reference:
 def _references(
     config: type, *, apart: Sequence[str] = (), **other: tuple[str | float, str]
 ) -> tuple[Reference, ...]:
-    """The settings whose source is stated, with their defaults.
+    """References for all settings with a stated source, with their defaults.
 
     Args:
         config: a settings dataclass.
         apart: settings that are compared in another way, or not at all.
-        other: (value, source) where the paper's is not the default.
+        other: (value, source) where the paper's value is not the default.
     """
     found = []
     for one in dataclasses.fields(config):
@@ -372,12 +372,12 @@ TRACKING = (
 def pretraining_protocol(
     encoder: Mapping[str, Any], run: Run | None, arch: str
 ) -> Iterator[Compared]:
-    """How an encoder was trained, as far as its run is in the report.
+    """Compare an encoder's pre-training with the paper's, if its run is in the report.
 
     Args:
-        encoder: as a result records it.
-        run: that trained it.
-        arch: of the table's SeCo rows.
+        encoder: the encoder as recorded in a result.
+        run: the run that trained it.
+        arch: backbone of the table's SeCo rows.
     """
     stage = "pre-training"
     yield _compared(stage, Reference("backbone", ("arch",), arch), encoder)
@@ -390,13 +390,13 @@ def pretraining_protocol(
         yield Compared(stage, "training", "400 epochs, batch 512", _PAPER, here, UNKNOWN)
         return
     if tasks_of(run.config) is None:
-        here = f"{run.folder}, which is no pre-training"
+        here = f"{run.folder}, which is not a pre-training run"
         yield Compared(stage, "training", "400 epochs, batch 512", _PAPER, here, DIFFERS)
         return
     yield from _pretraining_data(stage, run)
     yield _epochs(stage, run, checkpoint)
     init = run.config.get("init")
-    here = f"{words(init)}, as named" if init else "random weights"
+    here = f"{words(init)}, by its name" if init else "random weights"
     state = UNKNOWN if init else DIFFERS
     yield Compared(stage, "start from", "MoCo on ImageNet", _PAPER, here, state)
     for reference in PRETRAINING:
@@ -404,10 +404,10 @@ def pretraining_protocol(
 
 
 def probe_protocol(probe: Probe, meta: Mapping[str, Any], dataset: str) -> Iterator[Compared]:
-    """Features and classifier of a probe on a data set of the paper."""
+    """Compare features and classifier of a probe with the paper's."""
     stage = "features"
     frames = 50 if dataset == "activitynet" else 30
-    yield _compared(stage, Reference("frames a video", ("frames",), frames), meta)
+    yield _compared(stage, Reference("frames per video", ("frames",), frames), meta)
     for reference in FEATURES:
         yield _compared(stage, reference, meta)
     unreadable = meta.get("unreadable")
@@ -427,10 +427,10 @@ def probe_protocol(probe: Probe, meta: Mapping[str, Any], dataset: str) -> Itera
 def evaluation_protocol(
     item: Evaluation, dataset: str, settings: Mapping[str, Any]
 ) -> Iterator[Compared]:
-    """Training and test of a fine-tuned network or a tracker on a data set of the paper.
+    """Compare training and test of a fine-tuned classifier or a tracker with the paper's.
 
     Args:
-        settings: of the run in the same folder, which the result's own settings complete.
+        settings: settings of the run in the same folder; those of the result take precedence.
     """
     recorded = {**settings, **item.settings}
     references: tuple[Reference, ...]
@@ -449,14 +449,14 @@ def evaluation_protocol(
         yield Compared(stage, "sequences", "100", "paper §5.1", here, whole)
         yield _tracking_data(stage, item.settings.get("train_shards"))
         if "epochs_planned" not in item.settings:
-            recorded.pop("epochs", None)  # older files name those planned; reached may be fewer
+            recorded.pop("epochs", None)  # older files record planned epochs only
         references = TRACKING
     for reference in references:
         yield _compared(stage, reference, recorded)
 
 
 def in_state(protocol: Sequence[Compared], state: str) -> list[Compared]:
-    """Those settings alone."""
+    """The settings in the given state."""
     return [setting for setting in protocol if setting.state == state]
 
 
@@ -488,18 +488,18 @@ def _tracking_data(stage: str, shards: Any) -> Compared:
 
 
 def _set_names(shards: Any) -> list[str]:
-    """Of a recorded ``shards``, whatever it is."""
+    """Dataset names in a recorded ``shards``, of any type."""
     specs = [shards] if isinstance(shards, str) else shards if isinstance(shards, list) else []
     return [_set_name(words(spec)) for spec in specs]
 
 
 def _set_name(spec: str) -> str:
-    """``k400`` of ``shards/k400.json`` or ``shards/k400-{000..999}.tar``."""
+    """``k400`` from ``shards/k400.json`` or ``shards/k400-{000..999}.tar``."""
     return _SHARDS.sub("", Path(spec[-_LONGEST_NAME:]).name) or spec
 
 
 def _videos_an_epoch(run: Run) -> int | None:
-    """From the last step and the batch, once the run is in its last epoch; batches are whole."""
+    """Videos per epoch by steps and batch size, once a run is in its last epoch; else None."""
     epoch, batch = run.log.curves.get("epoch"), run.config.get("batch_size")
     if epoch is None or not isinstance(batch, int) or not math.isfinite(epoch.last):
         return None

@@ -39,16 +39,16 @@ from shards.settings import as_settings
 
 
 class FinetuneStep:
-    """Runs steps of a classifier.
+    """Runs training steps of a classifier.
 
     Args:
         model: on the device, in training mode.
-        labels: (K,) the labels of its rows, in increasing order.
+        labels: (K,) labels of the classifier's rows, ascending.
         config: resolved settings.
-        views: how views are drawn.
-        videos: the set.
-        ranks: the processes of the run.
-        device: this rank's.
+        views: how to draw views.
+        videos: the dataset.
+        ranks: the process group.
+        device: this rank's device.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class FinetuneStep:
         """Train on this rank's part of a batch.
 
         Args:
-            batch: of n clips.
-            epoch: the dropout depends on it.
+            batch: n clips.
+            epoch: seeds the dropout.
             lr: the learning rate.
 
         Returns:
-            (3,) loss and share of right answers of this rank's rows, norm of the global gradient.
+            (3,) loss and accuracy of this rank's rows, norm of the global gradient.
         """
         config, n = self._config, len(batch.videos)
         for group in self.optimizer.param_groups:
@@ -124,7 +124,7 @@ class FinetuneStep:
         return apply_views(flat, batch.views.select(numbers), self._view_config).view(crops.shape)
 
     def _dropout(self, videos: NDArray[np.int64], epoch: int) -> NDArray[np.float32]:
-        """(n, C) what the dropout is drawn from, a function of (seed, epoch, video)."""
+        """(n, C) uniform values for the dropout, a function of (seed, epoch, video)."""
         keys = [self._videos.shards.key(video) for video in videos.tolist()]
         starts = sample_starts(self._config.seed, epoch, keys, "dropout")
         return uniforms(starts, self._model.classifier.in_features).astype(np.float32)
@@ -134,17 +134,17 @@ class FinetuneStep:
 
 
 def finetune(config: FinetuneConfig) -> str:
-    """Run or resume a fine-tuning on the processes there are, and test it.
+    """Run or resume fine-tuning on all ranks, then test.
 
     Returns:
-        What to show the user; nothing on all ranks but the first.
+        Text for the user; empty on all ranks but the first.
 
     Raises:
-        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
-            longer finite; too many videos cannot be read.
-        TooManyExcluded: all is written, but too many test videos could not be read.
-        Stopped: a signal came; everything is saved.
-        PeerLost: another process ended, and has said why.
+        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is not
+            finite; too many videos cannot be read.
+        TooManyExcluded: everything is written, but too many test videos could not be read.
+        Stopped: a signal arrived; everything is saved.
+        PeerLost: another process ended and has reported why.
     """
     device = resolve_device(config.device)
     with joined(device) as ranks:
@@ -158,7 +158,7 @@ def finetune(config: FinetuneConfig) -> str:
 
 
 def _adopted(config: FinetuneConfig) -> FinetuneConfig:
-    """BatchNorm's groups of the run that is gone on with, where nothing is said of them."""
+    """Take the BatchNorm group of the run being resumed, unless it is given."""
     if config.bn_group is not None:
         return config
     group = resumed_settings(config.out, config.resume).get("bn_group")
@@ -166,12 +166,12 @@ def _adopted(config: FinetuneConfig) -> FinetuneConfig:
 
 
 class Finetuning(TrainingRun[ClipBatch, Tensor]):
-    """Everything of one process of a fine-tuning.
+    """One process of a fine-tuning run.
 
     Args:
         config: resolved settings.
-        ranks: the processes of the run.
-        device: this rank's.
+        ranks: the process group.
+        device: this rank's device.
     """
 
     command, title = "finetune", "Fine-tuning"
@@ -179,7 +179,7 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
     def __init__(self, config: FinetuneConfig, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
         if config.out and ranks.first:
-            require_writable(Path(config.out))  # before anything that takes long
+            require_writable(Path(config.out))  # before anything slow
         self.videos = videos = LabelledVideos(config.shards, config.split)
         videos.require("train")
         videos.require("test")
@@ -232,17 +232,15 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
         )
         if checkpoint is not None:
             self.state.restore(checkpoint)
-            self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
-        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+            self._say(f"resuming from step {self.state.step} of {self.total_steps} ({checkpoint})")
+        self._require_agreement()  # no rank writes before all have looked for a run
 
     def _model(self, config: FinetuneConfig, checkpoint: Path | None) -> FineTuned:
-        """New, on the pre-trained backbone, or that of the run that is gone on with."""
+        """The classifier: new, on the pre-trained backbone, or that of the run being resumed."""
         if checkpoint is not None:
             model, classes, said, _ = load_finetuned(checkpoint)
             if model.frozen_sha256() != said.get("frozen_sha256"):
-                raise InputError(
-                    "has BatchNorm layers that are not as they were frozen", checkpoint
-                )
+                raise InputError("has frozen BatchNorm layers that have changed", checkpoint)
             model.dropout = config.dropout
             return self._fine_tuned(config, model, classes, said["encoder"])
         backbone = load_backbone(config.checkpoint, config.arch, config.seed)
@@ -252,7 +250,7 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
         model.backbone.load_state_dict(backbone.network.state_dict(), strict=True)
         encoder = backbone.record(config.seed)
         if backbone.source == RANDOM and config.freeze_bn != "none":
-            self._say("random weights with frozen BatchNorm hardly learn: give --freeze-bn none")
+            self._say("random weights with frozen BatchNorm hardly learn: use --freeze-bn none")
         return self._fine_tuned(config, model, classes, encoder)
 
     def _fine_tuned(
@@ -262,12 +260,12 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
         classes: Classes,
         encoder: dict[str, Any],
     ) -> FineTuned:
-        """As it is to be tested: when all epochs are over."""
+        """The record to test, as after all epochs."""
         settings = as_settings(config)
         return FineTuned(model, classes, encoder, self.videos.dataset, settings, config.epochs)
 
     def test(self) -> FinetuneResult:
-        """The test protocol on the network as it is."""
+        """Run the test protocol on the current weights."""
         return tested(self.fine_tuned, self.videos, self.config, self.device, self.ranks)
 
     def _batches(
@@ -295,7 +293,7 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
         return last or epoch % self.config.validate_every_epochs == 0
 
     def _evaluate(self) -> dict[str, float]:
-        """``val_top1`` and ``val_loss``: one clip of the segments' middles, centre crop."""
+        """Compute ``val_top1`` and ``val_loss``: one clip of segment middles, centre crop."""
         self._require_unchanged()
         protocol = ClipProtocol(1, self.config.segments, 1, self.config.test_size, middles=True)
         scorer = scorer_of(self.videos, protocol, self.config, self.device, self.ranks)
@@ -322,6 +320,6 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
     def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
         validated = f", validation {metrics['val_top1']:.1%}" if "val_top1" in metrics else ""
         return (
-            f"loss {metrics['loss']:.3f}, right {metrics['acc']:.0%}{validated}, "
+            f"loss {metrics['loss']:.3f}, accuracy {metrics['acc']:.0%}{validated}, "
             f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
         )

@@ -28,32 +28,32 @@ SPEED = "speed.jsonl"
 
 
 class Callback:
-    """Told of a run by its first rank; override what you need.
+    """Hooks of a run, called on its first rank; override what you need.
 
-    An exception raised here ends the run; what was saved before stays.
+    An exception raised here ends the run; earlier checkpoints remain.
     """
 
     def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        """Before the first step: the run's folder, its settings, and the step it resumes after."""
+        """Called before the first step, with folder, settings, and the step it resumes after."""
 
     def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
-        """After every logged step (``log_every``): the lines of metrics.jsonl and speed.jsonl."""
+        """Called after every logged step with the lines of metrics.jsonl and speed.jsonl."""
 
     def on_epoch(self, epoch: int, model: nn.Module) -> None:
-        """After an epoch, the first being 1, with the model as it is then."""
+        """Called after each epoch, counted from 1, with the current model."""
 
     def on_checkpoint(self, path: Path) -> None:
-        """Once a checkpoint is complete on disk."""
+        """Called once a checkpoint is complete on disk."""
 
     def on_end(self) -> None:
-        """When the run ends, whatever ends it."""
+        """Called when the run ends, for whatever reason."""
 
 
 class TensorBoardLogger(Callback):
-    """Writes events into the folder ``tensorboard`` of the run."""
+    """Writes events to the run's folder ``tensorboard``."""
 
     def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        # Half a second of imports, which only the first of many ranks needs.
+        # Takes half a second to import, and only the first rank needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or -1) + 1)
@@ -67,9 +67,9 @@ class TensorBoardLogger(Callback):
 
 
 class WandbLogger(Callback):
-    """Logs to Weights & Biases; a resumed run goes on in the same place.
+    """Logs to Weights & Biases; a resumed run continues the same W&B run.
 
-    Project, entity and mode are those of wandb's own variables (``WANDB_PROJECT``, ``WANDB_MODE``).
+    wandb's own variables set project, entity and mode (``WANDB_PROJECT``, ``WANDB_MODE``).
     """
 
     def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
@@ -89,7 +89,7 @@ class WandbLogger(Callback):
 
 
 class MLflowLogger(Callback):
-    """Logs to MLflow, where ``MLFLOW_TRACKING_URI`` says; a resumed run goes on in the same run."""
+    """Logs to MLflow at ``MLFLOW_TRACKING_URI``; a resumed run continues the same MLflow run."""
 
     def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self._mlflow = _imported("mlflow", "mlflow")
@@ -115,10 +115,10 @@ LOGGERS: dict[str, type[Callback]] = {
 
 
 def loggers(names: str) -> list[Callback]:
-    """The loggers of ``--loggers``, named with commas between them; of "none" there is none.
+    """The loggers of ``--loggers``, a comma-separated list; "none" stands for no logger.
 
     Raises:
-        InputError: an unknown name.
+        InputError: a name is unknown.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
     for name in wanted:
@@ -139,9 +139,9 @@ def _imported(module: str, extra: str) -> Any:
 
 
 class RunLog:
-    """Appends a line per logged step; lines after ``start_step`` of an earlier try are dropped.
+    """Appends a line per logged step, after dropping earlier lines beyond ``start_step``.
 
-    A run that begins anew drops the line of step 0, too: its ``start_step`` is -1.
+    A new run has ``start_step`` -1, which drops the line of step 0, too.
     """
 
     def __init__(self, folder: Path, start_step: int, callbacks: Sequence[Callback] = ()) -> None:
@@ -152,7 +152,7 @@ class RunLog:
             self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, step: int, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
-        """One line in each file, and the same metrics for the callbacks."""
+        """Write one line to each file and call the callbacks."""
         for name, values in ((METRICS, metrics), (SPEED, speed)):
             self._files[name].write(json.dumps({"step": step, **values}) + "\n")
             self._files[name].flush()
@@ -160,7 +160,7 @@ class RunLog:
             callback.on_step(step, metrics, speed)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the files."""
         for file in self._files.values():
             file.close()
 
@@ -175,10 +175,10 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut by a kill
+        return float("inf")  # a line cut short by a kill
 
 
-MAX_POINTS = 1024  # of a curve; even
+MAX_POINTS = 1024  # per curve; must be even
 MAX_COLUMNS = 64
 _MAX_LINE_CHARACTERS = 1 << 16
 _STEP = "step"
@@ -186,16 +186,16 @@ _STEP = "step"
 
 @dataclass(frozen=True)
 class Curve:
-    """A column of a log, (P,) each: steps in increasing order, and means over the lines joined.
+    """A column of a log as (P,) ascending steps and (P,) values, each a mean of joined lines.
 
-    A value is nan where no line has one, and infinity where one of them is not finite: a mean over
-    the others would hide it.
+    A value is nan if no line has one, and infinity if one of them is not finite: a mean over the
+    others would hide it.
     """
 
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
     last: float  # the last value as logged
-    not_finite: int  # values that are not
+    not_finite: int  # number of non-finite values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +204,8 @@ class LoggedRun:
 
     curves: dict[str, Curve]
     last_step: float
-    lines: int  # that are usable, without those logged again after a resume
-    lines_a_point: int  # how many were joined into a point; 1: none
+    lines: int  # usable ones, without those logged again after a resume
+    lines_a_point: int  # lines joined per point; 1 for none
     skipped_lines: int
 
 
@@ -243,9 +243,9 @@ class _Point:
 def read_log(path: Path) -> LoggedRun:
     """Read a ``.jsonl`` log.
 
-    A run resumed from an older checkpoint logs some steps again: the later lines count (where lines
-    are joined already, a point that has some of them is dropped whole). A last line cut short by a
-    kill is not counted as unusable.
+    A run resumed from an older checkpoint logs some steps again: the later lines count (a point
+    that already joins some of them is dropped whole). A last line cut short by a kill is not
+    counted as unusable.
 
     Raises:
         ValueError: no line is usable.
@@ -257,7 +257,7 @@ def read_log(path: Path) -> LoggedRun:
         while line := file.readline(_MAX_LINE_CHARACTERS):
             continued, inside = inside, not line.endswith("\n")
             if continued or not line.strip():
-                continue  # the rest of a line too long to be one of ours, or nothing
+                continue  # the rest of an overlong line, or a blank line
             row = _numbers(line)
             if row is None:
                 skipped += 1
@@ -272,8 +272,8 @@ def read_log(path: Path) -> LoggedRun:
 class _Reader:
     def __init__(self) -> None:
         self.points: list[_Point] = []
-        self._width = 1  # lines of a full point
-        self._names: dict[str, None] = {}  # in the order in which the columns appeared
+        self._width = 1  # lines per full point
+        self._names: dict[str, None] = {}  # in order of appearance
 
     def add(self, row: dict[str, float]) -> None:
         step = row.pop(_STEP)
@@ -327,7 +327,7 @@ class _Reader:
 
 
 def _numbers(line: str) -> dict[str, float] | None:
-    """The line's numbers by name, infinity for what is not finite; None if it has no step."""
+    """The line's numbers by name, infinity if not finite; None if it has no step."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

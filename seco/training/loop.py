@@ -31,15 +31,15 @@ from shards.progress import Progress, progress
 from shards.settings import as_settings
 
 CONFIG = "config.toml"
-_SAMPLES_JUDGED = 1000  # before so many a percentage of unreadable ones says little
+_SAMPLES_JUDGED = 1000  # minimum base for the percentage of unreadable samples
 
 
 class Replacing(Protocol):
-    """A batch in which other samples stand for what could not be read."""
+    """A batch in which other samples replace unreadable ones."""
 
     @property
     def unreadable(self) -> Sequence[str]:
-        """Why, of each."""
+        """The reason for each unreadable sample."""
 
 
 _Batch = TypeVar("_Batch", bound=Replacing)
@@ -50,19 +50,20 @@ _Result = TypeVar("_Result")
 class TrainingRun(ABC, Generic[_Batch, _Result]):
     """One process of a run.
 
-    Subclasses set the attributes, say what is abstract, and may override what does nothing here.
+    Subclasses set the attributes, implement the abstract methods, and may override the hooks that
+    do nothing here.
 
     Attributes:
-        command: of the command line, for messages.
-        title: of the progress display.
-        replaced_by: what takes the place of something unreadable.
+        command: command name, for messages.
+        title: title of the progress display.
+        replaced_by: what replaces something unreadable, in messages.
         config: resolved settings (:class:`seco.config.TrainingConfig`).
-        ranks: the processes of the run.
-        out: its folder.
-        state: its checkpoints and position.
-        steps_per_epoch: of this run.
-        images_per_step: of all ranks.
-        callbacks: told of the run by the first rank, after the loggers of the settings.
+        ranks: the process group.
+        out: the run's folder.
+        state: checkpoints and position.
+        steps_per_epoch: steps per epoch.
+        images_per_step: images per step, over all ranks.
+        callbacks: called on the first rank, after the loggers of the settings.
     """
 
     command: str
@@ -79,7 +80,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
 
     @abstractmethod
     def _batches(self, first: int, last: int) -> AbstractContextManager[Iterator[_Batch]]:
-        """This rank's batches of the steps from ``first`` to before ``last``."""
+        """This rank's batches for steps ``first`` to ``last`` - 1."""
 
     @abstractmethod
     def _train_step(self, batch: _Batch, lr: float) -> _Result:
@@ -87,50 +88,50 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
 
     @abstractmethod
     def _learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
 
     @abstractmethod
     def _figures(self, result: _Result) -> dict[str, float]:
-        """The step's figures of all ranks by name, among them ``loss``."""
+        """The step's metrics over all ranks by name, including ``loss``."""
 
     @abstractmethod
     def _status(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
-        """The end of the progress line."""
+        """Metrics for the end of the progress line."""
 
     def _told(self, batch: _Batch | None) -> NDArray[np.float64]:
-        """(n, F) numbers that the other ranks are told of this batch; n ≥ 1 and F never change."""
+        """(n, F) numbers of this batch to send to the other ranks; n ≥ 1 and F never change."""
         return np.zeros((1, 0))
 
     def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
-        """Before the first batch, of a resumed run too."""
+        """Hook before the first batch, also of a resumed run."""
 
     def _evaluates(self, epoch: int, last: bool) -> bool:
-        """Whether :meth:`_evaluate` is called after this epoch."""
+        """Whether to call :meth:`_evaluate` after this epoch."""
         return False
 
     def _evaluate(self) -> dict[str, float]:
-        """More figures to log with the step's."""
+        """More metrics to log with those of the step."""
         return {}
 
     def _look(self, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
-        """At every logged step."""
+        """Hook at every logged step."""
 
     def _require_unchanged(self) -> None:
-        """Before the last save: raises InputError when something frozen has changed."""
+        """Hook before the last save; raises InputError if something frozen has changed."""
 
     @property
     def total_steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return int(self.config.epochs) * self.steps_per_epoch
 
     def run(self) -> Path:
-        """Train to the end; returns the last checkpoint.
+        """Train to the end; return the path of the last checkpoint.
 
         Raises:
-            InputError: the loss is no longer finite; too many samples cannot be read; a checkpoint
+            InputError: the loss is not finite; too many samples cannot be read; a checkpoint
                 cannot be written.
-            Stopped: a signal came; everything is saved.
-            PeerLost: another process ended, and has said why.
+            Stopped: a signal arrived; everything is saved.
+            PeerLost: another process ended and has reported why.
         """
         with self._under_way() as (log, stop, shown):
             try:
@@ -163,7 +164,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
             saved = last or state.step % config.checkpoint_every_steps == 0
             logged = last or evaluated or state.step % config.log_every == 0
             if saved or logged or kept:
-                metrics = self._metrics(result, lr)  # which refuse what is not worth saving
+                metrics = self._metrics(result, lr)  # raises if the loss is not finite
             if last:
                 self._require_unchanged()
             if logged:
@@ -177,7 +178,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
                 logged_step = state.step
                 shown.advance(0, self._status(metrics, speed))
             if saved:
-                state.save()  # after the line: a run that goes on from here does not write it again
+                state.save()  # after logging, so that a resumed run does not log this step again
             shown.advance()
             if kept:
                 state.keep_epoch(epoch)
@@ -195,7 +196,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         """A line of ``metrics.jsonl``.
 
         Raises:
-            InputError: the loss is no number.
+            InputError: the loss is not finite.
         """
         figures = self._figures(result)
         loss = figures.pop("loss")
@@ -206,19 +207,19 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         return {"epoch": epoch, "loss": loss, "lr": lr, **figures, "unreadable": unreadable}
 
     def _require_agreement(self) -> None:
-        """All processes must be about to do the same, or they would wait for each other."""
+        """Raise unless all ranks are about to do the same; else they would deadlock."""
         if not self.ranks.agree(repr(self.state.plan())):
             raise self._rank_zero_error(
                 InputError(
-                    "the processes do not see the same run: other settings, videos or checkpoints",
+                    "the ranks differ in settings, videos or checkpoints",
                     self.out,
-                    "put --out and --shards where all machines see them",
+                    "put --out and --shards on storage that all machines share",
                 )
             )
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[tuple[RunLog | None, StopRequest, Progress]]:
-        """The log (of the first rank), the signals and the progress display of the loop."""
+        """Open the log (on the first rank), the signal handler and the progress display."""
         self._heard: list[Callback] = []
         with contextlib.ExitStack() as open_things:
             log = None
@@ -241,28 +242,28 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
             yield log, stop, shown
 
     def _saved_and_stopped(self, stop: StopRequest) -> Stopped:
-        """Save everything; raises InputError when that fails."""
+        """Save everything and return the exception to raise; InputError if saving fails."""
         with contextlib.suppress(InputError):
-            self.state.finish()  # whatever became of an earlier one, this one is tried
+            self.state.finish()  # even if an earlier save failed, try this one
         self.state.save()
         self.state.finish()
-        self.ranks.wait()  # nobody ends before everything is saved
+        self.ranks.wait()  # no rank ends before everything is saved
         if not self.ranks.first:
             return Stopped("")
         return Stopped(
             f"{stop.signal_name or 'another process was stopped'}: saved step {self.state.step} of "
-            f"{self.total_steps} in {self.state.last}; go on with the same command and "
+            f"{self.total_steps} in {self.state.last}; resume with the same command and "
             "--resume auto"
         )
 
     def _stopping(self, batch: _Batch | None, counted: bool = True) -> bool:
         """Whether any rank was told to stop.
 
-        This is the one exchange of the hosts a step; ``_gathered`` is what they :meth:`_told`.
+        The only exchange between hosts per step; sets ``_gathered`` to all ranks' :meth:`_told`.
 
         Args:
-            batch: this rank's; None when it was told to stop.
-            counted: whether this batch is trained on, so that its unreadable samples count.
+            batch: this rank's batch; None if it was told to stop.
+            counted: whether the batch is trained on, so that its unreadable samples count.
         """
         unreadable = batch.unreadable if batch is not None and counted else []
         for reason in unreadable:
@@ -272,13 +273,13 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         mine[0, :2] = batch is None, len(unreadable)
         everyone = self.ranks.gather_host(mine)
         stopping = bool(everyone[:, 0].any())
-        if not stopping:  # else the batch comes again
+        if not stopping:  # else the batch is repeated after resuming
             self._note_unreadable(int(everyone[:, 1].sum()))
         self._gathered = everyone[:, 2:]
         return stopping
 
     def _note_unreadable(self, count: int) -> None:
-        """Count samples of the step that no rank could read; InputError when they are too many."""
+        """Count the step's unreadable samples over all ranks; InputError if there are too many."""
         state, config = self.state, self.config
         state.unreadable += count
         judged = max(_SAMPLES_JUDGED, (state.step + 1) * config.batch_size)
@@ -288,12 +289,12 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
                     f"{state.unreadable} samples could not be read by step {state.step + 1}, more "
                     f"than --max-unreadable {config.max_unreadable} % allows",
                     "--shards",
-                    "prepare or copy the named shards again",
+                    "prepare or copy the shards named above again",
                 )
             )
 
     def _rank_zero_error(self, error: InputError) -> Exception:
-        """All ranks end for the same reason; the first one says it."""
+        """The exception for an error common to all ranks; only the first one reports it."""
         return error if self.ranks.first else PeerLost()
 
     def _say(self, message: str) -> None:
@@ -305,17 +306,17 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
 
 
 class Waiting:
-    """The batches of a loop, and how long it waited for them since ``restart``."""
+    """Fetches batches and measures the time spent waiting since ``restart``."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new window of time."""
+        """Start a new time window."""
         self._began, self._waited = time.perf_counter(), 0.0
 
     def next(self, batches: Iterator[_Any], stop: StopRequest) -> _Any | None:
-        """The next batch; None when a signal came: the other ranks have to be told."""
+        """The next batch; None if a signal arrived (the other ranks must then be told)."""
         asked = time.perf_counter()
         batch = None
         with contextlib.suppress(StopWaiting), stop.while_waiting():
@@ -324,6 +325,6 @@ class Waiting:
         return batch
 
     def speed(self, images: int) -> dict[str, float]:
-        """Images a second, and the share of the time that went in waiting."""
+        """Images per second, and the fraction of the time spent waiting for data."""
         elapsed = time.perf_counter() - self._began
         return {"images_per_s": images / elapsed, "data_wait": self._waited / elapsed}

@@ -36,17 +36,17 @@ from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_shards, open_stream
 
-_ORDER_TRIAL_EPOCHS = 20  # at chance after so many: the clips may have no direction of time
-_CHANCE_BAND = 0.02  # of the accuracy; 0.5 is chance
-_COLLAPSED = 0.1  # of the spread; 1 is evenly over the sphere
-_WAITS_TOO_LONG = 0.2  # share of the time
+_ORDER_TRIAL_EPOCHS = 20  # still at chance: the clips may have no direction of time
+_CHANCE_BAND = 0.02  # around the chance accuracy of 0.5
+_COLLAPSED = 0.1  # feature std; 1 for embeddings spread evenly over the sphere
+_WAITS_TOO_LONG = 0.2  # fraction of the time
 _SETTLED_STEPS = 50  # the loader fills its buffers first
-_ORDER_LOOKS = 20  # at least
+_ORDER_LOOKS = 20  # minimum number of logged steps
 _MEMORY = 0.9  # of the running mean of the order accuracy
 
 
 def chance_levels(config: PretrainConfig) -> dict[str, float]:
-    """The loss of each task when nothing is known: ln(1 + K), ln 3 or ln 2, ln 2."""
+    """The loss of each task at chance: ln(1 + K), ln 3 or ln 2, ln 2."""
     intra = 3 if config.intra == "three-way" else 2
     return {
         "inter": math.log(1 + negative_count(config.queue_size, config.batch_size)),
@@ -56,23 +56,23 @@ def chance_levels(config: PretrainConfig) -> dict[str, float]:
 
 
 def status(metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
-    """The end of the progress line."""
+    """Metrics for the end of the progress line."""
     parts = [f"{t} {metrics[f'loss_{t}']:.3f}" for t in TASKS if f"loss_{t}" in metrics]
     accuracies = [f"{metrics[f'acc_{t}']:.0%}" for t in TASKS if f"acc_{t}" in metrics]
     queue = f"queue {metrics['queue_fill']:.0%}, " if "queue_fill" in metrics else ""
     return (
-        f"loss {metrics['loss']:.3f} ({', '.join(parts)}), right {'/'.join(accuracies)}, "
-        f"spread {metrics['feature_std']:.2f}, {queue}"
+        f"loss {metrics['loss']:.3f} ({', '.join(parts)}), "
+        f"accuracy {'/'.join(accuracies)}, feature std {metrics['feature_std']:.2f}, {queue}"
         f"{speed['images_per_s']:.0f} images/s, {speed['data_wait']:.0%} waiting for data"
     )
 
 
 class Health:
-    """Looks at every logged step and says each kind of trouble once.
+    """Checks every logged step and prints each kind of warning once.
 
     Args:
         config: resolved settings.
-        say: shows a line to the user.
+        say: prints a line to the user.
     """
 
     def __init__(self, config: PretrainConfig, say: Callable[[str], None]) -> None:
@@ -86,12 +86,12 @@ class Health:
         say(f"loss at chance: {levels}")
 
     def look(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
-        """Warn of what these figures show.
+        """Warn about problems that these metrics show.
 
         Args:
             step: steps done.
-            metrics: of the step.
-            speed: since the last look.
+            metrics: metrics of the step.
+            speed: speed since the last logged step.
         """
         if self._begun_at is None:
             self._begun_at = step
@@ -104,19 +104,19 @@ class Health:
             if metrics["epoch"] >= _ORDER_TRIAL_EPOCHS and at_chance:
                 self._warn(
                     "order",
-                    f"order is still guessed after {metrics['epoch']} epochs: the clips may have "
-                    "no direction of time; --tasks inter,intra leaves the task out",
+                    f"order accuracy is still at chance after {metrics['epoch']} epochs: the clips "
+                    "may have no direction of time; --tasks inter,intra removes the task",
                 )
         if metrics["feature_std"] < _COLLAPSED:
             self._warn(
                 "spread",
-                f"the embeddings collapse (spread {metrics['feature_std']:.3f} of 1): lower --lr",
+                f"feature collapse (feature std {metrics['feature_std']:.3f} of 1): lower --lr",
             )
         if step - self._begun_at > _SETTLED_STEPS and speed["data_wait"] > _WAITS_TOO_LONG:
             self._warn(
                 "data",
-                f"{speed['data_wait']:.0%} of the time goes in waiting for data: raise --workers, "
-                "keep the shards on a local disk, or give --decode nvjpeg on a GPU",
+                f"{speed['data_wait']:.0%} of the time is spent waiting for data: raise --workers, "
+                "keep the shards on a local disk, or use --decode nvjpeg on a GPU",
             )
 
     def _warn(self, kind: str, message: str) -> None:
@@ -125,21 +125,21 @@ class Health:
             self._say(f"warning: {message}")
 
 
-_FRAMES = 5  # of each video: a trend needs no more
+_FRAMES = 5  # per video; enough for a trend
 _CROP_OF_EDGE = 224 / 256
-_HELD_OUT = 2  # without splits every second video of the set is the test
+_HELD_OUT = 2  # without splits, every second video is a test video
 
 
 class OnlineKnn:
     """Accuracy of a kNN on the mean backbone feature of a few frames of each video.
 
-    Training videos vote for test videos where the shards have splits; without, even videos for odd
-    ones. The ranks share the videos.
+    Training videos vote on test videos if the shards have splits; otherwise even-numbered videos
+    vote on odd ones. The ranks share the videos.
 
     Args:
         config: resolved settings.
-        device: this rank's.
-        ranks: the processes of the run.
+        device: this rank's device.
+        ranks: the process group.
 
     Raises:
         InputError: the shards have no labels.
@@ -160,7 +160,7 @@ class OnlineKnn:
         self._untrained: float | None = None
         if not self._train.any() or not self._test.any():
             raise InputError(
-                "hold no labelled videos to vote or to be judged", "--knn-shards", "name others"
+                "hold no labelled training or test videos", "--knn-shards", "give labelled shards"
             )
 
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
@@ -172,11 +172,11 @@ class OnlineKnn:
         return ~odd, odd
 
     def due(self, epoch: int, last: bool) -> bool:
-        """Whether it is to be done after this epoch: every few, and after the last."""
+        """Whether to run after this epoch."""
         return last or epoch % self._every == 0
 
     def figures(self, model: SeCo) -> dict[str, float]:
-        """``knn_top1``; nothing if no video can be read."""
+        """Compute ``knn_top1``; empty if no video can be read."""
         features = self._features(model)
         known = np.isfinite(features).all(axis=1)
         train, test = self._train & known, self._test & known
@@ -187,21 +187,21 @@ class OnlineKnn:
         return {"knn_top1": float(right.mean())}
 
     def sentence(self, step: int, found: Mapping[str, float]) -> str:
-        """What the figures of a step say, beside the untrained network's where they are known."""
+        """Format the accuracy of a step, compared with the untrained encoder's if known."""
         if not found:
             return "kNN: no video can be read"
         top1 = found["knn_top1"]
         if step == 0:
             self._untrained = top1
-            return f"kNN, untrained: {top1:.1%} of {int(self._test.sum())} videos are right"
+            return f"kNN, untrained: accuracy {top1:.1%} on {int(self._test.sum())} videos"
         beside = "" if self._untrained is None else f"; untrained {self._untrained:.1%}"
-        return f"kNN, step {step}: {top1:.1%}{beside}"
+        return f"kNN, step {step}: accuracy {top1:.1%}{beside}"
 
     @torch.no_grad()
     def _features(self, model: SeCo) -> np.ndarray:
-        """(V, C), NaN where a video cannot be read."""
+        """(V, C) features; NaN for unreadable videos."""
         backbone = model.query_encoder.backbone
-        self._ranks.from_first(backbone.buffers())  # the running statistics that are saved
+        self._ranks.from_first(backbone.buffers())  # use the running statistics that are saved
         share = -(-len(self._shards) // self._ranks.size)
         mine = range(
             self._ranks.rank * share, min((self._ranks.rank + 1) * share, len(self._shards))
@@ -233,16 +233,16 @@ def _evaluating(backbone: torch.nn.Module) -> Any:
 
 
 def initialise(model: SeCo, config: PretrainConfig) -> None:
-    """Load ``--init`` into a new model and say in one line what was taken.
+    """Load ``--init`` into a new model and report in one line what was loaded.
 
-    Both encoders start from the file's query encoder, as in MoCo; from the authors' own SeCo each
-    starts from its counterpart. A head is taken where the file has one of its name; a file's one
-    head for all is copied into each (so do the authors with MoCo v2's). The queue is never taken:
-    its keys are of other images. The key encoder takes the BatchNorm statistics, too, which the
-    authors' code leaves new; in training, nothing reads them.
+    Both encoders start from the file's query encoder, as in MoCo; with the authors' SeCo files,
+    each starts from its counterpart. A head is loaded if the file has one of the same name; a
+    file's single head is copied into each (as the authors do with MoCo v2). The queue is not
+    loaded: its keys are of other images. The key encoder takes the BatchNorm statistics, too, which
+    the authors' code leaves at their defaults; training does not read them.
 
     Raises:
-        InputError: the file cannot be used, or holds another architecture.
+        InputError: the file cannot be used, or has another architecture.
     """
     path = Path(str(config.init))
     weights = read_weights(path)
@@ -258,7 +258,7 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
     classified = model.head_of.get("order") in heads and _take(
         model.order_classifier, query.order_classifier
     )
-    if os.environ.get("RANK", "0") == "0":  # once for a run of several processes
+    if os.environ.get("RANK", "0") == "0":  # once per run
         said = _summary(weights, model, heads, classified, own_key=key is not query)
         print(f"seco pretrain: --init {path}: {said}", file=sys.stderr, flush=True)
 
@@ -271,7 +271,7 @@ def _take_head(model: SeCo, name: str, query: EncoderWeights, key: EncoderWeight
 
 
 def _take(module: nn.Module, layer: Layer | None) -> bool:
-    """Load ``layer`` if it is there and fits (a head of another width stays new)."""
+    """Load ``layer`` if it exists and fits (a head of another width stays new)."""
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     if layer is None or {name: tensor.shape for name, tensor in layer.items()} != shapes:
         return False
@@ -282,9 +282,11 @@ def _take(module: nn.Module, layer: Layer | None) -> bool:
 def _summary(
     weights: Weights, model: SeCo, heads: list[str], classified: bool, own_key: bool
 ) -> str:
-    """One line: what the file is, what came from it, what of it stays there, what starts new."""
+    """One line: what the file is, what was loaded from it, what was not, what starts new."""
     new = [name for name in model.query_encoder.heads if name not in heads]
-    copied = " (its one head)" if heads and set(heads).isdisjoint(weights.query.heads) else ""
+    copied = (
+        " (from its single head)" if heads and set(heads).isdisjoint(weights.query.heads) else ""
+    )
     used = {name if name in weights.query.heads else SHARED for name in heads}
     unused = [name for name in weights.query.heads if name not in used]
     taken = ["the backbone"]
@@ -295,8 +297,8 @@ def _summary(
     left += ["order classifier"] if weights.query.order_classifier and not classified else []
     left += ["key encoder"] if weights.key is not None and not own_key else []
     left += ["queue"] if weights.queue is not None else []
-    parts = [f"{weights.description()}: took {', '.join(taken)}"]
-    parts += [f"left its {', '.join(left)}"] if left else []
+    parts = [f"{weights.description()}: loaded {', '.join(taken)}"]
+    parts += [f"not loaded: {', '.join(left)}"] if left else []
     parts += [f"new: {_named_heads(new)}"] if new else []
     return "; ".join(parts)
 
@@ -305,22 +307,22 @@ def _named_heads(names: list[str]) -> str:
     return f"head{'s' if len(names) > 1 else ''} {'/'.join(names)}"
 
 
-_DRAWN = VIEWS * VIEW_DRAWS  # columns of what ranks tell each other of a row; then:
+_DRAWN = VIEWS * VIEW_DRAWS  # first columns of the rows that ranks exchange; then:
 _ORDER, _VIDEO, _COLUMNS = range(_DRAWN, _DRAWN + 3)
 
 
 def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Path:
-    """Run or resume a pre-training on the processes there are; returns its last checkpoint.
+    """Run or resume pre-training on all ranks; return the path of its last checkpoint.
 
     Args:
-        config: as given.
-        callbacks: told of the run by the first rank.
+        config: settings as given.
+        callbacks: called on the first rank.
 
     Raises:
-        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
-            longer finite; too many samples cannot be read.
-        Stopped: a signal came; everything is saved.
-        PeerLost: another process ended, and has said why.
+        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is not
+            finite; too many samples cannot be read.
+        Stopped: a signal arrived; everything is saved.
+        PeerLost: another process ended and has reported why.
     """
     device = resolve_device(config.device)
     with joined(device) as ranks:
@@ -331,10 +333,10 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Path
 
 
 def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
-    """Take BatchNorm's groups and the learning rate of the resumed run unless they are given.
+    """Take BatchNorm group and learning rate of the run being resumed, unless they are given.
 
-    The default of the groups depends on the number of processes, which may be another now; that of
-    the learning rate was 0.2 for every batch size in runs of earlier versions.
+    The default group depends on the number of ranks, which may have changed; the default learning
+    rate was 0.2 for every batch size in earlier versions.
     """
     left_open = [name for name in ("bn_group", "lr") if getattr(given, name) is None]
     run = resumed_settings(given.out, given.resume) if left_open else {}
@@ -343,7 +345,7 @@ def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
 
 
 class Trainer(TrainingRun[Batch, SeCoOutput]):
-    """Everything of one process of a run: data, model, optimizer, log, position."""
+    """One process of a pre-training run: data, model, optimizer, log, position."""
 
     command, title = "pretrain", "Pre-training"
 
@@ -356,7 +358,7 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
         self.ranks = ranks = ranks or Ranks()
         self.device = device = device or resolve_device(config.device)
         if config.out and ranks.first:
-            require_writable(Path(config.out))  # before anything that takes long
+            require_writable(Path(config.out))  # before anything slow
         self.stream = open_stream(
             config.shards,
             config.batch_size,
@@ -370,14 +372,14 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
             world_size=ranks.size,
         )
         self.out = Path(config.out or f"runs/{self.stream.name}")
-        # The window that was chosen is written down: another one would be another order.
+        # Record the chosen window: another one would give another order.
         window = self.stream.window_shards if config.steps_per_epoch is None else None
         self.config = config = dataclasses.replace(config, out=str(self.out), window_shards=window)
         if ranks.first:
             require_writable(self.out)
         checkpoint = checkpoint_to_resume(self.out, config.resume)
         if config.decode == "nvjpeg" and device.type != "cuda":
-            raise InputError("nvjpeg needs a GPU", "--decode", "leave it out")
+            raise InputError("nvjpeg needs a GPU", "--decode", "remove it")
         if self.stream.left_out:
             self._say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
         self.steps_per_epoch = self.stream.steps_per_epoch
@@ -408,9 +410,9 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
         )
         if checkpoint is not None:
             self.state.restore(checkpoint)
-            self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
+            self._say(f"resuming from step {self.state.step} of {self.total_steps} ({checkpoint})")
         self.health = Health(config, self._say)
-        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+        self._require_agreement()  # no rank writes before all have looked for a run
 
     @contextlib.contextmanager
     def _batches(self, first: int, last: int) -> Iterator[Iterator[Batch]]:
@@ -429,7 +431,7 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
             yield batches
 
     def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
-        """What the untrained network is worth."""
+        """Log the kNN accuracy of the untrained encoder."""
         if self.knn is not None and self.state.step == 0:
             found = self._evaluate()
             if log is not None:
@@ -448,7 +450,7 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
         self.health.look(self.state.step, metrics, speed)
 
     def _told(self, batch: Batch | None) -> NDArray[np.float64]:
-        """Draws, order and video of each row: the shuffle hands its views to another rank."""
+        """Random numbers, order and video of each row: the shuffle sends views to other ranks."""
         n = self.stream.rows
         told = np.zeros((n, _COLUMNS))
         if batch is not None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what they hold, when they are kept, how a run goes on from one."""
+"""The checkpoints of a run: what they hold, when they are kept, how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from shards.settings import as_settings, resumable_settings
 
 
 class TrainedModel(Protocol):
-    """A module that says which of its parameters are trained."""
+    """A module that knows which of its parameters are trained."""
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer steps."""
+        """Parameters for the optimizer."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """Tensors by name."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-        """Take them."""
+        """Load tensors by name."""
 
 
 class RunState:
     """Model, optimizer and position of a run, saved into its folder.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         config: resolved settings, a settings dataclass.
-        model: whose state is saved.
-        optimizer: of it.
-        videos: digest of what is trained on.
-        writes: whether this process is the one that saves.
-        about: more plain values and tensors that every checkpoint holds.
+        model: the model to save.
+        optimizer: its optimizer.
+        videos: digest of the training videos.
+        writes: whether this process writes checkpoints.
+        about: plain values and tensors to add to every checkpoint.
 
     Attributes:
         step: steps done, over all epochs.
-        unreadable: samples that had to be replaced so far, on all ranks.
-        written: checkpoints that are complete on disk, until somebody takes them from here.
+        unreadable: samples replaced so far, on all ranks.
+        written: queue of checkpoints that are complete on disk and not announced yet.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class RunState:
 
     @property
     def last(self) -> Path:
-        """Where the newest checkpoint is."""
+        """Path of the newest checkpoint."""
         return self._folder / LAST
 
     def save(self, path: Path | None = None) -> None:
-        """Take everything as it is now and write it in the background, to ``last.pt`` by default.
+        """Snapshot everything and write it in the background, by default to ``last.pt``.
 
         Raises:
             InputError: a weight is not finite, or an earlier checkpoint could not be written.
@@ -94,30 +94,30 @@ class RunState:
             self._writer.then(lambda: self.written.append(path))
 
     def keep_epoch(self, epoch: int) -> None:
-        """Save ``epoch-0100.pt`` and drop the oldest of them."""
+        """Save ``epoch-0100.pt`` and delete the oldest such checkpoints."""
         self.save(self._folder / f"epoch-{epoch:04d}.pt")
         if self._writer is not None:
             self._writer.then(self._drop_oldest)
 
     def check(self) -> None:
-        """Raises InputError when what was saved turned out not to be writable."""
+        """Raise InputError if a checkpoint could not be written."""
         if self._writer is not None:
             self._writer.check()
 
     def finish(self) -> None:
-        """Wait until what was saved is on disk; raises InputError when it could not be written."""
+        """Wait until checkpoints are on disk; raise InputError if one could not be written."""
         if self._writer is not None:
             self._writer.finish()
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            InputError: it is of other settings or videos, or does not fit.
+            InputError: its settings, videos or tensors do not match.
         """
         content = load_checkpoint(path)
         if "optimizer" not in content or "videos" not in content:
-            raise InputError("is no run to go on with", path, "start from it with --init")
+            raise InputError("is not a resumable checkpoint", path, "start from it with --init")
         differing = {
             name: value
             for name, value in as_settings(self._config).items()
@@ -142,7 +142,7 @@ class RunState:
         self.unreadable = content["unreadable"]
 
     def not_finite(self, what: str) -> InputError:
-        """What is told when the run has diverged."""
+        """The error for a run that diverged."""
         with suppress(InputError):
             self.finish()
         kept = f"the last good checkpoint is {self.last}"
@@ -154,7 +154,7 @@ class RunState:
         )
 
     def plan(self) -> object:
-        """What all processes of a run must be about to do alike."""
+        """Step, settings and videos, which must be equal on all ranks."""
         settings = as_settings(self._config).items()
         same = sorted((name, value) for name, value in settings if name not in self._may_differ)
         return (self.step, same, self._videos)
@@ -172,7 +172,7 @@ class RunState:
         }
 
     def _require_finite_weights(self) -> None:
-        """A step can spoil the weights while its own loss was still a number."""
+        """Raise if a weight is not finite, which can happen in a step with finite loss."""
         sums = torch.stack([p.detach().sum() for p in self._model.trained_parameters()])
         if not bool(torch.isfinite(sums).all()):
             raise self.not_finite("a weight") if self._writer is not None else PeerLost()
@@ -192,10 +192,10 @@ def resumed_settings(folder: str | None, resume: str | None) -> dict[str, Any]:
 
 
 def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint that ``--resume`` means; None for a new run.
+    """The checkpoint selected by ``--resume``; None for a new run.
 
     Raises:
-        InputError: the folder holds a run and nothing is said of resuming it.
+        InputError: the folder holds a run and ``--resume`` is not given.
     """
     last = folder / LAST
     if resume == "auto":
@@ -204,6 +204,6 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
         return Path(resume)
     if last.is_file():
         raise InputError(
-            "holds a run already", folder, "give --resume auto to go on, or another --out"
+            "holds a run already", folder, "resume it with --resume auto, or choose another --out"
         )
     return None

@@ -31,15 +31,15 @@ _BACKEND = "inductor"
 
 @dataclass(frozen=True)
 class GlobalRows:
-    """What all ranks know of a batch of N rows."""
+    """What all ranks know about a batch of N rows."""
 
-    uniform: NDArray[np.float64]  # (4, N, 13) what the views are drawn from
+    uniform: NDArray[np.float64]  # (4, N, 13) random numbers for the views
     order: Tensor  # (N,)
     videos: Tensor  # (N,)
 
 
 def for_device(config: PretrainConfig, device: torch.device) -> PretrainConfig:
-    """Decide what is left to the device: precision, memory format and compiling."""
+    """Resolve the settings that depend on the device: precision, memory format, compiling."""
     on_gpu = device.type == "cuda"
     return dataclasses.replace(
         config,
@@ -50,15 +50,15 @@ def for_device(config: PretrainConfig, device: torch.device) -> PretrainConfig:
 
 
 class TrainingStep:
-    """Runs steps of a model.
+    """Runs training steps of a model.
 
     Args:
         model: on the device, in training mode.
-        config: resolved settings, decided for the device (:func:`for_device`).
-        views: how views are drawn.
-        device_views: makes them.
-        ranks: the processes of the run.
-        device: this rank's.
+        config: settings resolved for the device (:func:`for_device`).
+        views: how to draw views.
+        device_views: makes the views.
+        ranks: the process group.
+        device: this rank's device.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class TrainingStep:
 
         Args:
             crops: (4, n, 3, S, S) of this rank's rows, on the device.
-            known: of all ranks.
-            step: counted over epochs; seeds the shuffle.
+            known: the global batch.
+            step: step over all epochs; seeds the shuffle.
             lr: the learning rate.
 
         Returns:
-            loss and metrics of this rank's rows.
+            Loss and metrics of this rank's rows.
 
         Raises:
             InputError: torch.compile fails on the encoders.
@@ -127,7 +127,7 @@ class TrainingStep:
         return out
 
     def _keys(self, crops: Tensor, known: GlobalRows, step: int) -> dict[str, Tensor]:
-        """For each head (3, N, D), the keys of the global batch."""
+        """The keys of the global batch, (3, N, D) per head."""
         config, ranks = self._config, self._ranks
         generator = torch.Generator().manual_seed(step_seed(config.seed, step))
         shuffle = KeyShuffle(config.batch_size, ranks.rank, ranks.size, generator)
@@ -158,12 +158,12 @@ class TrainingStep:
         videos: Tensor,
         negatives: Negatives,
     ) -> list[SeCoOutput]:
-        """Forward and backward of this rank's queries, a group at a time; gradients add up."""
+        """Forward and backward of this rank's queries, group by group; gradients accumulate."""
         results = []
         for begin in range(0, self._share, self._group):
             end = begin + self._group
             first = self._ranks.rank * self._share
-            rows = slice(first + begin, first + end)  # of the global batch
+            rows = slice(first + begin, first + end)  # in the global batch
             images = self._finished(crops[begin:end], known.uniform[0, rows])
             some = {name: vectors[:, rows] for name, vectors in keys.items()}
             with synchronised(self._losses, last=end == self._share):
@@ -177,10 +177,10 @@ class TrainingStep:
         return results
 
     def _finished(self, crops: Tensor, drawn: NDArray[np.float64]) -> Tensor:
-        """(g, 3, S, S) crops, or views that are finished already, as the encoder wants them."""
+        """Turn (g, 3, S, S) crops or finished views into the encoder's input."""
         views = self._device_views.finished(crops, draw_views(drawn, self._views))
         if self._autocast:
-            views = views.bfloat16()  # what the first convolution would make of them
+            views = views.bfloat16()  # the first convolution would cast them anyway
         return views.contiguous(memory_format=self._layout)
 
     def _precision(self) -> torch.autocast:
@@ -203,5 +203,5 @@ class _Losses(nn.Module):
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Of a step's permutations, the same on all ranks."""
+    """The seed of a step's permutations, the same on all ranks."""
     return (seed * 1_000_003 + step * 7_919 + 12_345) % (1 << 63)

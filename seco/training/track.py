@@ -43,11 +43,11 @@ def response_labels(size: int, radius_px: float) -> Tensor:
 
 
 def balanced_loss(responses: Tensor, labels: Tensor) -> Tensor:
-    """The logistic loss, positives and negatives weighing one half each, mean over the pairs.
+    """The logistic loss, mean over pairs; positives and negatives have weight one half each.
 
     Args:
         responses: (N, S, S) logits.
-        labels: (S, S) of :func:`response_labels`; there must be both kinds.
+        labels: (S, S) from :func:`response_labels`, with both positives and negatives.
     """
     positives = labels.sum()
     weights = torch.where(labels > 0, 0.5 / positives, 0.5 / (labels.numel() - positives))
@@ -57,17 +57,17 @@ def balanced_loss(responses: Tensor, labels: Tensor) -> Tensor:
     return (losses * weights).sum() / len(responses)
 
 
-_MEASURED_PAIRS = 64  # whose features are standardised with
+_MEASURED_PAIRS = 64  # pairs to compute the features' mean and deviation on
 
 
 def track_train(config: TrackTrainConfig) -> Path:
-    """Train or go on training a tracker on the processes there are; returns its last checkpoint.
+    """Train or resume a tracker on all ranks; return the path of its last checkpoint.
 
     Raises:
-        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is no
-            longer finite; too many samples cannot be read; the backbone has changed.
-        Stopped: a signal came; everything is saved.
-        PeerLost: another process ended, and has said why.
+        InputError: settings, shards, checkpoint or output folder cannot be used; the loss is not
+            finite; too many samples cannot be read; the backbone has changed.
+        Stopped: a signal arrived; everything is saved.
+        PeerLost: another process ended and has reported why.
     """
     device = resolve_device(config.device)
     with joined(device) as ranks:
@@ -81,10 +81,10 @@ class PairStep:
     """Forward, loss, backward and update on one batch of crops.
 
     Args:
-        model: on ``device``; its backbone is frozen.
-        config: of the run.
-        ranks: which average their gradients.
-        device: where it computes.
+        model: on ``device``, with frozen backbone.
+        config: settings of the run.
+        ranks: the process group, which averages gradients.
+        device: where to compute.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PairStep:
         """Train on this rank's (n, 3, 127, 127) and (n, 3, 239, 239) uint8 crops.
 
         Returns:
-            their loss, and the share whose response is highest where the target is; on the device.
+            Their loss, and the fraction whose response peaks at the target, on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -124,20 +124,20 @@ class PairStep:
         return loss.detach(), found
 
     def responses(self, exemplars: Tensor, searches: Tensor) -> Tensor:
-        """(n, S, S) logits, without a gradient."""
+        """(n, S, S) logits, without gradients."""
         with torch.no_grad(), self._precision():
             responses: Tensor = self._model.head(self.features(exemplars), self.features(searches))
         return responses
 
     def features(self, crops: Tensor) -> Tensor:
-        """(n, 3, S, S) uint8 on the host → (n, C, S / 8, S / 8) on the device."""
+        """(n, C, S / 8, S / 8) features on the device, of (n, 3, S, S) uint8 crops on the host."""
         features: Tensor = self._model.backbone(normalise(to_device(crops, self._device)))
         return features
 
     def moments(self, exemplars: Tensor, searches: Tensor) -> Tensor:
-        """(2, C) float64 means, over images and cells, of the features and of their squares.
+        """(2, C) float64 means of the features and of their squares, over images and cells.
 
-        Both kinds of crops weigh one half: a channel may be silent in one of them.
+        Both kinds of crops have weight one half, since a channel may be silent in one of them.
         """
         moments = []
         for crops in (exemplars, searches):
@@ -151,14 +151,14 @@ class PairStep:
 
 
 class TrackTraining(TrainingRun[PairBatch, Tensor]):
-    """Everything of one process of a run."""
+    """One process of a tracker training run."""
 
     command, title, replaced_by = "track train", "Training the tracker", "sequence"
 
     def __init__(self, config: TrackTrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
         if config.out and ranks.first:
-            require_writable(Path(config.out))  # before anything that takes long
+            require_writable(Path(config.out))  # before anything slow
         cache = CacheSettings(config.cache_dir, config.cache_gb) if config.cache_dir else None
         shards = open_shards(config.shards, cache)
         require_boxes(shards)
@@ -182,7 +182,7 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
         )
         if self.stream.left_out:
             self._say(f"{self.stream.left_out} sequences have fewer than 2 frames and are left out")
-        # The stream's epochs are passes: each sequence gives one pair.
+        # An epoch of the stream is one pass: one pair per sequence.
         self.steps_per_epoch = config.pairs_per_sequence * self.stream.steps_per_epoch
         self.images_per_step = config.batch_size * 2
         torch.manual_seed(config.seed)
@@ -207,9 +207,9 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
         if checkpoint is not None:
             _require_backbone(checkpoint, self.backbone)
             self.state.restore(checkpoint)
-            self._say(f"going on from step {self.state.step} of {self.total_steps} ({checkpoint})")
+            self._say(f"resuming from step {self.state.step} of {self.total_steps} ({checkpoint})")
         self._said: set[str] = set()
-        self._require_agreement()  # and nobody writes before all have looked whether there is a run
+        self._require_agreement()  # no rank writes before all have looked for a run
 
     def _batches(
         self, first: int, last: int
@@ -221,10 +221,10 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
         return contextlib.closing(iter(loader))
 
     def _begin(self, log: RunLog | None, stop: StopRequest) -> None:
-        """What a new run's head starts from, of its first pairs.
+        """Initialise a new run's head from its first pairs.
 
-        Mean and deviation of the features' channels; and the bias, with which the responses are
-        zero in the mean: otherwise the first hundreds of steps would do nothing but find it.
+        Sets mean and deviation of the feature channels, and the bias that makes the mean response
+        zero; otherwise the first hundreds of steps would do nothing but find that bias.
         """
         if self.state.step:
             return
@@ -243,7 +243,7 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
         mean, square = total[0], total[1]
         head = self.model.head
         head.measure(mean.float(), (square - mean**2).clamp(min=0).sqrt().float())
-        head.bias.data.zero_()  # a run that was stopped before its first step is measured again
+        head.bias.data.zero_()  # a run stopped before its first step is initialised again
         responses = self.step.responses(measured[0].exemplars, measured[0].searches)
         head.bias.data.copy_(-self.ranks.mean(responses.mean().view(1))[0])
 
@@ -251,15 +251,15 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
         return torch.stack(self.step.run(batch.exemplars, batch.searches, lr))
 
     def _told(self, batch: PairBatch | None) -> NDArray[np.float64]:
-        """Nothing to the other ranks; to the user, what of the batch cannot be used."""
+        """Report unusable samples to the user; the other ranks need nothing."""
         for reason in batch.unusable if batch is not None else ():
-            if reason not in self._said:  # it comes again in every epoch
+            if reason not in self._said:  # it recurs in every epoch
                 self._said.add(reason)
                 self._tell(f"not usable, replaced by another sequence: {reason}")
         return super()._told(batch)
 
     def _learning_rate(self) -> float:
-        """Geometric from ``lr`` towards ``final_lr``, by epochs, as SiamFC's."""
+        """Geometric decay from ``lr`` towards ``final_lr`` per epoch, as in SiamFC."""
         config = self.config
         epoch = self.state.step // self.steps_per_epoch
         return float(config.lr * (config.final_lr / config.lr) ** (epoch / config.epochs))
@@ -279,7 +279,7 @@ class TrackTraining(TrainingRun[PairBatch, Tensor]):
 
 
 def _require_backbone(checkpoint: Path, backbone: Backbone) -> None:
-    """Raises InputError when the run was on other weights."""
+    """Raise InputError if the run was on another backbone."""
     encoder = load_checkpoint(checkpoint).get("encoder")
     if not isinstance(encoder, dict) or encoder.get("sha256") != backbone.sha256:
         raise InputError(

@@ -218,7 +218,7 @@ def test_kinetics_splits_labels_and_litter(tmp_path: Path) -> None:
     assert any("test: none of the 1" in note for note in found.notes)
     assert coverage_lines(train.name, train.coverage) == [
         "kinetics: 3 of 4 listed train videos found",
-        "kinetics: of 2 classes 1 are complete, 0 absent; most are missing of abseiling 1",
+        "kinetics: of 2 classes, 1 are complete and 0 have no videos; most missing: abseiling 1",
     ]
     assert coverage_csv(train.coverage).splitlines()[1:] == [
         "train,abseiling,3,2,1",

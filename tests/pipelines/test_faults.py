@@ -341,7 +341,7 @@ def test_a_raw_folder_that_vanishes_stops_the_run(
         return plan
 
     monkeypatch.setattr(_prepare, "plan_set", vanish)
-    with pytest.raises(InputError, match="is not there on"):
+    with pytest.raises(InputError, match="not found on"):
         run(tmp_path / "raw", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

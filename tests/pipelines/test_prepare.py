@@ -204,7 +204,7 @@ def test_a_dry_run_writes_nothing(
     raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(raw, tmp_path / "out", dry_run=True, videos_per_shard=4)
-    assert "raw: 9 videos, 2 labels, 4 frames a video" in capfd.readouterr().err
+    assert "raw: 9 videos, 2 labels, 4 frames per video" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -289,7 +289,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert not list(out.glob("*.part"))
     again = subprocess.run(driver(raw, out, workers), capture_output=True, text=True, cwd=ROOT)
     assert again.stdout == "done\n", again.stderr
-    assert f"{finished} of 28 shards are there already" in again.stderr
+    assert f"{finished} of 28 shards already exist" in again.stderr
     assert hashes(out) == whole
 
 
@@ -314,6 +314,8 @@ def test_shards_on_a_disk_of_another_machine_are_missed(
 
     monkeypatch.setattr(_engine, "build_shard", elsewhere)
     monkeypatch.setattr(_prepare, "_WAITS_SECONDS", (0.01,))
-    with pytest.raises(InputError, match=r"1 finished shards are not there, .*raw-000\.tar.*share"):
+    with pytest.raises(
+        InputError, match=r"1 finished shards were not found, .*raw-000\.tar.*share"
+    ):
         run(tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out" / "raw.json").exists()

@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on(clips: Clips, tmp_path: Path, bucket: str) -> None
     process.communicate()
     again = subprocess.run(driver(raw, bucket, 2), capture_output=True, text=True, cwd=ROOT)
     assert again.stdout == "done\n", again.stderr
-    assert "shards are there already" in again.stderr
+    assert "shards already exist" in again.stderr
     assert fetched(bucket, tmp_path / "fetched") == whole
 
 

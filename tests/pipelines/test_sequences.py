@@ -49,10 +49,10 @@ def test_otb100_targets_have_their_official_names(tmp_path: Path) -> None:
         "Crossing": {"official": "test"},
         "Crossing_old": {},
     }
-    assert found.notes == ["otb100: not of OTB-100, stored without a split: Crossing_old"]
+    assert found.notes == ["otb100: not in OTB-100, stored without a split: Crossing_old"]
     (present, missing) = coverage_lines(found.name, found.coverage)
     assert present == "otb100: 6 of 100 listed OTB-100 videos found"
-    assert missing == "otb100: missing are Basketball, Biker, Bird1, Bird2, BlurBody and 89 more"
+    assert missing == "otb100: missing: Basketball, Biker, Bird1, Bird2, BlurBody and 89 more"
 
 
 def test_otb100_the_same_sequence_twice(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_damaged_frames_are_named_and_the_rest_goes_on(
     assert {row.source: (row.kind, row.message) for row in made.excluded} == {
         names[1]: ("unreadable", "0002.jpg is cut short"),
         names[2]: ("unreadable", "0003.jpg is cut short"),
-        names[3]: ("unreadable", "0004.jpg is 352x288, the first is not"),
+        names[3]: ("unreadable", "0004.jpg is 352x288, unlike the first"),
         names[4]: ("bad-annotation", f"{blank.name} line 4: '1,2,3' is not x,y,w,h"),
     }
     assert open_shards(str(out / f"{dataset}.json")).keys == [names[0]]
@@ -197,7 +197,7 @@ def test_got10k_lists_and_folders_that_differ(tmp_path: Path) -> None:
     found = adapter("got10k").discover(config)
     (train,) = found.sets
     assert found.notes == ["val: none of the 1 listed sequences found; left out"]
-    assert train.notes == ["got10k: 1 sequences are not in list.txt; stored all the same"]
+    assert train.notes == ["got10k: 1 sequences are not in list.txt; stored anyway"]
     assert len(train.videos) == 2
     assert sorted((row.kind, row.source) for row in train.excluded) == [
         ("duplicate", "train/GOT-10k_Train_000001"),

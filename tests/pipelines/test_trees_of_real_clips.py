@@ -335,7 +335,7 @@ def test_otb100_with_its_traps(tmp_path: Path) -> None:
     assert told == {
         "Woman": ("bad-annotation", "groundtruth_rect.txt line 2: '1 2 x 4' is not x,y,w,h"),
         "Vase": ("bad-annotation", "groundtruth_rect.txt: 9 boxes for 10 frames"),
-        "Trans": ("zero-frames", "img holds no 0001.jpg or the like"),
+        "Trans": ("zero-frames", "img contains no frames such as 0001.jpg"),
         "Toy": ("unreadable", told["Toy"][1]),
     }
     assert told["Toy"][1].startswith("0004.jpg is not a JPEG")

@@ -260,7 +260,7 @@ def test_large_batches_are_cut_into_blocks_unnoticed(monkeypatch: pytest.MonkeyP
 
 def test_mistaken_inputs_are_refused() -> None:
     images, views = textures(4, 16), drawn(3)
-    with pytest.raises(ValueError, match="4 images but parameters of 3"):
+    with pytest.raises(ValueError, match="4 images, but parameters for 3"):
         apply_views(images, views)
     with pytest.raises(ValueError, match="uint8"):
         apply_views(images[:3].float(), views)

@@ -316,7 +316,7 @@ def test_a_run_starts_from_another_and_is_exported(
         f" --init {tmp_path}/f --workers 0 --device cpu"
     )
     assert cli.run(shlex.split(again)) == 0
-    assert "a ResNet state dict, resnet10_w32: took the backbone" in capsys.readouterr().err
+    assert "a ResNet state dict, resnet10_w32: loaded the backbone" in capsys.readouterr().err
     found = load_backbone(str(tmp_path / "run/last.pt")).network.state_dict()
     for name, tensor in trained.network.state_dict().items():
         moves = "running" in name or "tracked" in name

@@ -133,7 +133,7 @@ def test_a_good_encoder_is_better_and_a_copy_cannot_be_told(tmp_path: Path) -> N
 def test_full_labels_give_what_probe_and_retrieve_give(tmp_path: Path) -> None:
     folder = made(tmp_path / "one", 1.5)
     result = run(tmp_path, folder, neighbours=5)
-    assert result.pairs == [] and "name another one" in result.sentences()[0]
+    assert result.pairs == [] and "add another, such as random" in result.sentences()[0]
     found = values(result, "one")
     for how, interval in result.svm["one"]["100"].items():
         settings = ProbeConfig(features=str(folder), normalise=how, device="cpu")
@@ -191,9 +191,7 @@ def test_videos_that_are_not_finite_are_left_out_for_all(tmp_path: Path) -> None
     array[0, 0], array[7] = np.nan, np.inf
     np.save(folders[1] / "features.npy", array)
     result = run(tmp_path, *folders)
-    assert "2 videos with features that are not finite are left out for all encoders" in (
-        result.notes
-    )
+    assert "2 videos with non-finite features are left out for all encoders" in (result.notes)
     assert {m.videos for m in result.measures if "@" not in m.key} == {142}
     assert result.measures[0].labelled == 96 - 1  # row 7 is of recording 2
 
@@ -218,7 +216,7 @@ def test_without_splits_a_part_is_drawn_with_recordings_kept_whole(tmp_path: Pat
     measure = result.measures[0]
     assert measure.videos == CLASSES * CLIPS * 3  # 3 recordings of 12 are at most 30 % of them
     assert measure.groups == CLASSES * 3
-    assert any("30% of each class are tested, drawn as recordings" in n for n in result.notes)
+    assert any("30% of each class are test videos, drawn by recordings" in n for n in result.notes)
     assert verdicts(result)["svm@100"] == BETTER
     assert not any("too high" in note for note in result.notes)
 
@@ -237,7 +235,7 @@ def test_widths_do_not_compare_in_effective_rank_and_recordings_in_both_parts_ar
     result = run(tmp_path, a, b)
     last = result.pairs[0].differences[-1]
     assert (last.key, last.interval, last.verdict) == ("effective_rank", None, UNDECIDED)
-    assert "12 values" in last.reason and "20" in last.reason
+    assert "width 12" in last.reason and "20" in last.reason
     assert any("48 groups have training and test videos" in note for note in result.notes)
 
 
@@ -364,11 +362,11 @@ def test_encoders_are_named_by_run_file_or_seed(tmp_path: Path) -> None:
     ]
     assert parse_encoders(["random", str(file)], "resnet34")[0].arch == "resnet34"
     for wrong, words in (
-        ([str(file), str(file)], "two are named 'b'"),
+        ([str(file), str(file)], "two encoders are named 'b'"),
         (["random"], "random weights need an architecture"),
         (["random:nonsense"], "unknown architecture 'nonsense'"),
         (["random:resnet18:x"], "random:ARCH:SEED"),
-        ([str(tmp_path / "none.pt")], "no such run folder or checkpoint"),
+        ([str(tmp_path / "none.pt")], "run folder or checkpoint not found"),
         ([str(tmp_path / "runs")], "holds no last.pt"),
     ):
         with pytest.raises(InputError, match=re.escape(words)):
@@ -382,8 +380,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     for folders, settings, words in (
         ((a, fewer), {}, "holds 100 videos"),
         ((a, fewer), {}, "144, and 100 are in both"),
-        ((a, other), {}, "has other labels than"),
-        ((a, a), {}, "two are named 'a'"),
+        ((a, other), {}, "labels differ from those of"),
+        ((a, a), {}, "two encoders are named 'a'"),
         ((a, tmp_path / "none"), {}, "no such feature folder"),
         ((a, b), {"baseline": ("c",)}, "no encoder is named 'c'"),
         ((a, b), {"baseline": ("a", "b")}, "--baseline: names all encoders"),

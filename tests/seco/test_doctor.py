@@ -203,7 +203,7 @@ def test_files_that_have_gone(site: Path) -> None:
     install(site, "madeup", "1.5", "madeup", code=None)
     found = tried("madeup")
     assert (found.state, found.version) == ("broken", "1.5")
-    assert "files have gone" in found.detail
+    assert "files are missing" in found.detail
     assert found.fix == "pip install --force-reinstall --no-deps madeup"
     (site / "madeup" / "libs").mkdir(parents=True)  # what uninstalling the other one may leave
     assert tried("madeup") == found

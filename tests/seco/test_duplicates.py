@@ -250,7 +250,7 @@ def test_two_folders_and_what_is_refused(tmp_path: Path) -> None:
     assert {(p.key, p.near_key) for p in duplicates(two).pairs} == {
         (f"v{n:03d}",) * 2 for n in range(60)
     }
-    with pytest.raises(InputError, match="no two splits"):
+    with pytest.raises(InputError, match="fewer than two splits"):
         duplicates(DuplicatesConfig(features=a))
     with pytest.raises(InputError, match="--features-only"):  # the shards are not there
         duplicates(DuplicatesConfig(features=a, test_features=b))

@@ -163,7 +163,7 @@ def test_killed_and_stopped_and_gone_on_with_it_writes_the_same_bytes(
     said, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
     assert said.split() == [str(tmp_path)]
-    assert f"going on: {len(after)} of 9 shards are there" in error
+    assert f"resuming: {len(after)} of 9 shards are done" in error
     assert files(tmp_path) == undisturbed
     assert len(undisturbed) == 5
 
@@ -209,7 +209,7 @@ def test_parts_of_other_settings_are_not_taken(
     capsys.readouterr()
     extract(shards, tmp_path / "out", **CHANGES[changed])
     said = capsys.readouterr().err
-    assert "3 finished shards of other settings" in said and "going on" not in said
+    assert "3 finished shards with other settings" in said and "resuming" not in said
     assert files(tmp_path / "out") == expected
 
 
@@ -372,7 +372,7 @@ def test_a_set_of_which_nothing_can_be_read(tmp_path: Path) -> None:
     manifest = make_set(tmp_path / "s", videos=4, frames=3)
     tar = tmp_path / "s" / "made-000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
-    with pytest.raises(InputError, match="not one video could be read"):
+    with pytest.raises(InputError, match="no video could be read"):
         extract(manifest, tmp_path / "out")
     assert not (tmp_path / "out" / "meta.json").exists()
 

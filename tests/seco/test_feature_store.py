@@ -125,7 +125,7 @@ def test_parts_give_the_bytes_of_the_whole(tmp_path: Path) -> None:
     assert left == sorted([FEATURES, HALVES, VIDEOS, META])
     with pytest.raises(InputError, match="--per-frame"):
         read_features(tmp_path / "parts").frames_of(0)
-    with pytest.raises(ValueError, match="does not go on with"):
+    with pytest.raises(ValueError, match="cannot be appended to"):
         other = FeaturePart(lambda: rows[:1], lambda: (features[:1, :2], halves[:1, :, :2], None))
         write_feature_parts(
             tmp_path / "x", [part(slice(0, 3), slice(0, 6)), other], made_features.META
@@ -188,12 +188,12 @@ def _cut(folder: Path) -> None:
         (_features(np.zeros((60, 16))), "float64"),
         (_features(np.zeros((60, 2, 8), np.float32)), "2-dimensional"),
         (_features(np.zeros((59, 16), np.float32)), "videos.csv has 60 rows, features.npy 59"),
-        (_features(np.zeros((60, 15), np.float32)), "16 values a video"),
+        (_features(np.zeros((60, 15), np.float32)), "16 values per video"),
         (_not_finite, "v007 are not finite"),
         (_without_a_row, "videos.csv has 59 rows"),
         (_replace_in_table("v001,", "v000,"), "names a video twice"),
-        (_replace_in_table("avi,1,", "avi,one,"), "row 2: 'one' is no label"),
-        (_replace_in_table("avi,1,", "avi,-1,"), "row 2: '-1' is no label"),
+        (_replace_in_table("avi,1,", "avi,one,"), "row 2: label is 'one'"),
+        (_replace_in_table("avi,1,", "avi,-1,"), "row 2: label is '-1'"),
         (_replace_in_table(",frames,", ",pictures,"), "no column frames"),
         (_replace_in_table("v001,", ""), "row 2 has 6 of 7 fields"),
         (lambda f: (f / VIDEOS).write_bytes(b"\xff\xfe"), "videos.csv: cannot be read"),

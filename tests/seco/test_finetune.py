@@ -288,7 +288,7 @@ def test_a_test_of_a_run_that_stopped_says_so(
     finetune_eval(stopped)
     found = result(tmp_path)
     assert found["protocol"]["training"]["epochs"] == 1.5
-    assert "its training stopped after 1.5 of 3 epochs" in found["notes"]
+    assert "training stopped after 1.5 of 3 epochs" in found["notes"]
 
 
 def test_killed_and_stopped_it_goes_on_exactly(

@@ -203,7 +203,7 @@ def test_without_a_compiler_views_come_regrouped_after_one_warning(
         done = compiler.if_it_compiles(lambda: fused_views(images, views, PLAIN))
         assert done is None
     assert capsys.readouterr().err.splitlines() == [
-        "seco: slower, as torch.compile failed (RuntimeError: Failed to find C compiler.)"
+        "seco: torch.compile failed, running slower (RuntimeError: Failed to find C compiler.)"
     ]
     apply_views(images, views, PLAIN)  # needs none on the CPU
 

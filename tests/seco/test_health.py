@@ -49,9 +49,9 @@ def test_chance_levels_are_those_of_guessing() -> None:
 
 def test_the_status_shows_the_panel() -> None:
     line = status(METRICS, SPEED)
-    for part in ("loss 3.000", "inter 2.000", "order 0.690", "25%/50%", "spread 0.90", "queue 50%"):
+    for part in ("loss 3.000", "inter 2.000", "order 0.690", "accuracy 25%/50%", "queue 50%"):
         assert part in line
-    assert "1234 images/s, 1% waiting" in line
+    assert "feature std 0.90" in line and "1234 images/s, 1% waiting" in line
 
 
 def test_a_sound_run_is_not_warned_of() -> None:
@@ -64,12 +64,12 @@ def test_a_sound_run_is_not_warned_of() -> None:
 def test_each_trouble_is_said_once() -> None:
     guessed = [(s, {"epoch": s // 10, "acc_order": 0.5 + 0.1 * (-1) ** s}, {}) for s in range(300)]
     (said,) = looked_at(guessed)
-    assert "order is still guessed after 20 epochs" in said and "--tasks inter,intra" in said
+    assert "still at chance after 20 epochs" in said and "--tasks inter,intra" in said
     (said,) = looked_at([(s, {"feature_std": 0.02}, {}) for s in range(9)])
     assert "collapse" in said and "--lr" in said
     slow = [(s, {}, {"data_wait": 0.5}) for s in range(0, 200, 10)]
     (said,) = looked_at(slow)
-    assert "50% of the time goes in waiting for data: raise --workers" in said
+    assert "50% of the time is spent waiting for data: raise --workers" in said
     assert looked_at(slow[:5]) == []  # the loader fills its buffers first
 
 
@@ -97,8 +97,8 @@ def test_the_online_knn_is_logged_and_changes_nothing(
     assert rows["with"].pop(0) == {"step": 0}
     assert rows["with"] == rows["without"]
     said = capsys.readouterr().err
-    assert f"kNN, untrained: {found[0]:.1%} of 6 videos are right" in said
-    assert f"kNN, step 8: {found[8]:.1%}; untrained {found[0]:.1%}" in said
+    assert f"kNN, untrained: accuracy {found[0]:.1%} on 6 videos" in said
+    assert f"kNN, step 8: accuracy {found[8]:.1%}; untrained {found[0]:.1%}" in said
 
 
 def test_a_knn_needs_labels(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_knn_needs_labels(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "shards", videos=18, frames=5)
     foreign_tar(tmp_path / "f.tar", range(4), labels=False)
     settings = {**SMALL, "knn_shards": (str(tmp_path / "f.tar"),)}
-    with pytest.raises(InputError, match="--knn-shards: hold no labelled videos"):
+    with pytest.raises(InputError, match="--knn-shards: hold no labelled training or test videos"):
         pretrain(PretrainConfig(shards=(shards,), out=str(tmp_path / "out"), **settings))
 
 

@@ -164,7 +164,7 @@ def test_a_frame_the_device_cannot_decode_is_replaced_and_named(spec: str) -> No
     assert torch.equal(crops[:, others], whole[:, others])
     assert not torch.equal(crops[:, 3], whole[:, 3])
     raw.jpegs = [(b"x", b"y", b"z")] * 28
-    with pytest.raises(InputError, match="not one frame of a batch can be decoded"):
+    with pytest.raises(InputError, match="no frame of a batch can be decoded"):
         DeviceViews(CPU, SIZE, VIEWS).crops(raw)
 
 
@@ -348,7 +348,7 @@ def test_streams_with_nothing_to_read_end_in_one_line(tmp_path: Path) -> None:
         stream = open_stream(
             f"pipe:cat {tmp_path}/none.tar 2>/dev/null", 4, "uniform", 0, steps_per_epoch=3
         )
-        with pytest.raises(InputError, match="not one video can be read") as caught:
+        with pytest.raises(InputError, match="no video can be read") as caught:
             load(stream, 0, 2, workers)
         assert "\n" not in str(caught.value)
 
@@ -393,5 +393,5 @@ def test_a_fault_in_a_loader_process_ends_the_run(spec: str) -> None:
 def test_a_stream_of_several_chunks_with_nothing_to_read(tmp_path: Path) -> None:
     for workers in (0, 1):
         stream = open_stream("pipe:false", 24, "uniform", 0, steps_per_epoch=3)
-        with pytest.raises(InputError, match="not one video can be read"):
+        with pytest.raises(InputError, match="no video can be read"):
             load(stream, 0, 2, workers)

@@ -302,12 +302,12 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write_clusters(tmp_path / "train")
     write_clusters(tmp_path / "test", dimension=12)
     both = ("--features", str(tmp_path / "train"), "--test-features", str(tmp_path / "test"))
-    assert "has 12 values a video, and" in complaint(*both)
+    assert "has 12 values per video, " in complaint(*both)
 
     folder = ("--features", str(tmp_path / "train"))
     assert "--lr" in complaint(*folder, "--lr", "0")
     assert "--weight-decay" in complaint(*folder, "--weight-decay", "-1")
-    assert "--sweep: holds no number" in complaint(*folder, "--sweep", ",")
+    assert "--sweep: is empty" in complaint(*folder, "--sweep", ",")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(*folder, "--out", str(tmp_path / "file" / "x"))
 
@@ -321,7 +321,7 @@ def test_nothing_is_tested_that_was_trained_on(
                  "--test-split", "train"]):  # fmt: skip
         assert run([*folder, *same]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert "videos would be trained on and tested (v00" in line
+        assert "videos are in both train and test (v00" in line
     assert not (tmp_path / "a" / "probe.json").exists()
 
 

@@ -77,8 +77,8 @@ def test_what_is_refused(
     for arguments, words in (
         ([], "--video KEY, --file PATH"),
         (["--video", "v0", "--file", file], "--video KEY, --file PATH"),
-        (["--video", "v0", "--checkpoint", "random"], "is for --file"),
-        (["--video", "v0", "--probes", "3"], "no saved index"),
+        (["--video", "v0", "--checkpoint", "random"], "needs --file"),
+        (["--video", "v0", "--probes", "3"], "index not found"),
         (["--file", str(tmp_path / "nowhere.mp4")], "missing"),
         (["--file", str(tmp_path / "broken.mp4")], "cannot be decoded"),
         (["--file", str(playlist)], "cannot be decoded"),
@@ -106,5 +106,5 @@ def test_another_encoder_is_refused(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another encoder"):
         encode_frames(frames, changed, None)
     changed.meta["encoder"] = {**features.encoder, "checkpoint": str(tmp_path / "gone.pt")}
-    with pytest.raises(InputError, match="not where it was"):
+    with pytest.raises(InputError, match=r"gone\.pt: not found"):
         encode_frames(frames, changed, None)

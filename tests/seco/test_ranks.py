@@ -284,13 +284,13 @@ def test_one_rank_that_hangs_ends_the_others(small: str, tmp_path: Path) -> None
         second.kill()
         second.communicate()
     assert first.returncode == 1
-    assert "process 0 has lost the others" in error and "Traceback" not in error
+    assert "process 0 lost its peers" in error and "Traceback" not in error
 
 
 def test_ranks_that_would_do_different_things_do_not_begin(small: str, tmp_path: Path) -> None:
     errors = [p.communicate(timeout=150)[1] for p in two_ranks(small, tmp_path, "disagrees")]
     said = [line for error in errors for line in error.splitlines() if line.startswith("seco: ")]
-    assert len(said) == 1 and "the processes do not see the same run" in said[0]
+    assert len(said) == 1 and "the ranks differ in settings, videos or checkpoints" in said[0]
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -82,7 +82,7 @@ def rows_of(text: str) -> list[list[str]]:
 def test_run_appears_with_curves_chance_levels_and_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "one")
     text = page(tmp_path)
-    for title in ("Loss, all parts", "Loss, inter", "Loss, intra", "Loss, order", "Order accuracy"):
+    for title in ("Loss, all tasks", "Loss, inter", "Loss, intra", "Loss, order", "Order accuracy"):
         assert f"<strong>{title}</strong>" in text
     assert f"ln(1+K) = {math.log(4097):.2f}" in text
     assert f"ln 3 = {math.log(3):.2f}" in text
@@ -183,8 +183,8 @@ def test_classes_of_a_fine_tuned_network_are_folded_away(tmp_path: Path) -> None
     text = page(tmp_path)
     assert '<a href="#classes">' in text
     assert "fine-tuned on x, split 2</h3>" in text
-    assert "mean over the classes 62.5" in text
-    assert "<details><summary>Accuracy by class (2), the lowest first</summary>" in text
+    assert "mean over classes 62.5" in text
+    assert "<details><summary>Accuracy by class (2), lowest first</summary>" in text
     assert [row[:3] for row in rows_of(text)[-2:]] == [["a", "8", "50.0"], ["b", "4", "75.0"]]
 
 
@@ -194,15 +194,15 @@ def test_classes_of_a_fine_tuned_network_are_folded_away(tmp_path: Path) -> None
         ("probe.json", '{"top1": 61.9}', "not a fraction"),
         ("finetune.json", '{"top1": 0.5, "per_class": [3]}', "per_class is not a list"),
         ("probe.json", "[]", "not a JSON object"),
-        ("probe.json", "{}", "holds no accuracy"),
+        ("probe.json", "{}", "has no accuracy"),
         ("probe.json", '{"top1": 0.5, "per_class": [3]}', "per_class is not a list"),
         ("probe.json", '{"top1": 1' + "0" * 400 + "}", "not a fraction"),
         ("retrieval.json", '{"label": {"1": true}}', "not a fraction"),
-        ("retrieval.json", '{"label": 4}', "holds no recall"),
+        ("retrieval.json", '{"label": 4}', "has no recall"),
         ("compare.json", '{"measures": 4}', "measures is not a list"),
         ("compare.json", "\ufeff{", "Expecting property name"),
         ("metrics.jsonl", "\n{}\n", "no usable line"),
-        ("finetune.json", '{"dataset": "ucf101"}', "holds none of"),
+        ("finetune.json", '{"dataset": "ucf101"}', "has none of"),
         ("track.json", "[" * 100_000, ""),
     ],
 )

@@ -44,7 +44,7 @@ def test_the_papers_own_settings_differ_in_nothing_but_the_start(tmp_path: Path)
     found = protocol(tmp_path)
     assert len(found) == 32
     unknown = {name: s.here for name, s in found.items() if s.state != SAME}
-    assert unknown == {"pre-training: start from": "moco.pt, as named"}
+    assert unknown == {"pre-training: start from": "moco.pt, by its name"}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_features_and_probe_are_compared(tmp_path: Path) -> None:
     differing = {name: s.here for name, s in found.items() if s.state == DIFFERS}
     assert differing == {
         "pre-training: training": "none: random weights",
-        "features: frames a video": "8",
+        "features: frames per video": "8",
         "features: videos left out": "3 unreadable",
         "linear SVM: C": "0.5",
         "linear SVM: tolerance": "exact",
@@ -109,7 +109,7 @@ def test_activitynet_takes_fifty_frames(tmp_path: Path) -> None:
         meta = {**META, "frames": frames}
         sizes = {"n_train": 10_024, "n_test": 4_926}
         write_features(folder, "activitynet", split="official val", meta=meta, **sizes)
-        assert protocol(folder)["features: frames a video"].state == state
+        assert protocol(folder)["features: frames per video"].state == state
 
 
 def test_a_run_that_is_not_in_the_report_is_not_guessed(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_features_of_a_fine_tuned_network_are_no_method_of_the_paper(tmp_path: P
     rows = [row for row in content_of(tmp_path).tables[0].rows if any(row.ours)]
     assert [row.kind for row in rows] == ["ours"]
     setting = protocol(tmp_path)["pre-training: training"]
-    assert (setting.state, "no pre-training" in setting.here) == (DIFFERS, True)
+    assert (setting.state, "not a pre-training run" in setting.here) == (DIFFERS, True)
 
 
 def test_splits_have_a_mean(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_ablation_compares_like_with_like(tmp_path: Path) -> None:
         "svm, top-1",
         "resnet50",
     )
-    assert "30 frames a video" in ablation.conditions
+    assert "30 frames per video" in ablation.conditions
     rows = [(row.tasks, row.results, round(row.percent, 6)) for row in ablation.rows]
     assert rows == [("random initialisation", 1, 20), ("inter", 2, 35), ("inter + intra", 1, 50)]
     assert [row.gain for row in ablation.rows] == [None, pytest.approx(15), pytest.approx(15)]

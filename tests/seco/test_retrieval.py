@@ -154,7 +154,7 @@ def test_the_page_shows_pictures_and_escapes_names(tmp_path: Path) -> None:
     assert shown != drawn_frame(1, 0)  # made anew
     near = decode_jpeg(shown).astype(float) - decode_jpeg(drawn_frame(1, 0))
     assert abs(near).mean() < 8
-    assert "no frame can be read" in page.words
+    assert "no readable frame" in page.words
     assert not any("onerror" in attributes for _, attributes in page.tags)
     assert {"script", "link", "iframe"}.isdisjoint(tag for tag, _ in page.tags)
     assert "\x1b" not in html
@@ -276,7 +276,7 @@ def test_an_approximate_evaluation_states_its_recall(tmp_path: Path) -> None:
     rough = evaluate(EvaluateConfig(features=str(tmp_path), **coarse))  # type: ignore[arg-type]
     assert rough.same_video_recall is not None
     assert rough.same_video_recall["recall@1"] < 0.9
-    assert "IVF-PQ, halves, against the exact" in rough.table()
+    assert "IVF-PQ, halves, compared with exact" in rough.table()
     assert json.loads((tmp_path / "retrieval.json").read_text())["same_video_recall"] is not None
     assert exact.same_video_recall is None
 
@@ -290,6 +290,6 @@ def test_mistakes_are_found_before_the_search(tmp_path: Path) -> None:
     write_clusters(tmp_path / "none", rows=rows)
     with pytest.raises(InputError, match="has no split '7'"):
         evaluate(EvaluateConfig(features=str(tmp_path / "none"), split="7"))
-    with pytest.raises(InputError, match=r"60 videos would be trained on and tested \("):
+    with pytest.raises(InputError, match=r"60 videos are in both train and test \("):
         none = str(tmp_path / "none")
         evaluate(EvaluateConfig(features=none, test_features=none))

@@ -295,9 +295,9 @@ def test_targets_of_shared_sequences_have_the_toolkits_names(
     spec = make_sequences(tmp_path / "set", 8, 3, dataset="otb100", keys=keys, change=change)
     found = evaluate(spec, tracker, tmp_path / "out")
     assert found["notes"] == [
-        "left out: David_old: is not of OTB-100",
-        "left out: ../../Elsewhere: '../../Elsewhere' is no file name",
-        "left out: Skiing: 3 of its 81 frames are stored, OTB-100 has all",
+        "left out: David_old: is not part of OTB-100",
+        "left out: ../../Elsewhere: '../../Elsewhere' is not a valid file name",
+        "left out: Skiing: 3 of 81 frames are stored, OTB-100 uses all",
     ]
     folder = tmp_path / "out" / "OTB2015" / "seco"
     expected = {"Jogging.1", "Jogging.2", "Skating2.1", "Human4", "David"}
@@ -354,7 +354,7 @@ def test_what_cannot_be_evaluated_is_named_and_left_out(
     assert [row["sequence"] for row in found["per_sequence"]] == ["patch_000", "patch_004"]
     assert [row["frames"] for row in found["per_sequence"]] == [4, 2]
     assert found["notes"] == [
-        "patch_004: 2 frames without the target do not count",
+        "patch_004: 2 frames without the target are not counted",
         "left out: patch_001: 1 boxes for 4 frames",
         "left out: patch_002: boxes that are not x, y, w, h",
         "left out: patch_003: the first box is empty",
@@ -612,8 +612,8 @@ def test_run_keeps_what_came_before_damage(
         ({"--tracker": "nowhere.pt"}, "nowhere.pt: "),
         ({"--tracker": __file__}, "test_track_eval.py: "),
         ({"--scales": "2"}, "--scales: must be odd"),
-        ({"--out-video": "clip.mp4"}, "would be written over"),
-        ({"--out": "one", "--out-video": "./one"}, "one: is given for boxes and video"),
+        ({"--out-video": "clip.mp4"}, "would be overwritten"),
+        ({"--out": "one", "--out-video": "./one"}, "one: is given for both boxes and video"),
         ({"--out": "."}, "is a folder — give --out the name of a file"),
         ({"--out-video": ".."}, "is a folder — give --out-video the name of a file"),
     ],

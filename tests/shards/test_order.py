@@ -97,10 +97,10 @@ def test_billions_of_videos_need_no_list(count: int) -> None:
 def test_positions_outside_are_refused() -> None:
     for order in (order_of([3, 4], 0, 0, 0), order_of([3, 4], 1, 0, 0)):
         for position in (-1, 7):
-            with pytest.raises(IndexError, match="of 7"):
+            with pytest.raises(IndexError, match="out of range: N is 7"):
                 order.at([0, position])
     for count in (0, -1):
-        with pytest.raises(ValueError, match=f"of {count} values"):
+        with pytest.raises(ValueError, match=f"cannot permute {count} values"):
             Permutation(count, "x")
 
 

@@ -175,7 +175,7 @@ def test_a_shard_that_came_short_is_not_kept(
     access = CachedAccess(ShardCache(tmp_path, 5000, {address: info(1000, "d")}))
     (found,) = access.read([ByteRange(address, 0, 10)])
     assert isinstance(found, UnreadableFrame)
-    assert "900 bytes came, its index says 1000" in str(found)
+    assert "received 900 bytes, its index says 1000" in str(found)
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.part"))
 
 
@@ -218,16 +218,16 @@ def test_a_shard_may_make_way_while_it_is_read(tmp_path: Path) -> None:
 
 def test_limits_that_cannot_work(bucket: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "cache")
-    with pytest.raises(InputError, match=r"--cache-gb: .* do not hold the largest shard"):
+    with pytest.raises(InputError, match=r"--cache-gb: .* is less than the largest shard"):
         open_shards(f"{bucket}/made.json", CacheSettings(folder, 1e-6))
     small = CacheSettings(folder, 60e-6)
     with pytest.raises(InputError, match=r"--cache-gb: .* two windows of 2 shards — raise it, or"):
         open_stream(f"{bucket}/made.json", 10, "uniform", 1, cache=small, window_shards=2)
-    with pytest.raises(InputError, match="the whole set"):
+    with pytest.raises(InputError, match="needed for the whole dataset"):
         open_stream(f"{bucket}/made.json", 10, "uniform", 1, cache=small, window_shards=0)
-    with pytest.raises(InputError, match="more than one kind of place"):
+    with pytest.raises(InputError, match="not all shards are in the same place"):
         open_shards([f"{bucket}/made.json", str(tmp_path / "made")])
-    with pytest.raises(InputError, match=r"--steps-per-epoch: is for shards without index"):
+    with pytest.raises(InputError, match=r"--steps-per-epoch: needs shards without an index"):
         open_stream(str(tmp_path / "made"), 10, "uniform", 1, steps_per_epoch=3)
 
 
@@ -358,7 +358,7 @@ def test_a_server_that_ignores_ranges_is_named(monkeypatch: pytest.MonkeyPatch) 
         lambda self, paths, *given, **named: [self.cat(p) for p in paths],
     )
     (found,) = RangeAccess().read([ByteRange(address, 5, 20)])
-    assert "the server ignores ranges: give --cache-dir" in str(found)
+    assert "the server ignores ranges; give --cache-dir" in str(found)
 
 
 def test_some_indexes_missing_or_all_of_the_set(bucket: str) -> None:
@@ -373,8 +373,8 @@ def test_some_indexes_missing_or_all_of_the_set(bucket: str) -> None:
 def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
     spec = make_set(tmp_path / "made", videos=10, frames=3)
     settings = CacheSettings(str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="--cache-dir: is for remote shards"):
+    with pytest.raises(InputError, match="--cache-dir: is only for remote shards"):
         open_stream(spec, 10, "uniform", 1, cache=settings)
     for options in ({"cache": settings}, {"window_shards": 3}):
-        with pytest.raises(InputError, match="is for shards with an index"):
+        with pytest.raises(InputError, match="needs shards with an index"):
             open_stream("pipe:cat x.tar", 10, "uniform", 1, steps_per_epoch=2, **options)

@@ -98,7 +98,7 @@ def test_a_remote_folder_glob_and_manifest(folder: Path) -> None:
     assert expand_spec("memory://sets/made/made.json") == stated
     with pytest.raises(InputError, match="matches no shards"):
         expand_spec("memory://sets/none/")
-    with pytest.raises(InputError, match=r"none\.json: is not there"):
+    with pytest.raises(InputError, match=r"none\.json: not found"):
         expand_spec("memory://sets/none.json")
     with pytest.raises(InputError, match="cannot be opened"):
         expand_spec("nothing://sets/")

@@ -60,7 +60,7 @@ def test_halves_draws_evenly_within_each_half() -> None:
 
 
 def test_what_cannot_be_drawn() -> None:
-    with pytest.raises(ValueError, match="needs 3 frames, one has 2"):
+    with pytest.raises(ValueError, match="needs 3 frames, a video has 2"):
         drawn(3, 2, "uniform")
     with pytest.raises(ValueError, match="unknown sampling 'thirds'"):
         drawn(3, 5, "thirds")

@@ -89,10 +89,10 @@ def test_a_flipped_bit_in_a_picture(made: Path) -> None:
     at = frame.offset + frame.size // 2
     overwrite(tar, at, bytes([tar.read_bytes()[at] ^ 4]))
     first, *rest = faults(made)
-    assert first == "made-001.tar: its sha256 is not the manifest's: it has been altered"
+    assert first == "made-001.tar: its sha256 differs from the manifest's: it has been altered"
     # The index has the tar's old sha256; whether the picture still decodes is up to the bit.
     assert all(line.startswith("made-001.tar: ") for line in rest)
-    assert any("index has another info" in line for line in rest)
+    assert any("differs from the tar in info" in line for line in rest)
 
 
 def test_a_flipped_bit_in_a_header(made: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_a_record(made: Path) -> None:
     record = member(made, "video_0004.json")
     overwrite(made / "made-001.tar", record.offset, b"[")
     lines = faults(made)
-    assert any("video_0004.json: is no record" in line for line in lines)
+    assert any("video_0004.json: is not a record" in line for line in lines)
     assert any("has been altered" in line for line in lines)
     assert all(line.startswith("made-001.tar: ") for line in lines)
 
@@ -131,14 +131,16 @@ def test_a_lost_tar_and_one_too_many(made: Path) -> None:
 
 def test_a_lost_index_and_one_of_another_tar(made: Path) -> None:
     (made / "made-001.idx").unlink()
-    assert faults(made) == ["made-001.tar: has no index; `seco index` makes it"]
+    assert faults(made) == ["made-001.tar: has no index; run `seco index`"]
     shutil.copy(made / "made-000.idx", made / "made-001.idx")
     lines = faults(made)
-    assert lines and all(line.startswith("made-001.tar: its index has another") for line in lines)
-    assert any("another keys" in line for line in lines)
+    assert lines and all(
+        line.startswith("made-001.tar: its index differs from the tar") for line in lines
+    )
+    assert any("in keys" in line for line in lines)
     (made / "made-001.idx").write_bytes(b"SECOIDX2 and nothing")
     (line,) = faults(made)
-    assert "its index is not a whole index" in line
+    assert "its index is not a complete index" in line
     reindex(str(made / "made-001.tar"))
     assert not faults(made)
 
@@ -155,7 +157,7 @@ def test_an_altered_index(made: Path, part: str) -> None:
         changed = replace(index, **{part: value - (value > 0)})
     write_index(path, changed)
     (line,) = faults(made)
-    assert f"made-000.tar: its index has another {part} than the tar" in line
+    assert f"made-000.tar: its index differs from the tar in {part}" in line
 
 
 def test_altered_manifests(made: Path) -> None:
@@ -164,7 +166,7 @@ def test_altered_manifests(made: Path) -> None:
     edit_json(made / "made.json", lambda m: m["shards"][1].update(frames=12))
     edit_json(made / "made.json", lambda m: m.update(excluded=2))
     (line,) = faults(made)
-    assert line == "made.errors.csv: 0 rows, but made.json tells of 2 excluded videos"
+    assert line == "made.errors.csv: 0 rows, but made.json says 2 videos are excluded"
     (made / "made.errors.csv").write_text("source,kind,message\na,missing,x\nb,missing,x\n")
     assert not faults(made)
     edit_json(made / "made.json", lambda m: m.update(label_names=["Circle", "Square"]))
@@ -208,9 +210,7 @@ def test_a_key_that_occurs_twice(made: Path) -> None:
         rows = [(i.name, first.extractfile(i).read()) for i in first]  # type: ignore[union-attr]
     rewritten(made / "made-001.tar", lambda other: other.extend(rows[:5]))
     lines = faults(made)
-    assert lines == [
-        f"made-00{n}.tar: the key video_0000 occurs 2 times in the set" for n in (0, 1)
-    ]
+    assert lines == [f"made-00{n}.tar: the key video_0000 occurs 2 times" for n in (0, 1)]
 
 
 def test_a_header_that_claims_a_huge_picture(made: Path) -> None:
@@ -251,21 +251,21 @@ def foreign(folder: Path, frames: int = 2) -> Path:
 def test_foreign_tars(tmp_path: Path) -> None:
     tar = foreign(tmp_path)
     found = verify(str(tar))
-    assert found.faults == [f"{tar}: has no index; `seco index` makes it"]
+    assert found.faults == [f"{tar}: has no index; run `seco index`"]
     assert (found.videos, found.frames) == (5, 10)
     assert "no manifest lists it" in found.table()
-    assert reindex(str(tar)) == "1 indexes written, 0 were there already"
+    assert reindex(str(tar)) == "1 indexes written, 0 already existed"
     assert not verify(str(tar)).faults
     index = read_index(tar.with_suffix(".idx"))
     assert index.label.tolist() == [0, 1, 0, 1, 0]
     assert index.keys[3] == f"class1/{'long' * 40}3"
-    assert reindex(str(tar)) == "0 indexes written, 1 were there already"
+    assert reindex(str(tar)) == "0 indexes written, 1 already existed"
 
 
 def test_an_index_made_again_is_the_one_that_was(made: Path) -> None:
     paths = sorted(made.glob("*.idx"))
     before = [path.read_bytes() for path in paths]
-    assert reindex(str(made), force=True) == "3 indexes written, 0 were there already"
+    assert reindex(str(made), force=True) == "3 indexes written, 0 already existed"
     assert [path.read_bytes() for path in paths] == before
 
 

@@ -127,7 +127,7 @@ def test_a_damaged_index_is_named(tmp_path: Path, damage: bytes) -> None:
     make_set(tmp_path, videos=2)
     index = tmp_path / "made-000.idx"
     index.write_bytes(damage)
-    with pytest.raises(InputError, match=r"made-000\.idx: is not a whole index"):
+    with pytest.raises(InputError, match=r"made-000\.idx: is not a complete index"):
         read_index(index)
 
 
@@ -148,7 +148,7 @@ def test_an_index_may_not_point_outside_its_tar(tmp_path: Path) -> None:
     at = bytes(data).index(np.asarray(offset).tobytes())
     data[at : at + 8] = (1 << 40).to_bytes(8, "little")
     path.write_bytes(data)
-    with pytest.raises(InputError, match="not a whole index"):
+    with pytest.raises(InputError, match="not a complete index"):
         read_index(path)
 
 
