@@ -249,7 +249,7 @@ def test_trackers_have_stride_8_or_are_refused(arch: str) -> None:
                 stride = 4 if layer == "layer3" or len(usable) == 2 else 2
                 with pytest.raises(
                     InputError,
-                    match=f"{layer} of this backbone has stride {stride}, the tracker needs 8 — "
+                    match=f"{layer} of this backbone has stride {stride}; the tracker needs 8 — "
                     f"give {' or '.join(usable)}$",
                 ):
                     DilatedBackbone(network, layer)

@@ -632,7 +632,7 @@ def test_mistakes_of_import_and_export(folder: Path, capsys: pytest.CaptureFixtu
     path = saved(folder / "file", whole_network("resnet18"))
     before = path.read_bytes()
     for command, message in (
-        (f"import {path} --out {path}", "is the file itself"),
+        (f"import {path} --out {path}", "is the input file"),
         (f"import {path} --out {folder}", "is a folder"),
         (f"import {folder}/none --out {folder}/x", "none: cannot be read"),
         (f"export {path} --format moco --out {folder}/x", "no two-layer head"),

@@ -403,7 +403,7 @@ def test_sets_without_boxes_are_one_line(
     arguments = ["track", "eval", "--shards", videos, "--out", str(tmp_path / "out")]
     assert run([*arguments, "--tracker", str(tracker), "--device", "cpu"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "has no boxes — prepare a tracking set" in line
+    assert "has no boxes — prepare a tracking dataset" in line
 
 
 def test_of_many_sequences_that_are_left_out_a_few_are_shown(

@@ -292,5 +292,5 @@ def test_mistakes_are_one_line(
 
 def test_shards_without_boxes_are_one_line(tmp_path: Path) -> None:
     videos = make_set(tmp_path / "videos", videos=4)
-    with pytest.raises(InputError, match="has no boxes — prepare a tracking set"):
+    with pytest.raises(InputError, match="has no boxes — prepare a tracking dataset"):
         train(videos, tmp_path / "run")
