@@ -189,9 +189,9 @@ class _Demo:
             return "(--quick: a few steps on a few clips; these numbers mean nothing)"
         found = json.loads((self.out / "compare" / "compare.json").read_text("utf-8"))
         measures = {measure["key"]: measure for measure in found["measures"]}
-        key, does = "svm@100", "accuracy of a linear SVM"
+        key, does = "svm@100", "linear SVM accuracy is"
         if key not in measures:
-            key, does = "same_video", "the other half of a video is found for"
+            key, does = "same_video", "same-video R@1 is"
         if key not in measures:
             return "There are too few videos, or they are too short, to show anything."
         values = {name: percent(one["value"]) for name, one in measures[key]["values"].items()}

@@ -339,7 +339,7 @@ def open_index(
         probes: IVF-PQ lists to probe; by default as built.
 
     Raises:
-        InputError: the index is damaged, or is of another encoder or of other videos.
+        InputError: the index is damaged, or has another encoder or of other videos.
     """
     told = _read_description(path, features)
     if probes is not None and probes < 1:
@@ -417,7 +417,7 @@ def _read_description(path: Path, features: Features) -> dict[str, Any]:
         raise InputError("is from another version of this toolkit", path, _BUILD_AGAIN)
     if encoder.get("sha256") != features.encoder["sha256"]:
         raise InputError(
-            f"is of another encoder ({encoder_name(encoder)}) than {features.folder} "
+            f"has another encoder ({encoder_name(encoder)}) than {features.folder} "
             f"({encoder_name(features.encoder)})",
             path,
             _BUILD_AGAIN,

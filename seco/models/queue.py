@@ -3,7 +3,7 @@
 A query's logits against 131,072 negatives are needed for their sum alone: 512 queries would make a
 matrix of 268 MB, which autograd keeps, copies and differentiates. Here each block's logits are
 made, summed and dropped, and made again for the gradient: two more products of a matrix that is
-small beside a ResNet.
+small compared with a ResNet.
 """
 
 from __future__ import annotations
