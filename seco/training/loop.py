@@ -226,12 +226,12 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
             if self.ranks.first:
                 write_text(self.out / CONFIG, tomli_w.dumps(as_settings(self.config)))
                 callbacks = [*loggers(self.config.loggers), *self.callbacks]
+                log = RunLog(self.out, self.state.step or -1, self._heard)
+                open_things.callback(log.close)
                 for callback in callbacks:
                     callback.on_start(self.out, as_settings(self.config), self.state.step)
                     open_things.callback(callback.on_end)
                     self._heard.append(callback)
-                log = RunLog(self.out, self.state.step or -1, callbacks)
-                open_things.callback(log.close)
             stop = open_things.enter_context(StopRequest())
             shown = open_things.enter_context(
                 progress(

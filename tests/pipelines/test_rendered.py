@@ -271,7 +271,7 @@ def test_foreign_videos_are_not_mixed_in(tmp_path: Path) -> None:
     foreign = tmp_path / "UCF-101" / "Archery" / "v_Archery_g01_c01.avi"
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="not part of this demo dataset"):
         render_demo_set(tmp_path, clips_per_class=4, workers=1)
     assert foreign.read_bytes() == b"mine"
 
