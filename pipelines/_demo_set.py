@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 
 from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, kill_running, local_url, run_ffmpeg
 from shards.atomic import atomic_path, write_text
+from shards.children import protect_children
 from shards.errors import InputError
 from shards.progress import progress
 
@@ -573,6 +574,7 @@ def render_demo_set(
                 _write_clip(clip, videos, seed)
                 shown.advance()
         else:
+            protect_children()
             # Not fork: the caller may have started threads (torch does).
             with ProcessPoolExecutor(
                 workers, mp_context=get_context("spawn"), initializer=_start_worker

@@ -29,6 +29,7 @@ from typing import Any
 from pipelines._build import ShardResult, Tally, build_shard
 from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version, kill_running
 from pipelines._plan import ShardPlan
+from shards.children import protect_children
 from shards.errors import InputError
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
 
@@ -166,6 +167,7 @@ def _build_in_processes(
     on_shard: Callable[[ShardPlan, ShardResult], None],
     on_progress: Callable[[Tally], None],
 ) -> None:
+    protect_children()
     # Forking this process itself would copy its threads' locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines._build"])

@@ -42,6 +42,7 @@ from seco.config import (
     TrackRunConfig,
     TrackTrainConfig,
 )
+from tests import commands
 from tests.made_shards import make_set
 
 TINY = shlex.split(
@@ -343,8 +344,8 @@ def test_a_signal_to_the_whole_group_saves_the_training(
 ) -> None:
     """As a terminal sends Ctrl-C and a scheduler SIGTERM: to the loader processes as well."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "cli", "pretrain", "--shards", shards, "--out", str(out)]
-    run = start_group([*command, *TINY, "--epochs", "4000", "--workers", "2"])
+    command = ["pretrain", "--shards", shards, "--out", out, *TINY]
+    run = commands.start(*command, "--epochs", "4000", "--workers", "2")
     log = out / "metrics.jsonl"
     wait_for(lambda: log.is_file() and log.read_text() != "")
     os.killpg(run.pid, number)
@@ -360,9 +361,8 @@ def test_a_signal_to_the_whole_group_saves_the_training(
 def test_a_signal_while_the_data_stalls(tmp_path: Path, workers: int) -> None:
     """What was trained is saved, and neither loader processes nor their commands stay behind."""
     out, seconds = tmp_path / "out", f"{random.randrange(10**5, 10**6)}"
-    command = [sys.executable, "-m", "cli", "pretrain", "--shards", f"pipe:sleep {seconds}"]
-    options = ["--steps-per-epoch", "3", "--workers", str(workers), "--out", str(out)]
-    run = start_group([*command, *options, *TINY])
+    options = ["--steps-per-epoch", "3", "--workers", workers, "--out", out, *TINY]
+    run = commands.start("pretrain", "--shards", f"pipe:sleep {seconds}", *options)
 
     def sleeping() -> bool:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -403,10 +403,6 @@ def test_ctrl_c_while_extracting(
     assert [str(path)[:15] for path in sorted(left)] == ["parts", "parts/made-000-"]
     assert cli.run(command) == 0
     assert "resuming: 1 of 3 shards are done" in capsys.readouterr().err
-
-
-def start_group(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

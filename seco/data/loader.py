@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from seco.data.transforms import VIEW_DRAWS, ViewConfig, ViewParameters, apply_views, draw_views
 from seco.data.triplets import FRAME_OF_VIEW, VIEWS, Chunk, ChunkMaker
 from seco.processes.stopping import kill_workers, leave_signals_to_parent
+from shards.children import protect_children
 from shards.errors import InputError
 from shards.stream import Stream
 
@@ -50,6 +51,7 @@ def forked_loader(
         workers: number of workers; 0: tasks run in this process, on demand.
         prefetch: tasks in flight per worker; None without workers.
     """
+    protect_children()
     loader: DataLoader[_Done] = DataLoader(
         dataset,
         sampler=_Tasks(tasks),

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from shards.children import protect_children
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -86,6 +87,7 @@ def _launched(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    protect_children()
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
     # Each process reports its error on one line; the launcher's own log adds only noise.

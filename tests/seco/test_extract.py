@@ -8,8 +8,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -35,7 +33,8 @@ from shards.format import VideoRecord
 from shards.opening import open_shards
 from shards.sampling import evenly_spaced
 from shards.writer import ShardWriter
-from tests.data import ROOT, lacking
+from tests import commands
+from tests.data import lacking
 from tests.made_shards import drawn_frame, make_set
 
 # 7 does not divide the frames of any shard, and no video's: batches begin in the middle of one.
@@ -72,20 +71,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def start(shards: str, out: Path, threads: int = 1, **settings: Any) -> subprocess.Popen[str]:
-    """The command, in a group of its own."""
+def start(shards: str, out: Path, threads: int = 1, **settings: Any) -> commands.Command:
     options = {"shards": shards, "out": out, **SMALL, **settings}
     per_frame = ["--per-frame"] if options.pop("per_frame", False) else []
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli", "extract-features", *given, *per_frame],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        start_new_session=True,
-    )
+    return commands.start("extract-features", *given, *per_frame, OMP_NUM_THREADS=str(threads))
 
 
 def test_frame_numbers_are_linspaces() -> None:
@@ -129,7 +119,7 @@ def test_features_are_those_of_a_plain_loop(shards: str, tmp_path: Path) -> None
     assert found.shards[::4] == [f"made-{number:03d}.tar" for number in range(9)]
 
 
-def signal_when(process: subprocess.Popen[str], parts: int, out: Path, send: Any) -> str:
+def signal_when(process: commands.Command, parts: int, out: Path, send: Any) -> str:
     """Send the signal once so many shards are finished; returns what was said."""
     deadline = time.monotonic() + 120
     while process.poll() is None and len(list(out.glob("parts/*.npz"))) < parts:

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +47,8 @@ from seco.training.finetune import Finetuning, finetune
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import VideoRecord
 from shards.writer import ShardWriter
-from tests.data import ROOT, shared
+from tests import commands
+from tests.data import shared
 from tests.learning_sets import CARPETS, HUES, draw_video, still
 from tests.made_shards import make_set
 
@@ -96,17 +95,9 @@ def result(run: Path) -> dict[str, Any]:
     return content
 
 
-def start(command: str, **settings: Any) -> subprocess.Popen[str]:
+def start(command: str, **settings: Any) -> commands.Command:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli", command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        start_new_session=True,
-    )
+    return commands.start(command, *arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
 
 
 # Which frames, and what happens to the learning rate.

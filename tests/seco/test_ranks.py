@@ -23,6 +23,7 @@ from seco.config import PretrainConfig, resolve_pretrain
 from seco.models.seco import KEYS, KeyShuffle, SeCo
 from seco.processes.device import resolve_device
 from shards.errors import InputError
+from tests import commands
 from tests.data import ROOT
 from tests.made_shards import make_set
 
@@ -52,19 +53,11 @@ SMALL: dict[str, Any] = {
 }
 
 
-def start(shards: str, out: Path, **settings: Any) -> subprocess.Popen[str]:
+def start(shards: str, out: Path, **settings: Any) -> commands.Command:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "cli", "pretrain", "--shards", shards, "--out", str(out)]
-    return subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        # Processes on the CPU, also where the machine has GPUs.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        start_new_session=True,
-    )
+    # Processes on the CPU, also where the machine has GPUs.
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return commands.start("pretrain", "--shards", shards, "--out", out, *arguments, **environment)
 
 
 def run(shards: str, out: Path, **settings: Any) -> str:
@@ -162,7 +155,7 @@ def test_every_key_image_is_encoded_once_in_the_same_groups(size: int) -> None:
         assert len(stacked) == KEYS * share  # no rank gets more than it normalises
 
 
-def kill_at(process: subprocess.Popen[str], log: Path, lines_: int, number: int) -> str:
+def kill_at(process: commands.Command, log: Path, lines_: int, number: int) -> str:
     """Send the signal once so many steps are logged; returns what was said."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -227,7 +220,7 @@ if sys.argv[3:] == ["1", "hangs"]:
     lost = None
     failing = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[4] == "hangs":
-    import datetime, seco.processes.ranks, seco.processes.ranks
+    import datetime, seco.processes.ranks
     seco.processes.ranks._SILENCE = datetime.timedelta(seconds=15)
     seco.processes.ranks._GRACE = 2.0
 if sys.argv[3] == "1" and sys.argv[4] != "disagrees":
@@ -241,27 +234,21 @@ sys.exit(launch(PretrainConfig(**settings), cli.pretrain_here))
 """
 
 
-def two_ranks(shards: str, out: Path, how: str) -> list[subprocess.Popen[str]]:
+def two_ranks(shards: str, out: Path, how: str) -> list[commands.Command]:
     """As under a launcher that does not watch; the second one meets with a fault."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILING, shards, str(out), str(rank), how],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
+        commands.start(
+            *("-c", FAILING, shards, out, rank, how),
+            OMP_NUM_THREADS="1",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         for rank in range(2)
     ]
@@ -339,7 +326,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def until_logged(process: subprocess.Popen[str], out: Path) -> list[int]:
+def until_logged(process: commands.Command, out: Path) -> list[int]:
     """Wait for the first step; returns the ranks' process numbers."""
     log = out / "metrics.jsonl"
     while not (log.is_file() and log.read_text()):

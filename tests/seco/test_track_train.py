@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from seco.models.siamfc import SiamFC
 from seco.processes.ranks import Ranks
 from seco.training.track import PairStep, track_train
 from shards.errors import InputError, Stopped
-from tests.data import ROOT
+from tests import commands
 from tests.made_sequences import make_sequences
 from tests.made_shards import make_set
 
@@ -179,16 +177,16 @@ def test_stopped_after_measuring_and_resumed(
 def test_killed_and_resumed(shards: str, undisturbed: Path, tmp_path: Path) -> None:
     options = {**SMALL, "checkpoint_every_steps": 1, "out": tmp_path, "shards": shards}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "cli", "track", "train", *arguments]
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        log = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.is_file() and len(log.read_text().splitlines()) > 2):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        process.kill()
+    threads = str(torch.get_num_threads())
+    process = commands.start("track", "train", *arguments, OMP_NUM_THREADS=threads)
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
     assert 0 < load_checkpoint(tmp_path / "last.pt")["step"] < 6
     # With loader processes, which change nothing.
     train(shards, tmp_path, resume="auto", workers=2)
@@ -219,11 +217,10 @@ def test_sigterm_saves(
 def test_two_processes_do_what_one_does(shards: str, undisturbed: Path, tmp_path: Path) -> None:
     options = {**SMALL, "out": tmp_path, "shards": shards, "processes": 2}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "cli", "track", "train", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "last.pt")]
+    process = commands.start("track", "train", *arguments, OMP_NUM_THREADS="1")
+    said, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert said.split() == [str(tmp_path / "last.pt")]
     one, other = lines(tmp_path), lines(undisturbed)
     for name in ("loss", "found", "lr"):
         assert [row[name] for row in one] == pytest.approx([row[name] for row in other], rel=1e-3)

@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from seco.api import pretrain
 from seco.checkpoints.io import load_checkpoint
 from seco.config import PretrainConfig, resolve_pretrain
 from shards.errors import InputError, Stopped
+from tests import commands
 from tests.made_shards import make_set
 
 SMALL: dict[str, Any] = {
@@ -100,18 +99,16 @@ def test_killed_at_a_random_step_and_resumed(
 ) -> None:
     options = {**SMALL, "checkpoint_every_steps": 1, "out": tmp_path, "shards": shards}
     arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     stop_after = random.randrange(1, 10)
-    with subprocess.Popen(
-        [sys.executable, "-m", "cli", "pretrain", *arguments], env=environment
-    ) as run:
-        log = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.is_file() and len(log.read_text().splitlines()) > stop_after):
-            assert time.monotonic() < deadline
-            assert run.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        run.kill()
+    run = commands.start("pretrain", *arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) > stop_after):
+        assert time.monotonic() < deadline
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    run.kill()
+    run.wait()
     kept = load_checkpoint(tmp_path / "last.pt")["step"]
     assert kept < 12
     pretrain(PretrainConfig(**{**SMALL, "shards": (shards,), "out": str(tmp_path)}, resume="auto"))
