@@ -7,7 +7,9 @@ process is what ``python -m cli`` starts: same arguments, exit code, signals and
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import pkgutil
 import runpy
 import select
 import selectors
@@ -21,6 +23,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import pipelines
+import seco
+import shards
 from tests.data import ROOT
 
 _STATUS = struct.Struct("i")
@@ -106,8 +111,11 @@ def _serve(requests: socket.socket) -> None:
     """Fork a command per request until the tests are over; report how each ended."""
     import torch.utils.tensorboard  # noqa: F401
 
-    import cli  # noqa: F401
-
+    for package in (seco, pipelines, shards):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    for name in ("cli", "matplotlib.pyplot", "torch.utils.tensorboard"):
+        importlib.import_module(name)
     running: dict[int, int] = {}
     awake, waker = os.pipe()
     os.set_blocking(waker, False)
@@ -131,7 +139,8 @@ def _serve(requests: socket.socket) -> None:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 ready.close()
-                for number in (requests.fileno(), awake, waker, ended, *running.values()):
+                requests.close()
+                for number in (awake, waker, ended, *running.values()):
                     os.close(number)
                 _become(message.decode().split("\0"), outputs)
                 return

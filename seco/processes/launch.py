@@ -70,7 +70,8 @@ def launch(
         if config.processes is not None:
             raise InputError("cannot be used under torchrun", "--processes", "leave it out")
         code = run(config)
-        return EXIT_FAILED if code == EXIT_PEER_LOST else code
+        _leave(EXIT_FAILED if code == EXIT_PEER_LOST else code)
+        return code
     processes = _processes(config)
     if processes == 1:
         return run(config)
@@ -165,8 +166,12 @@ def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
         # The launcher reports the first failure it sees, which has to be the peer's; it kills this
         # process as soon as it has seen that one.
         time.sleep(_LAUNCHER_LOOKS_WITHIN)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Exit after a failure, without the shutdown in which torch's waiting threads would abort."""
     if code:
-        # Skip the interpreter's shutdown, in which torch's waiting threads would abort.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

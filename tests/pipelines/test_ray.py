@@ -21,20 +21,37 @@ from tests.pipelines.running import hashes, run, wait_until
 Clips = tuple[Path, dict[str, str]]
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     try:
         from ray.cluster_utils import Cluster
     except ImportError:
         lacking("ray is not installed")
     # Ray waits for half a minute, which is little on a busy machine.
     wait = Cluster._wait_for_node
-    monkeypatch.setattr(Cluster, "_wait_for_node", lambda self, node, _=30: wait(self, node, 180))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    made.add_node(num_cpus=2)
-    made.wait_for_nodes(timeout=180)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Cluster, "_wait_for_node", lambda self, node, _=30: wait(self, node, 180))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        made.add_node(num_cpus=2)
+        made.wait_for_nodes(timeout=180)
     yield made
     made.shutdown()
+
+
+def test_what_a_node_cannot_do_is_one_line(
+    clips: Clips, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, _ = clips
+    real = _engine._build_on_node
+
+    def other_version(plan: Any, threads: int) -> Any:
+        from dataclasses import replace
+
+        return real(replace(plan, ffmpeg_version="another"), threads)
+
+    monkeypatch.setattr(_engine, "_build_on_node", other_version)
+    with pytest.raises(InputError, match=r"this node has ffmpeg .*, the driver another"):
+        run(raw, tmp_path / "out", engine="ray", ray_address=cluster.address)
 
 
 def test_a_node_lost_midway_changes_nothing(clips: Clips, tmp_path: Path, cluster: Any) -> None:
@@ -68,22 +85,6 @@ def test_a_node_lost_midway_changes_nothing(clips: Clips, tmp_path: Path, cluste
     assert hashes(out) == whole
     log = (out / "raw.log.jsonl").read_text().splitlines()
     assert len(log) == 28
-
-
-def test_what_a_node_cannot_do_is_one_line(
-    clips: Clips, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw, _ = clips
-    real = _engine._build_on_node
-
-    def other_version(plan: Any, threads: int) -> Any:
-        from dataclasses import replace
-
-        return real(replace(plan, ffmpeg_version="another"), threads)
-
-    monkeypatch.setattr(_engine, "_build_on_node", other_version)
-    with pytest.raises(InputError, match=r"this node has ffmpeg .*, the driver another"):
-        run(raw, tmp_path / "out", engine="ray", ray_address=cluster.address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:1"])

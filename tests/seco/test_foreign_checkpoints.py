@@ -178,35 +178,39 @@ def same(found: State, expected: State) -> bool:
     return set(found) == set(expected) and all(torch.equal(found[n], expected[n]) for n in expected)
 
 
-# Round trips at the size of ResNet-50.
+# Round trips, each layout at the size of ResNet-50.
 
 
-@pytest.mark.parametrize(("keys", "zipped"), [(3, True), (4, False)])
+@pytest.mark.parametrize(
+    ("arch", "keys", "zipped"), [("resnet50", 3, True), ("resnet18", 4, False)]
+)
 def test_moco_v2_comes_back_equal(
-    keys: int, zipped: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+    arch: str, keys: int, zipped: bool, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = moco("resnet50", 2, keys)
+    content = moco(arch, 2, keys)
     source = saved(folder / "moco.pth.tar", content, zipped)
     imported = converted("import", source, folder / "moco.pt")
     said = capsys.readouterr().out
-    assert "MoCo v2, resnet50, epoch 200" in said
+    assert f"MoCo v2, {arch}, epoch 200" in said
     assert "head shared, key encoder, queue of 65536" in said
     back = exported(imported, "moco")
     assert list(back) == ["epoch", "arch", "state_dict"]  # three: so the authors' code knows MoCo's
-    assert (back["epoch"], back["arch"]) == (200, "resnet50")
+    assert (back["epoch"], back["arch"]) == (200, arch)
     assert same(back["state_dict"], content["state_dict"])
     assert back["state_dict"]["module.queue"].shape == (128, 65_536)
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.parametrize(("keys", "zipped"), [(3, False), (4, True)])
+@pytest.mark.parametrize(
+    ("arch", "keys", "zipped"), [("resnet18", 3, False), ("resnet50", 4, True)]
+)
 def test_moco_v1_gives_its_backbone(
-    keys: int, zipped: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+    arch: str, keys: int, zipped: bool, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = saved(folder / "moco.pth.tar", moco("resnet50", 1, keys), zipped)
+    source = saved(folder / "moco.pth.tar", moco(arch, 1, keys), zipped)
     imported = converted("import", source, folder / "moco.pt")
     assert "not used: one-layer head" in capsys.readouterr().out
-    assert same(exported(imported, "torchvision"), backbone("resnet50"))
+    assert same(exported(imported, "torchvision"), backbone(arch))
     to_moco = ["export", str(imported), "--format", "moco", "--out", str(folder / "x")]
     assert cli.run(to_moco) == 1
     assert "no two-layer head" in capsys.readouterr().err
@@ -233,16 +237,18 @@ def test_their_fine_tuned_network_gives_its_backbone(folder: Path) -> None:
     assert same(found.network.state_dict(), backbone("resnet50"))
 
 
-@pytest.mark.parametrize("kind", ["zip", "non-zip", "safetensors"])
-def test_features_equal_those_of_the_original_network(kind: str, folder: Path) -> None:
-    source = folder / "resnet50"
+@pytest.mark.parametrize(
+    ("kind", "arch"), [("zip", "resnet50"), ("non-zip", "resnet18"), ("safetensors", "resnet34")]
+)
+def test_features_equal_those_of_the_original_network(kind: str, arch: str, folder: Path) -> None:
+    source = folder / arch
     if kind == "safetensors":
-        safetensors.torch.save_file(whole_network("resnet50"), source)
+        safetensors.torch.save_file(whole_network(arch), source)
     else:
-        saved(source, whole_network("resnet50"), zipped=kind == "zip")
-    imported = converted("import", source, folder / "r50.pt")
-    original = torchvision.models.resnet50()
-    original.load_state_dict(whole_network("resnet50"))
+        saved(source, whole_network(arch), zipped=kind == "zip")
+    imported = converted("import", source, folder / "imported.pt")
+    original = torchvision.models.get_model(arch)
+    original.load_state_dict(whole_network(arch))
     original.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
@@ -250,7 +256,7 @@ def test_features_equal_those_of_the_original_network(kind: str, folder: Path) -
         for file in (source, imported):
             assert torch.equal(load_backbone(str(file)).network.eval()(images), expected)
     for layout in ("torchvision", "safetensors"):
-        assert same(exported(imported, layout), backbone("resnet50"))
+        assert same(exported(imported, layout), backbone(arch))
 
 
 def test_extract_features_takes_a_file_of_any_layout(folder: Path) -> None:
