@@ -45,6 +45,8 @@ from shards.errors import (
     TooManyExcluded,
 )
 from shards.settings import own_first
+from shards.terminal import say, show, show_everywhere
+from shards.untrusted import set_max_pixels
 
 
 class _Finite(click.types.FloatParamType):
@@ -163,7 +165,13 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="seco")
-def seco() -> None:
+@click.option(
+    "--max-pixels",
+    type=_Whole(1),
+    default=None,
+    help="Larger pictures and video frames are not decoded [default: 64 million].",
+)
+def seco(max_pixels: int | None) -> None:
     """Learn visual representations from unlabelled video (SeCo, AAAI 2021).
 
     \b
@@ -172,6 +180,8 @@ def seco() -> None:
     seco extract-features --shards shards/ucf101.json --checkpoint runs/ucf101/last.pt
     seco probe --features features/ucf101
     """
+    if max_pixels is not None:
+        set_max_pixels(max_pixels)
 
 
 @seco.command()
@@ -206,7 +216,7 @@ def verify(shards: tuple[str, ...], workers: int | None) -> None:
     from shards.verify import verify as run
 
     found = run(shards, workers)
-    print(found.table())
+    show(found.table())
     if found.faults:
         raise InputError(f"faults found: {len(found.faults)}", " ".join(shards))
 
@@ -224,7 +234,7 @@ def index(shards: tuple[str, ...], force: bool) -> None:
     """
     from shards.verify import reindex
 
-    print(reindex(shards, force))
+    show(reindex(shards, force))
 
 
 @seco.command()
@@ -259,7 +269,7 @@ def pretrain_here(config: PretrainConfig) -> int:
 
         done = run(config)
         if os.environ.get("RANK", "0") == "0":
-            print(done.checkpoint)
+            show(done.checkpoint)
 
     return exit_code(work)
 
@@ -280,7 +290,7 @@ def extract_features(**settings: Any) -> None:
     if config.engine == "ray":
         from seco.features.ray_engine import extract_on_cluster
 
-        print(extract_on_cluster(config))
+        show(extract_on_cluster(config))
         return
     from seco.processes.launch import launch
 
@@ -288,15 +298,15 @@ def extract_features(**settings: Any) -> None:
         raise click.exceptions.Exit(code)
 
 
-def extract_here(config: ExtractConfig, show: bool = True) -> int:
+def extract_here(config: ExtractConfig, announce: bool = True) -> int:
     """Extract features on one rank and return the exit code; rank 0 prints the feature folder."""
 
     def work() -> None:
         from seco.features.extract import extract_features as run
 
         folder = run(config)
-        if show and os.environ.get("RANK", "0") == "0":
-            print(folder)
+        if announce and os.environ.get("RANK", "0") == "0":
+            show(folder)
 
     return exit_code(work)
 
@@ -320,10 +330,10 @@ def compare(**settings: Any) -> None:
     extraction = ExtractConfig(**{name: settings.pop(name) for name in EXTRACTION})
 
     def extract(config: ExtractConfig) -> None:
-        if code := launch(config, partial(extract_here, show=False)):
+        if code := launch(config, partial(extract_here, announce=False)):
             raise click.exceptions.Exit(code)
 
-    print(run(CompareConfig(**settings), extraction, extract).table())
+    show(run(CompareConfig(**settings), extraction, extract).table())
 
 
 @seco.command("import")
@@ -341,7 +351,7 @@ def import_(**settings: Any) -> None:
     """
     from seco.checkpoints.exchange import import_checkpoint
 
-    print(import_checkpoint(ImportConfig(**settings)))
+    show(import_checkpoint(ImportConfig(**settings)))
 
 
 @seco.command("export")
@@ -358,7 +368,7 @@ def export(**settings: Any) -> None:
     """
     from seco.checkpoints.exchange import export_checkpoint
 
-    print(export_checkpoint(ExportConfig(**settings)))
+    show(export_checkpoint(ExportConfig(**settings)))
 
 
 @seco.command()
@@ -374,7 +384,7 @@ def probe(**settings: Any) -> None:
     """
     from seco.api import probe as run
 
-    print(run(**settings).table())
+    show(run(**settings).table())
 
 
 @seco.command()
@@ -404,7 +414,7 @@ def finetune_here(config: FinetuneConfig) -> int:
         from seco.training.finetune import finetune as run
 
         if text := run(config):
-            print(text)
+            show(text)
 
     return exit_code(work)
 
@@ -433,7 +443,7 @@ def finetune_eval_here(config: FinetuneTestConfig) -> int:
         from seco.evaluation.video_test import finetune_eval as run
 
         if text := run(config):
-            print(text)
+            show(text)
 
     return exit_code(work)
 
@@ -455,7 +465,7 @@ def retrieve_evaluate(**settings: Any) -> None:
     """
     from seco.evaluation.retrieval import evaluate
 
-    print(evaluate(EvaluateConfig(**settings)).table())
+    show(evaluate(EvaluateConfig(**settings)).table())
 
 
 @retrieve.command("build")
@@ -470,7 +480,7 @@ def retrieve_build(**settings: Any) -> None:
     """
     from seco.evaluation.index import build
 
-    print(build(BuildConfig(**settings)).table())
+    show(build(BuildConfig(**settings)).table())
 
 
 @retrieve.command("query")
@@ -487,7 +497,7 @@ def retrieve_query(**settings: Any) -> None:
     from pipelines._files import decode_file
     from seco.evaluation.query import write_query_page
 
-    print(write_query_page(QueryConfig(**settings), decode_file))
+    show(write_query_page(QueryConfig(**settings), decode_file))
 
 
 @retrieve.command("duplicates")
@@ -502,7 +512,7 @@ def retrieve_duplicates(**settings: Any) -> None:
     """
     from seco.evaluation.duplicates import duplicates
 
-    print(duplicates(DuplicatesConfig(**settings)).table())
+    show(duplicates(DuplicatesConfig(**settings)).table())
 
 
 @seco.group()
@@ -535,7 +545,7 @@ def track_train_here(config: TrackTrainConfig) -> int:
 
         checkpoint = run(config)
         if os.environ.get("RANK", "0") == "0":
-            print(checkpoint)
+            show(checkpoint)
 
     return exit_code(work)
 
@@ -553,7 +563,7 @@ def track_eval(**settings: Any) -> None:
     from pipelines._files import write_video
     from seco.evaluation.otb import track_eval as run
 
-    print(run(TrackEvalConfig(**settings), write_video).table())
+    show(run(TrackEvalConfig(**settings), write_video).table())
 
 
 @track.command("run")
@@ -573,11 +583,10 @@ def track_run(**settings: Any) -> None:
     config = TrackRunConfig(**settings)
     with open_video(Path(config.video)) as video:
         for path in run(config, video, video.fps, write_video):
-            print(path)
+            show(path)
         if video.damage:
-            print(
+            say(
                 f"seco: {config.video}: damaged, some frames are missing: {video.damage}",
-                file=sys.stderr,
             )
 
 
@@ -595,7 +604,7 @@ def inspect(shards: tuple[str, ...], html: str | None, png: str | None) -> None:
     """
     from seco.report.inspect import inspect_set
 
-    print(inspect_set(shards, html=html, png=png))
+    show(inspect_set(shards, html=html, png=png))
 
 
 @seco.command()
@@ -620,8 +629,8 @@ def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path |
         raise InputError("name the same file", "--out, --markdown, --json", "give different files")
     found = write_report(runs, out, markdown, json)
     for item in found.unread:
-        print(f"seco: {item.path}: cannot be read: {item.reason}", file=sys.stderr)
-    print("\n".join(str(file) for file in (out, markdown, json) if file is not None))
+        say(f"seco: {item.path}: cannot be read: {item.reason}")
+    show("\n".join(str(file) for file in (out, markdown, json) if file is not None))
 
 
 @seco.command()
@@ -636,7 +645,7 @@ def demo(**settings: Any) -> None:
     """
     from seco.demo import demo as run_demo
 
-    print(run_demo(DemoConfig(**settings), command=run))
+    show(run_demo(DemoConfig(**settings), command=run))
 
 
 @seco.command()
@@ -653,9 +662,9 @@ def doctor(as_json: bool) -> None:
     from pipelines._ffmpeg import ffmpeg_facts
     from seco.doctor import examine
 
-    print("seco: loading all libraries; this may take a minute", file=sys.stderr)
+    say("seco: loading all libraries; this may take a minute")
     found = examine(ffmpeg_facts)
-    print(found.to_json() if as_json else found.table())
+    show(found.to_json() if as_json else found.table())
     found.require_core()
 
 
@@ -708,6 +717,7 @@ def bench() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; an error is one line on standard error and an exit code."""
+    show_everywhere()
     sys.exit(run(arguments))
 
 
@@ -762,7 +772,7 @@ def _known_fault(error: RuntimeError) -> str:
 
 def _fail(message: object, code: int) -> int:
     if str(message):  # empty: another rank prints it
-        print(f"seco: {message}", file=sys.stderr)
+        say(f"seco: {message}")
     return code
 
 

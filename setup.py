@@ -32,6 +32,7 @@ setup(
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",
         "matplotlib>=3.7",
+        "msgspec>=0.19",
         "numpy>=1.26",
         "rich>=13",
         "safetensors>=0.4",

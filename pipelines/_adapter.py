@@ -16,6 +16,7 @@ from pipelines._config import PrepareConfig
 from shards.atomic import csv_text
 from shards.errors import InputError
 from shards.format import Exclusion, make_keys
+from shards.untrusted import read_regular
 
 _MOST_NAMED = 5
 
@@ -246,8 +247,13 @@ def _is_litter(name: str) -> bool:
 
 
 def _shown(source: str) -> str:
-    """Replace bytes that are not UTF-8: file names may contain them, JSON and CSV may not."""
-    return source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    r"""Return a file's name as UTF-8, which JSON and CSV need and a name on Linux may not be.
+
+    Each byte that is not UTF-8 becomes ``\xNN``. A backslash is doubled, so that the name's bytes
+    can be told from what is stored.
+    """
+    whole = source.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
+    return whole.decode("utf-8", "backslashreplace")
 
 
 def relative_source(path: Path, root: Path) -> str:
@@ -287,9 +293,7 @@ def read_text(path: Path) -> str:
         InputError: it cannot be read as text.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
+        return read_regular(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("is not a text file", path) from error
 

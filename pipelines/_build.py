@@ -34,8 +34,9 @@ from pipelines._plan import FrameChoice, SetPlan, ShardPlan, described, nearest_
 from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
-from shards.index import ShardIndex, read_index
+from shards.index import MAX_FRAME_BYTES, ShardIndex, read_index
 from shards.storage import Storage, UnreadableFrame, open_storage
+from shards.untrusted import read_regular, require_pixels
 from shards.writer import ShardWriter
 
 _FRAME = re.compile(r"(\d+)\.jpe?g", re.I)
@@ -185,9 +186,9 @@ def _chosen(choice: FrameChoice, times: list[float]) -> list[int]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DecodeError("unreadable", f"{path.name}: {error.strerror}") from error
+        return read_regular(path, MAX_FRAME_BYTES)
+    except InputError as error:
+        raise DecodeError("unreadable", f"{path.name}: {error.what}") from error
 
 
 def _size(frames: list[bytes], paths: list[Path]) -> tuple[int, int]:
@@ -196,6 +197,7 @@ def _size(frames: list[bytes], paths: list[Path]) -> tuple[int, int]:
     for frame, path in zip(frames, paths, strict=True):
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(frame)
+            require_pixels(width, height)
         except ValueError as error:
             raise DecodeError("unreadable", f"{path.name} is not a JPEG ({error})") from error
         # The end-of-image marker: some programs write data after it, and a thumbnail in front has

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import stat
 import struct
@@ -32,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines._ffmpeg import FfmpegStream, local_url
+from shards.untrusted import max_pixels, open_regular, require_pixels
 
 _MAX_MOOV_BYTES = 64 << 20
 _MAX_FRAMES = 4_000_000
@@ -46,8 +46,7 @@ def forecast_times(path: Path) -> NDArray[np.float64] | None:
     None for everything except 8-bit 4:2:0 H.264 with complete sample tables.
     """
     try:
-        # Non-blocking: the path may be a named pipe.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open_regular(path) as file:
             moov = _moov(file)
         return _track_times(moov) if moov is not None else None
     except (OSError, struct.error, ValueError, IndexError, KeyError, OverflowError):
@@ -313,7 +312,7 @@ CONTAINERS = (
     *("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo", "flv", "asf", "ogg", "rm", "dv"),
     *("mxf", "nut", "ivf", "obu", "h264", "hevc", "m4v", "gif", "wtv"),
 )
-_MAX_PICTURE_BYTES = 256 << 20
+_MAX_RATIO = 64  # of a picture's sides; a file may claim any shape for its pixels
 _MARKER = b"FRAME\n"  # before each picture of YUV4MPEG2
 
 
@@ -342,6 +341,7 @@ def pictures(path: Path) -> Any:
         local_url(path),
         protocol_whitelist="file",
         format_whitelist=",".join(CONTAINERS),
+        max_pixels=max_pixels(),
         # One thread per video: the workers fill the cores, and damaged streams decode the same
         # way every time.
         threads=1,
@@ -551,6 +551,8 @@ def _picture_size(header: bytes) -> tuple[int, int]:
     if words[:1] != [b"YUV4MPEG2"] or not {b"W", b"H"} <= set(fields):
         raise ValueError("ffmpeg's output cannot be read")
     width, height = int(fields[b"W"]), int(fields[b"H"])
-    if width % 2 or height % 2 or not 0 < width * height * 3 // 2 <= _MAX_PICTURE_BYTES:
+    short, long = sorted((width, height))
+    if width % 2 or height % 2 or not 0 < long <= _MAX_RATIO * short:
         raise ValueError(f"pictures of {width}x{height} cannot be stored")
+    require_pixels(width, height)
     return width, height

@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -32,6 +31,7 @@ from pipelines._plan import ShardPlan
 from shards.children import protect_children
 from shards.errors import InputError
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
+from shards.terminal import say
 
 
 def ray_engine(address: str | None, *, limited: bool) -> Callable[..., None]:
@@ -157,7 +157,7 @@ def build_shards(
                         f"workers were killed {losses} times, perhaps because memory ran out",
                         fix="run the same command again to resume, with fewer --workers",
                     ) from error
-                print("a worker was killed: its shard is built again", file=sys.stderr)
+                say("a worker was killed: its shard is built again")
 
 
 def _build_in_processes(

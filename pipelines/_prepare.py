@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,6 +29,7 @@ from shards.format import Exclusion, Manifest, ShardInfo
 from shards.progress import progress, size_text
 from shards.settings import usable_cpus
 from shards.storage import Storage, open_storage
+from shards.terminal import say
 
 _SAMPLE = 24
 _START_SECONDS = 0.03  # ffmpeg's start and exit
@@ -465,4 +465,4 @@ def _require_there(plan: SetPlan, results: list[ShardResult], storage: Storage) 
 
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line, file=sys.stderr)
+        say(line)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+import msgspec
 
 from pipelines._adapter import (
     Adapter,
@@ -27,6 +27,7 @@ from pipelines._adapter import (
 from pipelines._config import PrepareConfig
 from shards.errors import InputError
 from shards.format import Exclusion
+from shards.untrusted import decode_json, read_regular
 
 _SUBSETS = {"training": "train", "validation": "val", "testing": "test"}
 _FILE = re.compile(r"(activity_?net.*|anet.*)\.json", re.I)
@@ -137,40 +138,47 @@ def _candidates(folder: Path) -> list[Path]:
 
 def _holds_database(path: Path) -> bool:
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = read_regular(path)
+    except InputError:
         return False
     return b'"database"' in data and b'"subset"' in data
 
 
 def _read(path: Path) -> dict[str, _Entry]:
-    try:
-        database = json.loads(read_text(path))["database"]
-        return {key: _entry(key, row, path) for key, row in database.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"is not ActivityNet's annotation file ({type(error).__name__}: {error})",
-            path,
-            'expected {"database": {<id>: {"subset": …, "annotations": […]}}}',
-        ) from error
+    what = "is not ActivityNet's annotation file"
+    advice = 'expected {"database": {<id>: {"subset": …, "annotations": […]}}}'
+    database = decode_json(_File, read_text(path).encode(), path, what, advice).database
+    return {key: _entry(key, row, path) for key, row in database.items()}
 
 
-def _entry(key: str, row: dict[str, Any], path: Path) -> _Entry:
-    split = _SUBSETS.get(row["subset"])
+class _Annotation(msgspec.Struct):
+    label: str
+    segment: tuple[float, float]  # seconds
+
+
+class _Video(msgspec.Struct):
+    subset: str
+    annotations: list[_Annotation] | None = None
+
+
+class _File(msgspec.Struct):
+    database: dict[str, _Video]
+
+
+def _entry(key: str, row: _Video, path: Path) -> _Entry:
+    split = _SUBSETS.get(row.subset)
     if split is None:
         known = ", ".join(_SUBSETS)
-        raise InputError(f"{key}: unknown subset {row['subset']!r}", path, f"one of {known}")
-    return _Entry(split, _label(row.get("annotations") or ()))
+        raise InputError(f"{key}: unknown subset {row.subset!r}", path, f"one of {known}")
+    return _Entry(split, _label(row.annotations or ()))
 
 
-def _label(annotations: Iterable[dict[str, Any]]) -> str | None:
+def _label(annotations: Iterable[_Annotation]) -> str | None:
     """Return the label with the most annotated seconds; ties go to the first by name."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in annotations:
-        start, end = row["segment"]
-        seconds[row["label"]] += float(end) - float(start)
+        start, end = row.segment
+        seconds[row.label] += end - start
     return min(seconds, key=lambda label: (-seconds[label], label)) if seconds else None
 
 

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from seco.models.seco import SeCo, SeCoOutput
 from seco.training.logging import Callback
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_stream
+from shards.terminal import say
 
 if TYPE_CHECKING:
     from pipelines._prepare import PrepareReport
@@ -201,12 +201,11 @@ def _report(run: Path) -> None:
     try:
         found = write_report([run], run / REPORT)
     except InputError as error:
-        print(f"seco pretrain: no report was written: {error}", file=sys.stderr)
+        say(f"seco pretrain: no report was written: {error}")
         return
     for item in found.unread:
-        print(
+        say(
             f"seco pretrain: could not be read for the report: {item.path}: {item.reason}",
-            file=sys.stderr,
         )
 
 

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from shards.dataset import ShardSet
 from shards.errors import EXIT_STOPPED, InputError, Stopped, TooManyExcluded
 from shards.format import read_manifest
 from shards.opening import open_shards
+from shards.terminal import say
 
 Command = Callable[[list[str]], int]
 
@@ -216,7 +216,7 @@ class _Demo:
 
     def _step(self, *arguments: str) -> None:
         line = f"\n[{self._clock()}] $ seco {shlex.join(arguments)}"
-        print(line, file=sys.stderr, flush=True)
+        say(line)
         code = self.command(list(arguments))
         if code == EXIT_STOPPED:
             raise Stopped("the demo stopped; run the same command again to resume")

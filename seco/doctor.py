@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import IO, NamedTuple, NoReturn, Protocol
 
 import seco
-from seco.text import printable
 from shards.errors import InputError
 from shards.progress import size_text
 from shards.settings import usable_cpus
+from shards.terminal import printable
 
 DISTRIBUTION = "seco-video"
 OK, MISSING, BROKEN, NOT_USED = "ok", "missing", "broken", "not used"

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from seco.text import percent, printable
+from seco.text import percent
 from shards.dataset import ShardSet
 from shards.sampling import evenly_spaced
 from shards.storage import UnreadableFrame
+from shards.terminal import printable
+from shards.untrusted import require_pixels
 
 INK = "#010203"  # placeholder that becomes the page's text colour
 SERIES = ("#2f7ed8", "#d1701f", "#2f9e68", "#9a63c9")  # 3:1 or more on white and on near-black
@@ -130,6 +132,7 @@ def small_picture(data: bytes, box_px: tuple[int, int]) -> Image.Image | None:
     """Decode a picture to RGB, scaled to fit the box (width, height); None if it is broken."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as stored:
+            require_pixels(*stored.size)
             stored.draft("RGB", box_px)  # libjpeg decodes at reduced size
             picture: Image.Image = stored.convert("RGB")
     except _UNDECODABLE:

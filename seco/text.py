@@ -6,11 +6,3 @@ from __future__ import annotations
 def percent(fraction: float | None, digits: int = 1) -> str:
     """Format 0.6191 as "61.9", and None (not measured) as a dash."""
     return "–" if fraction is None else f"{100 * fraction:.{digits}f}"
-
-
-def printable(text: object) -> str:
-    """Replace control characters, which could redraw a terminal or hide in a page."""
-    given = str(text)
-    if given.isprintable():
-        return given
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in given)

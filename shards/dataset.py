@@ -352,9 +352,9 @@ def _record(
     if isinstance(data, UnreadableFrame):
         return data
     try:
-        return VideoRecord.from_json(data)
-    except (ValueError, TypeError) as error:
-        return UnreadableFrame(f"{at.address}: {key}.json: {error}")
+        return VideoRecord.from_json(data, f"{at.address}: {key}.json")
+    except InputError as error:
+        return UnreadableFrame(str(error))
 
 
 def set_name(address: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shards.terminal import printable
+
 # Exit codes of all commands.
 EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED = 1, 2, 3, 75
 EXIT_PEER_LOST = 4  # from a rank to its launcher only; users see EXIT_FAILED
@@ -22,7 +24,7 @@ class InputError(ValueError):
         self.fix = fix
         place = f"{where}: " if where is not None else ""
         advice = f" — {fix}" if fix else ""
-        super().__init__(" ".join(f"{place}{what}{advice}".split()))
+        super().__init__(printable(" ".join(f"{place}{what}{advice}".split())))
 
 
 class TooManyExcluded(InputError):

@@ -11,12 +11,18 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from shards.errors import InputError
+from shards.untrusted import Count, FileName, Label, decode_json, read_regular
 
 FORMAT_VERSION = 1
+Pixels = Annotated[int, Meta(ge=0, le=65_535)]  # a JPEG has no more
+Box = Annotated[list[float], Meta(min_length=4, max_length=4)]
+Flag = Annotated[int, Meta(ge=0, le=255)]
 
 _NOT_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 
@@ -34,19 +40,19 @@ class VideoRecord:
     key: str
     dataset: str
     source: str  # path relative to the raw folder
-    label: int | None = None
+    label: Label | None = None
     label_name: str | None = None
     splits: dict[str, str] = field(default_factory=dict)  # {"1": "train"} or {"official": "val"}
-    width: int = 0
-    height: int = 0
+    width: Pixels = 0
+    height: Pixels = 0
     frame_times: list[float] = field(default_factory=list)
     source_fps: float | None = None
-    source_frames: int | None = None  # frames that decoded
+    source_frames: Count | None = None  # frames that decoded
     source_duration: float | None = None  # seconds, according to the container
-    source_bytes: int | None = None  # size of the file it was made from
-    boxes: list[list[float]] | None = None
-    absence: list[int] | None = None
-    cover: list[int] | None = None
+    source_bytes: Count | None = None  # size of the file it was made from
+    boxes: list[Box] | None = None
+    absence: list[Flag] | None = None
+    cover: list[Flag] | None = None
 
     def to_json(self) -> bytes:
         """Return a line of JSON, fields in the order above, without boxes and flags of None."""
@@ -58,19 +64,28 @@ class VideoRecord:
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8")
 
     @staticmethod
-    def from_json(data: bytes | str) -> VideoRecord:
+    def from_json(data: bytes, where: object = None) -> VideoRecord:
         """Parse ``KEY.json``, ignoring unknown fields so that later minor versions still load.
 
+        Args:
+            data: the file's content.
+            where: names it in errors.
+
         Raises:
-            ValueError: not JSON, or not a record of this format version.
+            InputError: not JSON, or not a record of this format version.
         """
-        fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"not a video record of format version {FORMAT_VERSION}")
-        known = {f.name for f in dataclasses.fields(VideoRecord)}
-        record = VideoRecord(**{k: v for k, v in fields.items() if k in known})
-        if not isinstance(record.label, int | None) or not isinstance(record.splits, dict):
-            raise ValueError("label is not a number, or splits is not a table")
+        what = f"is not a video record of format version {FORMAT_VERSION}"
+        if decode_json(_Version, data, where, what).format_version != FORMAT_VERSION:
+            raise InputError(what, where)
+        record = decode_json(VideoRecord, data, where, what)
+        count = len(record.frame_times)
+        for name in ("absence", "cover"):
+            flags = getattr(record, name)
+            if flags is not None and len(flags) != count:
+                raise InputError(f"{what} ({name}: {len(flags)} values, {count} frames)", where)
+        # GOT-10k's test sequences have only the first box.
+        if record.boxes is not None and len(record.boxes) not in (1, count):
+            raise InputError(f"{what} (boxes: {len(record.boxes)} for {count} frames)", where)
         return record
 
 
@@ -87,11 +102,11 @@ class Exclusion:
 class ShardInfo:
     """One row of the manifest."""
 
-    file: str
-    bytes: int
+    file: FileName
+    bytes: Count
     sha256: str
-    videos: int
-    frames: int
+    videos: Count
+    frames: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +119,7 @@ class Manifest:
     ffmpeg_version: str
     label_names: list[str]  # in index order; empty for a dataset without labels
     shards: list[ShardInfo]
-    excluded: int
+    excluded: Count
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,12 +134,12 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         InputError: as for :func:`parse_manifest`, or the file cannot be read.
     """
-    try:
-        return parse_manifest(path.read_bytes(), path)
-    except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror})", path, "check the path; `seco prepare` creates it"
-        ) from error
+    advice = "check the path; `seco prepare` creates it"
+    return parse_manifest(read_regular(path, fix=advice), path)
+
+
+class _Version(Struct):
+    format_version: Any = None
 
 
 def parse_manifest(content: bytes, where: object) -> Manifest:
@@ -133,26 +148,13 @@ def parse_manifest(content: bytes, where: object) -> Manifest:
     Raises:
         InputError: ``where`` is not a manifest of this version.
     """
-    try:
-        fields = json.loads(content)
-        rows = [ShardInfo(**row) for row in fields.pop("shards")]
-        manifest = Manifest(shards=rows, **fields)
-        if any(row.file != PurePath(row.file).name for row in rows):
-            raise ValueError("a shard outside the manifest's folder")
-        numbers = [n for row in rows for n in (row.bytes, row.videos, row.frames)]
-        if not all(isinstance(number, int) for number in [*numbers, manifest.format_version]):
-            raise ValueError("expected integers")
-        names = manifest.label_names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("label names that are not strings")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError("is not a shard manifest", where, "give a dataset's NAME.json") from error
-    if manifest.format_version != FORMAT_VERSION:
+    what, advice = "is not a shard manifest", "give a dataset's NAME.json"
+    version = decode_json(_Version, content, where, what, advice).format_version
+    if isinstance(version, int) and version != FORMAT_VERSION:
         raise InputError(
-            f"has format version {manifest.format_version}; this toolkit reads {FORMAT_VERSION}",
-            where,
+            f"has format version {version}; this toolkit reads {FORMAT_VERSION}", where
         )
-    return manifest
+    return decode_json(Manifest, content, where, what, advice)
 
 
 def make_keys(sources: Iterable[str]) -> list[str]:

@@ -16,14 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Annotated, Any, BinaryIO, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
+from shards.untrusted import Count, decode_json, fault, open_regular, read_regular
 
 
 class TarMember(NamedTuple):
@@ -56,6 +58,32 @@ class TarMember(NamedTuple):
         return tar.read(self.size)
 
 
+class _BoundedHeader(tarfile.TarInfo):
+    """A header whose extensions (long names and the like) have a reasonable length.
+
+    The standard library would read extensions of any length, and search them in quadratic time.
+    """
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and self.size > _MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return member
+
+
+def bounded_tar(file: IO[bytes], stream: bool = False) -> tarfile.TarFile:
+    """Open a tar whose headers have a bounded length.
+
+    Args:
+        file: open for reading.
+        stream: whether it can only be read from beginning to end; it may be compressed.
+
+    Raises:
+        tarfile.TarError: it is not one.
+    """
+    return tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_BoundedHeader)
+
+
 def tar_members(path: Path) -> Iterator[TarMember]:
     """Yield the files in a tar, in order.
 
@@ -65,7 +93,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     members_end = 0
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as raw:
+        with open_regular(path) as raw, bounded_tar(raw) as tar:
             for member in tar:
                 blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
                 members_end = member.offset_data + blocks * tarfile.BLOCKSIZE
@@ -109,9 +137,40 @@ _ARRAYS = {
 _TEXTS = ("key_text", "details")
 CONTENTS = ("info", "keys", "splits", "sources", *list(_ARRAYS)[:-1])  # also known from the tar
 _NO_LABEL = -1
+_MAX_EXTENSION_BYTES = 1 << 16
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 MAX_RECORD_BYTES = 64 << 20
+MAX_FRAME_BYTES = 256 << 20  # of a JPEG
+MAX_INDEX_BYTES = 1 << 30
 _PIECE = 1 << 20  # bytes read at a time
 _MAX_LABEL_BYTES = 9  # as text: a label is an i32
+
+
+class _TextBytes(msgspec.Struct):
+    key_text: Count
+    details: Count
+
+
+class _Header(msgspec.Struct):
+    """The part of an index that is JSON, except its details."""
+
+    info: ShardInfo
+    plan_digest: str
+    exclusions: list[Exclusion]
+    text_bytes: _TextBytes
+
+
+class _Details(msgspec.Struct):
+    """Per video: its splits, and its source with its size in bytes or -1."""
+
+    splits: list[dict[str, str]]
+    sources: list[tuple[str, Annotated[int, msgspec.Meta(ge=-1, lt=2**53)]]]
 
 
 class FrameAt(NamedTuple):
@@ -166,31 +225,23 @@ class ShardIndex:
         return first[1:] - first[:-1]
 
     @cached_property
-    def _details(self) -> dict[str, Any]:
-        try:
-            details: dict[str, Any] = json.loads(self.details.tobytes())
-            whole = all(len(details[name]) == self.info.videos for name in ("splits", "sources"))
-            whole = whole and all(isinstance(row, dict) for row in details["splits"])
-            details["sources"] = [(str(path), int(size)) for path, size in details["sources"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole:
-            raise InputError(
-                "its index is incomplete", self.info.file, "rebuild it with `seco index --force`"
-            )
+    def _details(self) -> _Details:
+        where, what = self.info.file, "its index is incomplete"
+        advice = "rebuild it with `seco index --force`"
+        details = decode_json(_Details, self.details.tobytes(), where, what, advice)
+        if not len(details.splits) == len(details.sources) == self.info.videos:
+            raise InputError(what, where, advice)
         return details
 
     @property
     def splits(self) -> list[dict[str, str]]:
         """(V,) values of the splits, by split name."""
-        rows: list[dict[str, str]] = self._details["splits"]
-        return rows
+        return self._details.splits
 
     @property
     def sources(self) -> list[tuple[str, int]]:
         """(V,) path relative to the raw folder, and size in bytes or -1."""
-        rows: list[tuple[str, int]] = self._details["sources"]
-        return rows
+        return self._details.sources
 
     def frame_at(self, row: int, frame: int) -> FrameAt:
         """Return the position of a video's frame; frames count from 0 in time order.
@@ -302,11 +353,8 @@ def read_index(path: Path) -> ShardIndex:
     Raises:
         InputError: as for :func:`parse_index`, or the file cannot be read.
     """
-    try:
-        # Not mapped: a mapping keeps its file open, and the limit is usually 1,024 per process.
-        return parse_index(path.read_bytes(), path)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
+    # Not mapped: a mapping keeps its file open, and the limit is usually 1,024 per process.
+    return parse_index(read_regular(path, MAX_INDEX_BYTES), path)
 
 
 def parse_index(content: bytes, where: object) -> ShardIndex:
@@ -323,11 +371,11 @@ def parse_index(content: bytes, where: object) -> ShardIndex:
         if content[:8] != _MAGIC:
             raise ValueError("wrong magic")
         position = 16 + int.from_bytes(content[8:16], "little")
-        header = json.loads(content[16:position])
-        info = ShardInfo(**header["info"])
+        header = _HEADER.decode(content[16:position])
+        info = header.info
         frames = ("frame_offset", "frame_size", "frame_crc")
         lengths = {"first_frame": info.videos + 1, **dict.fromkeys(frames, info.frames)}
-        lengths |= {name: header["text_bytes"][name] for name in _TEXTS}
+        lengths |= {name: getattr(header.text_bytes, name) for name in _TEXTS}
         arrays: dict[str, NDArray[Any]] = {}
         for name, dtype in {**_ARRAYS, **dict.fromkeys(_TEXTS, "u1")}.items():
             length = lengths.get(name, info.videos)
@@ -338,16 +386,21 @@ def parse_index(content: bytes, where: object) -> ShardIndex:
         _require_inside(arrays, info)
         return ShardIndex(
             info=info,
-            plan_digest=header["plan_digest"],
-            exclusions=[Exclusion(**row) for row in header["exclusions"]],
+            plan_digest=header.plan_digest,
+            exclusions=header.exclusions,
             **arrays,
         )
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise InputError(
-            "is not a complete index", where, "delete it: it is rebuilt from the tar"
+            f"is not a complete index ({fault(error)})",
+            where,
+            "delete it: it is rebuilt from the tar",
         ) from error
+
+
+_HEADER = msgspec.json.Decoder(_Header)
 
 
 def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
@@ -359,9 +412,14 @@ def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
         ends = arrays[f"{kind}_offset"].astype(np.float64) + arrays[f"{kind}_size"]
         if len(ends) and ends.max() > info.bytes:
             raise ValueError("offsets beyond the end")
+        most = MAX_FRAME_BYTES if kind == "frame" else MAX_RECORD_BYTES
+        if len(ends) and int(arrays[f"{kind}_size"].max()) > most:
+            raise ValueError(f"a {kind} of more than {most >> 20} MiB")
     key_end = arrays["key_end"].astype(np.int64)
     if (np.diff(key_end, prepend=0) < 0).any() or key_end[-1:].sum() != len(arrays["key_text"]):
         raise ValueError("keys")
+    if len(arrays["label"]) and int(arrays["label"].min()) < _NO_LABEL:
+        raise ValueError("labels")
 
 
 def build_index(tar_path: Path) -> ShardIndex:
@@ -375,7 +433,7 @@ def build_index(tar_path: Path) -> ShardIndex:
         InputError: not a tar, or a truncated one.
     """
     builder = IndexBuilder()
-    with open(tar_path, "rb") as raw:
+    with open_regular(tar_path) as raw:
         for key, members in itertools.groupby(tar_members(tar_path), key=lambda row: row.key):
             record: VideoRecord | None = None
             record_at = (0, 0)
@@ -387,6 +445,8 @@ def build_index(tar_path: Path) -> ShardIndex:
                     record_at = (member.offset, member.size) if record else (0, 0)
                 elif member.extension == "cls" and member.size <= _MAX_LABEL_BYTES:
                     label = _label_or_none(member.read(raw))
+                elif member.is_jpeg and member.size > MAX_FRAME_BYTES:
+                    raise InputError(f"{member.name} is too large for a frame", tar_path)
                 elif member.is_jpeg:
                     frames.append(_frame_at(member, raw))
             if frames:
@@ -416,14 +476,14 @@ def _label_or_none(data: bytes) -> int | None:
 def _record_or_none(data: bytes) -> VideoRecord | None:
     try:
         return VideoRecord.from_json(data)
-    except (ValueError, TypeError, RecursionError):
+    except InputError:
         return None
 
 
 def sha256_of(path: Path) -> str:
     """Return the file's SHA-256 as hexadecimal digits, reading it in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as data:
+    with open_regular(path) as data:
         while piece := data.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()

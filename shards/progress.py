@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shards.terminal import printable, say
+
 _LINE_EVERY_SECONDS = 10.0
 
 
@@ -14,7 +16,7 @@ class Progress:
     """Counts ``done`` of ``total`` units; :meth:`advance` shows rate, ETA and a status text."""
 
     def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
-        self.title = title
+        self.title = printable(title)
         self.total = total
         self.unit = unit
         self.done = start
@@ -31,7 +33,7 @@ class Progress:
     def advance(self, count: int = 1, status: str = "") -> None:
         """Count ``count`` more units; ``status`` replaces the text at the line's end."""
         self.done = min(self.done + count, self.total)  # work done twice counts once
-        self._status = status or self._status
+        self._status = printable(status) or self._status
         self._show()
 
     def _show(self) -> None:
@@ -41,7 +43,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        print(self._line(), file=sys.stderr, flush=True)
+        say(self._line())
 
     def _line(self) -> str:
         elapsed = self.seconds
@@ -69,15 +71,17 @@ class _TerminalProgress(Progress):
         from rich.progress import Progress as Bars
 
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(f"{unit} {{task.fields[rate]}}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=Console(stderr=True),
         )
-        self._task = self._bars.add_task(title, total=total, completed=start, rate="", status="")
+        self._task = self._bars.add_task(
+            self.title, total=total, completed=start, rate="", status=""
+        )
         self._bars.start()
 
     def _show(self) -> None:

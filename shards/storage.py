@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import tenacity
 
 from shards.atomic import require_writable, unwritable, write_text
 from shards.errors import InputError
+from shards.terminal import say
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _ATTEMPTS = 5
@@ -84,7 +84,7 @@ def _tell(state: tenacity.RetryCallState) -> None:
     """Print what is being waited for, once, after the second failure."""
     fault = state.outcome.exception() if state.outcome else None
     if state.attempt_number == 2 and fault is not None:
-        print(f"seco: trying again: {in_words(fault)}", file=sys.stderr, flush=True)
+        say(f"seco: trying again: {in_words(fault)}")
 
 
 def fetch_parts(

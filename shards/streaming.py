@@ -9,20 +9,25 @@ of steps, because each repeats its shards without end.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-import sys
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from shards.dataset import PIPE, set_name
 from shards.errors import InputError
+from shards.index import TarMember, bounded_tar
 from shards.sampling import DRAWS, MIN_FRAMES, Permutation, draw_triplets, sample_starts, uniforms
-from shards.storage import is_remote, open_filesystem, try_again
+from shards.storage import in_words, is_remote, open_filesystem, try_again
 from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet, rows_of_rank
+from shards.terminal import say
+from shards.untrusted import open_regular
 
 _BUFFERED = 1000  # samples of three frames, per worker
+_MAX_VIDEO_BYTES = 512 << 20  # all its frames are read before three are drawn
 
 
 class SequentialStream:
@@ -136,9 +141,8 @@ class SequentialStream:
                     last = last if isinstance(sample, TripletFrames) else sample.reason
                     yield sample
             if short and not number:  # once, not in every pass
-                print(
+                say(
                     f"seco: {short} videos of fewer than {MIN_FRAMES} frames were left out",
-                    file=sys.stderr,
                 )
             if not usable:
                 raise NothingToRead(f"no video can be read: {last}")
@@ -146,30 +150,15 @@ class SequentialStream:
 
     def _shard(self, address: str, name: str) -> Iterator[Sample | None]:
         """Yield a shard's samples, None for short videos and, if it breaks off, the reason."""
-        from webdataset.tariterators import group_by_keys, tar_file_expander
-
-        faults: list[Exception] = []
-
-        def note(fault: Exception) -> bool:
-            faults.append(fault)
-            return False
-
         try:
-            source = [{"url": address, "stream": _open(address)}]
-            groups: Iterator[dict[str, Any]] = group_by_keys(
-                tar_file_expander(source, handler=note, select_files=_is_frame), handler=note
-            )
-            for group in groups:
-                yield self._sample(group, name)
+            with bounded_tar(_open(address), stream=True) as tar:
+                for key, members in itertools.groupby(_members(tar), key=lambda row: row[0].key):
+                    yield self._sample(key, _frames(tar, members), name)
         except Exception as fault:
-            faults.append(fault)
-        for first in faults[:1]:
-            yield UnreadableTriplet(address, _words(first))
+            yield UnreadableTriplet(address, in_words(fault))
 
-    def _sample(self, group: dict[str, Any], name: str) -> Sample | None:
+    def _sample(self, key: str, frames: list[bytes], name: str) -> Sample | None:
         """Draw the triplet as soon as a video is read: the buffer then holds only three frames."""
-        key = group["__key__"]
-        frames = [data for field, data in group.items() if not field.startswith("__")]
         if len(frames) < MIN_FRAMES:
             return None
         start = sample_starts(self.seed, 0, [f"{name}/{key}"], "triplet")
@@ -180,14 +169,27 @@ class SequentialStream:
         return TripletFrames(key, video, int(drawn.order[0]), jpegs)
 
 
-def _words(fault: Exception) -> str:
-    """Format a fault without the stream and address that WebDataset adds to it."""
-    text = " ".join(str(fault.args[0] if fault.args else fault).partition(" @ <")[0].split())
-    return f"{type(fault).__name__}: {text}"
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[TarMember, tarfile.TarInfo]]:
+    for info in tar:
+        tar.members = []  # type: ignore[attr-defined]  # a long stream must not be held in memory
+        if info.isreg():
+            yield TarMember(info.name, info.offset_data, info.size), info
 
 
-def _is_frame(name: str) -> bool:
-    return name.lower().endswith((".jpg", ".jpeg"))
+def _frames(
+    tar: tarfile.TarFile, members: Iterable[tuple[TarMember, tarfile.TarInfo]]
+) -> list[bytes]:
+    """Read the frames of one video."""
+    frames: list[bytes] = []
+    left = _MAX_VIDEO_BYTES
+    for member, info in members:
+        if member.is_jpeg:
+            left -= member.size
+            if left < 0:
+                raise ValueError(f"{member.key} has more than {_MAX_VIDEO_BYTES >> 20} MiB")
+            file = tar.extractfile(info)
+            frames.append(file.read() if file else b"")
+    return frames
 
 
 def _open(address: str) -> Any:
@@ -196,7 +198,7 @@ def _open(address: str) -> Any:
 
         return gopen(address)
     if not is_remote(address):
-        return open(address, "rb")
+        return open_regular(address)
     system, path = open_filesystem(address)
     # Reading by blocks needs byte ranges, which not every web server supports.
     options = {"block_size": 0} if address.startswith(("http://", "https://")) else {}

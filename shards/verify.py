@@ -23,6 +23,7 @@ from shards.errors import InputError
 from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
 from shards.index import (
     CONTENTS,
+    MAX_FRAME_BYTES,
     ShardIndex,
     TarMember,
     build_index,
@@ -32,6 +33,7 @@ from shards.index import (
 )
 from shards.progress import progress
 from shards.settings import usable_cpus
+from shards.untrusted import require_pixels
 
 
 def reindex(spec: str | Iterable[str], force: bool = False) -> str:
@@ -92,8 +94,6 @@ def _made(tar: Path, old: ShardIndex | None) -> ShardIndex:
 
 
 _MOST_NAMED = 10  # faults listed per shard
-_MAX_FRAME_BYTES = 256 << 20
-_MAX_PIXELS = 1 << 28  # a header may claim any size
 _SHARD = re.compile(r"(.+)-\d{3,}")
 _TAR_SAFE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -288,8 +288,8 @@ def _group_faults(group: list[TarMember], tar: BinaryIO, ours: bool) -> Iterator
             yield f"{key}: its members are not KEY.json, KEY.0000.jpg, KEY.0001.jpg and so on"
         try:
             record = VideoRecord.from_json(group[0].read(tar))
-        except (ValueError, TypeError, RecursionError) as error:
-            yield f"{group[0].name}: is not a record ({error})"
+        except InputError as error:
+            yield f"{group[0].name}: {error.what}"
         else:
             if record.key != key:
                 yield f"{group[0].name}: is the record of {record.key!r}"
@@ -302,13 +302,12 @@ def _group_faults(group: list[TarMember], tar: BinaryIO, ours: bool) -> Iterator
 
 
 def _frame_fault(member: TarMember, tar: BinaryIO, record: VideoRecord | None) -> str | None:
-    if member.size > _MAX_FRAME_BYTES:
+    if member.size > MAX_FRAME_BYTES:
         return f"{member.size} bytes are too many for a frame"
     data = member.read(tar)
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        if height * width > _MAX_PIXELS:
-            return f"{width}x{height} pixels are too many"
+        require_pixels(width, height)
         # An eighth of the size and no colour: all of the data is read, at a third of the cost.
         simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
     except ValueError as error:

@@ -9,21 +9,28 @@ Nothing in a file is ever executed.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from seco.checkpoints.io import FINETUNED, FORMAT, checked_checkpoint, load_torch_file
+from seco.checkpoints.io import (
+    FINETUNED,
+    FORMAT,
+    checked_checkpoint,
+    is_dense,
+    load_torch_file,
+)
 from seco.config import TASKS
 from seco.models.backbones import build_backbone, known_archs
 from shards.errors import InputError
+from shards.untrusted import open_regular
 
 _COUNTER = "num_batches_tracked"
 _WRAPPED = "module."  # DistributedDataParallel's prefix of all names
@@ -96,7 +103,7 @@ class NamedTensors:
             raise InputError(
                 f"{full} has shape {_text(tuple(tensor.shape))}, expected {_text(shape)}", self.path
             )
-        if not _is_plain(tensor) or tensor.dtype not in (_WHOLE if whole_numbers else _FLOATING):
+        if not is_dense(tensor) or tensor.dtype not in (_WHOLE if whole_numbers else _FLOATING):
             kind = "integers" if whole_numbers else "floating-point numbers"
             raise InputError(f"{full} is not a dense tensor of {kind}", self.path)
         if whole_numbers:
@@ -215,16 +222,6 @@ def _differences(
 def _fits(found: tuple[int, ...], wanted: Shape) -> bool:
     return len(found) == len(wanted) and all(
         size in (None, actual) for actual, size in zip(found, wanted, strict=True)
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, on the CPU, and its storage as large as its shape requires."""
-    return (
-        tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_quantized
-        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
     )
 
 
@@ -490,10 +487,14 @@ def _epoch(content: Mapping[str, Any]) -> int | None:
     return epoch if isinstance(epoch, int) else None
 
 
+class _SafetensorsHeader(msgspec.Struct):
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
+
+
 def _is_safetensors(path: Path) -> bool:
     """Recognise safetensors by its first bytes: the length of a JSON header, and ``{``."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(9)
     except OSError as error:
         raise InputError(
@@ -506,10 +507,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
     """Return the tensors, and the architecture if the file's metadata names it."""
     try:
         # Through memory: truncating a mapped file while it is read would kill the process.
-        whole = path.read_bytes()
+        with open_regular(path) as file:
+            whole = file.read()
         tensors = safetensors.torch.load(whole)
-        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
-        return tensors, header.get("__metadata__", {}).get("arch")
+        header = msgspec.json.decode(
+            whole[8 : 8 + int.from_bytes(whole[:8], "little")], type=_SafetensorsHeader
+        )
+        return tensors, header.metadata.get("arch")
     except OSError as error:
         raise InputError(
             f"cannot be read ({error.strerror or error})", path, "check the path"

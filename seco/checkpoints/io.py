@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import torch
+from torch import Tensor
 
 from shards.atomic import atomic_path
 from shards.errors import InputError
+from shards.untrusted import Count, convert, open_regular
 
 
 class _IgnoredSettings:
@@ -44,8 +48,11 @@ def load_torch_file(path: Path) -> Any:
     """
     settings = torch.serialization.safe_globals([(_IgnoredSettings, "argparse.Namespace")])
     try:
-        with settings:
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with settings, open_regular(path) as file:
+            _require_uncompressed(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"cannot be read ({error.strerror or error})", path, "check the path"
@@ -60,13 +67,108 @@ def load_torch_file(path: Path) -> Any:
         ) from error
     except Exception as error:  # parsing damaged bytes can raise anything
         raise InputError("is not a checkpoint, or is damaged", path) from error
+    _require_plain(content, path)
+    return content
+
+
+def _require_uncompressed(file: BinaryIO) -> None:
+    """Check that a file in zip format cannot grow while it is read; torch never compresses."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as held:
+            if any(row.compress_type != zipfile.ZIP_STORED for row in held.infolist()):
+                raise ValueError("compressed")
+    file.seek(0)
+
+
+def _require_plain(content: Any, path: Path) -> None:
+    """Check that everything is a dense tensor of a common type, a plain value, or holds these.
+
+    Raises:
+        InputError: something is not; its place is named.
+    """
+    left: list[tuple[str, int, Any]] = [("", 0, content)]
+    for _ in range(_MOST_VALUES):
+        if not left:
+            return
+        name, depth, value = left.pop()
+        where = name or "its content"
+        if isinstance(value, Tensor):
+            if not is_dense(value):
+                raise InputError(f"{where} is not a dense tensor of real numbers", path)
+        elif isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes)):
+            if depth == _DEEPEST:
+                raise InputError(f"{where} is nested more than {_DEEPEST} levels deep", path)
+            rows = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, part in rows:
+                if not isinstance(key, (str, int)):
+                    raise InputError(f"{where} has a key that is neither text nor a number", path)
+                left.append((f"{name}.{key}" if name else str(key), depth + 1, part))
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InputError(f"{where} is not a number of 64 bits", path)
+        elif not isinstance(value, _PLAIN):
+            raise InputError(f"{where} is neither a tensor nor a plain value", path)
+    raise InputError(f"holds more than {_MOST_VALUES} values", path)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, real, and its storage as large as its shape needs."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _DTYPES
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )
+
+
+_PLAIN = (str, bytes, int, float, bool, type(None), _IgnoredSettings)
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+_MOST_VALUES = 1_000_000
+_DEEPEST = 20
 
 
 FORMAT = "seco-checkpoint"
 LAST = "last.pt"  # newest checkpoint of a run
 VERSION = 1
 FINETUNED = "finetuned"  # key of a `seco finetune` checkpoint that describes the classifier
-_NEEDED = {"arch"}  # settings that every reader needs
+
+
+class _Config(msgspec.Struct):
+    """Settings that are read from checkpoints."""
+
+    arch: str
+    tasks: str | None = None
+    bn_group: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    lr: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    freeze_bn: str | None = None
+
+
+class _Imported(msgspec.Struct):
+    layout: str | None = None
+    epoch: int | None = None
+
+
+class _Finetuned(msgspec.Struct):
+    labels: list[Count]
+    label_names: list[str]
+    dataset: str | None = None
+    split: str | None = None
+    encoder: dict[str, str | int | float | bool | None] | None = None
+
+
+class _Contents(msgspec.Struct):
+    """A checkpoint; a run's holds more than an imported one."""
+
+    config: _Config
+    model: dict[str, Any]  # tensors
+    step: Count | None = None
+    steps_per_epoch: Count | None = None
+    unreadable: Count | None = None
+    videos: str | None = None
+    imported: _Imported | None = None
+    finetuned: _Finetuned | None = None
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -143,9 +245,10 @@ def checked_checkpoint(content: Any, path: Path) -> dict[str, Any]:
         raise InputError("is not a checkpoint of this toolkit", path, "give a last.pt of a run")
     if content.get("version") != VERSION:
         raise InputError(f"has checkpoint version {content.get('version')}, not {VERSION}", path)
-    config, model = content.get("config"), content.get("model")
-    if not isinstance(model, dict) or not isinstance(config, dict) or not set(config) >= _NEEDED:
-        raise InputError("is an incomplete checkpoint", path)
+    found = convert(_Contents, content, path, "is an incomplete checkpoint")
+    for name, tensor in found.model.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"is an incomplete checkpoint (model.{name} is not a tensor)", path)
     return content
 
 

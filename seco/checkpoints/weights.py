@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from seco.models.backbones import build_backbone, tensors_sha256
 from seco.models.classifier import Classes, VideoClassifier
 from seco.models.siamfc import TRACKER, SiamFC
 from shards.errors import InputError
+from shards.untrusted import convert
 
 RANDOM = "random"
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Backbone(nn.Module):
@@ -135,8 +137,10 @@ def load_finetuned(path: Path) -> tuple[VideoClassifier, Classes, dict[str, Any]
         raise InputError("has no classifier", path, "give a checkpoint of `seco finetune`")
     try:
         classes = Classes([int(n) for n in said["labels"]], [str(n) for n in said["label_names"]])
-        model = VideoClassifier(config["arch"], len(classes.labels), config["freeze_bn"])
-        model.load_state_dict(content["model"], strict=True)
+        model = _built(
+            lambda: VideoClassifier(config["arch"], len(classes.labels), config["freeze_bn"]),
+            content["model"],
+        )
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -156,13 +160,30 @@ def load_tracker(path: Path) -> tuple[SiamFC, dict[str, Any]]:
     config = content["config"]
     try:
         names = ("feature_layer", "channels", "response_scale", "convolutions", "raw_features")
-        settings = TrackTrainConfig(**{name: config[name] for name in names})
-        model = SiamFC(build_backbone(config["arch"]), settings)
-        model.load_state_dict(content["model"], strict=True)
+        needed = {name: config[name] for name in names}
+        settings = convert(TrackTrainConfig, needed, path, "is a damaged tracker")
+        model = _built(lambda: SiamFC(build_backbone(config["arch"]), settings), content["model"])
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError("is a damaged tracker", path) from error
     about: Mapping[str, Any] = {name: value for name, value in content.items() if name != "model"}
     return model.eval(), dict(about)
+
+
+def _built(make: Callable[[], _Module], tensors: Mapping[str, Tensor]) -> _Module:
+    """Build a module and load its tensors, if they fit; no memory is taken if they do not.
+
+    Raises:
+        ValueError: a tensor is missing, left over or has another shape.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in make().state_dict().items()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError("other tensors")
+    module = make()
+    module.load_state_dict(tensors, strict=True)
+    return module
 
 
 class BackboneChanged(InputError):

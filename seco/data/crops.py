@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.sampling import below
+from shards.untrusted import require_pixels
 
 Pixels = NDArray[np.uint8]
 
@@ -90,12 +91,17 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     """Return (width, height) in px; reads the header only.
 
     Raises:
-        BrokenJpeg: the data is not a JPEG.
+        BrokenJpeg: the data is not a JPEG, or has too many pixels.
     """
     try:
-        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        return _checked_size(data)
     except ValueError as error:
         raise _broken(data, error) from error
+
+
+def _checked_size(data: bytes) -> tuple[int, int]:
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    require_pixels(width, height)
     return width, height
 
 
@@ -106,6 +112,7 @@ def decode_jpeg(data: bytes) -> Pixels:
         BrokenJpeg: the data is not a JPEG or is damaged.
     """
     try:
+        _checked_size(data)
         decoded: Pixels = simplejpeg.decode_jpeg(data)
     except ValueError as error:
         raise _broken(data, error) from error
@@ -128,7 +135,7 @@ class FrameDecoder:
             BrokenJpeg: the data is not a JPEG or is damaged.
         """
         try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            width, height = _checked_size(data)
             if height * width * 3 > len(self._buffer):
                 self._buffer = np.empty(height * width * 3, dtype=np.uint8)
             decoded: Pixels = simplejpeg.decode_jpeg(data, buffer=self._buffer)

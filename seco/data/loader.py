@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -32,6 +31,7 @@ from seco.processes.stopping import kill_workers, leave_signals_to_parent
 from shards.children import protect_children
 from shards.errors import InputError
 from shards.stream import Stream
+from shards.terminal import say
 
 _Done = TypeVar("_Done")
 
@@ -123,7 +123,7 @@ class BatchRing:
             # Clear the error, which the next kernel would report as its own.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda").add_(1)
-            print("seco: the loader's memory cannot be pinned; copies will block", file=sys.stderr)
+            say("seco: the loader's memory cannot be pinned; copies will block")
         return self._pinned
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from seco.evaluation.intervals import BETTER, FEWEST_GROUPS, HOLDS_ZERO, UNDECIDED, WORSE, Interval
 from seco.features.store import encoder_name
 from seco.pages import INK, SERIES, data_uri, figure_svg, new_chart, render_page, style_axes
-from seco.text import percent, printable
+from seco.text import percent
+from shards.terminal import printable
 
 _FORMAT_VERSION = 1
 RANK = "effective_rank"

@@ -31,7 +31,6 @@ from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, read_features, require_same_encoder
 from seco.pages import frames_of, render_page, small_picture, thumbnail
-from seco.text import printable
 from shards.atomic import csv_text, require_writable, write_text
 from shards.dataset import ShardSet
 from shards.errors import InputError
@@ -40,6 +39,7 @@ from shards.progress import progress
 from shards.sampling import evenly_spaced
 from shards.settings import usable_cpus
 from shards.storage import UnreadableFrame
+from shards.terminal import printable
 
 SIDE_PX = 16
 MOST_FRAMES = 64

@@ -10,15 +10,14 @@ vectors, which stay where they are.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import faiss
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +29,8 @@ from seco.text import percent
 from shards.atomic import atomic_path, write_json
 from shards.errors import InputError
 from shards.progress import progress, size_text
+from shards.terminal import say
+from shards.untrusted import Count, decode_json, read_regular
 
 RECALL_QUERIES = 256
 RECALL_KS = (1, 10)
@@ -238,7 +239,7 @@ def _place(index: Any, device: str) -> tuple[Any, bool]:
             raise InputError(
                 f"the index does not fit on a GPU ({reason})", "--device", "use cpu"
             ) from error
-        print(f"seco: searching the index on the CPU: {reason}", file=sys.stderr)
+        say(f"seco: searching the index on the CPU: {reason}")
         return index, False
 
 
@@ -344,11 +345,11 @@ def open_index(
     told = _read_description(path, features)
     if probes is not None and probes < 1:
         raise InputError("must be 1 or more", "--probes")
-    if not path.is_file() or path.stat().st_size != told["bytes"]:
+    if not path.is_file() or path.stat().st_size != told.bytes:
         # Checked first, since faiss does not detect every truncated file.
         raise InputError("is missing or damaged", path, _BUILD_AGAIN)
     vectors = unit_vectors(features.features)
-    if told["kind"] == "flat":
+    if told.kind == "flat":
         return ExactIndex(vectors, device)
     try:
         index = faiss.read_index(str(path))
@@ -359,7 +360,7 @@ def open_index(
     if probes is not None:
         ivf = faiss.extract_index_ivf(index)
         ivf.nprobe = min(probes, ivf.nlist)
-    return ApproximateIndex(index, vectors, int(told["rerank"]), device)
+    return ApproximateIndex(index, vectors, told.rerank or 0, device)
 
 
 def _write_flat(vectors: FeatureMatrix, path: Path) -> None:
@@ -403,27 +404,41 @@ def _identity(features: Features) -> dict[str, Any]:
     }
 
 
-def _read_description(path: Path, features: Features) -> dict[str, Any]:
+class _IndexedEncoder(msgspec.Struct):
+    sha256: str
+    arch: str | None = None
+    checkpoint: str | None = None
+
+
+class _IndexDescription(msgspec.Struct):
+    format_version: int
+    kind: Literal["flat", "ivfpq"]
+    encoder: _IndexedEncoder
+    frames: list[Count | None]
+    keys_sha256: str
+    bytes: Count
+    rerank: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
+
+
+def _read_description(path: Path, features: Features) -> _IndexDescription:
     try:
-        told: dict[str, Any] = json.loads(_description(path).read_bytes())
-        encoder, videos = dict(told["encoder"]), (told["keys_sha256"], told["frames"])
-        known = told["format_version"] == _FORMAT_VERSION and told["kind"] in ("flat", "ivfpq")
-        known = known and isinstance(told["bytes"], int)
-        if told["kind"] == "ivfpq":
-            known = known and isinstance(told["rerank"], int)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_regular(_description(path))
+    except InputError as error:
         raise InputError("has no readable description", path, _BUILD_AGAIN) from error
-    if not known:
+    what = "has no readable description"
+    told = decode_json(_IndexDescription, content, path, what, _BUILD_AGAIN)
+    if told.format_version != _FORMAT_VERSION or (told.kind == "ivfpq" and told.rerank is None):
         raise InputError("is from another version of this toolkit", path, _BUILD_AGAIN)
-    if encoder.get("sha256") != features.encoder["sha256"]:
+    if told.encoder.sha256 != features.encoder["sha256"]:
+        held = encoder_name(msgspec.structs.asdict(told.encoder))
         raise InputError(
-            f"has another encoder ({encoder_name(encoder)}) than {features.folder} "
+            f"has another encoder ({held}) than {features.folder} "
             f"({encoder_name(features.encoder)})",
             path,
             _BUILD_AGAIN,
         )
     wanted = _identity(features)
-    if videos != (wanted["keys_sha256"], wanted["frames"]):
+    if (told.keys_sha256, told.frames) != (wanted["keys_sha256"], wanted["frames"]):
         raise InputError(f"is of other videos or frames than {features.folder}", path, _BUILD_AGAIN)
     return told
 

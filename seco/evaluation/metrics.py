@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from seco.text import percent, printable
+from seco.text import percent
+from shards.terminal import printable
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from shards.opening import open_shards
 from shards.pairs import boxes_of, require_boxes
 from shards.progress import Progress, progress
 from shards.storage import UnreadableFrame, readable
+from shards.terminal import say
 
 Floats = NDArray[np.float64]
 
@@ -484,10 +484,10 @@ def track_eval(config: TrackEvalConfig, write_video: WriteVideo | None = None) -
             except _LeftOut as why:
                 found.left_out[shards.key(video)] = str(why)
                 if len(found.left_out) <= MOST_NAMED:
-                    print(f"seco: {found.lines_of_left_out()[-1]}", file=sys.stderr)
+                    say(f"seco: {found.lines_of_left_out()[-1]}")
             shown.advance(done + shards.frame_count(video) - shown.done)
     if len(found.left_out) > MOST_NAMED:
-        print(f"seco: {found.lines_of_left_out(MOST_NAMED)[-1]}", file=sys.stderr)
+        say(f"seco: {found.lines_of_left_out(MOST_NAMED)[-1]}")
     if not found.names:
         raise InputError(
             f"none of the {len(shards)} sequences can be evaluated",
@@ -567,7 +567,7 @@ def _track(
         shown.advance(status=sequence.name)
         if isinstance(frame, str):
             found.notes.append(f"{sequence.name}: frame {number} cannot be read: {frame}")
-            print(f"seco: {found.notes[-1]}", file=sys.stderr)
+            say(f"seco: {found.notes[-1]}")
             boxes.append(boxes[-1])
             seconds.append(0.0)
             continue

@@ -46,10 +46,11 @@ from seco.features.products import Products
 from seco.features.store import PROBES, Features
 from seco.processes.device import exact_products, resolve_device
 from seco.schedule import learning_rate
-from seco.text import percent, printable
+from seco.text import percent
 from shards.atomic import atomic_path, csv_text, require_writable, write_json, write_text
 from shards.errors import InputError
 from shards.progress import progress
+from shards.terminal import printable
 
 _MOMENTUM = 0.9
 _FIRST_DEVIATION = 0.01  # of the initial weights, as in MoCo

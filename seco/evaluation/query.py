@@ -22,12 +22,13 @@ from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, encoder_name, read_features
 from seco.pages import FramesOf, frames_of, render_page, thumbnail
 from seco.processes.device import resolve_device
-from seco.text import percent, printable
+from seco.text import percent
 from shards.atomic import require_writable, write_text
 from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.format import read_manifest
 from shards.opening import open_shards
+from shards.terminal import printable
 
 _FRAMES_AT_ONCE = 64
 _JUDGED_AT_MOST = 1000

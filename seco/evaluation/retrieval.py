@@ -20,9 +20,10 @@ from seco.evaluation.nearest import NearestIndex
 from seco.evaluation.splits import HELD_OUT, TrainTest, read_train_test
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, read_features
-from seco.text import percent, printable
+from seco.text import percent
 from shards.atomic import require_writable, write_json
 from shards.errors import InputError
+from shards.terminal import printable
 
 RESULT = "retrieval.json"
 LABEL_KS = (1, 5, 10, 20, 50)

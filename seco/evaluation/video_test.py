@@ -7,14 +7,13 @@ decoded once and passes through the backbone once per crop; clips are means over
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,11 +40,13 @@ from seco.models.classifier import Classes, VideoClassifier
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.ranks import Ranks, joined, one_voice
 from seco.processes.stopping import StopRequest
-from seco.text import percent, printable
+from seco.text import percent
 from shards.atomic import atomic_path, require_writable, write_json
 from shards.errors import InputError, PeerLost, Stopped, TooManyExcluded
 from shards.progress import progress
 from shards.storage import UnreadableFrame, readable
+from shards.terminal import printable, say, show
+from shards.untrusted import decode_json, read_regular
 
 RESULT, CONFUSION = "finetune.json", "finetune-confusion.png"
 
@@ -297,9 +298,7 @@ class VideoScores:
                     yield _of_video(model, torch.cat(features), frames, clips)
                     continue
                 key = self._videos.shards.key(int(video))
-                print(
-                    f"seco: left out: {key}: {reason or 'no frames'}", file=sys.stderr, flush=True
-                )
+                say(f"seco: left out: {key}: {reason or 'no frames'}")
                 yield None
 
     def _features(self, model: VideoClassifier, frames: Tensor) -> Tensor:
@@ -448,7 +447,7 @@ def written(result: FinetuneResult, config: FinetuneTestConfig, out: Path, ranks
         return shown
     if not ranks.first:
         raise PeerLost
-    print(shown)
+    show(shown)
     raise TooManyExcluded(
         f"{result.unreadable} of {wanted} test videos could not be read, more than "
         f"--max-failures {config.max_failures:g}",
@@ -469,6 +468,10 @@ def _as_its_run(config: FinetuneTestConfig, settings: Mapping[str, Any]) -> Fine
     return resolved
 
 
+class _Result(msgspec.Struct):
+    protocol: dict[str, Any]
+
+
 def _protocol(config: FinetuneTestConfig) -> ClipProtocol:
     clips, frames, crops, size = (getattr(config, name) for name in PROTOCOL)
     return ClipProtocol(clips, frames, crops, size)
@@ -478,12 +481,12 @@ def _require_other_protocols_elsewhere(config: FinetuneTestConfig, out: Path) ->
     """Refuse to replace a result of another test protocol unless ``--out`` is given."""
     if config.out is not None:
         return
-    there: Any = None
-    with suppress(OSError, ValueError):  # no result, or an unreadable one
-        there = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    there = there.get("protocol") if isinstance(there, dict) else None
+    there: dict[str, Any] = {}
+    with suppress(InputError):  # no result, or an unreadable one
+        found = out / RESULT
+        there = decode_json(_Result, read_regular(found), found, "is not a result").protocol
     for name, here in dataclasses.asdict(_protocol(config)).items():
-        if isinstance(there, dict) and there.get(name, here) != here:
+        if there.get(name, here) != here:
             raise InputError(
                 f"is of another test protocol ({name} {there[name]}, not {here})",
                 out / RESULT,

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +47,7 @@ from seco.features.store import (
     FeaturePart,
     Floats,
     encoder_name,
+    read_meta,
     require_finite,
     write_feature_parts,
 )
@@ -60,6 +60,7 @@ from shards.index import ShardIndex
 from shards.opening import open_shards
 from shards.settings import usable_cpus
 from shards.storage import UnreadableFrame
+from shards.terminal import say
 
 _ON_A_GPU = 2
 
@@ -347,12 +348,12 @@ class Extraction:
     def _other_features(self) -> str | None:
         """Describe finished features of another encoder, dataset or settings in the folder."""
         try:
-            meta = json.loads((self.out / META).read_bytes())
-            if meta["digest"] == self.digest:
-                return None
-            return f"features of {encoder_name(meta['encoder'])}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            meta = read_meta(self.out / META)
+        except InputError:
             return None
+        if meta.get("digest") == self.digest:
+            return None
+        return f"features of {encoder_name(meta['encoder'])}"
 
     def done(self) -> bool:
         """Whether an earlier run has written everything."""
@@ -361,7 +362,7 @@ class Extraction:
     def _written(self, failures: Sequence[tuple[str, str, str]]) -> bool:
         """Whether an earlier run has written everything except these videos."""
         try:
-            meta = json.loads((self.out / META).read_bytes())
+            meta = read_meta(self.out / META)
             whole = meta["digest"] == self.digest and meta["unreadable"] == len(failures)
             names = (FEATURES, HALVES, VIDEOS, *([FRAMES] if self.config.per_frame else []))
             whole = whole and all((self.out / name).is_file() for name in names)
@@ -483,4 +484,4 @@ def feature_extractor(
 
 def tell(message: str) -> None:
     """Print a line for the user."""
-    print(f"seco extract-features: {message}", file=sys.stderr, flush=True)
+    say(f"seco extract-features: {message}")

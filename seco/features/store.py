@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +26,7 @@ from seco.data.splits import UNLABELLED
 from seco.features.matrix import release
 from shards.atomic import atomic_path, write_csv, write_json
 from shards.errors import InputError
+from shards.untrusted import Count, decode_json, open_regular, read_regular
 
 FORMAT_VERSION = 1
 FEATURES, HALVES, FRAMES = "features.npy", "halves.npy", "frames.npy"
@@ -43,6 +45,7 @@ COLUMNS = ("key", "source", "label", "label_name", "frames", "shard")
 SPLIT = "split."
 GROUP = "group"  # optional column; the same for videos of one recording
 _BLOCK_VALUES = 1 << 24
+_MAX_TABLE_BYTES = 4 << 30
 
 
 def require_finite(array: NDArray[np.float32], keys: Sequence[str], folder: Path) -> None:
@@ -398,28 +401,66 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         if begun:
             raise InputError("is unfinished: it has no meta.json", folder, _EXTRACT_AGAIN)
         raise InputError("is not a feature folder", folder, "give --out of `seco extract-features`")
-    try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError("cannot be read", path, _EXTRACT_AGAIN) from error
-    if not isinstance(meta, dict) or not isinstance(meta.get("encoder"), dict):
-        raise InputError("does not describe features", path, _EXTRACT_AGAIN)
-    if meta.get("format_version") != FORMAT_VERSION:
+    return read_meta(path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Read a feature folder's ``meta.json``.
+
+    Raises:
+        InputError: it cannot be read, is of another version, or a field has another type.
+    """
+    content = read_regular(path, fix=_EXTRACT_AGAIN)
+    what = "does not describe features"
+    version = decode_json(_Version, content, path, what, _EXTRACT_AGAIN).format_version
+    if version != FORMAT_VERSION:
         raise InputError(
-            f"has format version {meta.get('format_version')}; this toolkit reads {FORMAT_VERSION}",
+            f"has format version {version}; this toolkit reads {FORMAT_VERSION}",
             path,
             _EXTRACT_AGAIN,
         )
-    if not isinstance(meta["encoder"].get("sha256"), str):
-        raise InputError("does not name its encoder's sha256", path, _EXTRACT_AGAIN)
+    decode_json(_Meta, content, path, what, _EXTRACT_AGAIN)
+    meta: dict[str, Any] = msgspec.json.decode(content)
     return meta
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class _Encoder(msgspec.Struct):
+    sha256: str
+    dimension: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    arch: str | None = None
+    checkpoint: str | None = None
+    seed: int | None = None
+    tasks: str | None = None
+
+
+class _Meta(msgspec.Struct):
+    """``meta.json``; what older versions did not write may be missing."""
+
+    encoder: _Encoder
+    dataset: str | None = None
+    shards: list[str] | str | None = None
+    frames: Count | None = None
+    short_edge: Count | None = None
+    crop_size: Count | None = None
+    batch_size: Count | None = None
+    precision: str | None = None
+    layout: str | None = None
+    unreadable: Count | None = None
+    toolkit: str | None = None
+    digest: str | None = None
 
 
 def _read_table(path: Path) -> dict[str, list[str]]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *rows = list(csv.reader(file, strict=True)) or [[]]
-    except (OSError, ValueError, csv.Error) as error:
+        text = read_regular(path, _MAX_TABLE_BYTES).decode("utf-8")
+        header, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
+    except InputError as error:
+        raise InputError(error.what, path, _EXTRACT_AGAIN) from error
+    except (ValueError, csv.Error) as error:
         raise InputError(f"cannot be read ({error})", path, _EXTRACT_AGAIN) from error
     missing = [name for name in COLUMNS if name not in header]
     if missing:
@@ -437,16 +478,28 @@ def _read_table(path: Path) -> dict[str, list[str]]:
 
 def _read_array(path: Path, dimensions: int) -> NDArray[np.float32]:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open_regular(path) as file:
+            shape, fortran_order, dtype = _npy_header(file)
+            if dtype != np.float32 or len(shape) != dimensions or fortran_order or 0 in shape:
+                raise InputError(
+                    f"holds {dtype} {shape}, not {dimensions}-dimensional float32",
+                    path,
+                    _EXTRACT_AGAIN,
+                )
+            array = np.memmap(file, dtype, "r", file.tell(), shape)
+    except InputError as error:
+        raise InputError(error.what, path, _EXTRACT_AGAIN) from error
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError("is missing or damaged", path, _EXTRACT_AGAIN) from error
-    if array.dtype != np.float32 or array.ndim != dimensions:
-        raise InputError(
-            f"holds {array.dtype} {array.shape}, not {dimensions}-dimensional float32",
-            path,
-            _EXTRACT_AGAIN,
-        )
     return np.asarray(array)
+
+
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of a ``.npy`` file up to its data; raises ValueError if it is not one."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
 
 def _integers(

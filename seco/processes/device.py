@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 from seco.processes.ranks import local_rank, local_size
 from shards.errors import InputError
 from shards.settings import usable_cpus
+from shards.terminal import say
 
 _CPU_WORKERS = 2
 _MOST_WORKERS = 16
@@ -128,10 +128,8 @@ def if_it_compiles(work: Callable[[], _Made]) -> _Made | None:
         raise
     except (RuntimeError, ImportError, OSError) as error:  # dynamo's, inductor's: RuntimeErrors
         _failures.append(_reason(error))
-        print(
+        say(
             f"seco: torch.compile failed, running slower ({_failures[0]})",
-            file=sys.stderr,
-            flush=True,
         )
         return None
 

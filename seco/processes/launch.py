@@ -25,6 +25,7 @@ from shards.errors import (
     InputError,
     Stopped,
 )
+from shards.terminal import say, show_everywhere
 
 _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # forwarded to the processes
 _SAVING_SECONDS = "1800"  # for saving after a signal; then torch kills the processes
@@ -115,10 +116,9 @@ def _launched(
             return EXIT_TOO_MANY_EXCLUDED
         for failure in error.failures.values():
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-                print(
+                say(
                     f"seco: process {failure.local_rank} was killed by signal {-failure.exitcode}; "
                     f"the others were stopped; {again}",
-                    file=sys.stderr,
                 )
         return EXIT_FAILED
     except SignalException as error:
@@ -154,6 +154,7 @@ def _processes(config: ManyProcesses) -> int:
 
 
 def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
+    show_everywhere()
     try:
         code = run(config)
     except BaseException:

@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import inspect
 import os
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import EXIT_FAILED, InputError, PeerLost, Stopped
+from shards.terminal import say
 
 _EVERY = 1.0  # seconds between heartbeats
 _GRACE = 10.0  # seconds in which the main thread may notice and report more
@@ -71,7 +71,7 @@ class PeerWatch:
         if self._leaving.wait(_GRACE):
             return
         rank = dist.get_rank()
-        print(f"seco: process {rank} lost its peers ({reason})", file=sys.stderr, flush=True)
+        say(f"seco: process {rank} lost its peers ({reason})")
         os._exit(EXIT_FAILED)  # the main thread may wait forever
 
 

@@ -29,12 +29,12 @@ from seco.pages import (
     small_picture,
     style_axes,
 )
-from seco.text import printable
 from shards.atomic import atomic_path, write_text
 from shards.format import VideoRecord
 from shards.opening import open_shards
 from shards.progress import progress
 from shards.storage import UnreadableFrame
+from shards.terminal import printable
 
 _Name = TypeVar("_Name", str, tuple[int, int])
 

@@ -69,10 +69,10 @@ from seco.report.tables import (
     probe_protocol,
     set_size_note,
 )
-from seco.text import printable
 from seco.training.logging import Curve
 from shards.atomic import json_text, write_text
 from shards.settings import resumable_settings
+from shards.terminal import printable
 
 _MOST_OTHERS = 12
 _FEW_POINTS = 12

@@ -21,10 +21,11 @@ from seco.config import TASKS
 from seco.evaluation.comparison import Measure, shown_value
 from seco.evaluation.intervals import Interval
 from seco.features.store import PROBES
-from seco.text import printable
 from seco.training.logging import LoggedRun, read_log
 from shards.errors import InputError
 from shards.progress import progress
+from shards.terminal import printable
+from shards.untrusted import read_regular
 
 FIGURES = {
     "finetune": ("top1", "top5", "mean_class"),
@@ -445,8 +446,6 @@ class _Folder:
             return None
         path = self._folder / name
         try:
-            if not path.is_file():  # reading a pipe would block for ever
-                raise ValueError("is not a file")
             return read(path)
         except OSError as error:
             self._found.unread.append(Unread(path, error.strerror or str(error)))
@@ -477,9 +476,10 @@ def _read_png(path: Path) -> bytes:
 
 
 def _bytes_of(path: Path, most: int) -> bytes:
-    if path.stat().st_size > most:
-        raise ValueError(f"is larger than {most >> 20} MiB")
-    return path.read_bytes()
+    try:
+        return read_regular(path, most)
+    except InputError as error:
+        raise ValueError(error.what) from error
 
 
 def encoder_name(encoder: Mapping[str, Any]) -> str:

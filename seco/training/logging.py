@@ -9,6 +9,7 @@ lines as it reads, so its memory does not grow with the run.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import nn
 
 from shards.atomic import write_text
 from shards.errors import InputError
+from shards.untrusted import open_regular
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
@@ -253,7 +255,7 @@ def read_log(path: Path) -> LoggedRun:
     """
     reader = _Reader()
     skipped, cut_short, inside = 0, False, False
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
         while line := file.readline(_MAX_LINE_CHARACTERS):
             continued, inside = inside, not line.endswith("\n")
             if continued or not line.strip():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from shards.atomic import write_text
 from shards.errors import InputError, PeerLost, Stopped
 from shards.progress import Progress, progress
 from shards.settings import as_settings
+from shards.terminal import say
 
 CONFIG = "config.toml"
 _SAMPLES_JUDGED = 1000  # minimum base for the percentage of unreadable samples
@@ -302,7 +302,7 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
             self._tell(message)
 
     def _tell(self, message: str) -> None:
-        print(f"seco {self.command}: {message}", file=sys.stderr, flush=True)
+        say(f"seco {self.command}: {message}")
 
 
 class Waiting:

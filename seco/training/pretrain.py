@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from seco.training.step import GlobalRows, TrainingStep, for_device
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_shards, open_stream
+from shards.terminal import say
 
 _ORDER_TRIAL_EPOCHS = 20  # still at chance: the clips may have no direction of time
 _CHANCE_BAND = 0.02  # around the chance accuracy of 0.5
@@ -260,7 +260,7 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
     )
     if os.environ.get("RANK", "0") == "0":  # once per run
         said = _summary(weights, model, heads, classified, own_key=key is not query)
-        print(f"seco pretrain: --init {path}: {said}", file=sys.stderr, flush=True)
+        say(f"seco pretrain: --init {path}: {said}")
 
 
 def _take_head(model: SeCo, name: str, query: EncoderWeights, key: EncoderWeights) -> bool:

@@ -116,7 +116,7 @@ class RunState:
             InputError: its settings, videos or tensors do not match.
         """
         content = load_checkpoint(path)
-        if "optimizer" not in content or "videos" not in content:
+        if not {"optimizer", "videos", "step", "unreadable", "torch_rng"} <= set(content):
             raise InputError("is not a resumable checkpoint", path, "start from it with --init")
         differing = {
             name: value
@@ -133,8 +133,9 @@ class RunState:
         if content["videos"] != self._videos:
             raise InputError("was made on other videos", path, "resume on the same --shards")
         try:
+            momenta = _momenta(content["optimizer"], self._optimizer)
             self._model.load_state_dict(content["model"], strict=True)
-            self._optimizer.load_state_dict(content["optimizer"])
+            self._optimizer.load_state_dict(momenta)
             torch.set_rng_state(content["torch_rng"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError("does not fit this run", path, "give the run's own last.pt") from error
@@ -181,6 +182,31 @@ class RunState:
         kept = sorted(self._folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
         for old in kept[: -self._config.keep]:
             old.unlink()
+
+
+def _momenta(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of an optimizer with the saved momenta; all else is as the settings say.
+
+    The fused optimizer does not look at their shapes, and would write beyond their memory.
+
+    Raises:
+        ValueError: they are not those of these parameters.
+        KeyError, TypeError: it is not the state of an optimizer.
+    """
+    own = optimizer.state_dict()
+    state = saved["state"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not set(state) <= set(range(len(parameters))):
+        raise ValueError("other parameters")
+    for number, values in state.items():
+        for value in values.values():
+            if value is not None and (
+                not isinstance(value, Tensor)
+                or value.shape != parameters[number].shape
+                or value.dtype != parameters[number].dtype
+            ):
+                raise ValueError("a momentum of another shape or type")
+    return {**own, "state": state}
 
 
 def resumed_settings(folder: str | None, resume: str | None) -> dict[str, Any]:
