@@ -29,7 +29,7 @@ from PIL import Image
 from pipelines._adapter import Video, read_text, source_bytes
 from pipelines._colour import encode_jpeg, jpeg_planes
 from pipelines._decode import DecodeError, Frame, WrongForecast, decoding, forecast_times
-from pipelines._ffmpeg import kill_running
+from pipelines._ffmpeg import kill_running, require_going
 from pipelines._plan import FrameChoice, SetPlan, ShardPlan, described, nearest_distinct
 from shards.dataset import ShardSet
 from shards.errors import InputError
@@ -541,9 +541,11 @@ def _decoded(
 
 def _outcome(video: Video, plan: ShardPlan, stopping: threading.Event) -> Outcome:
     for attempt in itertools.count(1):
+        require_going()
         try:
             return store_video(video, plan)
         except DecodeError as error:
+            require_going()  # a video whose ffmpeg was stopped has not failed
             # ffmpeg may have been killed for other reasons than this video, mostly lack of memory.
             if error.kind != "crashed" or attempt == _MOST_ATTEMPTS or stopping.is_set():
                 return Exclusion(source=video.source, kind=error.kind, message=error.message)

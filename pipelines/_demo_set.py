@@ -43,9 +43,9 @@ from numpy.typing import NDArray
 
 from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, kill_running, local_url, run_ffmpeg
 from shards.atomic import atomic_path, write_text
-from shards.children import protect_children
 from shards.errors import InputError
 from shards.progress import progress
+from shards.signals import protect_children
 
 FloatArray = NDArray[np.float32]
 

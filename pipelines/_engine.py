@@ -20,17 +20,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, replace
-from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pipelines._build import ShardResult, Tally, build_shard
-from pipelines._ffmpeg import ffmpeg_binary, ffmpeg_version, kill_running
+from pipelines._ffmpeg import (
+    Interrupted,
+    ffmpeg_binary,
+    ffmpeg_version,
+    go_on,
+    kill_running,
+    require_going,
+    stop_running,
+)
 from pipelines._plan import ShardPlan
-from shards.children import protect_children
 from shards.errors import InputError
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
+from shards.signals import SAFE_PATH, STOPPING, StopRequest, protect_children, unblock
 from shards.terminal import say
 
 
@@ -60,7 +67,7 @@ def _build_shards(
 ) -> None:
     import ray
 
-    with sigterm_raises(), connection(address):
+    with _stoppable(), connection(address):
         threads, most = _division(ray, len(plans), workers if limited else None)
         task = ray.remote(_build_on_node).options(
             num_cpus=threads, max_retries=MOST_RETRIES, retry_exceptions=False
@@ -70,7 +77,7 @@ def _build_shards(
             on_shard(plan, result)
             on_progress(_tally(plan, result))
 
-        run_tasks(plans, lambda plan: task.remote(plan, threads), most, on_done)
+        run_tasks(plans, lambda plan: task.remote(plan, threads), most, on_done, require_going)
 
 
 def _division(ray: Any, shards: int, workers: int | None) -> tuple[int, int]:
@@ -110,10 +117,6 @@ _PATIENCE_SECONDS = 5.0
 _MOST_LOSSES = 3  # of workers, without a finished shard in between
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: handled like Ctrl-C, but sent by a scheduler."""
-
-
 def build_shards(
     plans: Sequence[ShardPlan],
     workers: int,
@@ -128,7 +131,7 @@ def build_shards(
 
     Raises:
         InputError: a shard cannot be written, or workers were killed repeatedly.
-        KeyboardInterrupt: after Ctrl-C or (Terminated) SIGTERM, with all workers gone.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with all workers gone.
     """
     left = {plan.name: plan for plan in plans}
 
@@ -136,7 +139,7 @@ def build_shards(
         on_shard(plan, result)
         del left[plan.name]
 
-    with sigterm_raises():
+    with _stoppable() as stop:
         losses = 0
         while left:
             before = len(left)
@@ -148,7 +151,7 @@ def build_shards(
                     for plan in todo:
                         finished(plan, build_shard(plan, threads, on_progress))
                 else:
-                    _build_in_processes(todo, processes, threads, finished, on_progress)
+                    _build_in_processes(todo, processes, threads, finished, on_progress, stop)
             except BrokenProcessPool as error:
                 # Usually out of memory: unfinished shards are built again.
                 losses = losses + 1 if len(left) == before else 1
@@ -166,13 +169,13 @@ def _build_in_processes(
     threads: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],
     on_progress: Callable[[Tally], None],
+    stop: StopRequest,
 ) -> None:
     protect_children()
     # Forking this process itself would copy its threads' locks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines._build"])
-    with _sigint_ignored():  # inherited by all workers: only this process handles Ctrl-C
-        forkserver.ensure_running()
+    if SAFE_PATH == "-P":  # else it would not be found where this process found it
+        context.set_forkserver_preload(["pipelines._build"])
     counters: Any = context.Array("Q", len(astuple(Tally())))
     others = set(multiprocessing.active_children())
     told = list(counters)
@@ -191,6 +194,8 @@ def _build_in_processes(
         queue = iter(plans)
         running: dict[Future[ShardResult], ShardPlan] = {}
         while True:
+            if stop:
+                raise Interrupted
             for plan in itertools.islice(queue, processes - len(running)):
                 running[executor.submit(_work, plan, threads)] = plan
             if not running:
@@ -221,9 +226,12 @@ _busy = False
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The driver ends its workers; only SIGTERM reaches them, and is its word.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_sigterm)
     threading.Thread(target=_die_with_driver, daemon=True).start()
+    unblock()
 
 
 def _work(plan: ShardPlan, threads: int) -> ShardResult:
@@ -231,7 +239,7 @@ def _work(plan: ShardPlan, threads: int) -> ShardResult:
     _busy = True
     try:
         return build_shard(plan, threads, _count)
-    except Terminated:
+    except Interrupted:
         # The shard's temporary file and its ffmpeg are gone by now.
         os._exit(128 + signal.SIGTERM)
     finally:
@@ -246,10 +254,9 @@ def _count(tally: Tally) -> None:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if _busy:
-        # A second one would interrupt the cleanup after the first.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-    os._exit(128 + signal.SIGTERM)
+        stop_running()
+    else:
+        os._exit(128 + signal.SIGTERM)
 
 
 def _die_with_driver() -> None:
@@ -262,29 +269,10 @@ def _die_with_driver() -> None:
 
 
 @contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Raise :class:`Terminated` on SIGTERM in the block."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    with _handled(signal.SIGTERM, handle):
-        yield
-
-
-@contextlib.contextmanager
-def _sigint_ignored() -> Iterator[None]:
-    with _handled(signal.SIGINT, signal.SIG_IGN):
-        yield
-
-
-@contextlib.contextmanager
-def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = signal.signal(number, handler)
+def _stoppable() -> Iterator[StopRequest]:
+    """Let a signal in the block stop every ffmpeg and set the request."""
     try:
-        yield
+        with StopRequest(at_once=stop_running, interrupts=False) as stop:
+            yield stop
     finally:
-        signal.signal(number, before)
+        go_on()

@@ -34,7 +34,11 @@ _ENCODERS = ("libx264", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg")
 _PIPE_BYTES = 128 << 10
 
 _running: set[int] = set()
-_running_lock = threading.Lock()
+_stopping = threading.Event()
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run is to stop; raised where nothing is half-done."""
 
 
 class FfmpegError(RuntimeError):
@@ -171,6 +175,7 @@ class FfmpegStream:
         stdout: IO[bytes] | None = None,
         feed: bool = False,
     ) -> None:
+        require_going()
         self.timed_out = False
         # A file, not a pipe, which would have to be drained while stdout is read. It has no name,
         # so nothing is left behind however this process ends.
@@ -188,8 +193,9 @@ class FfmpegStream:
         except BaseException:
             self._log.close()
             raise
-        with _running_lock:
-            _running.add(self._process.pid)
+        _running.add(self._process.pid)
+        if _stopping.is_set():  # meanwhile: stop_running() may have missed it
+            self.kill()
         if self._process.stdout is not None:
             # Space for a frame or two: fewer switches between writer and reader.
             with contextlib.suppress(OSError, AttributeError):
@@ -261,17 +267,31 @@ class FfmpegStream:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._process.wait()
-        with _running_lock:
-            _running.discard(self._process.pid)
+        _running.discard(self._process.pid)
         self._log.close()
 
 
 def kill_running() -> None:
     """Kill every ffmpeg this process is running; their owners see them exit."""
-    with _running_lock:
-        pids = list(_running)
-    for pid in pids:
+    for pid in _running.copy():
         _kill_group(pid)
+
+
+def stop_running() -> None:
+    """Kill every ffmpeg of this process and start no other; may be called by a signal handler."""
+    _stopping.set()
+    kill_running()
+
+
+def go_on() -> None:
+    """Start ffmpeg again after :func:`stop_running`."""
+    _stopping.clear()
+
+
+def require_going() -> None:
+    """Raise :class:`Interrupted` after :func:`stop_running`."""
+    if _stopping.is_set():
+        raise Interrupted
 
 
 def _kill_group(pid: int) -> None:

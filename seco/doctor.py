@@ -30,7 +30,6 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import IO, NamedTuple, NoReturn, Protocol
 
-import seco
 from shards.errors import InputError
 from shards.progress import size_text
 from shards.settings import usable_cpus
@@ -137,7 +136,7 @@ _TORCH_PAGE = "https://pytorch.org/get-started/locally"
 # Import names of the other requirements in setup.py that this toolkit imports.
 OTHER_PACKAGES = (
     *("numpy", "fsspec", "webdataset", "matplotlib", "jinja2", "rich", "braceexpand", "tenacity"),
-    *("tomli_w", *(("tomli",) if sys.version_info < (3, 11) else ())),
+    *("tomli_w", "msgspec", *(("tomli",) if sys.version_info < (3, 11) else ())),
 )
 
 
@@ -621,10 +620,7 @@ LIMIT_SECONDS = 180.0  # per library: importing torch from a slow network disk t
 # Imports no module from the current folder, and this very package, whatever else is on the path.
 _CHILD = """
 import sys
-sys.path[:] = [entry for entry in sys.path if entry]
-import importlib.util
-package = importlib.util.spec_from_file_location("seco", sys.argv[1])
-sys.modules["seco"] = importlib.util.module_from_spec(package)
+sys.path[:] = sys.argv[1].split("\\n")  # not the current folder, which -c puts first
 from seco.doctor import main
 main(sys.argv[3:], float(sys.argv[2]))
 """
@@ -771,7 +767,8 @@ def check_libraries(names: Sequence[str], limit_seconds: float = LIMIT_SECONDS) 
 
 def _check_until_crash(names: Sequence[str], limit_seconds: float) -> dict[str, Found]:
     """Return the results of one subprocess; the check at which it ended early is BROKEN."""
-    script = [sys.executable, "-c", _CHILD, seco.__file__, str(limit_seconds), *names]
+    path = "\n".join(entry for entry in sys.path if entry)
+    script = [sys.executable, "-c", _CHILD, path, str(limit_seconds), *names]
     # Files, not pipes, which a process left behind by a library could hold open.
     with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as errors:
         done = subprocess.run(

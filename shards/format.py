@@ -77,16 +77,7 @@ class VideoRecord:
         what = f"is not a video record of format version {FORMAT_VERSION}"
         if decode_json(_Version, data, where, what).format_version != FORMAT_VERSION:
             raise InputError(what, where)
-        record = decode_json(VideoRecord, data, where, what)
-        count = len(record.frame_times)
-        for name in ("absence", "cover"):
-            flags = getattr(record, name)
-            if flags is not None and len(flags) != count:
-                raise InputError(f"{what} ({name}: {len(flags)} values, {count} frames)", where)
-        # GOT-10k's test sequences have only the first box.
-        if record.boxes is not None and len(record.boxes) not in (1, count):
-            raise InputError(f"{what} (boxes: {len(record.boxes)} for {count} frames)", where)
-        return record
+        return decode_json(VideoRecord, data, where, what)
 
 
 @dataclass(frozen=True, kw_only=True)

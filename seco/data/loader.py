@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from seco.data.transforms import VIEW_DRAWS, ViewConfig, ViewParameters, apply_views, draw_views
 from seco.data.triplets import FRAME_OF_VIEW, VIEWS, Chunk, ChunkMaker
 from seco.processes.stopping import kill_workers, leave_signals_to_parent
-from shards.children import protect_children
 from shards.errors import InputError
+from shards.signals import blocked, protect_children
 from shards.stream import Stream
 from shards.terminal import say
 
@@ -61,7 +61,8 @@ def forked_loader(
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=leave_signals_to_parent if workers else None,
     )
-    done = iter(loader)
+    with blocked():  # between their fork and their first lines, workers would act on signals
+        done = iter(loader)
     try:
         yield done
     except BaseException:

@@ -39,11 +39,11 @@ from seco.evaluation.metrics import (
 from seco.models.classifier import Classes, VideoClassifier
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.ranks import Ranks, joined, one_voice
-from seco.processes.stopping import StopRequest
 from seco.text import percent
 from shards.atomic import atomic_path, require_writable, write_json
 from shards.errors import InputError, PeerLost, Stopped, TooManyExcluded
 from shards.progress import progress
+from shards.signals import StopRequest
 from shards.storage import UnreadableFrame, readable
 from shards.terminal import printable, say, show
 from shards.untrusted import decode_json, read_regular

@@ -25,10 +25,10 @@ from seco.data.frames import FrameBatch, FrameLoader, VideoFrames
 from seco.features.plan import Extraction, FeatureExtractor, ShardFeatures, feature_extractor, tell
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, local_rank
-from seco.processes.stopping import StopRequest, StopWaiting
 from shards.dataset import ShardSet
 from shards.errors import InputError, PeerLost, Stopped, TooManyExcluded
 from shards.progress import progress
+from shards.signals import StopRequest, StopWaiting
 
 
 def shard_features(

@@ -17,11 +17,11 @@ from seco.config import ExtractConfig
 from seco.features.extract import shard_features
 from seco.features.plan import Extraction, ShardFeatures, feature_extractor, part_digests, tell
 from seco.processes.device import loader_workers, resolve_device
-from seco.processes.stopping import StopRequest, StopWaiting
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.progress import progress
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
+from shards.signals import StopRequest, StopWaiting
 from shards.storage import is_remote
 
 _AHEAD = 2  # tasks submitted per task that can run

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from shards.children import protect_children
 from shards.errors import (
     EXIT_FAILED,
     EXIT_PEER_LOST,
@@ -25,6 +24,7 @@ from shards.errors import (
     InputError,
     Stopped,
 )
+from shards.signals import protect_children, quiet_exit
 from shards.terminal import say, show_everywhere
 
 _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # forwarded to the processes
@@ -155,19 +155,25 @@ def _processes(config: ManyProcesses) -> int:
 
 def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
     show_everywhere()
+    # Until the run can save something, a signal ends it as if it had been saved.
+    quiet_exit(EXIT_STOPPED, _mark_stopped)
     try:
         code = run(config)
     except BaseException:
         traceback.print_exc()  # torch would not print it
         sys.exit(EXIT_FAILED)
     if code == EXIT_STOPPED:
-        Path(os.environ[_MARK], os.environ["RANK"]).touch()
+        _mark_stopped()
         _wait_until_all_have_stopped()
     if code == EXIT_PEER_LOST:
         # The launcher reports the first failure it sees, which has to be the peer's; it kills this
         # process as soon as it has seen that one.
         time.sleep(_LAUNCHER_LOOKS_WITHIN)
     _leave(code)
+
+
+def _mark_stopped() -> None:
+    Path(os.environ[_MARK], os.environ["RANK"]).touch()
 
 
 def _leave(code: int) -> None:

@@ -21,13 +21,13 @@ import tomli_w
 from numpy.typing import NDArray
 
 from seco.processes.ranks import Ranks
-from seco.processes.stopping import StopRequest, StopWaiting
 from seco.training.logging import Callback, RunLog, loggers
 from seco.training.state import RunState
 from shards.atomic import write_text
 from shards.errors import InputError, PeerLost, Stopped
 from shards.progress import Progress, progress
 from shards.settings import as_settings
+from shards.signals import StopRequest, StopWaiting
 from shards.terminal import say
 
 CONFIG = "config.toml"

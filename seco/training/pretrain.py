@@ -25,7 +25,6 @@ from seco.evaluation.knn import knn_scores
 from seco.models.seco import SeCo, SeCoOutput, spread
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, one_voice
-from seco.processes.stopping import StopRequest
 from seco.schedule import learning_rate
 from seco.training.logging import Callback, RunLog
 from seco.training.loop import TrainingRun
@@ -34,6 +33,7 @@ from seco.training.step import GlobalRows, TrainingStep, for_device
 from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, open_shards, open_stream
+from shards.signals import StopRequest
 from shards.terminal import say
 
 _ORDER_TRIAL_EPOCHS = 20  # still at chance: the clips may have no direction of time

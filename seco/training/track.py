@@ -23,7 +23,6 @@ from seco.data.transforms import normalise
 from seco.models.siamfc import TRACKER, SiamFC
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.ranks import Ranks, distributed, joined, one_voice
-from seco.processes.stopping import StopRequest
 from seco.training.logging import RunLog
 from seco.training.loop import TrainingRun, Waiting
 from seco.training.state import RunState, checkpoint_to_resume
@@ -31,6 +30,7 @@ from shards.atomic import require_writable
 from shards.errors import InputError
 from shards.opening import CacheSettings, chosen_window, open_shards
 from shards.pairs import PairStream, require_boxes
+from shards.signals import StopRequest
 
 
 def response_labels(size: int, radius_px: float) -> Tensor:

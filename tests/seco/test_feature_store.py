@@ -178,7 +178,7 @@ def _cut(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: (f / META).unlink(), "unfinished"),
-        (lambda f: (f / META).write_text("{"), "meta.json: cannot be read"),
+        (lambda f: (f / META).write_text("{"), "meta.json: does not describe features"),
         (lambda f: (f / META).write_text("[]"), "does not describe features"),
         (_meta(format_version=2), "format version 2"),
         (_meta(encoder={"sha256": "x", "dimension": 8}), "says 8 values"),

@@ -357,12 +357,12 @@ def test_hostile_names_stay_text_in_markdown_and_json(tmp_path: Path) -> None:
     assert json.loads(as_json, parse_constant=pytest.fail)["evaluations"][0]["settings"]
 
 
-@pytest.mark.parametrize("names", [b"caf\xe9", b"a\nb"])
-def test_folder_names_that_are_no_text(tmp_path: Path, names: bytes) -> None:
+@pytest.mark.parametrize(("names", "shown"), [(b"caf\xe9", r"caf\udce9"), (b"a\nb", r"a\nb")])
+def test_folder_names_that_are_no_text(tmp_path: Path, names: bytes, shown: str) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + names))
     write_features(folder, "x")
     text = page(tmp_path)
-    assert "\N{REPLACEMENT CHARACTER}" in text
+    assert shown in text
 
 
 def test_a_pipe_and_a_giant_are_not_read(tmp_path: Path) -> None:

@@ -353,10 +353,11 @@ def test_what_cannot_be_evaluated_is_named_and_left_out(
     found = evaluate(spec, tracker, tmp_path / "out")
     assert [row["sequence"] for row in found["per_sequence"]] == ["patch_000", "patch_004"]
     assert [row["frames"] for row in found["per_sequence"]] == [4, 2]
+    damaged = found["notes"].pop(2)
+    assert damaged.startswith("left out: patch_002: ") and "boxes[0]: expected" in damaged
     assert found["notes"] == [
         "patch_004: 2 frames without the target are not counted",
         "left out: patch_001: 1 boxes for 4 frames",
-        "left out: patch_002: boxes that are not x, y, w, h",
         "left out: patch_003: the first box is empty",
         "left out: patch_005: the target is absent from the first frame",
     ]

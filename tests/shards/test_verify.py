@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_a_record(made: Path) -> None:
     record = member(made, "video_0004.json")
     overwrite(made / "made-001.tar", record.offset, b"[")
     lines = faults(made)
-    assert any("video_0004.json: is not a record" in line for line in lines)
+    assert any("video_0004.json: is not a video record" in line for line in lines)
     assert any("has been altered" in line for line in lines)
     assert all(line.startswith("made-001.tar: ") for line in lines)
 
@@ -221,7 +221,7 @@ def test_a_header_that_claims_a_huge_picture(made: Path) -> None:
 
     rewritten(made / "made-000.tar", spoil)
     (line,) = faults(made)
-    assert line == "made-000.tar: video_0000.0000.jpg: 65500x65500 pixels are too many"
+    assert line.startswith("made-000.tar: video_0000.0000.jpg: does not decode (65500x65500 px are")
 
 
 def test_many_faults_of_one_shard_are_counted(made: Path) -> None:
