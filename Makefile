@@ -31,7 +31,7 @@ demo: install  ## Raw video to report; on your own videos with SRC=folder DATASE
 	$(BIN)/seco demo --out "$(DEMO)" $(if $(SRC),--src "$(SRC)" --dataset "$(DATASET)") $(DEMO_FLAGS)
 
 test: install  ## Run all tests with line coverage
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=85
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 soak: install  ## Run the tests that take long: many more kills and resumptions
 	$(BIN)/python -m pytest -m soak --timeout=7200

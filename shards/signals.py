@@ -24,6 +24,7 @@ STOPPING = tuple(
     if hasattr(signal, name)
 )
 _AGAIN_SECONDS = 1.0
+_received = False
 
 
 class StopWaiting(BaseException):
@@ -74,6 +75,8 @@ class StopRequest:
             self._waiting = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        global _received
+        _received = True
         if self.signal_name is None:
             self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
             self._at_once()
@@ -93,6 +96,11 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def received() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _received
 
 
 @contextmanager

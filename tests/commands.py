@@ -6,7 +6,9 @@ process is what ``python -m cli`` starts: same arguments, exit code, signals and
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import os
 import pkgutil
@@ -19,9 +21,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pipelines
 import seco
@@ -116,6 +120,7 @@ def _serve(requests: socket.socket) -> None:
             importlib.import_module(module.name)
     for name in ("cli", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
+    gc.freeze()
     running: dict[int, int] = {}
     awake, waker = os.pipe()
     os.set_blocking(waker, False)
@@ -143,7 +148,6 @@ def _serve(requests: socket.socket) -> None:
                 for number in (awake, waker, ended, *running.values()):
                     os.close(number)
                 _become(message.decode().split("\0"), outputs)
-                return
             running[pid] = ended
             for number in outputs:
                 os.close(number)
@@ -160,8 +164,8 @@ def _report(running: dict[int, int]) -> None:
             os.close(running.pop(pid))
 
 
-def _become(parts: list[str], outputs: list[int]) -> None:
-    """Run the command in this process, as ``python -m cli`` would."""
+def _become(parts: list[str], outputs: list[int]) -> NoReturn:
+    """Run the command in this process, as ``python -m cli`` would, and exit."""
     os.setsid()
     count = int(parts[0])
     arguments, cwd, environment = parts[1 : count + 1], parts[count + 1], parts[count + 2 :]
@@ -175,12 +179,25 @@ def _become(parts: list[str], outputs: list[int]) -> None:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if arguments[0] == "-c":
-        sys.argv = ["-c", *arguments[2:]]
-        exec(arguments[1], {"__name__": "__main__"})
-        return
-    sys.argv = ["seco", *arguments]
-    runpy.run_module("cli", run_name="__main__", alter_sys=True)
+    code: object = 0
+    try:
+        if arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            exec(arguments[1], {"__name__": "__main__"})
+        else:
+            sys.argv = ["seco", *arguments]
+            runpy.run_module("cli", run_name="__main__", alter_sys=True)
+    except SystemExit as done:
+        code = done.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # All of the interpreter's end but taking apart every module, which would copy their memory.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ LONGEST = (
 )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more worker than cores: tests that wait for something leave theirs idle."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; under ``SECO_REQUIRE_GPU=1`` a missing device fails."""
     rank = {name: number for number, name in enumerate(LONGEST)}

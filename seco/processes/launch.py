@@ -24,13 +24,14 @@ from shards.errors import (
     InputError,
     Stopped,
 )
-from shards.signals import protect_children, quiet_exit
+from shards.signals import protect_children, quiet_exit, received
 from shards.terminal import say, show_everywhere
 
 _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # forwarded to the processes
 _SAVING_SECONDS = "1800"  # for saving after a signal; then torch kills the processes
 _LAUNCHER_LOOKS_WITHIN = 15.0  # seconds; the launcher polls every half second
-_MARK = "SECO_STOPPED"  # folder in which each rank marks that it has stopped and saved
+_MARK = "SECO_STOPPED"  # folder in which each rank marks how it has ended:
+_STOPPED, _ENDED = "stopped, and all is saved", "otherwise"
 
 
 class ManyProcesses(Protocol):
@@ -130,15 +131,27 @@ def _launched(
 
 
 def _wait_until_all_have_stopped() -> None:
-    """Wait for the marks of all ranks: once one ends, the launcher kills the others."""
+    """Wait until all ranks have ended: once one exits, the launcher kills the others."""
     waited_until = time.monotonic() + _LAUNCHER_LOOKS_WITHIN
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
-    while not _all_stopped(os.environ[_MARK], processes) and time.monotonic() < waited_until:
+    while time.monotonic() < waited_until:
+        if all(_mark(os.environ[_MARK], rank) for rank in range(processes)):
+            break
         time.sleep(0.02)
 
 
 def _all_stopped(scratch: str, processes: int) -> bool:
-    return all(Path(scratch, str(rank)).is_file() for rank in range(processes))
+    return all(_mark(scratch, rank) == _STOPPED for rank in range(processes))
+
+
+def _mark(scratch: str, rank: int) -> str:
+    """How a rank has ended; empty while it runs."""
+    path = Path(scratch, str(rank))
+    return path.read_text() if path.is_file() else ""
+
+
+def _leave_mark(ending: str) -> None:
+    Path(os.environ[_MARK], os.environ["RANK"]).write_text(ending)
 
 
 def _processes(config: ManyProcesses) -> int:
@@ -156,24 +169,20 @@ def _processes(config: ManyProcesses) -> int:
 def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
     show_everywhere()
     # Until the run can save something, a signal ends it as if it had been saved.
-    quiet_exit(EXIT_STOPPED, _mark_stopped)
+    quiet_exit(EXIT_STOPPED, lambda: _leave_mark(_STOPPED))
     try:
         code = run(config)
     except BaseException:
         traceback.print_exc()  # torch would not print it
         sys.exit(EXIT_FAILED)
+    _leave_mark(_STOPPED if code == EXIT_STOPPED else _ENDED)
     if code == EXIT_STOPPED:
-        _mark_stopped()
         _wait_until_all_have_stopped()
-    if code == EXIT_PEER_LOST:
+    if code == EXIT_PEER_LOST and not received():
         # The launcher reports the first failure it sees, which has to be the peer's; it kills this
         # process as soon as it has seen that one.
         time.sleep(_LAUNCHER_LOOKS_WITHIN)
     _leave(code)
-
-
-def _mark_stopped() -> None:
-    Path(os.environ[_MARK], os.environ["RANK"]).touch()
 
 
 def _leave(code: int) -> None:

@@ -227,7 +227,7 @@ if sys.argv[3:] == ["1", "hangs"]:
     failing = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[4] == "hangs":
     import datetime, seco.processes.ranks
-    seco.processes.ranks._SILENCE = datetime.timedelta(seconds=15)
+    seco.processes.ranks._SILENCE = datetime.timedelta(seconds=8)
     seco.processes.ranks._GRACE = 2.0
 if sys.argv[3] == "1" and sys.argv[4] != "disagrees":
     TripletStream.read = failing
