@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,7 +47,7 @@ from shards.errors import (
 )
 from shards.settings import own_first
 from shards.terminal import say, show, show_everywhere
-from shards.untrusted import set_max_pixels
+from shards.untrusted import real_path, set_max_pixels
 
 
 class _Finite(click.types.FloatParamType):
@@ -624,7 +625,7 @@ def report(runs: tuple[str, ...], out: Path, markdown: Path | None, json: Path |
     """
     from seco.report.report import write_report
 
-    paths = [path.resolve() for path in (out, markdown, json) if path is not None]
+    paths = [real_path(path) for path in (out, markdown, json) if path is not None]
     if len(set(paths)) < len(paths):
         raise InputError("name the same file", "--out, --markdown, --json", "give different files")
     found = write_report(runs, out, markdown, json)
@@ -715,10 +716,21 @@ def bench() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit; an error is one line on standard error and an exit code."""
+def main(arguments: Sequence[str] | None = None, interruptible: bool = False) -> None:
+    """Run the command line and exit; an error is one line on standard error and an exit code.
+
+    Args:
+        arguments: of the command line; None for this process's.
+        interruptible: whether Ctrl-C ends the process silently until now, and interrupts from here.
+    """
     show_everywhere()
-    sys.exit(run(arguments))
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = run(arguments)
+    # Another Ctrl-C must not end the interpreter's shutdown with a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -77,5 +77,5 @@ setup(
             "wandb",
         ],
     },
-    entry_points={"console_scripts": ["seco=cli:main"]},
+    entry_points={"console_scripts": ["seco=seco.__main__:main"]},
 )

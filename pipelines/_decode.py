@@ -541,7 +541,8 @@ def decoding(
         raise DecodeError(kind, error.strerror or "cannot be read") from error
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise DecodeError("unreadable", "the file is empty")
-    with FfmpegStream(decode_argv(path, short_edge, binary, only), timeout_seconds) as stream:
+    argv = decode_argv(path, short_edge, binary, only)
+    with FfmpegStream(argv, timeout_seconds, untrusted=True) as stream:
         yield Decoding(stream, path, only)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -32,6 +33,13 @@ _DECODERS = {
 _ENCODERS = ("libx264", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg")
 
 _PIPE_BYTES = 128 << 10
+# Of a decoding ffmpeg. The most it needs of memory is for a few pictures of the largest size.
+_LIMITS = {
+    resource.RLIMIT_AS: 8 << 30,
+    resource.RLIMIT_FSIZE: 256 << 20,  # its log
+    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_CORE: 0,
+}
 
 _running: set[int] = set()
 _stopping = threading.Event()
@@ -165,6 +173,7 @@ class FfmpegStream:
         timeout_seconds: it is killed after this time, and ``timed_out`` is set.
         stdout: a file for its standard output; otherwise it is read with :meth:`read_into`.
         feed: open a pipe to its standard input, for :meth:`feed`.
+        untrusted: it reads a file of others; memory, open files and written bytes are limited.
     """
 
     def __init__(
@@ -174,6 +183,7 @@ class FfmpegStream:
         *,
         stdout: IO[bytes] | None = None,
         feed: bool = False,
+        untrusted: bool = False,
     ) -> None:
         require_going()
         self.timed_out = False
@@ -193,6 +203,8 @@ class FfmpegStream:
         except BaseException:
             self._log.close()
             raise
+        if untrusted:
+            _limit(self._process.pid)
         _running.add(self._process.pid)
         if _stopping.is_set():  # meanwhile: stop_running() may have missed it
             self.kill()
@@ -269,6 +281,14 @@ class FfmpegStream:
         self._process.wait()
         _running.discard(self._process.pid)
         self._log.close()
+
+
+def _limit(pid: int) -> None:
+    """Limit what a process that decodes the files of others can take of this machine."""
+    if hasattr(resource, "prlimit"):  # Linux
+        for kind, most in _LIMITS.items():
+            with contextlib.suppress(OSError, ValueError):  # lower already, or it has exited
+                resource.prlimit(pid, kind, (most, most))
 
 
 def kill_running() -> None:

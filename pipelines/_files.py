@@ -19,6 +19,7 @@ from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, ffmpeg_version, local_
 from pipelines._plan import FrameChoice, ShardPlan
 from shards.atomic import atomic_path
 from shards.errors import InputError
+from shards.untrusted import open_regular
 
 _QUALITY = 95
 _ANY_SIZE = 1 << 20  # px: a short edge that no video has; nothing is scaled
@@ -70,6 +71,7 @@ def open_video(path: Path) -> Iterator[VideoFile]:
     Raises:
         InputError: the file does not exist.
     """
+    _require_regular(path)
     try:
         # No time limit: the consumer of the frames sets the pace.
         with decoding(
@@ -78,6 +80,14 @@ def open_video(path: Path) -> Iterator[VideoFile]:
             yield VideoFile(decoded, path)
     except DecodeError as error:
         raise InputError(error.message, path) from error
+
+
+def _require_regular(path: Path) -> None:
+    """Check that a file exists and can be read; ffmpeg would wait for a named pipe."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path, "check the path") from error
 
 
 def write_video(path: Path, fps: float, frames: Iterable[NDArray[np.uint8]]) -> None:
@@ -131,6 +141,7 @@ def decode_file(
     """
     if not timeout_seconds > 0:
         raise InputError("must be above 0", "--timeout")
+    _require_regular(path)
     binary = ffmpeg_binary()
     plan = ShardPlan(
         folder="",

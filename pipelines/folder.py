@@ -15,6 +15,7 @@ from pipelines._adapter import (
 )
 from pipelines._config import PrepareConfig
 from shards.errors import InputError
+from shards.untrusted import real_path
 
 
 def discover(config: PrepareConfig) -> Discovery:
@@ -42,7 +43,7 @@ def discover(config: PrepareConfig) -> Discovery:
         if labelled
         else "no labels: not every video is in a first-level folder"
     )
-    name = config.name or slug(src.resolve().name)
+    name = config.name or slug(real_path(src).name)
     return Discovery(
         sets=[VideoSet(name=name, videos=keyed(videos), label_names=names)], notes=[note]
     )

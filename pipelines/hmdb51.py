@@ -22,6 +22,7 @@ from pipelines._adapter import (
 from pipelines._config import PrepareConfig
 from shards.errors import InputError
 from shards.format import Exclusion
+from shards.untrusted import real_path
 
 _LIST = re.compile(r"(.+)_test_split([1-9])\.txt")
 _PARTS = {"0": "unused", "1": "train", "2": "test"}
@@ -46,7 +47,7 @@ def discover(config: PrepareConfig) -> Discovery:
     videos: dict[tuple[str, str], Video] = {}
     excluded: list[Exclusion] = []
     for source, path in find_videos(src):
-        folders = [src.resolve().name, *source.split("/")[:-1]]
+        folders = [real_path(src).name, *source.split("/")[:-1]]
         label_name = next((name for name in reversed(folders) if name in index), None)
         member = (label_name or "", path.name)
         if label_name is None or member not in listed:

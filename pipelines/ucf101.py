@@ -22,6 +22,7 @@ from pipelines._adapter import (
 from pipelines._config import PrepareConfig
 from shards.errors import InputError
 from shards.format import Exclusion
+from shards.untrusted import real_path
 
 _LIST = re.compile(r"(train|test)list0*([1-9])\.txt", re.I)
 
@@ -97,7 +98,7 @@ def _holds_lists(folder: Path) -> bool:
 
 def _class_folder(source: str, src: Path, index: dict[str, int]) -> str | None:
     """Return the nearest folder named after a class; ``--src`` itself may be one."""
-    folders = [src.resolve().name, *source.split("/")[:-1]]
+    folders = [real_path(src).name, *source.split("/")[:-1]]
     return next((name.lower() for name in reversed(folders) if name.lower() in index), None)
 
 

@@ -27,6 +27,7 @@ from shards.errors import EXIT_STOPPED, InputError, Stopped, TooManyExcluded
 from shards.format import read_manifest
 from shards.opening import open_shards
 from shards.terminal import say
+from shards.untrusted import real_path
 
 Command = Callable[[list[str]], int]
 
@@ -235,7 +236,7 @@ def _folder_name(config: DemoConfig) -> str:
     quick = "-quick" if config.quick else ""
     if config.src is None:
         return f"rendered{quick}"
-    digest = hashlib.sha1(str(Path(config.src).resolve()).encode()).hexdigest()[:6]
+    digest = hashlib.sha1(str(real_path(config.src)).encode()).hexdigest()[:6]
     return f"{config.dataset}-{digest}{quick}"
 
 

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +40,9 @@ from shards.storage import (
 _ANGLE = re.compile(r"<(\d+\.\.\d+(?:\.\.\d+)?)>")
 _COMMA_BEFORE_URL = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 _ADVICE = 'give a pattern such as "shards/k400-{000..999}.tar", a glob, a folder or a manifest'
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+MAX_SHARDS = 1_000_000
+_MOST_DIGITS = 12
 PIPE = "pipe:"  # WebDataset's: what follows is a command whose output is a tar
 
 
@@ -84,10 +88,31 @@ def local_tars(spec: str | Iterable[str]) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
+    braces = _ANGLE.sub(r"{\1}", pattern)
+    if _most_expansions(braces) > MAX_SHARDS:
+        raise InputError(f"names more than {MAX_SHARDS} shards", pattern, _ADVICE)
     try:
-        return list(braceexpand.braceexpand(_ANGLE.sub(r"{\1}", pattern))) if pattern else []
+        found = list(islice(braceexpand.braceexpand(braces), MAX_SHARDS)) if pattern else []
     except ValueError as error:
         raise InputError("has unbalanced braces", pattern, _ADVICE) from error
+    return found
+
+
+def _most_expansions(pattern: str) -> int:
+    """Return how many names a pattern stands for, or more where braces are nested."""
+    total = 1
+    for inside in re.findall(r"\{([^{}]*)", pattern):
+        numbers = _RANGE.fullmatch(inside.partition("}")[0])
+        if numbers is None:
+            total *= inside.count(",") + 1
+        elif max(map(len, filter(None, numbers.groups()))) > _MOST_DIGITS:
+            return MAX_SHARDS + 1
+        else:
+            first, last, step = (int(text or 1) for text in numbers.groups())
+            total *= abs(last - first) // max(1, abs(step)) + 1
+        if total > MAX_SHARDS:
+            break
+    return total
 
 
 def _local(part: str) -> list[Path]:

@@ -111,6 +111,11 @@ def fault(error: Exception) -> str:
     return f"{at[1] or 'its content'}: {text[: at.start()][:200].lower()}"
 
 
+def real_path(path: str | Path) -> Path:
+    """Return the path without links; ``Path.resolve`` fails for one that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def max_pixels() -> int:
     """Return the greatest size of a picture that is decoded; ``seco --max-pixels`` sets it."""
     given = os.environ.get(_MAX_PIXELS_VARIABLE, "")

@@ -55,6 +55,7 @@ from shards.atomic import atomic_path, require_writable, write_json, write_text
 from shards.errors import InputError
 from shards.progress import progress
 from shards.settings import as_settings
+from shards.untrusted import real_path
 
 FEATURES = "features"  # the folder in --out for extracted features
 _NAME = re.compile(r"[\w.+-]+")
@@ -121,7 +122,7 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
             specs.append(_random(name, source))
         else:
             path = _checkpoint(Path(source))
-            usual = path.parent.resolve().name if path.name == LAST else path.stem
+            usual = real_path(path.parent).name if path.name == LAST else path.stem
             specs.append(EncoderSpec(name or _as_name(usual), str(path)))
     _require_different([spec.name for spec in specs], "--encoder")
     archs = [read_weights(Path(spec.source)).arch for spec in specs if spec.source != RANDOM]
@@ -166,7 +167,7 @@ def given_folders(config: CompareConfig) -> list[NamedFolders]:
     found = []
     for text, test in zip(config.features, tests, strict=True):
         name, folder = _named(text)
-        usual = _as_name(Path(folder).resolve().name)
+        usual = _as_name(real_path(folder).name)
         found.append(NamedFolders(name or usual, Path(folder), Path(test) if test else None))
     _require_different([one.name for one in found], "--features")
     return found

@@ -40,6 +40,7 @@ from shards.sampling import evenly_spaced
 from shards.settings import usable_cpus
 from shards.storage import UnreadableFrame
 from shards.terminal import printable
+from shards.untrusted import real_path
 
 SIDE_PX = 16
 MOST_FRAMES = 64
@@ -576,7 +577,7 @@ def _groups(config: DuplicatesConfig) -> list[Group]:
     if config.test_features is not None:
         other = read_features(config.test_features)
         require_same_encoder(features, other)
-        names = [f.folder.resolve().name for f in (features, other)]
+        names = [real_path(f.folder).name for f in (features, other)]
         if names[0] == names[1]:
             names = [str(f.folder) for f in (features, other)]
         return [

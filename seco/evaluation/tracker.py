@@ -35,6 +35,7 @@ from seco.models.siamfc import SiamFC
 from seco.processes.device import resolve_device, to_device
 from shards.atomic import require_writable, write_text
 from shards.errors import InputError
+from shards.untrusted import real_path
 
 # Limits of the size in the original (MATLAB) code, as factors of the first box.
 _SMALLEST, _LARGEST = 0.2, 5.0
@@ -215,9 +216,9 @@ def output_paths(config: TrackRunConfig) -> tuple[Path, Path]:
     stem = Path(config.video).stem
     boxes = Path(config.out or f"{stem}.boxes.csv")
     video = Path(config.out_video or f"{stem}.tracked.mp4")
-    if Path(config.video).resolve() in (video.resolve(), boxes.resolve()):
+    if real_path(config.video) in (real_path(video), real_path(boxes)):
         raise InputError("would be overwritten", config.video, "choose another --out")
-    if boxes.resolve() == video.resolve():
+    if real_path(boxes) == real_path(video):
         raise InputError("is given for both boxes and video", boxes, "choose another --out-video")
     for option, path in (("--out", boxes), ("--out-video", video)):
         if path.is_dir():

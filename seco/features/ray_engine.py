@@ -23,6 +23,7 @@ from shards.progress import progress
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
 from shards.signals import StopRequest, StopWaiting
 from shards.storage import is_remote
+from shards.untrusted import real_path
 
 _AHEAD = 2  # tasks submitted per task that can run
 
@@ -67,7 +68,7 @@ def extract_on_cluster(config: ExtractConfig) -> Path:
         def start(shard: int) -> Any:
             address, digest = extraction.shards.addresses[shard], extraction.digests[shard]
             if not is_remote(address):
-                address = str(Path(address).resolve())
+                address = str(real_path(address))
             return task.remote(backbone, settings, address, digest, device.type)
 
         def stop_at_signal() -> None:

@@ -26,7 +26,7 @@ from seco.data.splits import UNLABELLED
 from seco.features.matrix import release
 from shards.atomic import atomic_path, write_csv, write_json
 from shards.errors import InputError
-from shards.untrusted import Count, decode_json, open_regular, read_regular
+from shards.untrusted import Count, decode_json, open_regular, read_regular, real_path
 
 FORMAT_VERSION = 1
 FEATURES, HALVES, FRAMES = "features.npy", "halves.npy", "frames.npy"
@@ -273,7 +273,7 @@ class Features:
     @property
     def dataset(self) -> str:
         """The dataset's name, or the folder's if ``meta.json`` has none."""
-        return str(self.meta.get("dataset") or self.folder.resolve().name)
+        return str(self.meta.get("dataset") or real_path(self.folder).name)
 
     @cached_property
     def frame_offsets(self) -> NDArray[np.int64]:

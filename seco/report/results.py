@@ -25,7 +25,7 @@ from seco.training.logging import LoggedRun, read_log
 from shards.errors import InputError
 from shards.progress import progress
 from shards.terminal import printable
-from shards.untrusted import read_regular
+from shards.untrusted import read_regular, real_path
 
 FIGURES = {
     "finetune": ("top1", "top5", "mean_class"),
@@ -385,7 +385,7 @@ def _walk(roots: Iterable[Path], found: Found) -> Iterator[tuple[Path, set[str]]
     for root in roots:
         for folder, subfolders, names in os.walk(root, onerror=refused):
             subfolders.sort()
-            resolved = Path(folder).resolve()
+            resolved = real_path(folder)
             if resolved not in seen:
                 seen.add(resolved)
                 yield Path(folder), set(names)

@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,13 +60,22 @@ class TensorBoardLogger(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=(step or -1) + 1)
+        # Its thread would print a traceback when the disk is full; the next on_step raises in any
+        # case.
+        before = self._hook = threading.excepthook
+        threading.excepthook = lambda fault: (
+            None if type(fault.thread).__name__ == "_AsyncWriterThread" else before(fault)
+        )
 
     def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
         for name, value in {**metrics, **speed}.items():
             self._board.add_scalar(name, value, step)
 
     def on_end(self) -> None:
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 class WandbLogger(Callback):

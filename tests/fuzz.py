@@ -1,0 +1,310 @@
+"""Feed commands with damaged files of every format they read: ``make fuzz``.
+
+Each attack copies a small tree of good files, damages one of them, and runs a command that reads it
+in a fork of this process. It must end in time, in memory, with a documented exit code and without a
+traceback; print no control characters; and change no file but those it is to write. What does not
+is kept in ``--keep``, and belongs into ``tests/corpus`` with the repair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import cli
+from shards.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TOO_MANY_EXCLUDED, EXIT_USAGE
+from tests.made_sequences import make_sequences
+from tests.made_shards import make_set
+from tests.pipelines.made_videos import draw_video
+
+CODES = (0, EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED)
+SECONDS = 60  # for one command; they take a tenth of a second
+MEMORY_KB = 1_500_000  # above what a good file takes
+SMALL = ("--arch=resnet10_w16", "--crop-size=32", "--batch-size=4", "--device=cpu", "--workers=0")
+TRAINING = (*SMALL, "--bn-group=2", "--epochs=1", "--queue-size=12", "--log-every=1")
+FEATURES = ("--frames=3", "--short-edge=36", *SMALL[1:])
+NUMBERS = (b"-1", b"0", b"1e999", b"NaN", b"99999999999999999999", b"1.5", b'"7"', b"null", b"[]")
+NUMBERS += (b"{}", b"true", b'"\\u001b[31m"', b'"\\ud800"', b'"../x"', b'""', b"[[[[[[1]]]]]]")
+VALUE = re.compile(rb'-?\d+(?:\.\d+)?|"(?:[^"\\]|\\.)*"|null|true|false')
+
+
+class Attack(NamedTuple):
+    """A file of the tree, and a command that reads it."""
+
+    file: str
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.file).name} {' '.join(self.command[:2])}"
+
+
+def attacks(tree: Path) -> list[Attack]:
+    """Make the good files; return every way in which they are read."""
+    shards = make_set(tree / "set", videos=9, frames=3, per_shard=5)
+    make_sequences(tree / "tracks", sequences=3, frames=6)
+    for number in range(4):
+        draw_video(tree / "raw" / "ab"[number % 2] / f"{number}.mp4", frames=4)
+    _annotate(tree)
+    run, features = tree / "run", tree / "features"
+    good = [
+        ("pretrain", "--shards", shards, "--out", str(run), *TRAINING),
+        ("extract-features", "--shards", shards, "--checkpoint", str(run / "last.pt"), "--out",
+         str(features), *FEATURES),
+        ("probe", "--features", str(features)),
+        ("retrieve", "evaluate", "--features", str(features)),
+        ("retrieve", "build", "--features", str(features)),
+        ("finetune", "--shards", shards, "--checkpoint", str(run / "last.pt"), "--out",
+         str(tree / "tuned"), *TRAINING[1:-2], "--segments=2", "--clips=2", "--clip-frames=2",
+         "--test-size=36"),
+        ("track", "train", "--shards", str(tree / "tracks/patches.json"), "--checkpoint",
+         str(run / "last.pt"), "--out", str(tree / "tracker"), "--feature-layer=layer3",
+         "--channels=8", "--epochs=1", "--batch-size=2", "--workers=0", "--device=cpu"),
+        ("export", str(run / "last.pt"), "--format=torchvision", "--out", str(tree / "r.pth")),
+        ("export", str(run / "last.pt"), "--format=safetensors", "--out",
+         str(tree / "r.safetensors")),
+    ]  # fmt: skip
+    for arguments in good:
+        assert cli.run(list(arguments)) == 0, arguments
+    extract = ("extract-features", "--shards", "set/made.json", "--out", "out", *FEATURES)
+    random_features = (*extract, "--checkpoint=random", SMALL[0])
+    pretrain = ("pretrain", "--shards", "set/made.json", "--out", "out", *TRAINING)
+    found: dict[str, list[tuple[str, ...]]] = {
+        "set/made.json": [random_features, ("verify", "set/made.json"), ("inspect", "set")],
+        "set/made-000.idx": [random_features, pretrain, ("verify", "set"), ("index", "set")],
+        "set/made-001.tar": [random_features, pretrain, ("verify", "set"), ("inspect", "set"),
+                             ("index", "--force", "set")],
+        "features/meta.json": [("probe", "--features", "features"), random_features],
+        "features/videos.csv": [("probe", "--features", "features"),
+                                ("retrieve", "evaluate", "--features", "features")],
+        "features/features.npy": [("probe", "--features", "features"),
+                                  ("compare", "--features", "features", "--features", "b=features",
+                                   "--out", "out")],
+        "features/halves.npy": [("retrieve", "evaluate", "--features", "features")],
+        "features/retrieval.faiss.json": [("retrieve", "query", "--features", "features",
+                                           "--video", "video_0003", "--html", "out/q.html")],
+        "features/probe.json": [("report", "features", "--out", "out/r.html")],
+        "features/retrieval.json": [("report", "features", "--out", "out/r.html")],
+        "run/metrics.jsonl": [("report", "run", "--out", "out/r.html")],
+        "run/config.toml": [("report", "run", "--out", "out/r.html"),
+                            ("pretrain", "--config", "run/config.toml", "--out", "out")],
+        "run/last.pt": [(*extract, "--checkpoint", "run/last.pt"), (*pretrain, "--init",
+                        "run/last.pt"), ("pretrain", "--shards", "set/made.json", "--out", "run",
+                        *TRAINING, "--resume=auto")],
+        "r.pth": [("import", "r.pth", "--out", "out/i.pt")],
+        "r.safetensors": [("import", "r.safetensors", "--out", "out/i.pt")],
+        "tuned/last.pt": [("finetune-eval", "--shards", "set/made.json", "--checkpoint",
+                           "tuned/last.pt", "--device=cpu", "--workers=0", "--out", "out")],
+        "tuned/finetune.json": [("report", "tuned", "--out", "out/r.html")],
+        "tracker/last.pt": [("track", "run", "--video", "raw/a/0.mp4", "--box=4,4,20,20",
+                             "--tracker", "tracker/last.pt", "--device=cpu", "--out", "out/b.csv",
+                             "--out-video", "out/b.mp4")],
+        "tracks/patches-000.tar": [("track", "eval", "--shards", "tracks/patches.json", "--tracker",
+                                    "tracker/last.pt", "--device=cpu", "--out", "out")],
+        "raw/a/0.mp4": [("prepare", "folder", "--src", "raw", "--out", "out", "--workers=1",
+                         "--max-failures=100"),
+                        ("retrieve", "query", "--features", "features", "--file", "raw/a/0.mp4",
+                         "--html", "out/q.html")],
+        "anet/activity_net.v1-3.min.json": [("prepare", "activitynet", "--src", "anet", "--out",
+                                             "out", "--dry-run")],
+        "kinetics/train.csv": [("prepare", "kinetics", "--src", "kinetics", "--out", "out",
+                                "--dry-run")],
+    }  # fmt: skip
+    return [Attack(file, command) for file, commands in found.items() for command in commands]
+
+
+def _annotate(tree: Path) -> None:
+    """Annotation lists of two datasets, beside links to the videos."""
+    rows = {
+        f"id{n}": {"subset": ("training", "validation")[n % 2],
+                   "annotations": [{"label": "x", "segment": [0, 1.5]}]}
+        for n in range(4)
+    }  # fmt: skip
+    for dataset in ("anet", "kinetics"):
+        (tree / dataset).mkdir()
+    for number, video in enumerate(sorted((tree / "raw").rglob("*.mp4"))):
+        shutil.copy(video, tree / "anet" / f"v_id{number}.mp4")
+        shutil.copy(video, tree / "kinetics" / f"abcdefghij{number}_000000_000010.mp4")
+    (tree / "anet/activity_net.v1-3.min.json").write_text(json.dumps({"database": rows}))
+    lines = [f"x,abcdefghij{n},0,10,train" for n in range(4)]
+    header = "label,youtube_id,time_start,time_end,split"
+    (tree / "kinetics/train.csv").write_text("\n".join([header, *lines, ""]))
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Change, cut, repeat or exchange a few parts of a file."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at = rng.randrange(len(changed) + 1)
+        length = rng.choice((1, 2, 4, 8, 64, 512))
+        how = rng.randrange(8)
+        if how == 0 and changed:
+            changed[at % len(changed)] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            changed[at : at + length] = rng.randbytes(length)
+        elif how == 2:
+            del changed[at : at + length]
+        elif how == 3:
+            changed[at:at] = changed[max(0, at - length) : at] * rng.choice((1, 2, 100))
+        elif how == 4:
+            del changed[at:]
+        elif how == 5:
+            changed[at : at + length] = rng.choice((b"\0", b"\xff", b"\x7f")) * length
+        else:
+            _exchange_value(changed, at, rng)
+    return bytes(changed)
+
+
+def _exchange_value(changed: bytearray, at: int, rng: random.Random) -> None:
+    """Put an odd value in the place of one that is written as text."""
+    value = VALUE.search(changed, at) or VALUE.search(changed)
+    if value is not None:
+        changed[value.start() : value.end()] = rng.choice(NUMBERS)
+
+
+def contents(tree: Path) -> dict[str, str]:
+    """Digests of all files, by path."""
+    return {
+        str(path.relative_to(tree)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(tree.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+class Ending(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    said: bytes
+    memory_kb: int
+    seconds: float
+
+
+def run_in_fork(command: tuple[str, ...], folder: Path) -> Ending:
+    """Run a command in a fork of this process, with a time limit."""
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:
+            _child(command, folder, output.fileno())
+        ended, status, used = os.wait4(pid, os.WNOHANG)
+        while not ended:
+            if time.monotonic() - began > SECONDS:
+                os.killpg(pid, signal.SIGKILL)
+            time.sleep(0.002)
+            ended, status, used = os.wait4(pid, os.WNOHANG)
+        output.seek(0)
+        code = os.waitstatus_to_exitcode(status)
+        return Ending(code, output.read(), used.ru_maxrss, time.monotonic() - began)
+
+
+def _child(command: tuple[str, ...], folder: Path, output: int) -> None:
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(folder)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        code = cli.run(list(command))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def faults_of(ending: Ending, before: dict[str, str], folder: Path, usual_kb: int) -> list[str]:
+    """What an ending must not be."""
+    faults = []
+    if b"Traceback" in ending.said:
+        faults.append("traceback")
+    if ending.seconds > SECONDS:
+        faults.append("hang")
+    elif ending.code not in CODES:
+        faults.append(f"exit code {ending.code}")
+    if ending.memory_kb > usual_kb + MEMORY_KB:
+        faults.append(f"{ending.memory_kb >> 10} MiB of memory")
+    text = ending.said.decode("utf-8", "replace").replace("\n", "")
+    if any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in text):
+        faults.append("control characters")
+    after = contents(folder)
+    own = ("out/", "run/", "features/probe", "features/retrieval", "set/made-")  # its results
+    changed = [n for n in after | before if after.get(n) != before.get(n)]
+    if wrong := [name for name in changed if not name.startswith(own)]:
+        faults.append(f"changed {', '.join(wrong)}")
+    return faults
+
+
+def fuzz(seconds: float, most: int, seed: int, keep: Path, say: Callable[[str], None]) -> int:
+    """Attack until the time or number is reached; return the number of faults."""
+    rng = random.Random(seed)
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    found = 0
+    with tempfile.TemporaryDirectory(prefix="seco-fuzz-") as scratch:
+        tree, work = Path(scratch, "good"), Path(scratch, "work")
+        ways = attacks(tree)
+        usual: dict[Attack, int] = {}
+        began, number = time.monotonic(), 0
+        while number < most and time.monotonic() - began < seconds:
+            attack = ways[number % len(ways)]
+            shutil.copytree(tree, work)
+            if attack not in usual:
+                usual[attack] = run_in_fork(attack.command, work).memory_kb
+                shutil.rmtree(work)
+                shutil.copytree(tree, work)
+            bad = damaged((tree / attack.file).read_bytes(), rng)
+            (work / attack.file).write_bytes(bad)
+            before = contents(work)
+            ending = run_in_fork(attack.command, work)
+            faults = faults_of(ending, before, work, usual[attack])
+            counts["refused" if ending.code else "taken"] += 1
+            if faults:
+                found += 1
+                keep.mkdir(parents=True, exist_ok=True)
+                name = f"{hashlib.sha256(bad).hexdigest()[:12]}-{Path(attack.file).name}"
+                (keep / name).write_bytes(bad)
+                said = ending.said.decode("utf-8", "backslashreplace")[-2000:]
+                (keep / f"{name}.txt").write_text(f"{attack}\n{faults}\n{said}")
+                say(f"{attack.name}: {'; '.join(faults)} ({name})")
+            shutil.rmtree(work)
+            number += 1
+    say(
+        f"{number} attacks in {time.monotonic() - began:.0f} s with seed {seed}: "
+        f"{counts['refused']} refused, {counts['taken']} taken, {found} faults"
+    )
+    return found
+
+
+def main() -> None:
+    """Parse the arguments and attack."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--most", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-found"))
+    given = parser.parse_args()
+    found = fuzz(given.seconds, given.most, given.seed, given.keep, lambda line: print(line))
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
