@@ -8,8 +8,9 @@ DEMO ?= demo
 SRC ?=
 DATASET ?= folder
 DEMO_FLAGS ?=
+SECONDS ?= 60
 
-.PHONY: help install install-simd demo test soak lint format docs bench gpu-kit clean
+.PHONY: help install install-simd demo test soak fuzz lint format docs bench gpu-kit clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -35,6 +36,9 @@ test: install  ## Run all tests with line coverage
 
 soak: install  ## Run the tests that take long: many more kills and resumptions
 	$(BIN)/python -m pytest -m soak --timeout=7200
+
+fuzz: install  ## Feed every command with damaged files for SECONDS (60); what is found is kept in fuzz-found/
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: install  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -18,10 +18,10 @@ from shards.errors import InputError
 
 def decode_to_null(path: Path, short_edge: int, binary: str) -> None:
     """The limit's first half: the same ffmpeg with the same filters, whose frames go nowhere."""
-    stream = scaled(pictures(path), short_edge).output(
+    stream = scaled(pictures(), short_edge).output(
         "-", format="null", fps_mode="passthrough", filter_threads=1
     )
-    _run(output_argv(stream, binary))
+    _run(output_argv(stream, binary, path))
 
 
 def stored_planes(path: Path, short_edge: int, choice: FrameChoice, binary: str) -> list[Planes]:

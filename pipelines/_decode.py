@@ -335,10 +335,13 @@ class Frame(NamedTuple):
     planes: NDArray[np.uint8]  # Y (H, W), then U and V (H/2, W/2), flat
 
 
-def pictures(path: Path) -> Any:
-    """Return the ffmpeg-python stream of ``path``'s pictures as they decode, turned upright."""
+_INPUT = "file:"  # stands for the file: ffmpeg-python takes no names that are not UTF-8
+
+
+def pictures() -> Any:
+    """Return the ffmpeg-python stream of a file's pictures as they decode, turned upright."""
     source = ffmpeg.input(
-        local_url(path),
+        _INPUT,
         protocol_whitelist="file",
         format_whitelist=",".join(CONTAINERS),
         max_pixels=max_pixels(),
@@ -378,10 +381,11 @@ def scaled_size(short_edge: int) -> tuple[str, str]:
     return f"max(2,2*ceil(iw*sar*{scale}/2-0.5))", f"max(2,2*ceil(ih*{scale}/2-0.5))"
 
 
-def output_argv(stream: Any, binary: str) -> list[str]:
+def output_argv(stream: Any, binary: str, path: Path) -> list[str]:
     """Return the whole command of an ffmpeg-python output stream, with the options of all runs."""
     quiet = ("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1")
-    return [str(word) for word in stream.global_args(*quiet).compile(cmd=binary)]
+    words = [str(word) for word in stream.global_args(*quiet).compile(cmd=binary)]
+    return [local_url(path) if word == _INPUT else word for word in words]
 
 
 def decode_argv(
@@ -393,14 +397,14 @@ def decode_argv(
         only: numbers of the frames to write, increasing; the log still has the times of all.
     """
     if only is None:
-        stream = _told(scaled(pictures(path), short_edge))
+        stream = _told(scaled(pictures(), short_edge))
     else:
         wanted = "+".join(f"eq(n,{number})" for number in only)
-        stream = scaled(_told(pictures(path)).filter("select", wanted), short_edge)
+        stream = scaled(_told(pictures()).filter("select", wanted), short_edge)
     output = stream.output(
         "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
     )
-    return output_argv(output, binary)
+    return output_argv(output, binary, path)
 
 
 class WrongForecast(Exception):
@@ -490,7 +494,7 @@ class Decoding:
             # the size may be converted.
             if shown.picture != self._log.shown[0].picture or shown.picture[0] != b"yuv420p":
                 raise WrongForecast
-        elif shown.size != (self.width, self.height):
+        elif self.width and shown.size != (self.width, self.height):
             raise DecodeError(
                 "unreadable",
                 f"the picture changes from {self.width}x{self.height} "
@@ -511,6 +515,8 @@ class Decoding:
         if code != 0 or reading is not None:
             opened = self._log.opened and not self.times and reading is None
             kind = "zero-frames" if opened else "unreadable"
+            if killed and reading is not None:
+                message = reading  # why it was killed; it may have complained of something else
             raise DecodeError(kind, message or reading or f"ffmpeg ended with code {code}")
         if not self.times:
             raise DecodeError("zero-frames", message or "no frame could be decoded")

@@ -111,16 +111,20 @@ def _server() -> socket.socket:
     return ours
 
 
-def _serve(requests: socket.socket) -> None:
-    """Fork a command per request until the tests are over; report how each ended."""
-    import torch.utils.tensorboard  # noqa: F401
-
+def import_everything() -> None:
+    """Import what any command may need, and let forks share its memory."""
     for package in (seco, pipelines, shards):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
     for name in ("cli", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
     gc.freeze()
+
+
+def _serve(requests: socket.socket) -> None:
+    """Fork a command per request until the tests are over; report how each ended."""
+    import_everything()
     running: dict[int, int] = {}
     awake, waker = os.pipe()
     os.set_blocking(waker, False)

@@ -3,7 +3,7 @@
 Each attack copies a small tree of good files, damages one of them, and runs a command that reads it
 in a fork of this process. It must end in time, in memory, with a documented exit code and without a
 traceback; print no control characters; and change no file but those it is to write. What does not
-is kept in ``--keep``, and belongs into ``tests/corpus`` with the repair.
+is kept in ``--keep``; a test of it belongs to the repair.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 
 import cli
 from shards.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TOO_MANY_EXCLUDED, EXIT_USAGE
+from tests.commands import import_everything
 from tests.made_sequences import make_sequences
 from tests.made_shards import make_set
 from tests.pipelines.made_videos import draw_video
@@ -80,8 +81,10 @@ def attacks(tree: Path) -> list[Attack]:
         ("export", str(run / "last.pt"), "--format=safetensors", "--out",
          str(tree / "r.safetensors")),
     ]  # fmt: skip
+    # Not in this process: its threads would not survive the forks.
     for arguments in good:
-        assert cli.run(list(arguments)) == 0, arguments
+        ending = run_in_fork(arguments, tree)
+        assert ending.code == 0, ending.said.decode()
     extract = ("extract-features", "--shards", "set/made.json", "--out", "out", *FEATURES)
     random_features = (*extract, "--checkpoint=random", SMALL[0])
     pretrain = ("pretrain", "--shards", "set/made.json", "--out", "out", *TRAINING)
@@ -256,6 +259,7 @@ def faults_of(ending: Ending, before: dict[str, str], folder: Path, usual_kb: in
 def fuzz(seconds: float, most: int, seed: int, keep: Path, say: Callable[[str], None]) -> int:
     """Attack until the time or number is reached; return the number of faults."""
     rng = random.Random(seed)
+    import_everything()
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     found = 0

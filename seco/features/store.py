@@ -496,10 +496,13 @@ def _read_array(path: Path, dimensions: int) -> NDArray[np.float32]:
 
 def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Read the header of a ``.npy`` file up to its data; raises ValueError if it is not one."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
+    except Exception as error:  # a header is parsed as Python's tokens, which can raise anything
+        raise ValueError("not a header") from error
 
 
 def _integers(

@@ -195,6 +195,8 @@ def _momenta(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """
     own = optimizer.state_dict()
     state = saved["state"]
+    if not isinstance(state, dict) or not all(isinstance(row, dict) for row in state.values()):
+        raise TypeError("not the state of an optimizer")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not set(state) <= set(range(len(parameters))):
         raise ValueError("other parameters")

@@ -59,8 +59,8 @@ def test_the_table_names_what_was_measured(clips: Path) -> None:
 
 def test_the_limit_filters_as_ours_does(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
-    stream = scaled(pictures(path), 256).output("-", format="null")
-    filters = output_argv(stream, "ffmpeg")
+    stream = scaled(pictures(), 256).output("-", format="null")
+    filters = output_argv(stream, "ffmpeg", path)
     ours = decode_argv(path, 256, "ffmpeg")
     null = filters[filters.index("-filter_complex") + 1].rpartition("[")[0]
     assert "scale=" in null

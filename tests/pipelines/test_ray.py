@@ -1,7 +1,9 @@
-"""The Ray engine: a cluster of two nodes on this machine, one of which is lost on the way."""
+"""The Ray engines: a cluster of two nodes on this machine, one of which is lost at last."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,10 +15,14 @@ import pytest
 from pipelines import _engine
 from pipelines._config import PrepareConfig
 from pipelines._prepare import prepare
+from seco.config import ExtractConfig
+from seco.features.ray_engine import extract_on_cluster
 from shards.errors import InputError
 from tests.data import lacking
+from tests.made_shards import make_set
 from tests.pipelines.made_videos import draw_video
 from tests.pipelines.running import hashes, run, wait_until
+from tests.seco.test_extract import SMALL, extract, files
 
 Clips = tuple[Path, dict[str, str]]
 
@@ -36,6 +42,18 @@ def cluster() -> Iterator[Any]:
         made.wait_for_nodes(timeout=180)
     yield made
     made.shutdown()
+
+
+def test_features_are_those_of_this_machine(cluster: Any, tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "s", videos=36, frames=lambda v: 3 + v % 5, per_shard=4)
+    expected = files(extract(shards, tmp_path / "here", per_frame=True))
+    out, relative = tmp_path / "out", os.path.relpath(shards)
+    settings = {**SMALL, "per_frame": True, "engine": "ray", "ray_address": cluster.address}
+    extract_on_cluster(ExtractConfig(shards=(relative,), out=str(out), **settings))
+    found = files(out)
+    metas = [json.loads(one.pop("meta.json")) for one in (found, expected)]
+    assert {**metas[0], "shards": None} == {**metas[1], "shards": None}
+    assert found == expected
 
 
 def test_what_a_node_cannot_do_is_one_line(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -34,7 +33,6 @@ from shards.opening import open_shards
 from shards.sampling import evenly_spaced
 from shards.writer import ShardWriter
 from tests import commands
-from tests.data import lacking
 from tests.made_shards import drawn_frame, make_set
 
 # 7 does not divide the frames of any shard, and no video's: batches begin in the middle of one.
@@ -463,24 +461,3 @@ def test_settings_that_cannot_work() -> None:
     ):
         with pytest.raises(InputError, match=option):
             check_extract(ExtractConfig(**settings))  # type: ignore[arg-type]
-
-
-def test_ray_writes_the_same_bytes(
-    shards: str, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        lacking("ray is not installed")
-    from seco.features.ray_engine import extract_on_cluster
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    settings = {**SMALL, "per_frame": True, "engine": "ray"}
-    out = tmp_path / "out"
-    relative = os.path.relpath(shards)
-    extract_on_cluster(ExtractConfig(shards=(relative,), out=str(out), **settings))
-    found = files(out)
-    meta = json.loads(found.pop("meta.json"))
-    expected = json.loads(undisturbed["meta.json"])
-    assert {**meta, "shards": None} == {**expected, "shards": None}
-    assert found == {name: data for name, data in undisturbed.items() if name != "meta.json"}
