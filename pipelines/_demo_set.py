@@ -30,6 +30,7 @@ numbers compare features with one another on this dataset only.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,7 +46,7 @@ from pipelines._ffmpeg import FfmpegError, ffmpeg_binary, kill_running, local_ur
 from shards.atomic import atomic_path, write_text
 from shards.errors import InputError
 from shards.progress import progress
-from shards.signals import protect_children
+from shards.signals import STOPPING, protected_children, unblock
 
 FloatArray = NDArray[np.float32]
 
@@ -574,11 +575,13 @@ def render_demo_set(
                 _write_clip(clip, videos, seed)
                 shown.advance()
         else:
-            protect_children()
             # Not fork: the caller may have started threads (torch does).
-            with ProcessPoolExecutor(
-                workers, mp_context=get_context("spawn"), initializer=_start_worker
-            ) as pool:
+            with (
+                protected_children(held_back=True),
+                ProcessPoolExecutor(
+                    workers, mp_context=get_context("spawn"), initializer=_start_worker
+                ) as pool,
+            ):
                 jobs = [pool.submit(_write_clip, clip, videos, seed) for clip in clips]
                 try:
                     for job in as_completed(jobs):
@@ -622,6 +625,10 @@ def _refuse_other_files(videos: Path, clips: list[_Clip]) -> None:
 
 
 def _start_worker() -> None:
+    for number in STOPPING:
+        if number != signal.SIGTERM:  # the pool's own word
+            signal.signal(number, signal.SIG_IGN)
+    unblock()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, replace
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +38,7 @@ from pipelines._ffmpeg import (
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
 from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
-from shards.signals import SAFE_PATH, STOPPING, StopRequest, protect_children, unblock
+from shards.signals import STOPPING, StopRequest, protected_children, unblock
 from shards.terminal import say
 
 
@@ -67,7 +68,7 @@ def _build_shards(
 ) -> None:
     import ray
 
-    with _stoppable(), connection(address):
+    with connection(address), _stoppable():  # Ray sets a handler of its own for SIGTERM
         threads, most = _division(ray, len(plans), workers if limited else None)
         task = ray.remote(_build_on_node).options(
             num_cpus=threads, max_retries=MOST_RETRIES, retry_exceptions=False
@@ -150,9 +151,13 @@ def build_shards(
                 if processes == 1:
                     for plan in todo:
                         finished(plan, build_shard(plan, threads, on_progress))
+                        if stop:
+                            raise Interrupted
                 else:
                     _build_in_processes(todo, processes, threads, finished, on_progress, stop)
             except BrokenProcessPool as error:
+                if stop:
+                    raise Interrupted from error
                 # Usually out of memory: unfinished shards are built again.
                 losses = losses + 1 if len(left) == before else 1
                 if losses == _MOST_LOSSES:
@@ -171,11 +176,14 @@ def _build_in_processes(
     on_progress: Callable[[Tally], None],
     stop: StopRequest,
 ) -> None:
-    protect_children()
     # Forking this process itself would copy its threads' locks.
     context = multiprocessing.get_context("forkserver")
-    if SAFE_PATH == "-P":  # else it would not be found where this process found it
-        context.set_forkserver_preload(["pipelines._build"])
+    # Only packages: this one may lie where the server, unlike its children, would not search.
+    context.set_forkserver_preload(["numpy", "PIL.Image", "ffmpeg", "msgspec", "simplejpeg"])
+    with protected_children(held_back=True):
+        resource_tracker.ensure_running()
+    with protected_children(), _ignoring():  # inherited by all workers
+        forkserver.ensure_running()
     counters: Any = context.Array("Q", len(astuple(Tally())))
     others = set(multiprocessing.active_children())
     told = list(counters)
@@ -197,7 +205,8 @@ def _build_in_processes(
             if stop:
                 raise Interrupted
             for plan in itertools.islice(queue, processes - len(running)):
-                running[executor.submit(_work, plan, threads)] = plan
+                with protected_children():
+                    running[executor.submit(_work, plan, threads)] = plan
             if not running:
                 break
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -266,6 +275,27 @@ def _die_with_driver() -> None:
         driver.join()
         kill_running()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _ignoring() -> Iterator[None]:
+    """Let processes that are started in the block ignore Ctrl-C and a closed terminal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    # Blocked as well: one that comes meanwhile is kept for this process, not ignored.
+    numbers = [number for number in STOPPING if number != signal.SIGTERM]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    came = signal.sigpending() & set(numbers)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came:
+            os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Signals, and how child processes are started.
 
 The first signal only sets a flag, which is looked at where everything can be saved. Children of
-multiprocessing start with signals blocked, so that none ends in the middle of an import, and
-receive them once they know what to do.
+multiprocessing can be started with signals blocked, so that none ends in the middle of an import;
+they receive them once they know what to do.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class StopWaiting(BaseException):
 class StopRequest:
     """Turn the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP within the block into a flag.
 
-    A second Ctrl-C interrupts at once, for users who do not want to wait; after it, the next one
-    kills. (A second one counts only after a second: one Ctrl-C may come twice, from the terminal
-    and from a launcher that forwards it.)
+    A second Ctrl-C interrupts at once, for users who do not want to wait; a third one kills. (Each
+    counts only a second after the one before: one Ctrl-C may come twice, from the terminal and from
+    a launcher that forwards it.)
 
     Args:
         at_once: called by the handler of the first signal; must not wait for anything.
@@ -48,6 +48,7 @@ class StopRequest:
         self._at_once = at_once
         self._interrupts = interrupts
         self._since = 0.0
+        self._hurried = False
         self._waiting = False
         self._before: dict[int, Any] = {}
 
@@ -81,7 +82,10 @@ class StopRequest:
             self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
             self._at_once()
         elif number == signal.SIGINT and time.monotonic() - self._since > _AGAIN_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
+            if self._hurried:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._hurried, self._since = True, time.monotonic()
             if self._interrupts:
                 raise KeyboardInterrupt
         if self._waiting:
@@ -138,36 +142,43 @@ def quiet_exit(code: int, before: Callable[[], None]) -> None:
 
 # multiprocessing starts children as `python -c`, for which Python searches the current folder
 # first. Python 3.10 knows only -I, which also ignores PYTHONPATH.
-SAFE_PATH = "-P" if sys.version_info >= (3, 11) else "-I"
-
-
-def protect_children() -> None:
-    """Protect the processes that multiprocessing starts; to be called before the first of them.
-
-    They start with signals blocked, and with this process's search path: no file of the current
-    folder runs because it is named like a module, and was unpacked with a dataset.
-    """
-    flags, spawn = util._args_from_interpreter_flags, util.spawnv_passfds  # type: ignore[attr-defined]
-    if SAFE_PATH in flags():
-        return
-
-    def spawn_protected(*given: Any) -> int:
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        with blocked(), _environment("PYTHONPATH", path):
-            return spawn(*given)
-
-    util._args_from_interpreter_flags = lambda: [*flags(), SAFE_PATH]  # type: ignore[attr-defined]
-    util.spawnv_passfds = spawn_protected  # type: ignore[assignment]
+_SAFE_PATH = "-P" if sys.version_info >= (3, 11) else "-I"
+_flags, _spawn = util._args_from_interpreter_flags, util.spawnv_passfds  # type: ignore[attr-defined]
+_protecting = 0
+_lock = threading.Lock()
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def protected_children(held_back: bool = False) -> Iterator[None]:
+    """Protect the processes that multiprocessing starts within the block.
+
+    They run no file of the current folder: one that is named like a module, and was unpacked with a
+    dataset, would be imported in its place. Other parts of this program start theirs as before.
+
+    Args:
+        held_back: start them with signals blocked; they must call :func:`unblock`.
+    """
+    global _protecting
+    with _lock:
+        _protecting += 1
+        util._args_from_interpreter_flags = _safe_flags  # type: ignore[attr-defined]
+        if held_back:
+            util.spawnv_passfds = _spawn_blocked  # type: ignore[assignment]
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        with _lock:
+            _protecting -= 1
+            if not _protecting:
+                util._args_from_interpreter_flags = _flags  # type: ignore[attr-defined]
+                util.spawnv_passfds = _spawn
+
+
+def _safe_flags() -> list[str]:
+    flags: list[str] = _flags()
+    return flags if _SAFE_PATH in flags else [*flags, _SAFE_PATH]
+
+
+def _spawn_blocked(*given: Any) -> int:
+    with blocked():
+        return _spawn(*given)

@@ -153,7 +153,13 @@ class SequentialStream:
         try:
             with bounded_tar(_open(address), stream=True) as tar:
                 for key, members in itertools.groupby(_members(tar), key=lambda row: row[0].key):
-                    yield self._sample(key, _frames(tar, members), name)
+                    try:
+                        frames = _frames(tar, members)
+                    except OverflowError as fault:
+                        yield UnreadableTriplet(f"{address}: {key}", str(fault))
+                        continue
+                    if frames:
+                        yield self._sample(key, frames, name)
         except Exception as fault:
             yield UnreadableTriplet(address, in_words(fault))
 
@@ -186,7 +192,7 @@ def _frames(
         if member.is_jpeg:
             left -= member.size
             if left < 0:
-                raise ValueError(f"{member.key} has more than {_MAX_VIDEO_BYTES >> 20} MiB")
+                raise OverflowError(f"its frames have more than {_MAX_VIDEO_BYTES >> 20} MiB")
             file = tar.extractfile(info)
             frames.append(file.read() if file else b"")
     return frames

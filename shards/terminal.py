@@ -39,4 +39,5 @@ def _lines(text: object) -> str:
 def show_everywhere() -> None:
     """Escape what the terminal's encoding lacks, instead of ending in an error."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if hasattr(stream, "reconfigure"):  # it may be closed, or replaced
+            stream.reconfigure(errors="backslashreplace")

@@ -60,10 +60,11 @@ def read_regular(path: str | Path, most: int = MAX_TEXT_BYTES, fix: str | None =
     """
     try:
         with open_regular(path) as file:
-            content = file.read(most + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size + 1) if size <= most else b""
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})", path, fix) from error
-    if len(content) > most:
+    if max(size, len(content)) > most:
         raise InputError(f"is larger than {most >> 20} MiB", path, fix)
     return content
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -49,7 +50,7 @@ def load_torch_file(path: Path) -> Any:
     settings = torch.serialization.safe_globals([(_IgnoredSettings, "argparse.Namespace")])
     try:
         with settings, open_regular(path) as file:
-            _require_uncompressed(file)
+            _require_bounded(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -71,13 +72,39 @@ def load_torch_file(path: Path) -> Any:
     return content
 
 
-def _require_uncompressed(file: BinaryIO) -> None:
-    """Check that a file in zip format cannot grow while it is read; torch never compresses."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as held:
-            if any(row.compress_type != zipfile.ZIP_STORED for row in held.infolist()):
-                raise ValueError("compressed")
+def _require_bounded(file: BinaryIO) -> None:
+    """Check that loading takes about as much memory as the file has bytes.
+
+    torch never compresses, and its unpickler makes a ``bytearray`` of any length that is named.
+
+    Raises:
+        ValueError: it could take more.
+    """
+    start = file.read(4)
     file.seek(0)
+    pickles: Iterable[bytes] = iter(lambda: file.read(1 << 20), b"")
+    if start == b"PK\3\4":
+        with zipfile.ZipFile(file) as held:
+            rows = held.infolist()
+            size = file.seek(0, os.SEEK_END)
+            if any(row.compress_type != zipfile.ZIP_STORED for row in rows):
+                raise ValueError("compressed")
+            # Else other readers would take another directory for the true one.
+            if held.start_dir != _stated_directory(file) or sum(r.file_size for r in rows) > size:
+                raise ValueError("not a plain zip file")
+            pickles = [held.read(row) for row in rows if row.filename.endswith(".pkl")]
+    before = b""
+    for piece in pickles:
+        if b"bytearray" in before + piece:
+            raise ValueError("makes a bytearray")
+        before = piece[-16:]
+    file.seek(0)
+
+
+def _stated_directory(file: BinaryIO) -> int | None:
+    """Where a zip file's end says that its directory begins."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    return None if end is None else int(end[6])
 
 
 def _require_plain(content: Any, path: Path) -> None:
@@ -95,9 +122,11 @@ def _require_plain(content: Any, path: Path) -> None:
         if isinstance(value, Tensor):
             if not is_dense(value):
                 raise InputError(f"{where} is not a dense tensor of real numbers", path)
-        elif isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes)):
+        elif isinstance(value, (Mapping, list, tuple)):
             if depth == _DEEPEST:
                 raise InputError(f"{where} is nested more than {_DEEPEST} levels deep", path)
+            if len(left) + len(value) > _MOST_VALUES:
+                break
             rows = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, part in rows:
                 if not isinstance(key, (str, int)):
@@ -153,9 +182,8 @@ class _Imported(msgspec.Struct):
 class _Finetuned(msgspec.Struct):
     labels: list[Count]
     label_names: list[str]
-    dataset: str | None = None
-    split: str | None = None
-    encoder: dict[str, str | int | float | bool | None] | None = None
+    dataset: str
+    encoder: dict[str, str | int | float | bool | None]
 
 
 class _Contents(msgspec.Struct):

@@ -29,7 +29,7 @@ from seco.data.transforms import VIEW_DRAWS, ViewConfig, ViewParameters, apply_v
 from seco.data.triplets import FRAME_OF_VIEW, VIEWS, Chunk, ChunkMaker
 from seco.processes.stopping import kill_workers, leave_signals_to_parent
 from shards.errors import InputError
-from shards.signals import blocked, protect_children
+from shards.signals import blocked, protected_children
 from shards.stream import Stream
 from shards.terminal import say
 
@@ -51,7 +51,6 @@ def forked_loader(
         workers: number of workers; 0: tasks run in this process, on demand.
         prefetch: tasks in flight per worker; None without workers.
     """
-    protect_children()
     loader: DataLoader[_Done] = DataLoader(
         dataset,
         sampler=_Tasks(tasks),
@@ -61,7 +60,8 @@ def forked_loader(
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=leave_signals_to_parent if workers else None,
     )
-    with blocked():  # between their fork and their first lines, workers would act on signals
+    # Between their fork and their first lines, workers would act on signals.
+    with blocked(), protected_children():
         done = iter(loader)
     try:
         yield done

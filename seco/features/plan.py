@@ -347,10 +347,12 @@ class Extraction:
 
     def _other_features(self) -> str | None:
         """Describe finished features of another encoder, dataset or settings in the folder."""
+        if not os.path.lexists(self.out / META):
+            return None
         try:
             meta = read_meta(self.out / META)
         except InputError:
-            return None
+            return "features that cannot be read"
         if meta.get("digest") == self.digest:
             return None
         return f"features of {encoder_name(meta['encoder'])}"

@@ -37,7 +37,7 @@ def extract_on_cluster(config: ExtractConfig) -> Path:
         Stopped: a signal came; all finished shards are kept.
     """
     require_ray()
-    with StopRequest() as stop, connection(config.ray_address):
+    with connection(config.ray_address), StopRequest() as stop:
         import ray
 
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]

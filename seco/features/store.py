@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -456,11 +457,13 @@ class _Meta(msgspec.Struct):
 
 def _read_table(path: Path) -> dict[str, list[str]]:
     try:
-        text = read_regular(path, _MAX_TABLE_BYTES).decode("utf-8")
-        header, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
+            if os.fstat(file.fileno()).st_size > _MAX_TABLE_BYTES:
+                raise InputError(f"is larger than {_MAX_TABLE_BYTES >> 30} GiB", path)
+            header, *rows = list(csv.reader(file, strict=True)) or [[]]
     except InputError as error:
         raise InputError(error.what, path, _EXTRACT_AGAIN) from error
-    except (ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot be read ({error})", path, _EXTRACT_AGAIN) from error
     missing = [name for name in COLUMNS if name not in header]
     if missing:

@@ -24,7 +24,7 @@ from shards.errors import (
     InputError,
     Stopped,
 )
-from shards.signals import protect_children, quiet_exit, received
+from shards.signals import protected_children, quiet_exit, received
 from shards.terminal import say, show_everywhere
 
 _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # forwarded to the processes
@@ -90,7 +90,6 @@ def _launched(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    protect_children()
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
     # Each process reports its error on one line; the launcher's own log adds only noise.
@@ -109,7 +108,8 @@ def _launched(
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     try:
-        elastic_launch(launched, _run_and_exit)(config, run)
+        with protected_children(held_back=True):
+            elastic_launch(launched, _run_and_exit)(config, run)
     except ChildFailedError as error:
         if _all_stopped(scratch, processes):
             return EXIT_STOPPED

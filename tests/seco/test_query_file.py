@@ -79,7 +79,7 @@ def test_what_is_refused(
         (["--video", "v0", "--file", file], "--video KEY, --file PATH"),
         (["--video", "v0", "--checkpoint", "random"], "needs --file"),
         (["--video", "v0", "--probes", "3"], "index not found"),
-        (["--file", str(tmp_path / "nowhere.mp4")], "missing"),
+        (["--file", str(tmp_path / "nowhere.mp4")], "cannot be read (No such file"),
         (["--file", str(tmp_path / "broken.mp4")], "cannot be decoded"),
         (["--file", str(playlist)], "cannot be decoded"),
         (["--file", file, "--timeout", "0"], "--timeout"),

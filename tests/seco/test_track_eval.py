@@ -608,7 +608,7 @@ def test_run_keeps_what_came_before_damage(
         ({"--box": "1,2,3"}, "--box: '1,2,3' is not x,y,w,h"),
         ({"--box": "1,2,0,4"}, "--box: '1,2,0,4' is not a valid box"),
         ({"--box": "900,2,10,4"}, "--box: the first box's centre is outside the frame of 240x160"),
-        ({"--video": "nowhere.mp4"}, "nowhere.mp4: No such file"),
+        ({"--video": "nowhere.mp4"}, "nowhere.mp4: cannot be read (No such file"),
         ({"--video": __file__}, "Invalid data"),
         ({"--tracker": "nowhere.pt"}, "nowhere.pt: "),
         ({"--tracker": __file__}, "test_track_eval.py: "),
