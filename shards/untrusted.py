@@ -117,6 +117,7 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+@functools.cache  # asked for every frame
 def max_pixels() -> int:
     """Return the greatest size of a picture that is decoded; ``seco --max-pixels`` sets it."""
     given = os.environ.get(_MAX_PIXELS_VARIABLE, "")
@@ -128,6 +129,7 @@ def max_pixels() -> int:
 def set_max_pixels(number: int) -> None:
     """Set the limit for this process and those it starts."""
     os.environ[_MAX_PIXELS_VARIABLE] = str(number)
+    max_pixels.cache_clear()
 
 
 def require_pixels(width: int, height: int) -> None:

@@ -27,7 +27,7 @@ from shards.format import VideoRecord, read_manifest
 from shards.index import read_index, tar_members
 from shards.opening import open_shards
 from shards.terminal import printable
-from shards.untrusted import open_regular, read_regular
+from shards.untrusted import max_pixels, open_regular, read_regular
 from shards.writer import ShardWriter
 from tests import commands
 from tests.made_shards import drawn_frame, make_set
@@ -160,10 +160,13 @@ def test_a_picture_that_claims_a_huge_size_takes_no_memory(
     assert cli.run(["--max-pixels", "3000", "verify", tar]) == 1
     assert "64x48 px are more than 0 megapixels" in capsys.readouterr().out
     monkeypatch.setenv("SECO_MAX_PIXELS", "many")
+    max_pixels.cache_clear()
     assert "SECO_MAX_PIXELS: is not a whole number" in refused(
         capsys, "extract-features", "--shards", tar, "--checkpoint=random", "--out", out, *FEATURES,
         "--overwrite", "--seed=1",
     )  # fmt: skip
+    monkeypatch.undo()
+    max_pixels.cache_clear()
 
 
 @pytest.mark.parametrize(
