@@ -381,6 +381,35 @@ def test_a_compressed_checkpoint_is_refused(
     assert "bomb.pt: is not a checkpoint, or is damaged" in line
 
 
+class Sized:
+    """Pickled as a bytearray of a length that only the file says."""
+
+    def __reduce__(self) -> tuple[type[bytearray], tuple[int]]:
+        return bytearray, (10**11,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_names_its_own_size_is_refused(
+    zipped: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"x": Sized()}, tmp_path / "sized.pt", _use_new_zipfile_serialization=zipped)
+    line = refused(
+        capsys, "export", tmp_path / "sized.pt", "--format=moco", "--out", tmp_path / "x"
+    )
+    assert "sized.pt: is not a checkpoint, or is damaged" in line
+
+
+def test_features_that_cannot_be_read_are_not_replaced_unasked(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("extract-features", "--shards", shards, "--checkpoint=random", "--out", tmp_path)
+    assert cli.run([str(a) for a in (*arguments, *FEATURES)]) == 0
+    meta = (tmp_path / "meta.json").read_text()
+    (tmp_path / "meta.json").write_text(meta.replace('"format_version": 1', '"format_version": 2'))
+    line = refused(capsys, *arguments, *FEATURES, "--seed=1")
+    assert "already holds features that cannot be read" in line
+
+
 # What is not a file.
 
 
