@@ -157,10 +157,17 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
         raise InputError(f"cannot be read ({error.strerror})", value) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"is not TOML ({error})", value) from error
-    known = {p.name for p in context.command.params}
-    unknown = sorted(set(settings) - known)
+    known = {p.name: p for p in context.command.params}
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise InputError(f"unknown option {unknown[0]!r}", value, "see --help for the names")
+    for name, given in settings.items():
+        kind, several = known[name].type, getattr(known[name], "multiple", False)
+        values = given if several and isinstance(given, list) else [given]
+        if not all(isinstance(one, (str, int, float)) for one in values):
+            raise InputError(f"{name} is not a plain value", value)
+        if isinstance(kind, _Whole) and isinstance(given, float):
+            raise InputError(f"{name} is {given}, not a whole number", value)
     context.default_map = {**(context.default_map or {}), **settings}
 
 

@@ -381,6 +381,26 @@ def test_a_compressed_checkpoint_is_refused(
     assert "bomb.pt: is not a checkpoint, or is damaged" in line
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("epochs = [1]", "epochs is not a plain value"),
+        ("epochs = inf", "epochs is inf, not a whole number"),
+        ("epochs = 1.5", "epochs is 1.5, not a whole number"),
+        ("lr = {a = 1}", "lr is not a plain value"),
+        ("shards = [[1]]", "shards is not a plain value"),
+        ("tasks = 1979-05-27", "tasks is not a plain value"),
+        ("nothing = 1", "unknown option 'nothing'"),
+    ],
+)
+def test_a_config_file_with_a_wrong_value(
+    line: str, what: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").write_text(line)
+    arguments = ("--shards", shards, "--config", tmp_path / "config.toml", *TRAINING[:-3])
+    assert what in refused(capsys, "pretrain", "--out", tmp_path / "out", *arguments)
+
+
 class Sized:
     """Pickled as a bytearray of a length that only the file says."""
 
