@@ -47,7 +47,7 @@ from shards.errors import (
 )
 from shards.settings import own_first
 from shards.terminal import say, show, show_everywhere
-from shards.untrusted import real_path, set_max_pixels
+from shards.untrusted import read_regular, real_path, set_max_pixels
 
 
 class _Finite(click.types.FloatParamType):
@@ -151,10 +151,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
     else:
         import tomli as tomllib
     try:
-        with open(value, "rb") as file:
-            settings = tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", value) from error
+        settings = tomllib.loads(read_regular(value).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"is not TOML ({error})", value) from error
     known = {p.name: p for p in context.command.params}

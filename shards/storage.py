@@ -221,7 +221,9 @@ class LocalAccess:
     def _descriptor(self, address: str) -> int:
         descriptor = self._descriptors.get(address)
         if descriptor is None:
-            descriptor = os.open(self._path(address), os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK, opening a named pipe would wait; reading at an offset refuses it.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(self._path(address), flags)
             self._descriptors[address] = descriptor
             if len(self._descriptors) > _MOST_OPEN:
                 os.close(self._descriptors.popitem(last=False)[1])

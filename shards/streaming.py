@@ -141,9 +141,7 @@ class SequentialStream:
                     last = last if isinstance(sample, TripletFrames) else sample.reason
                     yield sample
             if short and not number:  # once, not in every pass
-                say(
-                    f"seco: {short} videos of fewer than {MIN_FRAMES} frames were left out",
-                )
+                say(f"seco: {short} videos of fewer than {MIN_FRAMES} frames were left out")
             if not usable:
                 raise NothingToRead(f"no video can be read: {last}")
             number += 1

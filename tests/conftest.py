@@ -9,6 +9,8 @@ import os
 
 import pytest
 
+from shards.settings import usable_cpus
+
 # Workers of pytest-xdist share the cores. Several threads in each of them wait for one another: on
 # two busy cores the tests take twice as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -33,7 +35,7 @@ LONGEST = (
 
 def pytest_xdist_auto_num_workers() -> int:
     """One more worker than cores: tests that wait for something leave theirs idle."""
-    return min(8, len(os.sched_getaffinity(0)) + 1)
+    return min(8, usable_cpus() + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -443,7 +442,7 @@ def test_only_files_are_read(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    with pytest.raises((InputError, IsADirectoryError)):
+    with pytest.raises(InputError, match="is not a file"):
         open_regular(path)
     for arguments in (
         ("export", path, "--format=moco", "--out", tmp_path / "x"),
@@ -527,7 +526,6 @@ def test_a_disk_of_a_few_bytes_is_one_line(shards: str, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "sys.exit(cli.run(sys.argv[1:]))"
     )
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     for number in range(3):
         out = tmp_path / str(number)
         process = commands.start(

@@ -278,7 +278,7 @@ def test_damaged_videos_are_stored_or_named(tmp_path: Path, videos: int) -> None
     made = run(raw, tmp_path / "two", workers=2, **settings).sets[0]
     stored = sum(shard.videos for shard in made.shards)
     assert stored + len(made.excluded) == made.videos == videos
-    assert stored > videos / 12 and len(made.excluded) > videos / 3
+    assert stored > videos / 12 and len(made.excluded) > videos * 100 / 240
     kinds = {row.kind for row in made.excluded}
     assert kinds <= {"damaged", "unreadable", "zero-frames", "no-video-stream"}, kinds
     assert all(row.message for row in made.excluded)
