@@ -10,6 +10,7 @@ DATASET ?= folder
 DEMO_FLAGS ?=
 SECONDS ?= 60
 SEED ?= 0
+MOST ?= 1000000
 
 .PHONY: help install install-simd demo test soak fuzz lint format docs bench gpu-kit clean
 
@@ -39,7 +40,7 @@ soak: install  ## Run the tests that take long: many more kills and resumptions
 	$(BIN)/python -m pytest -m soak --timeout=7200
 
 fuzz: install  ## Feed every command with damaged files for SECONDS (60); what is found is kept in fuzz-found/
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --most $(MOST)
 
 lint: install  ## ruff and mypy --strict
 	$(BIN)/ruff check .
