@@ -176,7 +176,12 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
     default=None,
     help="Larger pictures and video frames are not decoded [default: 64 million].",
 )
-def seco(max_pixels: int | None) -> None:
+@click.option(
+    "--sandbox",
+    is_flag=True,
+    help="Decode videos in a sandbox without network or other files (Linux, bubblewrap).",
+)
+def seco(max_pixels: int | None, sandbox: bool) -> None:
     """Learn visual representations from unlabelled video (SeCo, AAAI 2021).
 
     \b
@@ -187,6 +192,10 @@ def seco(max_pixels: int | None) -> None:
     """
     if max_pixels is not None:
         set_max_pixels(max_pixels)
+    if sandbox:
+        from pipelines._ffmpeg import set_sandbox
+
+        set_sandbox()
 
 
 @seco.command()

@@ -548,7 +548,7 @@ def decoding(
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise DecodeError("unreadable", "the file is empty")
     argv = decode_argv(path, short_edge, binary, only)
-    with FfmpegStream(argv, timeout_seconds, untrusted=True) as stream:
+    with FfmpegStream(argv, timeout_seconds, reads=path) as stream:
         yield Decoding(stream, path, only)
 
 

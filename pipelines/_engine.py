@@ -37,7 +37,7 @@ from pipelines._ffmpeg import (
 )
 from pipelines._plan import ShardPlan
 from shards.errors import InputError
-from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
+from shards.ray_cluster import MOST_RETRIES, connection, node_options, require_ray, run_tasks
 from shards.signals import STOPPING, StopRequest, protected_children, unblock
 from shards.terminal import say
 
@@ -71,7 +71,7 @@ def _build_shards(
     with connection(address), _stoppable():  # Ray sets a handler of its own for SIGTERM
         threads, most = _division(ray, len(plans), workers if limited else None)
         task = ray.remote(_build_on_node).options(
-            num_cpus=threads, max_retries=MOST_RETRIES, retry_exceptions=False
+            num_cpus=threads, max_retries=MOST_RETRIES, retry_exceptions=False, **node_options()
         )
 
         def on_done(plan: ShardPlan, result: ShardResult) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -35,10 +37,21 @@ _ENCODERS = ("libx264", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg")
 _PIPE_BYTES = 128 << 10
 # Of a decoding ffmpeg. The most it needs of memory is for a few pictures of the largest size.
 _LIMITS = {
-    resource.RLIMIT_AS: 8 << 30,
-    resource.RLIMIT_FSIZE: 256 << 20,  # its log
-    resource.RLIMIT_NOFILE: 64,
-    resource.RLIMIT_CORE: 0,
+    "as": 8 << 30,
+    "fsize": 256 << 20,  # its log
+    "nofile": 64,
+    "core": 0,
+}
+SANDBOX_VARIABLE = "SECO_SANDBOX"
+# What a program needs to start, where it is there.
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store")
+# bubblewrap's exit codes for a program that a signal has ended. (ffmpeg's own go up to 255.)
+_DIED = {
+    128 + number: -number
+    for number in (
+        *(signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL),
+        *(signal.SIGSEGV, signal.SIGXCPU, signal.SIGXFSZ, signal.SIGSYS),
+    )
 }
 
 _running: set[int] = set()
@@ -173,7 +186,11 @@ class FfmpegStream:
         timeout_seconds: it is killed after this time, and ``timed_out`` is set.
         stdout: a file for its standard output; otherwise it is read with :meth:`read_into`.
         feed: open a pipe to its standard input, for :meth:`feed`.
-        untrusted: it reads a file of others; memory, open files and written bytes are limited.
+        reads: the file of others that it decodes: memory, CPU time, open files and written bytes
+            are limited, and with ``seco --sandbox`` it sees no other file.
+
+    Raises:
+        InputError: the sandbox does not work here.
     """
 
     def __init__(
@@ -183,10 +200,14 @@ class FfmpegStream:
         *,
         stdout: IO[bytes] | None = None,
         feed: bool = False,
-        untrusted: bool = False,
+        reads: Path | None = None,
     ) -> None:
         require_going()
         self.timed_out = False
+        limits = {} if reads is None else _limits(timeout_seconds)
+        self._sandboxed = reads is not None and sandbox()
+        if reads is not None and self._sandboxed:
+            argv = _within_sandbox(argv, limits, reads)
         # A file, not a pipe, which would have to be drained while stdout is read. It has no name,
         # so nothing is left behind however this process ends.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
@@ -203,8 +224,8 @@ class FfmpegStream:
         except BaseException:
             self._log.close()
             raise
-        if untrusted:
-            _limit(self._process.pid)
+        if not self._sandboxed:
+            _limit(self._process.pid, limits)
         _running.add(self._process.pid)
         if _stopping.is_set():  # meanwhile: stop_running() may have missed it
             self.kill()
@@ -256,7 +277,8 @@ class FfmpegStream:
 
     def wait(self) -> int:
         """Wait for it to exit; return its exit code, negative after a signal."""
-        return self._process.wait()
+        code = self._process.wait()
+        return _DIED.get(code, code) if self._sandboxed else code
 
     def kill(self) -> None:
         """Kill it and everything it started, now."""
@@ -283,12 +305,71 @@ class FfmpegStream:
         self._log.close()
 
 
-def _limit(pid: int) -> None:
-    """Limit what a process that decodes the files of others can take of this machine."""
+def _limits(timeout_seconds: float | None) -> dict[str, int]:
+    """What a process that decodes the files of others can take of this machine."""
+    if timeout_seconds is None:
+        return _LIMITS
+    # It is killed at the time limit; this one holds when nobody is left to kill it.
+    return {**_LIMITS, "cpu": math.ceil(timeout_seconds) * (os.cpu_count() or 1)}
+
+
+def _limit(pid: int, limits: dict[str, int]) -> None:
     if hasattr(resource, "prlimit"):  # Linux
-        for kind, most in _LIMITS.items():
+        for name, most in limits.items():
             with contextlib.suppress(OSError, ValueError):  # lower already, or it has exited
+                kind = getattr(resource, f"RLIMIT_{name.upper()}")
                 resource.prlimit(pid, kind, (most, most))
+
+
+@lru_cache
+def sandbox() -> bool:
+    """Whether ffmpeg decodes within bubblewrap, as ``seco --sandbox`` or ``SECO_SANDBOX=1`` asks.
+
+    Raises:
+        InputError: it is to, and cannot be started here.
+    """
+    if os.environ.get(SANDBOX_VARIABLE, "") in ("", "0"):
+        return False
+    binary = ffmpeg_binary()
+    argv = _within_sandbox([binary, "-version"], _LIMITS, Path(binary))
+    tried = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    if tried.returncode != 0:
+        said = tried.stderr.decode("utf-8", "replace").strip() or f"exit code {tried.returncode}"
+        raise InputError(
+            f"ffmpeg does not start in bubblewrap ({said})",
+            "--sandbox",
+            "allow user namespaces, or leave the option out",
+        )
+    return True
+
+
+def set_sandbox() -> None:
+    """Decode within bubblewrap, in this process and those it starts; see :func:`sandbox`."""
+    os.environ[SANDBOX_VARIABLE] = "1"
+    sandbox.cache_clear()
+    sandbox()
+
+
+def _within_sandbox(argv: Sequence[str], limits: dict[str, int], reads: Path) -> list[str]:
+    """Return a command that runs ``argv`` without network, and with no file but ``reads``."""
+    bubblewrap, limiter = _program("bwrap", "bubblewrap"), _program("prlimit", "util-linux")
+    binary = Path(shutil.which(argv[0]) or argv[0]).absolute()
+    # Its own libraries may lie beside it, as Conda's do.
+    seen = [*_SYSTEM, binary.parent.with_name("lib")]
+    visible = [part for place in seen for part in ("--ro-bind-try", str(place), str(place))]
+    visible += ["--ro-bind", os.path.realpath(binary), str(binary)]
+    video = ["--ro-bind", os.path.realpath(reads), str(reads.absolute())]
+    options = ["--dev", "/dev", "--remount-ro", "/", "--chdir", "/"]
+    options += ["--unshare-all", "--cap-drop", "ALL", "--clearenv"]
+    bounds = [f"--{name}={most}" for name, most in limits.items()]
+    return [bubblewrap, *visible, *video, *options, limiter, *bounds, str(binary), *argv[1:]]
+
+
+def _program(name: str, package: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise InputError(f"needs {name}", "--sandbox", f"install {package}")
+    return found
 
 
 def kill_running() -> None:

@@ -100,7 +100,7 @@ def _probe(video: Video, binary: str) -> _Header | None:
         *("-format_whitelist", ",".join(CONTAINERS)),
         *("-i", local_url(video.path)),
     ]
-    with FfmpegStream(argv, _PROBE_SECONDS, untrusted=True) as stream:
+    with FfmpegStream(argv, _PROBE_SECONDS, reads=video.path) as stream:
         stream.wait()  # fails: no output is given
         log = stream.read_log()
     size, rate, clock = (pattern.search(log) for pattern in (_SIZE, _RATE, _DURATION))

@@ -57,6 +57,13 @@ def connection(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def node_options() -> dict[str, Any]:
+    """Return task options that give the nodes this process's limits for files from others."""
+    names = ("SECO_MAX_PIXELS", "SECO_SANDBOX")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    return {"runtime_env": {"env_vars": given}} if given else {}
+
+
 def run_tasks(
     tasks: Iterable[_Task],
     start: Callable[[_Task], Any],

@@ -20,7 +20,7 @@ from seco.processes.device import loader_workers, resolve_device
 from shards.errors import InputError
 from shards.opening import open_shards
 from shards.progress import progress
-from shards.ray_cluster import MOST_RETRIES, connection, require_ray, run_tasks
+from shards.ray_cluster import MOST_RETRIES, connection, node_options, require_ray, run_tasks
 from shards.signals import StopRequest, StopWaiting
 from shards.storage import is_remote
 from shards.untrusted import real_path
@@ -61,7 +61,7 @@ def extract_on_cluster(config: ExtractConfig) -> Path:
             needs, at_once = {"num_cpus": 1}, resources.get("CPU", 1)
             settings = dataclasses.replace(settings, workers=0)
         task = ray.remote(_extract_on_node).options(
-            **needs, max_retries=MOST_RETRIES, retry_exceptions=False
+            **needs, max_retries=MOST_RETRIES, retry_exceptions=False, **node_options()
         )
         backbone = ray.put(extraction.backbone)
 

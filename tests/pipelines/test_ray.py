@@ -72,6 +72,15 @@ def test_what_a_node_cannot_do_is_one_line(
         run(raw, tmp_path / "out", engine="ray", ray_address=cluster.address)
 
 
+def test_the_nodes_have_the_limits_of_the_driver(
+    clips: Clips, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes were started before the limit was set."""
+    monkeypatch.setenv("SECO_MAX_PIXELS", "100")
+    with pytest.raises(InputError, match="none of the 28 videos"):
+        run(clips[0], tmp_path / "out", engine="ray", ray_address=cluster.address)
+
+
 def test_a_node_lost_midway_changes_nothing(clips: Clips, tmp_path: Path, cluster: Any) -> None:
     raw, whole = clips
     out = tmp_path / "out"
