@@ -152,7 +152,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
         import tomli as tomllib
     try:
         settings = tomllib.loads(read_regular(value).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"is not TOML ({error})", value) from error
     known = {p.name: p for p in context.command.params}
     unknown = sorted(set(settings) - set(known))

@@ -3,7 +3,7 @@
 Each attack copies a small tree of good files, damages one of them, and runs a command that reads it
 in a fork of this process. It must end in time, in memory, with a documented exit code and without a
 traceback; print no control characters; and change no file but those it is to write. What does not
-is kept in ``--keep``; a test of it belongs to the repair.
+is kept in ``--keep``; with the repair it goes to ``tests/corpus``, which is tried first.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tests.made_sequences import make_sequences
 from tests.made_shards import make_set
 from tests.pipelines.made_videos import draw_video
 
+CORPUS = Path(__file__).with_name("corpus")  # files that were found, in folders named as in the tree
 CODES = (0, EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED)
 SECONDS = 180  # for one command; they take a tenth of a second, but 156 SVMs on odd data a minute
 MEMORY_KB = 1_500_000  # above what a good file takes
@@ -256,46 +257,69 @@ def faults_of(ending: Ending, before: dict[str, str], folder: Path, usual_kb: in
     return faults
 
 
+class Fuzzer:
+    """Good files, the ways in which they are read, and what has come of damaging them."""
+
+    def __init__(self, scratch: Path, keep: Path, say: Callable[[str], None]) -> None:
+        self._tree, self._work = scratch / "good", scratch / "work"
+        self.ways = attacks(self._tree)
+        self._usual_kb: dict[Attack, int] = {}
+        self._keep, self._say = keep, say
+        self.counts: Counter[str] = Counter()
+
+    def good(self, attack: Attack) -> bytes:
+        """Return the undamaged file."""
+        return (self._tree / attack.file).read_bytes()
+
+    def try_out(self, attack: Attack, bad: bytes) -> None:
+        """Run a command on a damaged file; keep the file if the command ends as it must not."""
+        if attack not in self._usual_kb:
+            self._usual_kb[attack] = self._run(attack, self.good(attack))[0].memory_kb
+        ending, faults = self._run(attack, bad)
+        self.counts["refused" if ending.code else "taken"] += 1
+        if faults:
+            self.counts["faults"] += 1
+            self._keep.mkdir(parents=True, exist_ok=True)
+            name = f"{hashlib.sha256(bad).hexdigest()[:12]}-{Path(attack.file).name}"
+            (self._keep / name).write_bytes(bad)
+            said = ending.said.decode("utf-8", "backslashreplace")[-2000:]
+            (self._keep / f"{name}.txt").write_text(f"{attack}\n{faults}\n{said}")
+            self._say(f"{attack.name}: {'; '.join(faults)} ({name})")
+
+    def _run(self, attack: Attack, data: bytes) -> tuple[Ending, list[str]]:
+        shutil.copytree(self._tree, self._work)
+        try:
+            (self._work / attack.file).write_bytes(data)
+            before = contents(self._work)
+            ending = run_in_fork(attack.command, self._work)
+            usual = self._usual_kb.get(attack, ending.memory_kb)
+            return ending, faults_of(ending, before, self._work, usual)
+        finally:
+            shutil.rmtree(self._work)
+
+
 def fuzz(seconds: float, most: int, seed: int, keep: Path, say: Callable[[str], None]) -> int:
-    """Attack until the time or number is reached; return the number of faults."""
+    """Try the corpus, then attack until the time or number is reached; return how many faults."""
     rng = random.Random(seed)
     import_everything()
     torch.set_num_threads(1)
-    counts: Counter[str] = Counter()
-    found = 0
     with tempfile.TemporaryDirectory(prefix="seco-fuzz-") as scratch:
-        tree, work = Path(scratch, "good"), Path(scratch, "work")
-        ways = attacks(tree)
-        usual: dict[Attack, int] = {}
-        began, number = time.monotonic(), 0
+        fuzzer = Fuzzer(Path(scratch), keep, say)
+        counts, began = fuzzer.counts, time.monotonic()
+        for attack in fuzzer.ways:
+            for path in sorted((CORPUS / attack.file).glob("*")):
+                fuzzer.try_out(attack, path.read_bytes())
+        say(f"{counts['refused'] + counts['taken']} attacks of the corpus")
+        number = 0
         while number < most and time.monotonic() - began < seconds:
-            attack = ways[number % len(ways)]
-            shutil.copytree(tree, work)
-            if attack not in usual:
-                usual[attack] = run_in_fork(attack.command, work).memory_kb
-                shutil.rmtree(work)
-                shutil.copytree(tree, work)
-            bad = damaged((tree / attack.file).read_bytes(), rng)
-            (work / attack.file).write_bytes(bad)
-            before = contents(work)
-            ending = run_in_fork(attack.command, work)
-            faults = faults_of(ending, before, work, usual[attack])
-            counts["refused" if ending.code else "taken"] += 1
-            if faults:
-                found += 1
-                keep.mkdir(parents=True, exist_ok=True)
-                name = f"{hashlib.sha256(bad).hexdigest()[:12]}-{Path(attack.file).name}"
-                (keep / name).write_bytes(bad)
-                said = ending.said.decode("utf-8", "backslashreplace")[-2000:]
-                (keep / f"{name}.txt").write_text(f"{attack}\n{faults}\n{said}")
-                say(f"{attack.name}: {'; '.join(faults)} ({name})")
-            shutil.rmtree(work)
+            attack = fuzzer.ways[number % len(fuzzer.ways)]
+            fuzzer.try_out(attack, damaged(fuzzer.good(attack), rng))
             number += 1
     say(
-        f"{number} attacks in {time.monotonic() - began:.0f} s with seed {seed}: "
-        f"{counts['refused']} refused, {counts['taken']} taken, {found} faults"
+        f"{number} attacks in {time.monotonic() - began:.0f} s with seed {seed}; in all "
+        f"{counts['refused']} refused, {counts['taken']} taken, {counts['faults']} faults"
     )
-    return found
+    return counts["faults"]
 
 
 def main() -> None:
