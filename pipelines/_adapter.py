@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import math
 import os
 import pkgutil
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,7 @@ from pipelines._config import PrepareConfig
 from shards.atomic import csv_text
 from shards.errors import InputError
 from shards.format import Exclusion, make_keys
-from shards.untrusted import read_regular
+from shards.untrusted import read_regular, real_path
 
 _MOST_NAMED = 5
 
@@ -92,19 +94,31 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
+PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+PICTURE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrameFolder:
-    """The layout of a video that is a folder of JPEG frames with boxes (a tracking sequence)."""
+    """The layout of a video that is a folder of pictures.
 
-    ground_truth: str  # file in the folder: one box per line
+    A tracking sequence has a box per frame, and frames named by their numbers. Any other folder has
+    pictures of any name and format, ordered as people would order them.
+    """
+
+    ground_truth: str | None = None  # file in the folder: one box per line
     images: str = ""  # subfolder of the frames
     range: tuple[int, int] | None = None  # first and last annotated frame, from 1; None: all
     flags: bool = False  # whether absence.label, cover.label etc. may exist
+    only: str | None = None  # the one picture that is the video; None: all in the folder
+    rate: float | None = None  # frames per second, if the user tells
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """One video to store."""
+    """One video to store, or one clip of a recording."""
 
     source: str  # relative to --src, with forward slashes
     path: Path
@@ -113,6 +127,20 @@ class Video:
     label: int | None = None
     label_name: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
+    group: str | None = None
+    span: tuple[float, float] | None = None  # first and last second of the clip; None: all
+    metadata: dict[str, str] | None = None
+
+    @property
+    def shown(self) -> str:
+        """The source, for people and tables; of a clip, with its seconds."""
+        return self.source if self.span is None else f"{self.source} {span_text(self.span)}"
+
+
+def span_text(span: tuple[float, float]) -> str:
+    """Return a span as ``[12.5 s, 20 s]``."""
+    start, end = span
+    return f"[{start:g} s, {'end' if end == math.inf else f'{end:g} s'}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +177,28 @@ class Adapter:
         default_frames: frames per video if the user gives no number; None for all.
         default_short_edge: px if the user gives none; None leaves frames as they are.
         stored_whole: why frames may be neither thinned out nor shrunk; None where they may.
+        recordings: whether videos may be hours long, to be divided into clips.
     """
 
     discover: Callable[[PrepareConfig], Discovery]
     default_frames: int | None
     default_short_edge: int | None = 256  # the authors' stored frames
     stored_whole: str | None = None
+    recordings: bool = False
 
 
 def source_bytes(video: Video) -> int:
     """Return the size of the video's files; -1 if they cannot be read."""
     try:
-        if video.frames is not None:
-            with os.scandir(video.path / video.frames.images) as entries:
-                frames = sum(entry.stat().st_size for entry in entries if entry.is_file())
-            return frames + (video.path / video.frames.ground_truth).stat().st_size
-        return video.path.stat().st_size
+        if video.frames is None:
+            return video.path.stat().st_size
+        if video.frames.only is not None:
+            return (video.path / video.frames.only).stat().st_size
+        with os.scandir(video.path / video.frames.images) as entries:
+            size = sum(entry.stat().st_size for entry in entries if entry.is_file())
+        if video.frames.ground_truth is not None:
+            size += (video.path / video.frames.ground_truth).stat().st_size
+        return size
     except OSError:
         return -1
 
@@ -199,6 +233,22 @@ def source_folder(config: PrepareConfig) -> Path:
         what = "is not a folder" if src.exists() else "there is no such folder"
         raise InputError(what, src, "give the folder of the raw videos with --src")
     return src.absolute()
+
+
+def raw_folder(config: PrepareConfig) -> Path:
+    """Return the folder of the videos: ``--src``; of a list, ``--root`` or the list's own folder.
+
+    Raises:
+        InputError: it is not a folder.
+    """
+    if config.root is None and not Path(config.src).is_file():
+        return source_folder(config)
+    root = Path(config.root if config.root is not None else Path(config.src).parent)
+    if not root.is_dir():
+        raise InputError(
+            "there is no such folder", root, "give the folder of the videos with --root"
+        )
+    return root.absolute()
 
 
 def walk(root: Path) -> Iterator[tuple[str, Path]]:
@@ -266,6 +316,58 @@ def is_video(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
+def refuse_splits_of_folders(config: PrepareConfig) -> None:
+    """Refuse ``--split`` for folders without annotations.
+
+    Raises:
+        InputError: the user gave ``--split``.
+    """
+    if config.split is not None:
+        raise InputError(
+            "a plain folder has no splits", "--split", "prepare each split's folder separately"
+        )
+
+
+def labelled_by_folder(videos: Sequence[Video], config: PrepareConfig) -> Discovery:
+    """Return one dataset, named after ``--src`` or ``--name``.
+
+    Labels are the first-level folders if every video is in one.
+    """
+    labelled = all("/" in video.source for video in videos)
+    names = sorted({video.source.split("/", 1)[0] for video in videos}) if labelled else []
+    index = {name: number for number, name in enumerate(names)}
+    if labelled:
+        folders = [video.source.split("/", 1)[0] for video in videos]
+        videos = [
+            replace(video, label=index[folder], label_name=folder)
+            for video, folder in zip(videos, folders, strict=True)
+        ]
+    note = (
+        f"labels: the {len(names)} first-level folders"
+        if labelled
+        else "no labels: not every video is in a first-level folder"
+    )
+    name = config.name or slug(real_path(source_folder(config)).name)
+    found = VideoSet(name=name, videos=keyed(videos), label_names=names)
+    return Discovery(sets=[found], notes=[note])
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as a dataset name: lower case, words joined by ``-``."""
+    return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-") or "videos"
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file name has the suffix of a picture and is not hidden."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not _is_litter(name)
+
+
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Return a key that sorts ``frame_9`` before ``frame_10``."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts], name
+
+
 def find_videos(root: Path) -> list[tuple[str, Path]]:
     """Return the videos below ``root`` as relative path and path, in a fixed order.
 
@@ -282,8 +384,15 @@ def find_videos(root: Path) -> list[tuple[str, Path]]:
 
 def keyed(videos: Sequence[Video]) -> list[Video]:
     """Return the videos with distinct keys, made from ``key`` or ``source``."""
-    keys = make_keys([video.key or video.source for video in videos])
+    keys = make_keys([video.key or _key_source(video) for video in videos])
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
+
+
+def _key_source(video: Video) -> str:
+    if video.span is None:
+        return video.source
+    start, end = (0 if s == math.inf else round(s * 1000) for s in video.span)
+    return f"{os.path.splitext(video.source)[0]}-{start:09d}-{end:09d}ms"
 
 
 def read_text(path: Path) -> str:

@@ -26,11 +26,26 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines._adapter import Video, read_text, source_bytes
+from pipelines._adapter import (
+    PICTURE_FORMATS,
+    Video,
+    is_picture,
+    natural,
+    read_text,
+    source_bytes,
+)
+from pipelines._clips import decode_clips
 from pipelines._colour import encode_jpeg, jpeg_planes
-from pipelines._decode import DecodeError, Frame, WrongForecast, decoding, forecast_times
+from pipelines._decode import (
+    DecodeError,
+    Decoding,
+    Frame,
+    WrongForecast,
+    decoding,
+    forecast_times,
+)
 from pipelines._ffmpeg import kill_running, require_going
-from pipelines._plan import FrameChoice, SetPlan, ShardPlan, described, nearest_distinct
+from pipelines._plan import FrameChoice, SetPlan, ShardPlan, described, nearest_distinct, pieces
 from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
@@ -41,6 +56,7 @@ from shards.writer import ShardWriter
 
 _FRAME = re.compile(r"(\d+)\.jpe?g", re.I)
 _ASSUMED_FPS = 30.0  # OTB does not specify it
+_START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
 _BETWEEN = re.compile(r"[,;\s]+")
 
@@ -53,17 +69,23 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
     Raises:
         DecodeError: frames or annotations are missing or damaged.
     """
-    assert video.frames is not None
-    boxes = _boxes(video.path / video.frames.ground_truth)
-    paths = _in_range(_frame_paths(video.path / video.frames.images), video, boxes)
+    layout = video.frames
+    assert layout is not None
+    boxes: list[Box] = []
+    if layout.ground_truth is None:
+        paths = _pictures(video)
+        fps = layout.rate
+    else:
+        boxes = _boxes(video.path / layout.ground_truth)
+        paths = _in_range(_frame_paths(video.path / layout.images), video, boxes)
+        fps = _fps(video.path / "meta_info.ini")
     absence = _flags(video, "absence.label", len(paths))
     cover = _flags(video, "cover.label", len(paths))
-    fps = _fps(video.path / "meta_info.ini")
     times = [round(number / (fps or _ASSUMED_FPS), 6) for number in range(len(paths))]
     chosen = _chosen(plan.choice, times)
     if len(chosen) < plan.min_frames:
         raise DecodeError("too-short", f"{len(chosen)} frames, fewer than {plan.min_frames}")
-    frames = [_read(paths[number]) for number in chosen]
+    frames = [_read_jpeg(paths[number], plan.quality) for number in chosen]
     width, height = _size(frames, [paths[number] for number in chosen])
     kept = [boxes[number] for number in chosen if number < len(boxes)]
     if plan.short_edge is not None:
@@ -83,11 +105,26 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
         source_fps=fps,
         source_frames=len(paths),
         source_duration=None,
-        boxes=kept,
+        boxes=kept if layout.ground_truth is not None else None,
         absence=[absence[number] for number in chosen] if absence else None,
         cover=[cover[number] for number in chosen] if cover else None,
     )
     return record, frames
+
+
+def _pictures(video: Video) -> list[Path]:
+    """Return the pictures of a folder, ordered by the numbers in their names."""
+    assert video.frames is not None
+    if video.frames.only is not None:
+        return [video.path / video.frames.only]
+    try:
+        with os.scandir(video.path) as entries:
+            names = [entry.name for entry in entries if is_picture(entry.name) and entry.is_file()]
+    except OSError as error:
+        raise DecodeError("missing", f"{video.path.name}: {error.strerror}") from error
+    if not names:
+        raise DecodeError("zero-frames", f"{video.path.name} contains no pictures")
+    return [video.path / name for name in sorted(names, key=natural)]
 
 
 def _frame_paths(folder: Path) -> list[tuple[int, Path]]:
@@ -189,6 +226,22 @@ def _read(path: Path) -> bytes:
         return read_regular(path, MAX_FRAME_BYTES)
     except InputError as error:
         raise DecodeError("unreadable", f"{path.name}: {error.what}") from error
+
+
+def _read_jpeg(path: Path, quality: int) -> bytes:
+    """Return the bytes of a JPEG as they are, those of another picture encoded as one."""
+    data = _read(path)
+    if data.startswith(_START_OF_IMAGE):
+        return data
+    try:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
+            require_pixels(*picture.size)
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DecodeError("unreadable", f"{path.name} is not a picture ({error})") from error
+    return bytes(
+        simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
+    )
 
 
 def _size(frames: list[bytes], paths: list[Path]) -> tuple[int, int]:
@@ -330,6 +383,7 @@ def finished_shard(storage: Storage, plan: ShardPlan) -> Iterator[FinishedShard]
         yield FinishedShard(tar, read_index(path))
 
 
+LONG_SECONDS = 60.0
 _JPEG_MOST_PX = 65_500
 _MOST_ATTEMPTS = 3  # for a video whose ffmpeg was killed from outside
 
@@ -358,6 +412,7 @@ class ShardResult:
 
     info: ShardInfo
     exclusions: list[Exclusion]
+    long: int = 0  # videos of more than a minute that are not clips
     seconds: float = 0.0  # spent building it
     host: str = ""
 
@@ -404,17 +459,18 @@ def build_shard(
         if kept is not None:
             failed, told = _up_to_first_stored(told)
             if not told and failed == kept.exclusions:
-                return _result(kept.info, failed, began)
+                return _result(kept.info, failed, 0, began)
             told = _merged(plan, kept, itertools.chain(failed, told))
         folder = stack.enter_context(storage.writing())
-        info, exclusions = _write(plan, folder, told)
-    return _result(info, exclusions, began)
+        info, exclusions, long = _write(plan, folder, told)
+    return _result(info, exclusions, long, began)
 
 
 def _write(
     plan: ShardPlan, folder: Path, outcomes: Iterable[Outcome]
-) -> tuple[ShardInfo, list[Exclusion]]:
+) -> tuple[ShardInfo, list[Exclusion], int]:
     exclusions = []
+    long = 0
     with ShardWriter(folder / plan.tar, plan.digest) as writer:
         for outcome in outcomes:
             if isinstance(outcome, Exclusion):
@@ -422,13 +478,17 @@ def _write(
                 exclusions.append(outcome)
             else:
                 writer.add(outcome.record, outcome.frames)
+                clip = outcome.record.start is not None
+                long += not clip and (outcome.record.source_duration or 0.0) > LONG_SECONDS
     assert writer.info is not None
-    return writer.info, exclusions
+    return writer.info, exclusions, long
 
 
-def _result(info: ShardInfo, exclusions: list[Exclusion], began: float) -> ShardResult:
+def _result(info: ShardInfo, exclusions: list[Exclusion], long: int, began: float) -> ShardResult:
     seconds = round(time.monotonic() - began, 3)
-    return ShardResult(info=info, exclusions=exclusions, seconds=seconds, host=platform.node())
+    return ShardResult(
+        info=info, exclusions=exclusions, long=long, seconds=seconds, host=platform.node()
+    )
 
 
 def _up_to_first_stored(
@@ -473,7 +533,8 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
     if video.frames is not None:
         return StoredVideo(*store_sequence(video, plan))
     count = plan.choice.count
-    times = forecast_times(video.path) if count is not None else None
+    forecast = count is not None and not plan.keyframes
+    times = forecast_times(video.path) if forecast else None
     if count is not None and times is not None:
         try:
             only = nearest_distinct(times.tolist(), count)
@@ -487,6 +548,19 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
             if error.kind in ("timeout", "crashed", "damaged"):
                 raise
     return _decoded(video, plan, None)[0]
+
+
+def _jpegs(plan: ShardPlan, decoded: Decoding) -> Callable[[Frame], bytes]:
+    """Return what encodes the frames of a pass."""
+
+    def encode(frame: Frame) -> bytes:
+        if max(decoded.width, decoded.height) > _JPEG_MOST_PX:
+            raise DecodeError("unreadable", "the picture is too large for JPEG")
+        width, height = decoded.width, decoded.height
+        exact = jpeg_planes(frame.planes, width, height, decoded.matrix, decoded.full_range)
+        return encode_jpeg(exact, plan.quality)
+
+    return encode
 
 
 def _decoded(
@@ -507,20 +581,16 @@ def _decoded(
         timeout_seconds=plan.timeout_seconds,
         binary=plan.binary,
         only=only,
+        keyframes=plan.keyframes,
     ) as decoded:
-
-        def encode(chosen: Sequence[Frame]) -> None:
-            for time, planes in chosen:
-                if max(decoded.width, decoded.height) > _JPEG_MOST_PX:
-                    raise DecodeError("unreadable", "the picture is too large for JPEG")
-                width, height = decoded.width, decoded.height
-                exact = jpeg_planes(planes, width, height, decoded.matrix, decoded.full_range)
-                times.append(time)
-                frames.append(encode_jpeg(exact, plan.quality))
-
+        encode = _jpegs(plan, decoded)
         for frame in decoded:
-            encode(chooser.offer(frame))
-        encode(chooser.finish())
+            for chosen in chooser.offer(frame):
+                times.append(chosen.time)
+                frames.append(encode(chosen))
+        for chosen in chooser.finish():
+            times.append(chosen.time)
+            frames.append(encode(chosen))
     if decoded.damage is not None and not plan.keep_damaged:
         raise DecodeError("damaged", decoded.damage)
     if only is not None and len(frames) != len(only):
@@ -539,37 +609,76 @@ def _decoded(
     return StoredVideo(record, frames), decoded.times
 
 
-def _outcome(video: Video, plan: ShardPlan, stopping: threading.Event) -> Outcome:
+def _outcomes(
+    piece: Sequence[Video], wanted: Sequence[Video], plan: ShardPlan, stopping: threading.Event
+) -> list[Outcome]:
+    """Return the outcomes of the wanted videos of a piece: one video, or clips of a recording."""
+    if piece[0].span is None:
+        return [_outcome(piece[0], plan, stopping, lambda: [store_video(piece[0], plan)])[0]]
+
+    def clips(of: Sequence[Video], some: Sequence[Video]) -> list[Outcome]:
+        return [
+            Exclusion(source=video.shown, kind=found.kind, message=found.message)
+            if isinstance(found, DecodeError)
+            else StoredVideo(*found)
+            for video, found in zip(
+                some,
+                decode_clips(of, some, plan, lambda decoded: _jpegs(plan, decoded)),
+                strict=True,
+            )
+        ]
+
+    found = _outcome(piece[0], plan, stopping, lambda: clips(piece, wanted))
+    if len(found) == len(wanted):
+        return found
+    # Damage in one place must not exclude minutes of video.
+    return [
+        _outcome(video, plan, stopping, lambda video=video: clips([video], [video]))[0]  # type: ignore[misc]
+        for video in wanted
+    ]
+
+
+def _outcome(
+    video: Video, plan: ShardPlan, stopping: threading.Event, store: Callable[[], list[Outcome]]
+) -> list[Outcome]:
+    """Return what ``store`` does, or the one reason why it cannot."""
     for attempt in itertools.count(1):
         require_going()
         try:
-            return store_video(video, plan)
+            return store()
         except DecodeError as error:
             require_going()  # a video whose ffmpeg was stopped has not failed
             # ffmpeg may have been killed for other reasons than this video, mostly lack of memory.
             if error.kind != "crashed" or attempt == _MOST_ATTEMPTS or stopping.is_set():
-                return Exclusion(source=video.source, kind=error.kind, message=error.message)
+                return [Exclusion(source=video.shown, kind=error.kind, message=error.message)]
     raise AssertionError("unreachable")
 
 
 def _in_order(
     videos: Sequence[Video], plan: ShardPlan, threads: int
 ) -> Generator[Outcome, None, None]:
-    """Yield the outcome of every video in the given order, decoding a few ahead."""
+    """Yield the outcome of every given video of the plan, in order, decoding a few pieces ahead."""
     stopping = threading.Event()
+    todo = {video.key for video in videos}
+    work = [
+        (piece, wanted)
+        for piece in pieces(plan.videos)
+        if (wanted := [video for video in piece if video.key in todo])
+    ]
     if threads == 1:
-        yield from (_outcome(video, plan, stopping) for video in videos)
+        for piece, wanted in work:
+            yield from _outcomes(piece, wanted, plan, stopping)
         return
-    ahead: deque[Future[Outcome]] = deque()
+    ahead: deque[Future[list[Outcome]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for video in videos:
-                ahead.append(pool.submit(_outcome, video, plan, stopping))
+            for piece, wanted in work:
+                ahead.append(pool.submit(_outcomes, piece, wanted, plan, stopping))
                 # Stored videos wait in memory: only as far ahead as keeps the threads busy.
                 if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
+                    yield from ahead.popleft().result()
             while ahead:
-                yield ahead.popleft().result()
+                yield from ahead.popleft().result()
         except BaseException:
             stopping.set()
             for future in ahead:

@@ -19,7 +19,9 @@ class PrepareConfig:
     """``seco prepare``: which videos and frames to store."""
 
     dataset: str = setting(dataclasses.MISSING, "name of the dataset: a module of pipelines/")
-    src: str = setting(dataclasses.MISSING, "folder of the raw videos")
+    src: str = setting(
+        dataclasses.MISSING, "folder of the raw videos; for list, the CSV or Parquet"
+    )
     out: str = setting(
         "",
         "folder for the shards, or an address such as s3://bucket/shards "
@@ -36,6 +38,23 @@ class PrepareConfig:
     )
     fps: float | None = setting(None, "frames per second of video, instead of --frames")
     all_frames: bool = setting(False, "store every frame, instead of --frames")
+    clip_seconds: float | None = setting(
+        None, "divide recordings into clips of this length, each stored as a video (folder, list)"
+    )
+    clip_stride: float | None = setting(
+        None, "seconds from the start of a clip to that of the next [default: --clip-seconds]"
+    )
+    cut_scenes: bool = setting(False, "of each clip, keep the longest part without a scene cut")
+    keyframes: bool = setting(
+        False, "decode key frames only: fast, and seconds apart; for hours of surveillance video"
+    )
+    frame_rate: float | None = setting(
+        None, "frames per second of folders of frames [default: 30; for dataset frames]"
+    )
+    root: str | None = setting(
+        None, "folder that the paths of a list are relative to [default: the list's]"
+    )
+    allow_outside: bool = setting(False, "accept paths of a list that lead out of --root")
     min_frames: int = setting(1, "exclude videos with fewer stored frames, as too-short")
     short_edge: int | None = setting(
         None,
@@ -87,6 +106,19 @@ def validate(config: PrepareConfig) -> None:
     for name in ("frames", "min_frames", "videos_per_shard", "workers"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, "must be 1 or more")
+    for name in ("clip_seconds", "clip_stride", "frame_rate"):
+        value = getattr(config, name)
+        _require(value is None or 0 < value < math.inf, name, "must be above 0")
+    _require(
+        config.clip_stride is None or config.clip_seconds is not None,
+        "clip_stride",
+        "needs --clip-seconds",
+    )
+    _require(
+        not config.cut_scenes or config.clip_seconds is not None,
+        "cut_scenes",
+        "needs --clip-seconds",
+    )
     _require(config.fps is None or 0 < config.fps < math.inf, "fps", "must be above 0")
     _require(0 < config.timeout < math.inf, "timeout", "must be above 0")
     _require(1 <= config.quality <= 100, "quality", "must be from 1 to 100")

@@ -338,8 +338,12 @@ class Frame(NamedTuple):
 _INPUT = "file:"  # stands for the file: ffmpeg-python takes no names that are not UTF-8
 
 
-def pictures() -> Any:
-    """Return the ffmpeg-python stream of a file's pictures as they decode, turned upright."""
+def pictures(**options: Any) -> Any:
+    """Return the ffmpeg-python stream of a file's pictures as they decode, turned upright.
+
+    Args:
+        options: more options of ffmpeg's input.
+    """
     source = ffmpeg.input(
         _INPUT,
         protocol_whitelist="file",
@@ -348,6 +352,7 @@ def pictures() -> Any:
         # One thread per video: the workers fill the cores, and damaged streams decode the same
         # way every time.
         threads=1,
+        **options,
     )
     return source["V:0"]  # V: no cover art
 
@@ -389,15 +394,27 @@ def output_argv(stream: Any, binary: str, path: Path) -> list[str]:
 
 
 def decode_argv(
-    path: Path, short_edge: int, binary: str, only: Sequence[int] | None = None
+    path: Path,
+    short_edge: int,
+    binary: str,
+    only: Sequence[int] | None = None,
+    span: tuple[float, float] | None = None,
+    keyframes: bool = False,
 ) -> list[str]:
     """Return the command that writes frames of ``path`` as YUV4MPEG2 and their times to its log.
 
     Args:
         only: numbers of the frames to write, increasing; the log still has the times of all.
+        span: decode these seconds only; times count from the first.
+        keyframes: decode key frames only.
     """
+    options: dict[str, Any] = {"skip_frame": "nokey"} if keyframes else {}
+    if span is not None:
+        start, end = span
+        options |= {"ss": f"{start:.6f}"} if start else {}
+        options |= {"t": f"{end - start:.6f}"} if end < math.inf else {}
     if only is None:
-        stream = _told(scaled(pictures(), short_edge))
+        stream = _told(scaled(pictures(**options), short_edge))
     else:
         wanted = "+".join(f"eq(n,{number})" for number in only)
         stream = scaled(_told(pictures()).filter("select", wanted), short_edge)
@@ -531,11 +548,15 @@ def decoding(
     timeout_seconds: float | None,
     binary: str,
     only: Sequence[int] | None = None,
+    span: tuple[float, float] | None = None,
+    keyframes: bool = False,
 ) -> Iterator[Decoding]:
     """Decode ``path`` once; ffmpeg has exited when the block ends.
 
     Args:
         only: numbers of the frames to scale and yield, increasing; all are decoded.
+        span: first and last second to decode; the times of frames count from the first.
+        keyframes: decode key frames only.
 
     Raises:
         DecodeError: the file does not exist, or from the iteration, see :class:`Decoding`.
@@ -547,7 +568,7 @@ def decoding(
         raise DecodeError(kind, error.strerror or "cannot be read") from error
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise DecodeError("unreadable", "the file is empty")
-    argv = decode_argv(path, short_edge, binary, only)
+    argv = decode_argv(path, short_edge, binary, only, span, keyframes)
     with FfmpegStream(argv, timeout_seconds, reads=path) as stream:
         yield Decoding(stream, path, only)
 

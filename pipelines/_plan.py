@@ -11,12 +11,13 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines._adapter import Video, VideoSet, source_bytes, source_folder
+from pipelines._adapter import Video, VideoSet, raw_folder, source_bytes
 from pipelines._config import PrepareConfig
 from pipelines._decode import Frame
 
@@ -30,10 +31,10 @@ class FrameChoice:
     count: int | None = None
     fps: float | None = None
 
-    def chooser(self) -> Chooser:
-        """Return a new chooser, for one video."""
+    def chooser(self, budget_bytes: int = _BUDGET_BYTES) -> Chooser:
+        """Return a new chooser, for one video; frames that wait take so much memory at most."""
         if self.count is not None:
-            return Evenly(self.count)
+            return Evenly(self.count, budget_bytes)
         return AtRate(self.fps) if self.fps is not None else Every()
 
 
@@ -169,6 +170,8 @@ class ShardPlan:
     src: str  # the folder of the raw videos
     binary: str  # ffmpeg
     ffmpeg_version: str
+    keyframes: bool = False  # decode nothing else
+    cut_scenes: bool = False  # of a clip, keep the longest part without a cut
     retry: bool = False  # copy what the finished shard contains, and retry the rest
 
     @property
@@ -205,11 +208,10 @@ def plan_set(
     """Divide a dataset into shards ``NAME-000.tar``, ``NAME-001.tar``, …
 
     Videos are ordered by the SHA-1 of their keys, so that each shard is a mixture of classes and
-    the order depends on nothing else.
+    the order depends on nothing else. Clips of a recording stay together for some minutes, because
+    they are decoded in one pass.
     """
-    ordered = sorted(
-        videos.videos, key=lambda video: (hashlib.sha1(video.key.encode()).digest(), video.source)
-    )
+    ordered = sorted(videos.videos, key=_rank)
     settings = byte_settings(config, choice, short_edge)
     digest = _digest(ordered, settings, ffmpeg_version)
     starts = range(0, len(ordered), config.videos_per_shard)
@@ -229,9 +231,11 @@ def plan_set(
             min_frames=config.min_frames,
             keep_damaged=config.keep_damaged,
             timeout_seconds=config.timeout,
-            src=str(source_folder(config)),
+            src=str(raw_folder(config)),
             binary=binary,
             ffmpeg_version=ffmpeg_version,
+            keyframes=config.keyframes,
+            cut_scenes=config.cut_scenes,
         )
         for number, start in enumerate(starts)
     ]
@@ -244,11 +248,44 @@ def plan_set(
     )
 
 
+def _rank(video: Video) -> tuple[bytes, str, float]:
+    if video.span is None:
+        return hashlib.sha1(video.key.encode()).digest(), video.source, 0.0
+    start = video.span[0]
+    part = f"{video.source}/{start // PIECE_SECONDS:.0f}"
+    return hashlib.sha1(part.encode()).digest(), video.source, start
+
+
+PIECE_SECONDS = 300.0  # of a recording, decoded in one pass
+_SKIPPED_SECONDS = 10.0  # between two clips, which are decoded for nothing rather than sought
+
+
+def pieces(videos: Sequence[Video]) -> Iterator[tuple[Video, ...]]:
+    """Divide a shard's videos, in their order, into those that are decoded in one pass."""
+    piece: list[Video] = []
+    for video in videos:
+        if piece and not _continues(piece, video):
+            yield tuple(piece)
+            piece = []
+        piece.append(video)
+    if piece:
+        yield tuple(piece)
+
+
+def _continues(piece: list[Video], video: Video) -> bool:
+    first, last = piece[0], piece[-1]
+    if first.span is None or last.span is None or video.span is None:
+        return False
+    start, end = video.span
+    near = last.span[0] <= start <= last.span[1] + _SKIPPED_SECONDS
+    return video.path == first.path and near and end - first.span[0] <= 2 * PIECE_SECONDS
+
+
 def byte_settings(
     config: PrepareConfig, choice: FrameChoice, short_edge: int | None
 ) -> dict[str, Any]:
     """Return the settings that change what is stored: not folders, workers or the time limit."""
-    return {
+    settings = {
         "dataset": config.dataset,
         "frames": choice.count,
         "fps": choice.fps,
@@ -259,6 +296,9 @@ def byte_settings(
         "quality": config.quality,
         "videos_per_shard": config.videos_per_shard,
     }
+    # Only where they are given: the plans of earlier versions have no such settings.
+    given = {name: getattr(config, name) for name in ("keyframes", "cut_scenes")}
+    return settings | {name: value for name, value in given.items() if value}
 
 
 def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) -> str:
@@ -269,7 +309,10 @@ def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) 
     """
     digest = hashlib.sha256(json.dumps([settings, ffmpeg_version]).encode())
     for video in videos:
-        row = [video.key, video.label, video.label_name, sorted(video.splits.items())]
+        row: list[Any] = [video.key, video.label, video.label_name, sorted(video.splits.items())]
+        later = (video.group, video.span, video.metadata, video.frames and video.frames.rate)
+        if any(value is not None for value in later):
+            row += later
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 
@@ -284,4 +327,7 @@ def described(video: Video, dataset: str) -> dict[str, Any]:
         "label_name": video.label_name,
         "splits": video.splits,
         "source_bytes": source_bytes(video),
+        "group": video.group,
+        "start": video.span[0] if video.span is not None else None,
+        "metadata": video.metadata,
     }

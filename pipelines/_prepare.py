@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from pipelines._adapter import Adapter, Video, adapter, coverage_csv, coverage_lines, source_bytes
-from pipelines._build import ShardResult, Tally, finished_indexes
+from pipelines._build import LONG_SECONDS, ShardResult, Tally, finished_indexes
+from pipelines._clips import with_clips
 from pipelines._config import PrepareConfig, validate
 from pipelines._decode import CONTAINERS
 from pipelines._engine import build_shards
@@ -119,6 +120,10 @@ def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
     header = _probe(video, shard.binary)
     if header is None or shard.short_edge is None:
         return None
+    if video.span is not None and header.seconds:
+        seconds = min(video.span[1], header.seconds) - video.span[0]
+        part = seconds / header.seconds
+        header = replace(header, frames=header.frames * part, seconds=seconds)
     pixels = header.width * header.height
     scale = min(1.0, shard.short_edge / max(1, min(header.width, header.height)))
     small = pixels * scale**2
@@ -258,9 +263,14 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     config = replace(config, out=config.out or default_folder())
     dataset = adapter(config.dataset)
     _require_whole(config, dataset)
+    _require_clips_make_sense(config, dataset)
     binary = ffmpeg_binary(config.ffmpeg)
     found = dataset.discover(config)
     choice = _choice(config, dataset)
+    if config.clip_seconds is not None:
+        found = replace(
+            found, sets=[with_clips(part, config, binary, workers(config)) for part in found.sets]
+        )
     for videos in found.sets:
         if not videos.videos:
             first = videos.excluded[0].source if videos.excluded else videos.name
@@ -310,6 +320,16 @@ def _require_whole(config: PrepareConfig, dataset: Adapter) -> None:
     for name in ("frames", "fps", "short_edge"):
         if dataset.stored_whole is not None and getattr(config, name) is not None:
             raise InputError(dataset.stored_whole, f"--{name.replace('_', '-')}", "leave it out")
+
+
+def _require_clips_make_sense(config: PrepareConfig, dataset: Adapter) -> None:
+    """Raises InputError where clips are requested of videos that are short by definition."""
+    if config.clip_seconds is not None and not dataset.recordings:
+        raise InputError(
+            f"the videos of {config.dataset} are not divided into clips",
+            "--clip-seconds",
+            "prepare them as dataset folder or list",
+        )
 
 
 def _choice(config: PrepareConfig, dataset: Adapter) -> FrameChoice:
@@ -365,6 +385,9 @@ def _prepare_set(
                 _engine(config)(todo, workers(config), on_shard, on_progress)
                 seconds = bar.seconds
             _say([_rates(plan.name, done, seconds)])
+            long = sum(results[shard.name].long for shard in todo)
+            if long and adapter(config.dataset).recordings:
+                _say([_of_long_videos(plan.name, long)])
     except KeyboardInterrupt:
         finished = len(results)
         raise Stopped(
@@ -374,6 +397,13 @@ def _prepare_set(
     finally:
         log.close()
     return _finish_set(plan, [results[shard.name] for shard in plan.shards], storage, version)
+
+
+def _of_long_videos(name: str, count: int) -> str:
+    return (
+        f"{name}: {count} videos are longer than {LONG_SECONDS:.0f} s. The frames of each are "
+        "spread over all of it and count as one video: --clip-seconds 10 divides it into clips"
+    )
 
 
 def _todo(plan: SetPlan, results: dict[str, ShardResult], retry_failed: bool) -> list[ShardPlan]:

@@ -131,8 +131,12 @@ class PretrainConfig(TrainingConfig):
         "initial queue: unit vectors, or uniform numbers [default: the preset's]",
         choices=("unit", "uniform"),
     )
-    mask_same_video: bool = setting(
-        False, "do not use queued keys of the query's own video as negatives"
+    mask_same_video: bool = setting(False, "the same as --negatives other-videos")
+    negatives: str = setting(
+        "all",
+        "which queued keys are negatives: all, or not those of the query's own video, or not those "
+        "of its group, such as the clips of one recording",
+        choices=("all", "other-videos", "other-groups"),
     )
     temperature: float = setting(0.1, "temperature of the inter loss", source="paper §5.2")
     intra_temperature: float = setting(0.1, "temperature of the intra loss", source="paper §5.2")
@@ -153,6 +157,9 @@ class PretrainConfig(TrainingConfig):
         "frames of a triplet: any three, or the anchor and the other two from opposite halves "
         "of the video [default: the preset's]",
         choices=("uniform", "halves"),
+    )
+    max_gap_seconds: float | None = setting(
+        None, "longest time from the first frame of a triplet to the last [default: any]"
     )
     crop_size: int = setting(224, "side of a view, in px", source="paper §5.2")
     min_crop_area: float = setting(
@@ -283,6 +290,8 @@ def _require_ranges(config: PretrainConfig, share: int) -> None:
     for name in ("window_shards", "steps_per_epoch"):
         _require((getattr(config, name) or 0) >= 0, name, "must not be negative")
     _require(config.steps_per_epoch != 0, "steps_per_epoch", "must be 1 or more")
+    gap = config.max_gap_seconds
+    _require(gap is None or 0 < gap < float("inf"), "max_gap_seconds", "must be above 0")
     _require(config.cache_gb > 0, "cache_gb", "must be above 0")
     _require(
         config.decode == "cpu" or config.views_on == "device",

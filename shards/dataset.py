@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import bisect
 import glob
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,7 +92,9 @@ def _braces(pattern: str) -> list[str]:
     if _most_expansions(braces) > MAX_SHARDS:
         raise InputError(f"names more than {MAX_SHARDS} shards", pattern, _ADVICE)
     try:
-        found = list(islice(braceexpand.braceexpand(braces), MAX_SHARDS)) if pattern else []
+        found = (
+            list(itertools.islice(braceexpand.braceexpand(braces), MAX_SHARDS)) if pattern else []
+        )
     except ValueError as error:
         raise InputError("has unbalanced braces", pattern, _ADVICE) from error
     return found
@@ -285,6 +287,16 @@ class ShardSet:
         rows = [row for index in self.indexes for row in index.splits]
         names = sorted({name for row in rows for name in row})
         return {name: [row.get(name) for row in rows] for name in names}
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """(V,) numbers of groups, such as the clips of one recording; a video alone is one."""
+        numbers: dict[str, int] = {}
+        names = (
+            name if name is not None else f"\0{video}"
+            for video, name in enumerate(itertools.chain(*(i.groups for i in self.indexes)))
+        )
+        return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
     @property
     def total_bytes(self) -> int:

@@ -24,6 +24,7 @@ Pixels = Annotated[int, Meta(ge=0, le=65_535)]  # a JPEG has no more
 Box = Annotated[list[float], Meta(min_length=4, max_length=4)]
 Flag = Annotated[int, Meta(ge=0, le=255)]
 
+_OPTIONAL = ("boxes", "absence", "cover", "group", "start", "duration", "metadata")
 _NOT_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -35,6 +36,9 @@ class VideoRecord:
     ``[x, y, w, h]`` in px of the stored frames, one per frame (tracking datasets only). They are
     unchanged from the dataset: the first pixel is 1, not 0. GOT-10k's test sequences have only the
     first box.
+
+    A clip is a part of a longer recording: ``group`` names the recording, ``start`` and
+    ``duration`` tell which seconds of it, and ``frame_times`` count from ``start``.
     """
 
     key: str
@@ -53,12 +57,16 @@ class VideoRecord:
     boxes: list[Box] | None = None
     absence: list[Flag] | None = None
     cover: list[Flag] | None = None
+    group: str | None = None  # videos that belong together: clips of a recording, one camera
+    start: float | None = None  # seconds from the beginning of ``source``
+    duration: float | None = None  # seconds
+    metadata: dict[str, str] | None = None  # other columns of the list it comes from
 
     def to_json(self) -> bytes:
-        """Return a line of JSON, fields in the order above, without boxes and flags of None."""
+        """Return a line of JSON, fields in the order above, without the later ones of None."""
         fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
         fields |= dataclasses.asdict(self)
-        for name in ("boxes", "absence", "cover"):
+        for name in _OPTIONAL:
             if fields[name] is None:
                 del fields[name]
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8")

@@ -148,6 +148,7 @@ _EXTENSIONS = (
 MAX_RECORD_BYTES = 64 << 20
 MAX_FRAME_BYTES = 256 << 20  # of a JPEG
 MAX_INDEX_BYTES = 1 << 30
+_MOST_NAMED = 5
 _PIECE = 1 << 20  # bytes read at a time
 _MAX_LABEL_BYTES = 9  # as text: a label is an i32
 
@@ -167,10 +168,11 @@ class _Header(msgspec.Struct):
 
 
 class _Details(msgspec.Struct):
-    """Per video: its splits, and its source with its size in bytes or -1."""
+    """Per video: its splits, its source with its size in bytes or -1, and its group if any has."""
 
     splits: list[dict[str, str]]
     sources: list[tuple[str, Annotated[int, msgspec.Meta(ge=-1, lt=2**53)]]]
+    groups: list[str | None] | None = None
 
 
 class FrameAt(NamedTuple):
@@ -229,7 +231,8 @@ class ShardIndex:
         where, what = self.info.file, "its index is incomplete"
         advice = "rebuild it with `seco index --force`"
         details = decode_json(_Details, self.details.tobytes(), where, what, advice)
-        if not len(details.splits) == len(details.sources) == self.info.videos:
+        groups = details.splits if details.groups is None else details.groups
+        if not len(details.splits) == len(details.sources) == len(groups) == self.info.videos:
             raise InputError(what, where, advice)
         return details
 
@@ -242,6 +245,11 @@ class ShardIndex:
     def sources(self) -> list[tuple[str, int]]:
         """(V,) path relative to the raw folder, and size in bytes or -1."""
         return self._details.sources
+
+    @property
+    def groups(self) -> list[str | None]:
+        """(V,) names of the videos that belong together; None for a video on its own."""
+        return self._details.groups or [None] * self.info.videos
 
     def frame_at(self, row: int, frame: int) -> FrameAt:
         """Return the position of a video's frame; frames count from 0 in time order.
@@ -266,6 +274,7 @@ class IndexBuilder:
         self._keys: list[str] = []
         self._splits: list[dict[str, str]] = []
         self._sources: list[tuple[str, int]] = []
+        self._groups: list[str | None] = []
         self._labels: list[int] = []
         self._records: list[tuple[int, int]] = []
         self._first_frame: list[int] = [0]
@@ -292,11 +301,17 @@ class IndexBuilder:
         self._splits.append(dict(record.splits) if record else {})
         size = record.source_bytes if record else None
         self._sources.append((record.source if record else "", -1 if size is None else size))
+        self._groups.append(record.group if record else None)
         label = record.label if record else label
         self._labels.append(_NO_LABEL if label is None else label)
         self._records.append(record_at)
         self._frames.extend(frames_at)
         self._first_frame.append(len(self._frames))
+
+    @property
+    def videos(self) -> int:
+        """Videos added so far."""
+        return len(self._keys)
 
     def finish(
         self, *, file: str, size: int, sha256: str, plan_digest: str, exclusions: list[Exclusion]
@@ -312,7 +327,9 @@ class IndexBuilder:
         records = np.array(self._records, dtype=np.uint64).reshape(-1, 2)
         frames = np.array(self._frames, dtype=np.uint64).reshape(-1, 3)
         keys = [key.encode("utf-8", "surrogateescape") for key in self._keys]
-        details = {"splits": self._splits, "sources": self._sources}
+        details: dict[str, Any] = {"splits": self._splits, "sources": self._sources}
+        if any(group is not None for group in self._groups):
+            details["groups"] = self._groups
         return ShardIndex(
             info=info,
             plan_digest=plan_digest,
@@ -433,6 +450,7 @@ def build_index(tar_path: Path) -> ShardIndex:
         InputError: not a tar, or a truncated one.
     """
     builder = IndexBuilder()
+    others: set[str] = set()
     with open_regular(tar_path) as raw:
         for key, members in itertools.groupby(tar_members(tar_path), key=lambda row: row.key):
             record: VideoRecord | None = None
@@ -449,8 +467,16 @@ def build_index(tar_path: Path) -> ShardIndex:
                     raise InputError(f"{member.name} is too large for a frame", tar_path)
                 elif member.is_jpeg:
                     frames.append(_frame_at(member, raw))
+                elif len(others) < _MOST_NAMED:
+                    others.add(member.extension.rpartition(".")[2])
             if frames:
                 builder.add(key, record, record_at, frames, label)
+    if others and not builder.videos:
+        raise InputError(
+            f"holds no JPEG frames, but {', '.join(sorted(others))}",
+            tar_path,
+            "to store the frames of its videos, unpack it and run `seco prepare folder`",
+        )
     return builder.finish(
         file=tar_path.name,
         size=tar_path.stat().st_size,

@@ -375,6 +375,8 @@ def open_stream(
     window_shards: int | None = None,
     steps_per_epoch: int | None = None,
     split: str | None = None,
+    max_gap_seconds: float | None = None,
+    by_group: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Stream:
@@ -390,6 +392,8 @@ def open_stream(
             cached shards, otherwise the whole dataset.
         steps_per_epoch: length of an epoch, only for shards without an index.
         split: use only the training videos of this split.
+        max_gap_seconds: from the first frame of a triplet to the last; None for any.
+        by_group: number samples by the groups of their videos.
         rank: of this process, among ``world_size`` ranks.
 
     Raises:
@@ -399,7 +403,13 @@ def open_stream(
     try:
         shards = open_shards(spec, cache)
     except NoIndex:
-        given = {"--cache-dir": cache, "--window-shards": window_shards, "--split": split}
+        given = {
+            "--cache-dir": cache,
+            "--window-shards": window_shards,
+            "--split": split,
+            "--max-gap-seconds": max_gap_seconds,
+            "--negatives other-groups": by_group or None,
+        }
         for option, value in given.items():
             if value is not None:
                 raise InputError("needs shards with an index", option, "leave it out") from None
@@ -411,7 +421,18 @@ def open_stream(
             "needs shards without an index; these have one", "--steps-per-epoch", "leave it out"
         )
     window = chosen_window(shards, cache, window_shards)
-    return TripletStream(shards, batch_size, sampling, seed, rank, world_size, window, split)
+    return TripletStream(
+        shards,
+        batch_size,
+        sampling,
+        seed,
+        rank,
+        world_size,
+        window,
+        split,
+        max_gap_seconds,
+        by_group,
+    )
 
 
 def chosen_window(shards: ShardSet, cache: CacheSettings | None, window_shards: int | None) -> int:

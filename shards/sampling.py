@@ -251,6 +251,7 @@ ANCHOR_LAST = 1
 SAMPLINGS = ("uniform", "halves")
 MIN_FRAMES = 3
 DRAWS = 4  # uniform numbers per triplet
+NEAR_DRAWS = 5  # with a largest distance
 
 Integers = NDArray[np.int64]
 
@@ -298,6 +299,43 @@ def draw_triplets(uniform: NDArray[np.float64], frame_counts: Integers, sampling
         others = np.sort(below(uniform[:, 2:], size[:, None]) + start[:, None], axis=1)
         return Triplets(np.column_stack([anchor, others]), order)
     raise ValueError(f"unknown sampling {sampling!r}")
+
+
+def draw_near_triplet(
+    uniform: NDArray[np.float64], times: NDArray[np.float64], seconds: float, sampling: str
+) -> tuple[list[int], int] | None:
+    """Draw a triplet from one video, none of whose frames are further apart than ``seconds``.
+
+    ``uniform``: every such set of three frames is equally likely. ``halves``: the frames come from
+    the halves of a stretch of that length, which begins at any frame that leaves three.
+
+    Args:
+        uniform: (5,) numbers in [0, 1).
+        times: (F,) seconds of the stored frames, not decreasing.
+        seconds: from the first frame to the last.
+        sampling: as for :func:`draw_triplets`.
+
+    Returns:
+        Frame numbers and order as in :class:`Triplets`; None if no three frames are so near.
+    """
+    # A nanosecond for the rounding of decimal times.
+    last = np.searchsorted(times, times + seconds + 1e-9, side="right") - 1
+    after = last - np.arange(len(times))  # frames that may follow each as the first
+    sets = after * (after - 1) // 2 if sampling == "uniform" else (after >= 2).astype(np.int64)
+    totals = np.cumsum(sets)
+    if not len(times) or not totals[-1]:
+        return None
+    first = int(np.searchsorted(totals, below(uniform[4:], int(totals[-1]))[0], side="right"))
+    if sampling == "halves":
+        drawn = draw_triplets(uniform[None, :4], after[first : first + 1] + 1, sampling)
+        frames, order = drawn.frames[0] + first, int(drawn.order[0])
+        return frames.tolist(), order
+    order = int(uniform[0] >= 0.5)
+    two = int(below(uniform[1:2], after[first : first + 1])[0])
+    three = int(below(uniform[2:3], after[first : first + 1] - 1)[0])
+    three += three >= two
+    near = [first, first + 1 + min(two, three), first + 1 + max(two, three)]
+    return (near[2:] + near[:2] if order == ANCHOR_LAST else near), order
 
 
 def _three_distinct(uniform: NDArray[np.float64], frame_counts: Integers) -> Integers:

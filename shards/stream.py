@@ -21,9 +21,11 @@ from shards.errors import InputError
 from shards.sampling import (
     DRAWS,
     MIN_FRAMES,
+    NEAR_DRAWS,
     EpochOrder,
     Order,
     WindowOrder,
+    draw_near_triplet,
     draw_triplets,
     sample_starts,
     substitute_position,
@@ -94,7 +96,7 @@ class TripletFrames:
     """One sample: the video, its order label, and the JPEGs of anchor, second and third frame."""
 
     key: str
-    video: int  # its number in the dataset
+    video: int  # its number in the dataset, or its group's
     order: int  # 0 if the anchor is before the others, 1 if after
     jpegs: tuple[bytes, bytes, bytes]
 
@@ -212,6 +214,13 @@ class IndexedStream:
         # Full global batches; the videos left out differ in every epoch.
         self.steps_per_epoch = len(self.usable) // batch_size
         self._wanted: tuple[str, ...] = ()
+        if not len(self.usable) and min_frames == MIN_FRAMES:
+            raise InputError(
+                f"none of the {self.left_out} videos has {MIN_FRAMES} stored frames, which a "
+                "triplet needs",
+                "--shards",
+                "features of pictures and of short videos can be extracted all the same",
+            )
         if not self.steps_per_epoch:
             raise InputError(
                 f"{len(self.usable)} videos of {min_frames} frames or more do not fill a batch "
@@ -282,6 +291,8 @@ class TripletStream(IndexedStream):
         rank: of this process, among ``world_size`` ranks; each takes B / world_size.
         window_shards: W, shuffle within windows of this many shards; 0: within the whole dataset.
         split: use only the training videos of this split.
+        max_gap_seconds: from the first frame of a triplet to the last; None for any.
+        by_group: give samples the number of the video's group instead of the video's own.
 
     Raises:
         InputError: fewer usable videos than one batch needs, or B is not divisible by the ranks.
@@ -297,6 +308,8 @@ class TripletStream(IndexedStream):
         world_size: int = 1,
         window_shards: int = 0,
         split: str | None = None,
+        max_gap_seconds: float | None = None,
+        by_group: bool = False,
     ) -> None:
         super().__init__(
             shards,
@@ -309,6 +322,8 @@ class TripletStream(IndexedStream):
             split=split,
         )
         self._sampling = sampling
+        self._max_gap_seconds = max_gap_seconds
+        self._owners = shards.groups if by_group else None
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
         return self.samples(epoch, self.videos(epoch, self.positions(step, rows)))
@@ -322,17 +337,57 @@ class TripletStream(IndexedStream):
         """Return the samples of (n,) videos; each is a function of (seed, epoch, video) alone."""
         videos = numbers.tolist()
         keys = [self.shards.key(video) for video in videos]
-        counts = np.array([self.shards.frame_count(video) for video in videos])
         starts = sample_starts(self.seed, epoch, keys, "triplet")
-        drawn = draw_triplets(uniforms(starts, DRAWS), counts, self._sampling)
-        frames = drawn.frames.tolist()
+        if self._max_gap_seconds is None:
+            counts = np.array([self.shards.frame_count(video) for video in videos])
+            drawn = draw_triplets(uniforms(starts, DRAWS), counts, self._sampling)
+            triplets = list(zip(drawn.frames.tolist(), drawn.order.tolist(), strict=True))
+            return self._read(videos, keys, triplets)
+        near = self._near(videos, uniforms(starts, NEAR_DRAWS), self._max_gap_seconds)
+        there = [row for row, one in enumerate(near) if not isinstance(one, str)]
+        read = iter(
+            self._read(
+                [videos[row] for row in there],
+                [keys[row] for row in there],
+                [one for one in near if not isinstance(one, str)],
+            )
+        )
+        return [
+            UnreadableTriplet(key, one) if isinstance(one, str) else next(read)
+            for key, one in zip(keys, near, strict=True)
+        ]
+
+    def _near(
+        self, videos: list[int], uniform: NDArray[np.float64], seconds: float
+    ) -> list[tuple[list[int], int] | str]:
+        """Draw triplets of near frames, whose times only the records have; or say why not."""
+        found: list[tuple[list[int], int] | str] = []
+        for row, record in enumerate(self.shards.records(videos)):
+            if isinstance(record, UnreadableFrame):
+                found.append(str(record))
+                continue
+            times = np.array(record.frame_times)
+            if len(times) != self.shards.frame_count(videos[row]):
+                found.append(f"{record.key} has no times, which --max-gap-seconds needs")
+                continue
+            drawn = draw_near_triplet(uniform[row], times, seconds, self._sampling)
+            found.append(drawn or f"{record.key} has no three frames within {seconds:g} s")
+        return found
+
+    def _read(
+        self, videos: list[int], keys: list[str], triplets: list[tuple[list[int], int]]
+    ) -> list[Sample]:
         found = self.shards.read_frames(
-            [(video, frame) for video, row in zip(videos, frames, strict=True) for frame in row]
+            [
+                (video, frame)
+                for video, (row, _) in zip(videos, triplets, strict=True)
+                for frame in row
+            ]
         )
         samples: list[Sample] = []
-        for i, (key, video, order) in enumerate(zip(keys, videos, drawn.order, strict=True)):
-            jpegs = tuple(found[3 * i : 3 * i + 3])
-            samples.append(sample_of(key, video, int(order), jpegs))
+        for i, (key, video, (_, order)) in enumerate(zip(keys, videos, triplets, strict=True)):
+            owner = video if self._owners is None else int(self._owners[video])
+            samples.append(sample_of(key, owner, order, tuple(found[3 * i : 3 * i + 3])))
         return samples
 
 

@@ -125,6 +125,8 @@ def import_everything() -> None:
 def _serve(requests: socket.socket) -> None:
     """Fork a command per request until the tests are over; report how each ended."""
     import_everything()
+    # A fork that is interrupted before it has become a command ends silently.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     running: dict[int, int] = {}
     awake, waker = os.pipe()
     os.set_blocking(waker, False)
@@ -183,6 +185,7 @@ def _become(parts: list[str], outputs: list[int]) -> NoReturn:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code: object = 0
     try:
         if arguments[0] == "-c":

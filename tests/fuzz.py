@@ -34,7 +34,9 @@ from tests.made_sequences import make_sequences
 from tests.made_shards import make_set
 from tests.pipelines.made_videos import draw_video
 
-CORPUS = Path(__file__).with_name("corpus")  # files that were found, in folders named as in the tree
+CORPUS = Path(__file__).with_name(
+    "corpus"
+)  # files that were found, in folders named as in the tree
 CODES = (0, EXIT_FAILED, EXIT_USAGE, EXIT_TOO_MANY_EXCLUDED, EXIT_STOPPED)
 SECONDS = 180  # for one command; they take a tenth of a second, but 156 SVMs on odd data a minute
 MEMORY_KB = 1_500_000  # above what a good file takes

@@ -36,10 +36,11 @@ def make_set(
     name: str = "made",
     size: tuple[int, int] = (48, 64),
     first: int = 0,
+    group: Callable[[int], str | None] = lambda video: None,
 ) -> str:
     """Write ``NAME-000.tar`` …, indexes and manifest; returns the manifest's path.
 
-    ``frames`` may depend on the video's number; these count from ``first``.
+    ``frames`` and ``group`` may depend on the video's number; these count from ``first``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     infos = []
@@ -61,6 +62,7 @@ def make_set(
                     source_fps=25.0,
                     source_frames=count,
                     source_duration=count / 25,
+                    group=group(video),
                 )
                 writer.add(record, [drawn_frame(video, f, size) for f in range(count)])
         assert writer.info is not None

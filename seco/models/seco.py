@@ -201,7 +201,8 @@ class SeCo(nn.Module):
                 config.queue_init or "unit",
                 torch.Generator().manual_seed(config.seed),
             )
-        self._mask_same_video = config.mask_same_video or not config.queue_size
+        masks = config.mask_same_video or config.negatives != "all"
+        self._mask_same_video = masks or not config.queue_size
 
     def forward(self, batch: TripletViews) -> SeCoOutput:
         """Compute the loss of a batch, on one device.

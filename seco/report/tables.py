@@ -344,6 +344,7 @@ PRETRAINING = _references(
     bn_group=(128, "authors' code: 4 ranks of 128"),
     queue_init=(_OF_PAPER["queue_init"], "MoCo; the paper is silent"),
     mask_same_video=(False, "paper Eq. 2, which masks none"),
+    negatives=("all", "paper Eq. 2, which masks none"),
 )
 FEATURES = _references(ExtractConfig, apart=("frames",))
 PROBE = (

@@ -368,6 +368,8 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
             window_shards=config.window_shards,
             steps_per_epoch=config.steps_per_epoch,
             split=config.split,
+            max_gap_seconds=config.max_gap_seconds,
+            by_group=config.negatives == "other-groups",
             rank=ranks.rank,
             world_size=ranks.size,
         )

@@ -44,7 +44,10 @@ def kinds(excluded: list[Exclusion]) -> list[tuple[str, str]]:
     return sorted((row.kind, row.source) for row in excluded)
 
 
-DATASETS = ["activitynet", "folder", "got10k", "hmdb51", "kinetics", "otb100", "ucf101"]
+DATASETS = [
+    *("activitynet", "folder", "frames", "got10k", "hmdb51", "images", "kinetics", "list"),
+    *("otb100", "ucf101"),
+]
 
 
 def test_datasets_are_the_files_of_the_room() -> None:
@@ -56,7 +59,7 @@ def test_datasets_are_the_files_of_the_room() -> None:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_a_source_that_is_not_there(dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no such folder"):
+    with pytest.raises(InputError, match=r"there is no such (folder|file)"):
         find(dataset, tmp_path / "none")
 
 

@@ -357,9 +357,9 @@ def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
     views, order, videos = made_input()
     owners = torch.tensor([7, 3, 9, 5, 100, 101, 102, 103, 104, 7])
 
-    def losses(masked: bool) -> tuple[Tensor, Tensor]:
+    def losses(masked: bool, **given: Any) -> tuple[Tensor, Tensor]:
         """The model's, and the same term by term."""
-        config = settings(mask_same_video=masked, tasks="inter")
+        config = settings(tasks="inter", **(given or {"mask_same_video": masked}))
         torch.manual_seed(0)
         model = SeCo(config).double().train()
         assert model.queue is not None
@@ -379,6 +379,9 @@ def test_masking_keeps_a_videos_own_keys_out_of_its_negatives() -> None:
 
     for masked in (True, False):
         torch.testing.assert_close(*losses(masked))
+    # With groups, the numbers are those of the groups.
+    for negatives in ("other-videos", "other-groups"):
+        torch.testing.assert_close(*losses(True, negatives=negatives))
     assert losses(masked=True)[0] < losses(masked=False)[0]
 
 

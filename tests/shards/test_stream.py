@@ -12,7 +12,7 @@ import pytest
 from shards.errors import InputError
 from shards.opening import open_shards, open_stream
 from shards.storage import LocalAccess
-from shards.stream import Sample, TripletFrames, TripletStream
+from shards.stream import Sample, TripletFrames, TripletStream, UnreadableTriplet
 from tests.made_shards import drawn_frame, make_set
 
 # The first 64 triplets of this set with seed 7, 32 of each of two epochs: two digits of the video,
@@ -256,3 +256,56 @@ def test_where_there_is_no_other_batch_the_next_of_this_one_comes(spec: str) -> 
         batch[0],
         batch[1],
     ]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "halves"])
+def test_no_triplet_spans_more_than_the_gap(spec: str, sampling: str) -> None:
+    """Frames are 0.04 s apart."""
+    stream = TripletStream(open_shards(spec), 60, sampling, 3, max_gap_seconds=0.13)
+    numbers = {
+        drawn_frame(video, frame, (16, 16)): (video, frame)
+        for video in range(60)
+        for frame in range(8)
+    }
+    spans = set()
+    for epoch in range(3):
+        for sample in stream.read(epoch, 0, range(60)):
+            found = [numbers[jpeg] for jpeg in frames_of(sample)]
+            assert len({video for video, _ in found}) == 1
+            frames = [frame for _, frame in found]
+            spans.add(max(frames) - min(frames))
+    assert max(spans) == 3
+
+
+def test_videos_without_three_frames_so_near_are_named(spec: str) -> None:
+    stream = TripletStream(open_shards(spec), 60, "uniform", 3, max_gap_seconds=0.05)
+    (sample,) = stream.read(0, 0, [0])
+    assert isinstance(sample, UnreadableTriplet)
+    assert sample.reason == f"{sample.key} has no three frames within 0.05 s"
+
+
+def test_samples_are_numbered_by_group(tmp_path: Path) -> None:
+    spec = make_set(
+        tmp_path, videos=20, per_shard=6, group=lambda v: f"g{v % 3}" if v < 15 else None
+    )
+    plain = TripletStream(open_shards(spec), 20, "uniform", 3)
+    grouped = TripletStream(open_shards(spec), 20, "uniform", 3, by_group=True)
+    assert plain.digest() == grouped.digest()
+    owners: dict[str, set[int]] = {}
+    for one, other in zip(plain.read(0, 0, range(20)), grouped.read(0, 0, range(20)), strict=True):
+        assert isinstance(one, TripletFrames) and isinstance(other, TripletFrames)
+        assert (one.key, one.jpegs) == (other.key, other.jpegs)
+        video = int(one.key[-4:])
+        owners.setdefault(f"g{video % 3}" if video < 15 else one.key, set()).add(other.video)
+    assert len(owners) == 8 and all(len(numbers) == 1 for numbers in owners.values())
+    assert len(set.union(*owners.values())) == 8
+
+
+def test_gaps_and_groups_need_an_index(tmp_path: Path) -> None:
+    spec = f"pipe:cat {make_set(tmp_path).replace('.json', '-000.tar')}"
+    for option, given in (
+        ("--max-gap-seconds", {"max_gap_seconds": 1.0}),
+        ("--negatives other-groups", {"by_group": True}),
+    ):
+        with pytest.raises(InputError, match=f"{option}: needs shards with an index"):
+            open_stream(spec, 4, "uniform", 3, steps_per_epoch=2, **given)  # type: ignore[arg-type]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shards.sampling import (
     ANCHOR_FIRST,
     DRAWS,
+    NEAR_DRAWS,
     Triplets,
     below,
+    draw_near_triplet,
     draw_triplets,
     sample_starts,
     uniforms,
@@ -57,6 +61,53 @@ def test_halves_draws_evenly_within_each_half() -> None:
     assert len(pairs) == 10  # 4 frames twice: 4 coincide, 6 differ
     expected = len(early) / 16 * np.array([1, 2, 2, 2, 1, 2, 2, 1, 2, 1])
     assert ((pairs - expected) ** 2 / expected).sum() < 28  # 9 degrees: p < 0.001
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    gaps=st.lists(st.floats(0.0, 3.0), min_size=0, max_size=40),
+    seconds=st.floats(0.01, 20.0),
+    sampling=st.sampled_from(["uniform", "halves"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_near_triplets_span_no_more_than_they_may(
+    gaps: list[float], seconds: float, sampling: str, seed: int
+) -> None:
+    times = np.cumsum([0.0, *gaps]).round(6)
+    uniform = np.random.default_rng(seed).random(NEAR_DRAWS)
+    found = draw_near_triplet(uniform, times, seconds, sampling)
+    possible = any(c - a <= seconds + 1e-9 for a, c in zip(times, times[2:], strict=False))
+    assert (found is not None) == possible
+    if found is None:
+        return
+    (anchor, second, third), order = found
+    assert 0 <= min(anchor, second) and max(anchor, third) < len(times)
+    assert max(times[[anchor, third]]) - min(times[[anchor, second]]) <= seconds + 1e-9
+    assert anchor < second if order == ANCHOR_FIRST else anchor > third
+    assert second < third or (sampling == "halves" and second == third)
+
+
+def test_near_triplets_are_equally_likely() -> None:
+    times = np.array([0.0, 1.0, 2.0, 3.0, 9.0, 10.0, 11.0])
+    rng = np.random.default_rng(0)
+    found = [draw_near_triplet(rng.random(NEAR_DRAWS), times, 3.0, "uniform") for _ in range(6000)]
+    sets = [tuple(sorted(one[0])) for one in found if one is not None]
+    counts = np.unique(sets, axis=0, return_counts=True)[1]
+    assert len(counts) == 5  # four of the first four frames, and the last three
+    assert ((counts - 1200) ** 2 / 1200).sum() < 18.5  # 4 degrees: p < 0.001
+    assert np.mean([one[1] for one in found if one is not None]) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_wide_gap_draws_like_no_gap_from_the_same_frames() -> None:
+    rng = np.random.default_rng(1)
+    found = [
+        draw_near_triplet(rng.random(NEAR_DRAWS), np.arange(5.0), 100.0, "uniform")
+        for _ in range(8000)
+    ]
+    rows = [one[0] for one in found if one is not None]
+    counts = np.unique(rows, axis=0, return_counts=True)[1]
+    assert len(counts) == 20
+    assert ((counts - 400) ** 2 / 400).sum() < 44
 
 
 def test_what_cannot_be_drawn() -> None:

@@ -18,6 +18,7 @@ from shards.opening import open_shards
 from shards.storage import UnreadableFrame
 from shards.verify import reindex
 from shards.writer import ShardWriter, member_header
+from tests import commands
 from tests.made_shards import drawn_frame, make_set
 
 
@@ -180,3 +181,17 @@ def test_headers_are_those_of_the_standard_library(name: str, size: int) -> None
     expected = tarfile.TarInfo(name)
     expected.size, expected.mode = size, 0o644
     assert member_header(name, size) == expected.tobuf(tarfile.PAX_FORMAT)
+
+
+def test_a_tar_of_videos_is_not_indexed_as_frames(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "web.tar", "w") as tar:
+        for name in ("0.mp4", "0.json", "1.webm", "1.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(InputError, match=r"web.tar: holds no JPEG frames, but mp4, txt, webm"):
+        build_index(tmp_path / "web.tar")
+    process = commands.start("index", tmp_path)
+    assert process.wait(60) == 1 and not list(tmp_path.glob("*.idx"))
+    # One without any member is a shard all of whose videos were excluded.
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    assert build_index(tmp_path / "empty.tar").info.videos == 0

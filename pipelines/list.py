@@ -1,0 +1,225 @@
+"""A list of videos: a CSV or Parquet file with a row for each, or for each part of one.
+
+Columns, found by the header: ``path`` (required), ``label``, ``split``, ``group``, ``start`` and
+``end`` in seconds. All others are kept in the records, as ``metadata``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines._adapter import (
+    Adapter,
+    Discovery,
+    Video,
+    VideoSet,
+    keyed,
+    missing_rows,
+    raw_folder,
+    slug,
+    split_named,
+)
+from pipelines._config import PrepareConfig
+from shards.errors import InputError
+from shards.format import Exclusion
+from shards.untrusted import open_regular
+
+COLUMNS = ("path", "label", "split", "group", "start", "end")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # not a drive letter
+_MOST_BYTES = 4 << 30
+
+
+class Row(NamedTuple):
+    """A row of the list; ``line`` is its number, for messages."""
+
+    line: int
+    path: str
+    label: str | None
+    split: str | None
+    group: str | None
+    span: tuple[float, float] | None
+    metadata: dict[str, str] | None
+
+
+def discover(config: PrepareConfig) -> Discovery:
+    """Find one dataset, named after the list or ``--name``.
+
+    Raises:
+        InputError: the list cannot be read, or a row is invalid; names the line.
+    """
+    source = Path(config.src)
+    if not source.is_file():
+        what = "is not a file" if source.exists() else "there is no such file"
+        raise InputError(what, source, "give a CSV or Parquet file with --src")
+    root = raw_folder(config)
+    wanted = None if config.split is None else {split_named(w) for w in config.split.split(",")}
+    videos: dict[tuple[str, tuple[float, float] | None], Video] = {}
+    missing: set[str] = set()
+    duplicates: list[Exclusion] = []
+    splits: set[str] = set()
+    for row in read_list(source):
+        splits |= {row.split} if row.split else set()
+        if wanted is not None and row.split not in wanted:
+            continue
+        shown, path = _located(row, root, source, config.allow_outside)
+        video = Video(
+            source=shown,
+            path=path,
+            label_name=row.label,
+            splits={"official": row.split} if row.split else {},
+            group=row.group,
+            span=row.span,
+            metadata=row.metadata,
+        )
+        if (shown, row.span) in videos:
+            message = f"line {row.line} of the list repeats an earlier one"
+            duplicates.append(Exclusion(source=video.shown, kind="duplicate", message=message))
+        elif path.is_file():
+            videos[shown, row.span] = video
+        else:
+            missing.add(shown)
+    if not videos:
+        what = f"none of its {len(missing)} videos was found" if missing else "lists no videos"
+        if wanted is not None and not missing:
+            what = (
+                f"has no rows of split {config.split}; it has {', '.join(sorted(splits)) or 'none'}"
+            )
+        raise InputError(what, source, f"paths are relative to {root}; see --root")
+    names = sorted({video.label_name for video in videos.values() if video.label_name is not None})
+    index = {name: number for number, name in enumerate(names)}
+    found = VideoSet(
+        name=config.name or slug(source.stem),
+        videos=keyed([_labelled(video, index) for video in videos.values()]),
+        label_names=names,
+        excluded=missing_rows(missing) + duplicates,
+    )
+    return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"])
+
+
+def _labelled(video: Video, index: dict[str, int]) -> Video:
+    return video if video.label_name is None else replace(video, label=index[video.label_name])
+
+
+def _located(row: Row, root: Path, where: Path, allow_outside: bool) -> tuple[str, Path]:
+    """Return the path as it is stored and as it is opened."""
+    path = root / row.path
+    if _ADDRESS.match(row.path) and not path.exists():
+        raise InputError(
+            f"line {row.line}: {row.path[:80]} is an address, not a path",
+            where,
+            "download it first",
+        )
+    real, inside = os.path.realpath(path), os.path.realpath(root)
+    if not (allow_outside or real.startswith(inside + os.sep)):
+        raise InputError(
+            f"line {row.line}: {row.path[:80]} leads out of {root}",
+            where,
+            "give its folder with --root, or --allow-outside if the list is yours",
+        )
+    plain = os.path.normpath(path)
+    if plain.startswith(os.fspath(root) + os.sep):
+        plain = os.path.relpath(plain, root)
+    return plain.replace(os.sep, "/"), path
+
+
+def read_list(path: Path) -> Iterator[Row]:
+    """Yield the rows of a list.
+
+    Raises:
+        InputError: it is no CSV or Parquet, or a row is invalid; names the line.
+    """
+    for line, cells in _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path):
+        name = cells.get("path", "")
+        if not name or "\0" in name:
+            raise InputError(f"line {line} has no path", path)
+        others = {k: v for k, v in cells.items() if k not in COLUMNS and v}
+        yield Row(
+            line=line,
+            path=name,
+            label=cells.get("label") or None,
+            split=split_named(cells["split"]) if cells.get("split") else None,
+            group=cells.get("group") or None,
+            span=_span(cells, line, path),
+            metadata=others or None,
+        )
+
+
+def _span(cells: dict[str, str], line: int, path: Path) -> tuple[float, float] | None:
+    given = [cells.get(name, "") for name in ("start", "end")]
+    if not any(given):
+        return None
+    try:
+        start, end = (
+            float(text) if text else other
+            for text, other in zip(given, (0.0, math.inf), strict=True)
+        )
+    except ValueError:
+        start = end = math.nan
+    if not 0 <= start < end:  # also where one is not a number
+        raise InputError(
+            f"line {line}: start {given[0][:20]!r} and end {given[1][:20]!r} are not seconds "
+            "in this order",
+            path,
+        )
+    return start, end
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise InputError(f"is larger than {_MOST_BYTES >> 30} GiB", path)
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        rows = csv.reader(text, skipinitialspace=True)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            if "path" not in header:
+                raise InputError("has no column path", path, "the first line must name the columns")
+            if len(set(header)) < len(header):
+                raise InputError("has two columns of the same name", path)
+            for cells in rows:
+                if any(cells):
+                    if len(cells) > len(header):
+                        raise InputError(
+                            f"line {rows.line_num} has {len(cells)} cells, not {len(header)}",
+                            path,
+                            "put cells with commas in double quotes",
+                        )
+                    stripped = (cell.strip() for cell in cells)
+                    yield rows.line_num, dict(zip(header, stripped, strict=False))
+        except csv.Error as error:
+            raise InputError(f"line {rows.line_num} is not CSV ({error})", path) from error
+        except UnicodeDecodeError as error:
+            raise InputError("is not a text file", path, "save it as UTF-8") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            "Parquet needs pyarrow", path, 'pip install "seco-video[parquet]"'
+        ) from error
+    try:
+        with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
+            if "path" not in file.schema_arrow.names:
+                raise InputError("has no column path", path)
+            line = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, {k: str(v).strip() for k, v in row.items() if v is not None}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"is not Parquet ({error})", path) from error
+
+
+# As for a plain folder.
+ADAPTER = Adapter(discover=discover, default_frames=30, recordings=True)

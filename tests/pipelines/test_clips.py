@@ -1,0 +1,267 @@
+"""Recordings: divided into clips, which are decoded in one pass and cross no scene cut."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines._clips import CutDetector, clip_spans, duration_of
+from pipelines._decode import decoding
+from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
+from shards.errors import InputError
+from shards.opening import open_shards
+from tests import commands
+from tests.data import shared
+from tests.pipelines.made_videos import draw_video
+from tests.pipelines.running import (
+    driver,
+    errors,
+    hashes,
+    processes_of,
+    programs_naming,
+    run,
+    wait_until,
+)
+from tests.pipelines.test_faults import require_done, started
+
+# Real clips of one shot each, by how many seconds are taken, at 25 frames a second.
+SHOTS = {
+    "arm_wrestling_demo.mp4": 5,
+    "jesse_dance.mp4": 7,
+    "making_cake.mp4": 4,
+    "mmaction2_test.mp4": 6,
+    "playing_guitar.mp4": 3,
+    "yoga.mp4": 5,
+    "hitting_baseball.mp4": 6,
+}
+CUTS = [float(sum(list(SHOTS.values())[:n])) for n in range(1, len(SHOTS))]
+LENGTH = float(sum(SHOTS.values()))
+SETTINGS: dict[str, Any] = {"clip_seconds": 4, "frames": 6, "short_edge": 90}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of seven known shots, with a key frame every two seconds."""
+    folder = tmp_path_factory.mktemp("recordings")
+    fitted = "scale=320:180:force_original_aspect_ratio=decrease,pad=320:180:(ow-iw)/2:(oh-ih)/2"
+    inputs, graph = [], ""
+    for number, (name, seconds) in enumerate(SHOTS.items()):
+        inputs += ["-t", str(seconds), "-i", local_url(shared(f"clips/{name}"))]
+        padded = f"tpad=stop=-1:stop_mode=clone,trim=duration={seconds}"
+        graph += f"[{number}:v:0]{fitted},setsar=1,fps=25,{padded}[v{number}];"
+    graph += "".join(f"[v{n}]" for n in range(len(SHOTS))) + f"concat=n={len(SHOTS)}[out]"
+    encoded = ("-c:v", "libx264", "-preset", "ultrafast", "-g", "50", "-threads", "1")
+    path = folder / "raw" / "recording.mp4"
+    path.parent.mkdir()
+    run_ffmpeg([*inputs, "-filter_complex", graph, "-map", "[out]", *encoded, local_url(path)])
+    return path.parent
+
+
+@pytest.fixture(scope="module")
+def divided(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("divided")
+    run(raw, out, cut_scenes=True, videos_per_shard=3, **SETTINGS)
+    return out
+
+
+def records(out: Path) -> list[Any]:
+    shards = open_shards(str(out))
+    return sorted(
+        (shards.record(video) for video in range(len(shards))),
+        key=lambda record: record.start,
+    )
+
+
+def luma(path: Path) -> tuple[list[float], list[Any]]:
+    times, pictures = [], []
+    with decoding(path, short_edge=90, timeout_seconds=60, binary=ffmpeg_binary()) as decoded:
+        for frame in decoded:
+            times.append(frame.time)
+            size = decoded.width * decoded.height
+            pictures.append(frame.planes[:size].copy())
+    return times, pictures
+
+
+def test_known_cuts_are_found(raw: Path) -> None:
+    times, pictures = luma(raw / "recording.mp4")
+    detector = CutDetector()
+    found = [time for time, one in zip(times, pictures, strict=True) if detector.is_cut(one)]
+    near = [cut for cut in CUTS if any(abs(cut - time) <= 2 / 25 for time in found)]
+    assert len(near) >= 0.95 * len(CUTS)
+    assert len(found) <= len(CUTS) + 1  # and hardly any others
+
+
+def test_cuts_are_those_of_ffmpegs_scdet(raw: Path) -> None:
+    path = raw / "recording.mp4"
+    _, pictures = luma(path)
+    detector = CutDetector()
+    ours = [n for n, picture in enumerate(pictures) if detector.is_cut(picture)]
+    graph = "scale=w=160:h=90:flags=bicubic+accurate_rnd+bitexact,format=yuv420p,scdet=t=10"
+    said = subprocess.run(
+        [ffmpeg_binary(), "-i", local_url(path), "-vf", graph, "-f", "null", "-"],
+        capture_output=True,
+    ).stderr.decode()
+    theirs = [round(float(time) * 25) for time in re.findall(r"lavfi.scd.time: ([\d.]+)", said)]
+    assert ours == theirs
+    assert len(ours) > 3
+
+
+def test_no_clip_crosses_a_cut(raw: Path, divided: Path) -> None:
+    times, pictures = luma(raw / "recording.mp4")
+    detector = CutDetector()
+    found = [time for time, one in zip(times, pictures, strict=True) if detector.is_cut(one)]
+    stored = records(divided)
+    assert len(stored) == len(clip_spans(0.0, LENGTH, 4, 4)) == 9
+    for record in stored:
+        end = record.start + record.duration
+        assert not [cut for cut in found if record.start < cut <= end], record
+        assert record.group == "recording.mp4" and record.source == "recording.mp4"
+        assert record.frame_times[0] == 0.0 and record.frame_times[-1] == record.duration
+        assert len(record.frame_times) == 6
+
+
+def test_frames_are_those_of_the_moment(raw: Path, divided: Path) -> None:
+    """Whatever was sought: a clip's pictures lie at its times in the recording."""
+    import simplejpeg
+
+    times, pictures = luma(raw / "recording.mp4")
+    shards = open_shards(str(divided))
+    for video in range(len(shards)):
+        record = shards.record(video)
+        assert record.start is not None
+        for number, time_ in enumerate(record.frame_times):
+            jpeg = shards.read_frame(video, number)
+            grey = simplejpeg.decode_jpeg(jpeg, "GRAY")[:, :, 0].astype(float)
+            at = [np.abs(p.reshape(grey.shape).astype(float) - grey).mean() for p in pictures]
+            exact = times.index(pytest.approx(record.start + time_, abs=1e-4))
+            assert at[exact] <= min(at) + 1.0, (record.key, number)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(
+    raw: Path, divided: Path, tmp_path: Path, workers: int
+) -> None:
+    run(raw, tmp_path, cut_scenes=True, videos_per_shard=3, workers=workers, **SETTINGS)
+    assert hashes(tmp_path) == hashes(divided)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_killed_at_random_moments(raw: Path, divided: Path, tmp_path: Path, kills: int) -> None:
+    settings = {**SETTINGS, "cut_scenes": True, "videos_per_shard": 3}
+    began = time.monotonic()
+    require_done(driver(raw, tmp_path / "timed", 2, **settings))
+    duration = time.monotonic() - began
+    moments = random.Random(5)
+    for number in range(kills):
+        out = tmp_path / str(number)
+        process = started(driver(raw, out, 2, **settings))
+        time.sleep((0.2 + 0.8 * moments.random()) * duration)  # any moment will do
+        process.kill()
+        process.communicate()
+        wait_until(lambda pid=process.pid: not processes_of(pid), 30)  # type: ignore[misc]
+        wait_until(lambda: not programs_naming(raw), 30)
+        require_done(driver(raw, out, 2, **settings))
+        assert hashes(out) == hashes(divided), f"after kill {number}"
+
+
+def test_damage_excludes_only_its_clips_and_can_be_repaired(raw: Path, tmp_path: Path) -> None:
+    here = tmp_path / "raw" / "recording.mp4"
+    here.parent.mkdir()
+    whole = (raw / "recording.mp4").read_bytes()
+    damaged = bytearray(whole)
+    middle = len(damaged) // 2
+    damaged[middle : middle + 3000] = bytes(3000)
+    here.write_bytes(damaged)
+    out = tmp_path / "out"
+    run(here.parent, out, max_failures=60, **SETTINGS)
+    left_out = errors(out / "raw.errors.csv")
+    assert 1 <= len(left_out) <= 3
+    assert all(source.startswith("recording.mp4 [") for source, _ in left_out)
+    here.write_bytes(whole)
+    run(here.parent, out, retry_failed=True, **SETTINGS)
+    run(raw, tmp_path / "anew", **SETTINGS)
+    assert hashes(out) == hashes(tmp_path / "anew")
+
+
+def test_lengths_that_the_header_does_not_have(tmp_path: Path) -> None:
+    draw_video(tmp_path / "whole.mkv", frames=100)
+    piped = subprocess.run(
+        [
+            *(ffmpeg_binary(), "-v", "error", "-i", str(tmp_path / "whole.mkv")),
+            *("-c", "copy", "-f", "matroska", "-live", "1", "pipe:1"),
+        ],
+        capture_output=True,
+        check=True,
+    ).stdout
+    (tmp_path / "live.mkv").write_bytes(piped)
+    binary = ffmpeg_binary()
+    assert duration_of(tmp_path / "whole.mkv", binary) == pytest.approx(4.0, abs=0.05)
+    assert duration_of(tmp_path / "live.mkv", binary) == pytest.approx(4.0, abs=0.05)
+
+
+def test_a_recording_that_cannot_be_read_is_excluded(raw: Path, tmp_path: Path) -> None:
+    here = tmp_path / "raw"
+    here.mkdir()
+    (here / "recording.mp4").symlink_to(raw / "recording.mp4")
+    (here / "broken.mp4").write_bytes(b"no video at all")
+    run(here, tmp_path / "out", **SETTINGS)
+    assert errors(tmp_path / "out" / "raw.errors.csv") == [("broken.mp4", "unreadable")]
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "spans"),
+    [
+        (25.0, 10.0, [(0, 10), (10, 20), (20, 25)]),
+        (24.0, 10.0, [(0, 10), (10, 20)]),
+        (3.0, 10.0, [(0, 3)]),
+        (20.0, 10.0, [(0, 10), (10, 20)]),
+        (21.0, 5.0, [(0, 10), (5, 15), (10, 20), (15, 21)]),
+        (20.0, 20.0, [(0, 10)]),
+    ],
+)
+def test_spans(length: float, stride: float, spans: list[tuple[float, float]]) -> None:
+    assert clip_spans(0.0, length, 10.0, stride) == spans
+
+
+def test_overlapping_clips_and_key_frames(raw: Path, tmp_path: Path) -> None:
+    run(raw, tmp_path / "overlapping", **{**SETTINGS, "clip_stride": 2, "frames": 3})
+    starts = [record.start for record in records(tmp_path / "overlapping")]
+    assert starts == [2.0 * n for n in range(17)]
+    run(raw, tmp_path / "keys", **{**SETTINGS, "clip_seconds": 8, "frames": None}, keyframes=True)
+    for record in records(tmp_path / "keys"):
+        # Every two seconds, and where the encoder saw a cut.
+        assert 2 <= record.source_frames <= 7
+        assert record.source_frames == len(record.frame_times)
+
+
+def test_a_long_video_without_clips_gets_one_warning(tmp_path: Path) -> None:
+    draw_video(tmp_path / "raw" / "0.mp4", frames=61 * 25, size="16x16")
+    (tmp_path / "raw" / "1.mp4").symlink_to("0.mp4")
+    given = ["prepare", "folder", "--src", tmp_path / "raw", "--out", tmp_path / "out"]
+    process = commands.start(*given, "--frames=3", "--workers=2")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    (line,) = [line for line in error.splitlines() if "--clip-seconds" in line]
+    assert line.startswith("raw: 2 videos are longer than 60 s")
+
+
+def test_clips_of_datasets_with_short_videos_are_refused(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the videos of frames are not divided into clips"):
+        run(raw, tmp_path, dataset="frames", clip_seconds=5)
+    with pytest.raises(InputError, match="--cut-scenes: needs --clip-seconds"):
+        run(raw, tmp_path, cut_scenes=True)
+
+
+def test_a_plan_without_clips_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    draw_video(tmp_path / "raw" / "0.mp4")
+    run(tmp_path / "raw", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "raw.json").read_text())["settings"]
+    assert "cut_scenes" not in settings and "keyframes" not in settings

@@ -1,0 +1,285 @@
+"""What people have instead of a dataset: lists of videos, folders of frames, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines._adapter import Discovery, adapter, natural
+from pipelines._config import PrepareConfig
+from shards.errors import InputError
+from shards.opening import open_shards
+from tests import commands
+from tests.pipelines.made_videos import draw_video
+from tests.pipelines.running import errors, hashes, run
+
+
+def find(dataset: str, src: Path, **settings: Any) -> Discovery:
+    config = PrepareConfig(dataset=dataset, src=str(src), **settings)
+    return adapter(dataset).discover(config)
+
+
+def picture(path: Path, number: int = 0, size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
+    rng = np.random.default_rng(number)
+    shown = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    data = io.BytesIO()
+    kinds = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF"}
+    shown.save(data, kinds[path.suffix.lower()], **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.getvalue())
+    return data.getvalue()
+
+
+def listed(folder: Path, text: str, name: str = "list.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    for name in ("a.mp4", "b, c.mp4", "d/e.mp4"):
+        draw_video(folder / name, frames=50)
+    return folder
+
+
+# Lists
+
+
+def test_a_list_with_its_traps(videos: Path) -> None:
+    text = (
+        "\ufeffpath , label,split,group,start,end,camera,site\r\n"
+        'a.mp4, run,Train,rec1,,,3,"north, upper"\r\n'
+        '"b, c.mp4","walk ""fast""",validation,,0.4,1.2,4,\r\n'
+        "\r\n"
+        '"b, c.mp4",run,test,,1.2,,4,\r\n'
+        "./d/e.mp4,,,,,,,\r\n"
+        "a.mp4,run,train,rec1,,,3,\r\n"
+        "gone.mp4,run,train,,,,,\r\n"
+        "d/../a.mp4,run,train,,,,,\r\n"
+    )
+    (found,) = find("list", listed(videos, text)).sets
+    rows = {video.shown: video for video in found.videos}
+    assert set(rows) == {
+        "a.mp4",
+        "b, c.mp4 [0.4 s, 1.2 s]",
+        "b, c.mp4 [1.2 s, end]",
+        "d/e.mp4",
+    }
+    assert found.label_names == ["run", 'walk "fast"']
+    first = rows["a.mp4"]
+    assert (first.label, first.splits, first.group) == (0, {"official": "train"}, "rec1")
+    assert first.metadata == {"camera": "3", "site": "north, upper"}
+    assert rows["b, c.mp4 [0.4 s, 1.2 s]"].splits == {"official": "val"}
+    assert rows["d/e.mp4"].label is None and rows["d/e.mp4"].metadata is None
+    assert sorted((row.kind, row.source) for row in found.excluded) == [
+        ("duplicate", "a.mp4"),
+        ("duplicate", "a.mp4"),
+        ("missing", "gone.mp4"),
+    ]
+    assert len({video.key for video in found.videos}) == 4
+
+
+def test_a_list_is_stored_with_its_spans_and_columns(videos: Path, tmp_path: Path) -> None:
+    text = "path,label,start,end,camera\na.mp4,x,0.4,1.2,3\na.mp4,y,1.2,,3\nd/e.mp4,x,,,\n"
+    source = listed(tmp_path, text)
+    out = tmp_path / "out"
+    run(source, out, dataset="list", root=str(videos), all_frames=True, frames=None)
+    shards = open_shards(str(out))
+    records = {(record.source, record.start): record for record in map(shards.record, range(3))}
+    assert set(records) == {("a.mp4", 0.4), ("a.mp4", 1.2), ("d/e.mp4", None)}
+    assert records["a.mp4", 0.4].source_frames == 20
+    assert records["a.mp4", 1.2].source_frames == 20
+    assert records["d/e.mp4", None].source_frames == 50
+    assert records["a.mp4", 1.2].metadata == {"camera": "3"}
+    assert records["a.mp4", 1.2].label_name == "y"
+    run(source, tmp_path / "two", dataset="list", root=str(videos), all_frames=True, frames=None)
+    assert hashes(tmp_path / "two") == hashes(out)
+
+
+def test_a_list_is_divided_within_its_spans(videos: Path, tmp_path: Path) -> None:
+    source = listed(tmp_path, "path,start,end,group\na.mp4,0.4,1.6,g\nd/e.mp4,,,\n")
+    out = tmp_path / "out"
+    run(source, out, dataset="list", root=str(videos), clip_seconds=0.5)
+    shards = open_shards(str(out))
+    records = [shards.record(video) for video in range(len(shards))]
+    starts = sorted((record.group, record.start) for record in records)
+    # Of the first frames from 0, 0.5, 1, 1.5 and from 0.4, 0.9 on.
+    assert starts == [("d/e.mp4", t) for t in (0.0, 0.52, 1.0, 1.52)] + [("g", 0.4), ("g", 0.92)]
+    numbers = shards.groups
+    assert len(set(numbers.tolist())) == 2
+    of_group = {record.group: number for record, number in zip(records, numbers, strict=True)}
+    assert all(of_group[r.group] == number for r, number in zip(records, numbers, strict=True))
+
+
+def test_splits_of_a_list(videos: Path) -> None:
+    source = listed(videos, "path,split\na.mp4,train\nd/e.mp4,val\n")
+    (found,) = find("list", source, split="validation").sets
+    assert [video.source for video in found.videos] == ["d/e.mp4"]
+    with pytest.raises(InputError, match=r"no rows of split test; it has train, val"):
+        find("list", source, split="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,label\na.mp4,x\n", "has no column path"),
+        ("", "has no column path"),
+        ("path,label,label\na.mp4,x,y\n", "two columns of the same name"),
+        ("path\n", "lists no videos"),
+        ("path,label\n,x\n", "line 2 has no path"),
+        ("path,start\na.mp4,x\n", "line 2: start 'x' and end '' are not seconds"),
+        ("path,start,end\na.mp4,2,1\n", "line 2: start '2' and end '1'"),
+        ("path,start,end\na.mp4,nan,1\n", "line 2: start 'nan'"),
+        ("path,start,end\na.mp4,-1,1\n", "line 2: start '-1'"),
+        ("path\na.mp4,b\n", "line 2 has 2 cells, not 1"),
+        ("path\n../secret.mp4\n", "leads out of"),
+        ("path\n/etc/hosts\n", "leads out of"),
+        ("path\nlink.mp4\n", "leads out of"),
+        ("path\npipe:rm -rf .\n", "is an address, not a path"),
+        ("path\nsubfile,,start,0,end,9,,:a.mp4\n", "line 2 has 8 cells, not 1"),
+        ('path\n"concat:a.mp4|b.mp4"\n', "is an address, not a path"),
+        ("path\nhttps://example.org/a.mp4\n", "is an address, not a path"),
+        ("path\nnone.mp4\n", "none of its 1 videos was found"),
+        ('path\n"a.mp4\n' + "x" * 140_000, "is not CSV"),
+        ("path\nself.mp4\n", "none of its 1 videos was found"),
+    ],
+)
+def test_lists_that_are_refused(videos: Path, text: str, said: str) -> None:
+    (videos.parent / "secret.mp4").write_bytes(b"x")
+    (videos / "link.mp4").symlink_to(videos.parent / "secret.mp4")
+    (videos / "self.mp4").symlink_to("self.mp4")
+    with pytest.raises(InputError, match=said):
+        find("list", listed(videos, text))
+
+
+def test_what_is_not_a_list(videos: Path) -> None:
+    with pytest.raises(InputError, match="is not a file"):
+        find("list", videos)
+    with pytest.raises(InputError, match="is not a text file"):
+        (videos / "list.csv").write_bytes(b"path\n\xff\xfe\n")
+        find("list", videos / "list.csv")
+
+
+def test_paths_outside_are_for_those_who_allow_them(videos: Path, tmp_path: Path) -> None:
+    source = listed(tmp_path, f"path\n{videos}/a.mp4\n", "mine.csv")
+    (tmp_path / "root").mkdir()
+    with pytest.raises(InputError, match="--allow-outside"):
+        find("list", source, root=str(tmp_path / "root"))
+    (found,) = find("list", source, root=str(tmp_path / "root"), allow_outside=True).sets
+    assert found.name == "mine" and len(found.videos) == 1
+
+
+def test_parquet(videos: Path, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "path": ["a.mp4", "d/e.mp4"],
+        "label": ["x", None],
+        "start": [0.5, None],
+        "n": [1, 2],
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
+    (found,) = find("list", tmp_path / "list.parquet", root=str(videos)).sets
+    assert [video.shown for video in found.videos] == ["a.mp4 [0.5 s, end]", "d/e.mp4"]
+    assert [video.metadata for video in found.videos] == [{"n": "1"}, {"n": "2"}]
+    whole = (tmp_path / "list.parquet").read_bytes()
+    for number in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[number] ^= 0xFF
+        (tmp_path / "bad.parquet").write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            find("list", tmp_path / "bad.parquet", root=str(videos))
+
+
+# Folders of frames
+
+
+def test_folders_of_frames(tmp_path: Path) -> None:
+    src = tmp_path / "raw"
+    whole = [picture(src / "run" / "v1" / f"frame_{n}.jpg", n) for n in range(12)]
+    for number in range(12):
+        picture(src / "walk" / "v2" / "cam 0" / f"{number:03}.png", number)
+    picture(src / "walk" / "v2" / "cam 1" / "x.webp")
+    (src / "walk" / "v2" / "notes.txt").write_text("no picture")
+    picture(src / "walk" / "v2" / "cam 0" / "._000.png")
+    out = tmp_path / "out"
+    run(src, out, dataset="frames", frames=None, all_frames=True, frame_rate=10.0)
+    shards = open_shards(str(out))
+    records = {shards.record(video).source: video for video in range(len(shards))}
+    assert set(records) == {"run/v1", "walk/v2/cam 0", "walk/v2/cam 1"}
+    first = records["run/v1"]
+    # In the order of the numbers, byte for byte.
+    assert [shards.read_frame(first, n) for n in range(12)] == whole
+    record = shards.record(first)
+    assert record.frame_times == [n / 10 for n in range(12)] and record.source_fps == 10.0
+    assert (record.label_name, record.width, record.height) == ("run", 40, 30)
+    assert shards.frame_count(records["walk/v2/cam 0"]) == 12
+    run(src, tmp_path / "two", dataset="frames", frames=None, all_frames=True, frame_rate=10.0,
+        workers=2)  # fmt: skip
+    assert hashes(tmp_path / "two") == hashes(out)
+
+
+def test_frames_that_cannot_be_stored(tmp_path: Path) -> None:
+    src = tmp_path / "raw"
+    for number in range(5):
+        picture(src / "good" / f"{number}.jpg", number)
+        picture(src / "mixed sizes" / f"{number}.jpg", number, (40 + number, 30))
+        picture(src / "wrong suffix" / f"{number}.png", number)
+        (src / "wrong suffix" / f"{number}.png").rename(src / "wrong suffix" / f"{number}.jpg")
+        picture(src / "text" / f"{number}.png", number)
+    (src / "text" / "3.png").write_text("not a picture")
+    picture(src / "cut" / "0.jpg")
+    (src / "cut" / "0.jpg").write_bytes((src / "cut" / "0.jpg").read_bytes()[:-200])
+    run(src, tmp_path / "out", dataset="frames", max_failures=100)
+    found = errors(tmp_path / "out" / "raw.errors.csv")
+    assert sorted(found) == [
+        ("cut", "unreadable"),
+        ("mixed sizes", "unreadable"),
+        ("text", "unreadable"),
+    ]
+    with pytest.raises(InputError, match="holds no pictures"):
+        (tmp_path / "empty").mkdir()
+        find("frames", tmp_path / "empty")
+
+
+def test_frames_are_shrunk_on_request(tmp_path: Path) -> None:
+    for number in range(3):
+        picture(tmp_path / "raw" / "a" / f"{number}.png", number, (80, 60))
+    run(tmp_path / "raw", tmp_path / "out", dataset="frames", short_edge=30)
+    record = open_shards(str(tmp_path / "out")).record(0)
+    assert (record.width, record.height) == (40, 30)
+
+
+def test_natural_order() -> None:
+    names = ["f10.jpg", "f9.jpg", "f09.jpg", "g1.jpg", "10.jpg", "9.jpg", "f.jpg"]
+    assert sorted(names, key=natural) == [
+        *("9.jpg", "10.jpg", "f09.jpg", "f9.jpg", "f10.jpg", "f.jpg", "g1.jpg"),
+    ]
+
+
+# Pictures
+
+
+def test_images_are_videos_of_one_frame(tmp_path: Path) -> None:
+    src = tmp_path / "imagenet"
+    for label in ("cat", "dog"):
+        for number in range(3):
+            picture(src / label / f"{number}.jpg", number)
+    out = tmp_path / "out"
+    run(src, out, dataset="images")
+    shards = open_shards(str(out))
+    assert len(shards) == 6 and shards.frame_counts.tolist() == [1] * 6
+    assert sorted(shards.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    process = commands.start("pretrain", "--shards", out, "--out", tmp_path / "run")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.count("\n") == 1 and "which a triplet needs" in error
