@@ -12,15 +12,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pipelines
 from pipelines._config import PrepareConfig
 from shards.atomic import csv_text
 from shards.errors import InputError
 from shards.format import Exclusion, make_keys
-from shards.untrusted import read_regular, real_path
+from shards.untrusted import decode_json, open_regular, read_regular, real_path
 
 _MOST_NAMED = 5
+_MOST_TEXT = 1 << 20  # bytes of the text beside a video
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class Video:
     group: str | None = None
     span: tuple[float, float] | None = None  # first and last second of the clip; None: all
     metadata: dict[str, str] | None = None
+    inside: tuple[int, int] | None = None  # first byte and size in ``path``, a tar; None: all of it
+    texts: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # the same of json and txt there
 
     @property
     def shown(self) -> str:
@@ -162,10 +168,14 @@ class VideoSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Discovery:
-    """Everything found below ``--src``; ``notes`` are lines for people."""
+    """Everything found below ``--src``; ``notes`` are lines for people.
+
+    ``root`` is the folder that must be there while shards are built; None: ``--src``.
+    """
 
     sets: list[VideoSet]
     notes: list[str] = field(default_factory=list)
+    root: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +200,8 @@ class Adapter:
 def source_bytes(video: Video) -> int:
     """Return the size of the video's files; -1 if they cannot be read."""
     try:
+        if video.inside is not None:
+            return video.inside[1] if video.path.is_file() else -1
         if video.frames is None:
             return video.path.stat().st_size
         if video.frames.only is not None:
@@ -201,6 +213,25 @@ def source_bytes(video: Video) -> int:
         return size
     except OSError:
         return -1
+
+
+def beside(video: Video) -> dict[str, str] | None:
+    """Return what a tar holds beside a video: the plain values of its JSON, and its text."""
+    found: dict[str, str] = {}
+    for name, (first, size) in video.texts.items():
+        try:
+            with open_regular(video.path) as tar:
+                tar.seek(first)
+                data = tar.read(min(size, _MOST_TEXT))
+            if name == "json":
+                values = decode_json(dict[str, Any], data, video.shown, "is not JSON")
+                plain = {k: v for k, v in values.items() if isinstance(v, (str, int, float))}
+                found |= {k: v if isinstance(v, str) else str(v) for k, v in plain.items()}
+            else:
+                found[name] = data.decode("utf-8", "replace").strip()
+        except (InputError, OSError):
+            continue  # the video is worth having without it
+    return found or None
 
 
 def dataset_names() -> list[str]:
@@ -235,22 +266,6 @@ def source_folder(config: PrepareConfig) -> Path:
     return src.absolute()
 
 
-def raw_folder(config: PrepareConfig) -> Path:
-    """Return the folder of the videos: ``--src``; of a list, ``--root`` or the list's own folder.
-
-    Raises:
-        InputError: it is not a folder.
-    """
-    if config.root is None and not Path(config.src).is_file():
-        return source_folder(config)
-    root = Path(config.root if config.root is not None else Path(config.src).parent)
-    if not root.is_dir():
-        raise InputError(
-            "there is no such folder", root, "give the folder of the videos with --root"
-        )
-    return root.absolute()
-
-
 def walk(root: Path) -> Iterator[tuple[str, Path]]:
     """Yield every regular file below ``root`` in a fixed order: its relative path and path.
 
@@ -279,7 +294,7 @@ def walk(root: Path) -> Iterator[tuple[str, Path]]:
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", error.filename) from error
         for entry in files:
-            yield _shown(prefix + entry.name), Path(entry.path)
+            yield shown_name(prefix + entry.name), Path(entry.path)
         waiting += [(entry.path, f"{prefix}{entry.name}/") for entry in reversed(folders)]
 
 
@@ -296,7 +311,7 @@ def _is_litter(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _shown(source: str) -> str:
+def shown_name(source: str) -> str:
     r"""Return a file's name as UTF-8, which JSON and CSV need and a name on Linux may not be.
 
     Each byte that is not UTF-8 becomes ``\xNN``. A backslash is doubled, so that the name's bytes
@@ -308,7 +323,7 @@ def _shown(source: str) -> str:
 
 def relative_source(path: Path, root: Path) -> str:
     """Return ``path`` as a :attr:`Video.source`."""
-    return _shown(path.relative_to(root).as_posix()) if path != root else path.name
+    return shown_name(path.relative_to(root).as_posix()) if path != root else path.name
 
 
 def is_video(name: str) -> bool:

@@ -534,7 +534,7 @@ def store_video(video: Video, plan: ShardPlan) -> StoredVideo:
         return StoredVideo(*store_sequence(video, plan))
     count = plan.choice.count
     forecast = count is not None and not plan.keyframes
-    times = forecast_times(video.path) if forecast else None
+    times = forecast_times(video.path, video.inside) if forecast else None
     if count is not None and times is not None:
         try:
             only = nearest_distinct(times.tolist(), count)
@@ -582,6 +582,7 @@ def _decoded(
         binary=plan.binary,
         only=only,
         keyframes=plan.keyframes,
+        inside=video.inside,
     ) as decoded:
         encode = _jpegs(plan, decoded)
         for frame in decoded:

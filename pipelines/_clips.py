@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from pipelines._adapter import Video, VideoSet, keyed
 from pipelines._config import PrepareConfig
-from pipelines._decode import CONTAINERS, DecodeError, Decoding, FfmpegLog, Frame, decoding
+from pipelines._decode import (
+    CONTAINERS,
+    DecodeError,
+    Decoding,
+    FfmpegLog,
+    Frame,
+    Inside,
+    decoding,
+    protocols,
+)
 from pipelines._ffmpeg import FfmpegStream, local_url
 from pipelines._plan import Chooser, ShardPlan, described
 from shards.format import Exclusion, VideoRecord
@@ -44,7 +53,7 @@ def with_clips(videos: VideoSet, config: PrepareConfig, binary: str, workers: in
 
     def length(video: Video) -> float | DecodeError:
         try:
-            return duration_of(video.path, binary)
+            return duration_of(video.path, binary, video.inside)
         except DecodeError as error:
             return error
 
@@ -80,14 +89,14 @@ def clip_spans(
     return spans
 
 
-def duration_of(path: Path, binary: str) -> float:
+def duration_of(path: Path, binary: str, inside: Inside = None) -> float:
     """Return a video's seconds: as its header says, or after reading it where that is silent.
 
     Raises:
         DecodeError: it cannot be opened, or holds no video.
     """
-    whitelists = ("-protocol_whitelist", "file", "-format_whitelist", ",".join(CONTAINERS))
-    argv = [binary, "-nostdin", "-hide_banner", *whitelists, "-i", local_url(path)]
+    argv = [binary, "-nostdin", "-hide_banner", "-protocol_whitelist", protocols(inside)]
+    argv += ["-format_whitelist", ",".join(CONTAINERS), "-i", local_url(path, inside)]
     log = FfmpegLog()
     with FfmpegStream(argv, _HEADER_SECONDS, reads=path) as stream:
         stream.wait()  # fails: no output is given
@@ -95,7 +104,7 @@ def duration_of(path: Path, binary: str) -> float:
     if log.duration is not None:
         return log.duration
     if not log.opened:
-        raise DecodeError("unreadable", log.failure(path) or "its header cannot be read")
+        raise DecodeError("unreadable", log.failure(path, inside) or "its header cannot be read")
     # Recordings of live streams often lack it.
     copied = ("-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-")
     said = b""
@@ -232,6 +241,7 @@ def decode_clips(
         binary=plan.binary,
         span=(start, end),
         keyframes=plan.keyframes,
+        inside=piece[0].inside,
     ) as decoded:
         encode = encoder(decoded)
         finished: list[tuple[VideoRecord, list[bytes]] | DecodeError] = []

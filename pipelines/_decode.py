@@ -40,22 +40,24 @@ _MAX_BOXES = 10_000
 _PROFILES = (66, 77, 88, 100)
 
 
-def forecast_times(path: Path) -> NDArray[np.float64] | None:
+Inside = tuple[int, int] | None  # first byte and size of a video in a file of many; None: all
+
+
+def forecast_times(path: Path, inside: Inside = None) -> NDArray[np.float64] | None:
     """Return (F,) seconds at which the frames of the first video track are shown, sorted.
 
     None for everything except 8-bit 4:2:0 H.264 with complete sample tables.
     """
     try:
         with open_regular(path) as file:
-            moov = _moov(file)
+            moov = _moov(file, inside[0] if inside is not None else 0)
         return _track_times(moov) if moov is not None else None
     except (OSError, struct.error, ValueError, IndexError, KeyError, OverflowError):
         return None
 
 
-def _moov(file: BinaryIO) -> bytes | None:
-    """Return the box that describes the file; boxes before it are skipped, not read."""
-    position = 0
+def _moov(file: BinaryIO, position: int) -> bytes | None:
+    """Return the box that describes the video; boxes before it are skipped, not read."""
     for _ in range(_MAX_BOXES):
         file.seek(position)
         header = file.read(16)
@@ -284,7 +286,7 @@ class FfmpegLog:
         """Return a sign that part of the video does not decode, or None."""
         return min(self._damages).decode("ascii") if self._damages else None
 
-    def failure(self, path: Path) -> str:
+    def failure(self, path: Path, inside: Inside = None) -> str:
         """Return an error message without this machine's addresses and paths; empty if none.
 
         It is the first of one of ffmpeg's parts, preferably of one that reads: errors in the parts
@@ -297,7 +299,8 @@ class FfmpegLog:
         text = self._faults[speaker].decode("utf-8", "replace")
         if "not on whitelist" in text:
             return "not a supported video format; playlists are not followed"
-        text = text.replace(local_url(path), path.name).replace(str(path.absolute()), path.name)
+        for name in (local_url(path, inside), str(path.absolute())):
+            text = text.replace(name, path.name)
         return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())[:300]
 
 
@@ -338,15 +341,16 @@ class Frame(NamedTuple):
 _INPUT = "file:"  # stands for the file: ffmpeg-python takes no names that are not UTF-8
 
 
-def pictures(**options: Any) -> Any:
+def pictures(protocols: str = "file", **options: Any) -> Any:
     """Return the ffmpeg-python stream of a file's pictures as they decode, turned upright.
 
     Args:
+        protocols: by which the file is opened.
         options: more options of ffmpeg's input.
     """
     source = ffmpeg.input(
         _INPUT,
-        protocol_whitelist="file",
+        protocol_whitelist=protocols,
         format_whitelist=",".join(CONTAINERS),
         max_pixels=max_pixels(),
         # One thread per video: the workers fill the cores, and damaged streams decode the same
@@ -355,6 +359,11 @@ def pictures(**options: Any) -> Any:
         **options,
     )
     return source["V:0"]  # V: no cover art
+
+
+def protocols(inside: Inside) -> str:
+    """Return the protocols that ffmpeg may use for a file, or for a part of one."""
+    return "file" if inside is None else "file,subfile"
 
 
 def scaled(stream: Any, short_edge: int) -> Any:
@@ -386,11 +395,11 @@ def scaled_size(short_edge: int) -> tuple[str, str]:
     return f"max(2,2*ceil(iw*sar*{scale}/2-0.5))", f"max(2,2*ceil(ih*{scale}/2-0.5))"
 
 
-def output_argv(stream: Any, binary: str, path: Path) -> list[str]:
+def output_argv(stream: Any, binary: str, path: Path, inside: Inside = None) -> list[str]:
     """Return the whole command of an ffmpeg-python output stream, with the options of all runs."""
     quiet = ("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1")
     words = [str(word) for word in stream.global_args(*quiet).compile(cmd=binary)]
-    return [local_url(path) if word == _INPUT else word for word in words]
+    return [local_url(path, inside) if word == _INPUT else word for word in words]
 
 
 def decode_argv(
@@ -400,6 +409,7 @@ def decode_argv(
     only: Sequence[int] | None = None,
     span: tuple[float, float] | None = None,
     keyframes: bool = False,
+    inside: Inside = None,
 ) -> list[str]:
     """Return the command that writes frames of ``path`` as YUV4MPEG2 and their times to its log.
 
@@ -407,8 +417,10 @@ def decode_argv(
         only: numbers of the frames to write, increasing; the log still has the times of all.
         span: decode these seconds only; times count from the first.
         keyframes: decode key frames only.
+        inside: where in the file the video lies.
     """
-    options: dict[str, Any] = {"skip_frame": "nokey"} if keyframes else {}
+    options: dict[str, Any] = {"protocols": protocols(inside)}
+    options |= {"skip_frame": "nokey"} if keyframes else {}
     if span is not None:
         start, end = span
         options |= {"ss": f"{start:.6f}"} if start else {}
@@ -417,11 +429,11 @@ def decode_argv(
         stream = _told(scaled(pictures(**options), short_edge))
     else:
         wanted = "+".join(f"eq(n,{number})" for number in only)
-        stream = scaled(_told(pictures()).filter("select", wanted), short_edge)
+        stream = scaled(_told(pictures(**options)).filter("select", wanted), short_edge)
     output = stream.output(
         "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
     )
-    return output_argv(output, binary, path)
+    return output_argv(output, binary, path, inside)
 
 
 class WrongForecast(Exception):
@@ -440,7 +452,13 @@ class Decoding:
             at the end.
     """
 
-    def __init__(self, stream: FfmpegStream, path: Path, only: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        stream: FfmpegStream,
+        path: Path,
+        only: Sequence[int] | None = None,
+        inside: Inside = None,
+    ) -> None:
         self.width = self.height = 0
         self.matrix = ""
         self.full_range = False
@@ -450,7 +468,7 @@ class Decoding:
         self.damage: str | None = None
         self._only = only
         self._stream = stream
-        self._path = path
+        self._place = path, inside
         self._log = FfmpegLog()
 
     def __iter__(self) -> Iterator[Frame]:
@@ -526,7 +544,7 @@ class Decoding:
             raise DecodeError("timeout", "ffmpeg ran past the time limit and was killed")
         if code < 0 and not killed:
             raise DecodeError("crashed", f"ffmpeg was killed by signal {-code}")
-        message = self._log.failure(self._path)
+        message = self._log.failure(*self._place)
         if self._log.no_video_stream:
             raise DecodeError("no-video-stream", "it has no video stream")
         if code != 0 or reading is not None:
@@ -550,6 +568,7 @@ def decoding(
     only: Sequence[int] | None = None,
     span: tuple[float, float] | None = None,
     keyframes: bool = False,
+    inside: Inside = None,
 ) -> Iterator[Decoding]:
     """Decode ``path`` once; ffmpeg has exited when the block ends.
 
@@ -557,6 +576,7 @@ def decoding(
         only: numbers of the frames to scale and yield, increasing; all are decoded.
         span: first and last second to decode; the times of frames count from the first.
         keyframes: decode key frames only.
+        inside: where in the file the video lies.
 
     Raises:
         DecodeError: the file does not exist, or from the iteration, see :class:`Decoding`.
@@ -566,11 +586,12 @@ def decoding(
     except OSError as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         raise DecodeError(kind, error.strerror or "cannot be read") from error
-    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+    size = inside[1] if inside is not None else status.st_size
+    if stat.S_ISREG(status.st_mode) and size == 0:
         raise DecodeError("unreadable", "the file is empty")
-    argv = decode_argv(path, short_edge, binary, only, span, keyframes)
+    argv = decode_argv(path, short_edge, binary, only, span, keyframes, inside)
     with FfmpegStream(argv, timeout_seconds, reads=path) as stream:
-        yield Decoding(stream, path, only)
+        yield Decoding(stream, path, only, inside)
 
 
 def _picture_size(header: bytes) -> tuple[int, int]:

@@ -400,10 +400,17 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def local_url(path: Path) -> str:
-    """Return ``path`` as ffmpeg's own address of a local file.
+def local_url(path: Path, inside: tuple[int, int] | None = None) -> str:
+    """Return ``path`` as ffmpeg's own address of a local file, or of a part of one.
 
     Bare names are not safe to pass: one may begin with ``-`` or contain a ``:`` that ffmpeg would
     read as a protocol.
+
+    Args:
+        inside: first byte and size of the part, for example of a member of a tar.
     """
-    return f"file:{path.absolute()}"
+    whole = f"file:{path.absolute()}"
+    if inside is None:
+        return whole
+    first, size = inside
+    return f"subfile,,start,{first},end,{first + size},,:{whole}"

@@ -13,11 +13,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines._adapter import Video, VideoSet, raw_folder, source_bytes
+from pipelines._adapter import Video, VideoSet, beside, source_bytes
 from pipelines._config import PrepareConfig
 from pipelines._decode import Frame
 
@@ -202,6 +203,7 @@ def plan_set(
     *,
     choice: FrameChoice,
     short_edge: int | None,
+    root: Path,
     binary: str,
     ffmpeg_version: str,
 ) -> SetPlan:
@@ -231,7 +233,7 @@ def plan_set(
             min_frames=config.min_frames,
             keep_damaged=config.keep_damaged,
             timeout_seconds=config.timeout,
-            src=str(raw_folder(config)),
+            src=str(root),
             binary=binary,
             ffmpeg_version=ffmpeg_version,
             keyframes=config.keyframes,
@@ -278,7 +280,11 @@ def _continues(piece: list[Video], video: Video) -> bool:
         return False
     start, end = video.span
     near = last.span[0] <= start <= last.span[1] + _SKIPPED_SECONDS
-    return video.path == first.path and near and end - first.span[0] <= 2 * PIECE_SECONDS
+    return (
+        (video.path, video.inside) == (first.path, first.inside)
+        and near
+        and end - first.span[0] <= 2 * PIECE_SECONDS
+    )
 
 
 def byte_settings(
@@ -329,5 +335,5 @@ def described(video: Video, dataset: str) -> dict[str, Any]:
         "source_bytes": source_bytes(video),
         "group": video.group,
         "start": video.span[0] if video.span is not None else None,
-        "metadata": video.metadata,
+        "metadata": video.metadata if not video.texts else beside(video),
     }

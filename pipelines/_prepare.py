@@ -16,11 +16,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from pipelines._adapter import Adapter, Video, adapter, coverage_csv, coverage_lines, source_bytes
+from pipelines._adapter import (
+    Adapter,
+    Video,
+    adapter,
+    coverage_csv,
+    coverage_lines,
+    source_bytes,
+    source_folder,
+)
 from pipelines._build import LONG_SECONDS, ShardResult, Tally, finished_indexes
 from pipelines._clips import with_clips
 from pipelines._config import PrepareConfig, validate
-from pipelines._decode import CONTAINERS
+from pipelines._decode import CONTAINERS, protocols
 from pipelines._engine import build_shards
 from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, ffmpeg_version, local_url
 from pipelines._plan import FrameChoice, SetPlan, ShardPlan, plan_set
@@ -97,9 +105,9 @@ def _sample(plan: SetPlan) -> list[Video]:
 def _probe(video: Video, binary: str) -> _Header | None:
     """Return what the header says; None if it says too little."""
     argv = [
-        *(binary, "-nostdin", "-hide_banner", "-protocol_whitelist", "file"),
+        *(binary, "-nostdin", "-hide_banner", "-protocol_whitelist", protocols(video.inside)),
         *("-format_whitelist", ",".join(CONTAINERS)),
-        *("-i", local_url(video.path)),
+        *("-i", local_url(video.path, video.inside)),
     ]
     with FfmpegStream(argv, _PROBE_SECONDS, reads=video.path) as stream:
         stream.wait()  # fails: no output is given
@@ -283,6 +291,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             config,
             choice=choice,
             short_edge=config.short_edge or dataset.default_short_edge,
+            root=found.root or source_folder(config),
             binary=binary,
             ffmpeg_version=ffmpeg_version(binary),
         )

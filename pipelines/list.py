@@ -23,7 +23,6 @@ from pipelines._adapter import (
     VideoSet,
     keyed,
     missing_rows,
-    raw_folder,
     slug,
     split_named,
 )
@@ -59,7 +58,11 @@ def discover(config: PrepareConfig) -> Discovery:
     if not source.is_file():
         what = "is not a file" if source.exists() else "there is no such file"
         raise InputError(what, source, "give a CSV or Parquet file with --src")
-    root = raw_folder(config)
+    root = Path(config.root if config.root is not None else source.parent).absolute()
+    if not root.is_dir():
+        raise InputError(
+            "there is no such folder", root, "give the folder of the videos with --root"
+        )
     wanted = None if config.split is None else {split_named(w) for w in config.split.split(",")}
     videos: dict[tuple[str, tuple[float, float] | None], Video] = {}
     missing: set[str] = set()
@@ -101,7 +104,7 @@ def discover(config: PrepareConfig) -> Discovery:
         label_names=names,
         excluded=missing_rows(missing) + duplicates,
     )
-    return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"])
+    return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"], root=root)
 
 
 def _labelled(video: Video, index: dict[str, int]) -> Video:

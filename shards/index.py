@@ -461,8 +461,8 @@ def build_index(tar_path: Path) -> ShardIndex:
                 if member.extension == "json" and member.size <= MAX_RECORD_BYTES:
                     record = _record_or_none(member.read(raw))
                     record_at = (member.offset, member.size) if record else (0, 0)
-                elif member.extension == "cls" and member.size <= _MAX_LABEL_BYTES:
-                    label = _label_or_none(member.read(raw))
+                elif member.extension == "cls":
+                    label = label_of(member, raw)
                 elif member.is_jpeg and member.size > MAX_FRAME_BYTES:
                     raise InputError(f"{member.name} is too large for a frame", tar_path)
                 elif member.is_jpeg:
@@ -475,7 +475,7 @@ def build_index(tar_path: Path) -> ShardIndex:
         raise InputError(
             f"holds no JPEG frames, but {', '.join(sorted(others))}",
             tar_path,
-            "to store the frames of its videos, unpack it and run `seco prepare folder`",
+            "to store the frames of its videos, run `seco prepare wds`",
         )
     return builder.finish(
         file=tar_path.name,
@@ -494,8 +494,9 @@ def _frame_at(member: TarMember, raw: BinaryIO) -> FrameAt:
     return FrameAt(member.offset, member.size, crc)
 
 
-def _label_or_none(data: bytes) -> int | None:
-    text = data.strip()
+def label_of(member: TarMember, tar: BinaryIO) -> int | None:
+    """Return the whole number in ``KEY.cls``, or None."""
+    text = member.read(tar).strip() if member.size <= _MAX_LABEL_BYTES else b""
     return int(text) if text.isdigit() else None
 
 

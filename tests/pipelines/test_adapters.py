@@ -46,7 +46,7 @@ def kinds(excluded: list[Exclusion]) -> list[tuple[str, str]]:
 
 DATASETS = [
     *("activitynet", "folder", "frames", "got10k", "hmdb51", "images", "kinetics", "list"),
-    *("otb100", "ucf101"),
+    *("otb100", "ucf101", "wds"),
 ]
 
 
@@ -59,7 +59,7 @@ def test_datasets_are_the_files_of_the_room() -> None:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_a_source_that_is_not_there(dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no such (folder|file)"):
+    with pytest.raises(InputError, match=r"no such (folder|file|shard)"):
         find(dataset, tmp_path / "none")
 
 

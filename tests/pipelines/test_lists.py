@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +285,94 @@ def test_images_are_videos_of_one_frame(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert error.count("\n") == 1 and "which a triplet needs" in error
+
+
+# Tars of videos
+
+
+def tar_of(path: Path, members: dict[str, bytes | Path]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = content.read_bytes() if isinstance(content, Path) else content
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+def test_tars_of_videos_as_video2dataset_writes_them(videos: Path, tmp_path: Path) -> None:
+    web = tmp_path / "web: it's, here"
+    told = {"caption": "a dog", "width": 64, "clips": [[1, 2]], "key": "000000001"}
+    tar_of(
+        web / "00000.tar",
+        {
+            "000000000.mp4": videos / "a.mp4",
+            "000000000.txt": b"a cat\n",
+            "000000001.json": json.dumps(told).encode(),
+            "000000001.mp4": videos / "b, c.mp4",
+            "000000001.cls": b"1",
+            "000000002.json": b"{not json",
+            "000000002.mp4": videos / "d/e.mp4",
+            "000000003.json": b"{}",  # its download failed
+            "000000004.0.mp4": videos / "a.mp4",  # several per key
+            "000000004.1.mp4": videos / "b, c.mp4",
+            "000000005.mp4": b"not a video",
+            "../../escape.mp4": videos / "a.mp4",
+        },
+    )
+    tar_of(web / "00001.tar", {"000000000.webm": videos / "d/e.mp4"})  # wrong suffix, used key
+    (web / "00002.tar").write_bytes((web / "00000.tar").read_bytes()[:5000])
+    out = tmp_path / "out"
+    run(web, out, dataset="wds", name="web", max_failures=50)
+    shards = open_shards(str(out))
+    records = {record.source: record for record in map(shards.record, range(len(shards)))}
+    assert set(records) == {
+        *(f"00000.tar/{name}.mp4" for name in ("000000000", "000000001", "000000002")),
+        *("00000.tar/000000004.0.mp4", "00000.tar/000000004.1.mp4", "00000.tar/../../escape.mp4"),
+        "00001.tar/000000000.webm",
+    }
+    assert records["00000.tar/000000000.mp4"].metadata == {"txt": "a cat"}
+    assert records["00000.tar/000000001.mp4"].metadata == {
+        "caption": "a dog",
+        "width": "64",
+        "key": "000000001",
+    }
+    assert records["00000.tar/000000001.mp4"].label == 1
+    assert records["00000.tar/000000002.mp4"].metadata is None
+    assert errors(out / "web.errors.csv") == [
+        ("00000.tar/000000005.mp4", "unreadable"),
+        ("00002.tar", "unreadable"),
+    ]
+    run(web, tmp_path / "two", dataset="wds", name="web", max_failures=50, workers=2)
+    assert hashes(tmp_path / "two") == hashes(out)
+    # The frames are those of the files.
+    run(videos, tmp_path / "files")
+    files = open_shards(str(tmp_path / "files"))
+    of_file = {files.record(v).source: v for v in range(len(files))}
+    of_tar = {shards.record(v).source: v for v in range(len(shards))}
+    for tarred, plain in (("000000000", "a.mp4"), ("000000001", "b, c.mp4")):
+        video, other = of_tar[f"00000.tar/{tarred}.mp4"], of_file[plain]
+        for frame in range(4):
+            assert shards.read_frame(video, frame) == files.read_frame(other, frame)
+
+
+def test_tars_of_videos_are_divided_and_sandboxed(videos: Path, tmp_path: Path) -> None:
+    tar_of(tmp_path / "web-000.tar", {"0.mp4": videos / "a.mp4"})
+    pattern = f"{tmp_path}/web-{{000..000}}.tar"
+    given = ["prepare", "wds", "--src", pattern, "--clip-seconds=1", "--workers=1"]
+    process = commands.start(*given, "--out", tmp_path / "out")
+    assert process.communicate(timeout=60)[1] and process.returncode == 0
+    shards = open_shards(str(tmp_path / "out"))
+    found = {(shards.record(v).group, shards.record(v).start) for v in range(len(shards))}
+    assert found == {("web-000.tar/0.mp4", 0.0), ("web-000.tar/0.mp4", 1.0)}
+
+
+def test_tars_without_videos_are_refused(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a.tar", {"0.jpg": b"x", "0.json": b"{}"})
+    with pytest.raises(InputError, match="its 1 tars hold no videos"):
+        find("wds", tmp_path / "a.tar")
+    with pytest.raises(InputError, match="4 of 4 shards do not exist"):
+        find("wds", tmp_path / "none-{0..3}.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="tar"):
+        find("wds", tmp_path / "empty")

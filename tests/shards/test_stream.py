@@ -123,7 +123,7 @@ def test_videos_of_fewer_than_three_frames_are_left_out_and_counted(tmp_path: Pa
     assert (stream.left_out, stream.steps_per_epoch) == (5, 1)
     keys = {s.key for s in stream.read(0, 0, range(6))}
     assert keys == {f"video_{v:04d}" for v in range(6)}
-    with pytest.raises(InputError, match="0 videos of 3 frames or more do not fill a batch of 2"):
+    with pytest.raises(InputError, match="none of the 5 videos has 3 stored frames"):
         open_stream(f"{tmp_path}/short.json", 2, "uniform", 0)
     with pytest.raises(InputError, match="--batch-size: 4 is not divisible by 3 ranks"):
         open_stream(f"{tmp_path}/long.json", 4, "uniform", 0, world_size=3)

@@ -81,8 +81,9 @@ def test_near_triplets_span_no_more_than_they_may(
     if found is None:
         return
     (anchor, second, third), order = found
-    assert 0 <= min(anchor, second) and max(anchor, third) < len(times)
-    assert max(times[[anchor, third]]) - min(times[[anchor, second]]) <= seconds + 1e-9
+    assert min(anchor, second) >= 0 and max(anchor, third) < len(times)
+    span = max(times[[anchor, third]]) - min(times[[anchor, second]])
+    assert span <= seconds + 1e-9
     assert anchor < second if order == ANCHOR_FIRST else anchor > third
     assert second < third or (sampling == "halves" and second == third)
 
