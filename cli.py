@@ -204,7 +204,8 @@ def seco(max_pixels: int | None, sandbox: bool) -> None:
 def prepare(**settings: Any) -> None:
     """Decode the videos of DATASET into shards.
 
-    DATASET is kinetics, activitynet, ucf101, hmdb51, got10k, otb100 or folder (any tree of videos).
+    DATASET is kinetics, activitynet, ucf101, hmdb51, got10k or otb100, or for your own data folder
+    (any tree of videos), list, frames, wds or images.
 
     \b
     Example: seco prepare kinetics --src raw/ --out shards/

@@ -171,6 +171,7 @@ class _Chunks(Dataset[_Chunk]):
             "frames": len(self._frames.numbers(video)),
             "shard": Path(shards.addresses[shard]).name,
             "splits": record.splits,
+            **({} if record.group is None else {"group": record.group}),
         }
 
 

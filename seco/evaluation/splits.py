@@ -72,7 +72,21 @@ class TrainTest:
 
     def notes(self) -> list[str]:
         """Notes for readers of the metrics."""
-        return split_notes(self.unlabelled, self.train_labels, self.test_labels, self.class_name)
+        found = split_notes(self.unlabelled, self.train_labels, self.test_labels, self.class_name)
+        train, test = (
+            {groups[row] for row in rows.tolist()}
+            for groups, rows in (
+                (video_groups(self.train)[0], self.train_rows),
+                (video_groups(self.test)[0], self.test_rows),
+            )
+        )
+        if both := sorted(train & test):
+            named = ", ".join(both[:NAMED]) + (", ..." if len(both) > NAMED else "")
+            found.append(
+                f"{len(both)} groups have training and test videos ({named}): all accuracies are "
+                "too high"
+            )
+        return found
 
 
 def read_train_test(

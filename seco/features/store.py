@@ -90,7 +90,7 @@ class FeaturePart:
 
     Args:
         rows: returns one row per video: key, source, label (None for none), label_name, frames,
-            shard, and ``splits``, a dict such as ``{"1": "train"}``.
+            shard, ``splits``, a dict such as ``{"1": "train"}``, and optionally ``group``.
         arrays: returns features (v, D), halves (v, 2, D), and the features of all frames (f, D) or
             None.
         failures: (key, shard, why) of each video without a row.
@@ -135,12 +135,14 @@ def write_feature_parts(
         InputError: a feature is not finite, or the folder cannot be written.
     """
     splits: set[str] = set()
+    grouped = False
     with contextlib.ExitStack() as files:
         open_arrays: dict[str, _GrowingArray] = {}
         for part in parts:
             before_each()
             rows = part.rows()
             splits.update(name for row in rows for name in row["splits"])
+            grouped = grouped or any(row.get(GROUP) is not None for row in rows)
             for name, array in _checked(part, rows, folder).items() if rows else ():
                 if name not in open_arrays:
                     temporary = files.enter_context(atomic_path(folder / name))
@@ -162,7 +164,7 @@ def write_feature_parts(
                 discard(other / name)
             with contextlib.suppress(OSError):  # not empty: it holds files of the user's
                 other.rmdir()
-    _write_csv(folder / VIDEOS, _table(parts, sorted(splits)))
+    _write_csv(folder / VIDEOS, _table(parts, sorted(splits), [GROUP] if grouped else []))
     failures = [row for part in parts for row in part.failures]
     if failures:
         _write_csv(folder / ERRORS, [("key", "shard", "message"), *failures])
@@ -224,12 +226,15 @@ def _checked(part: FeaturePart, rows: Rows, folder: Path) -> dict[str, Floats]:
     return arrays
 
 
-def _table(parts: Sequence[FeaturePart], splits: Sequence[str]) -> Iterator[Sequence[object]]:
-    yield [*COLUMNS, *(SPLIT + name for name in splits)]
+def _table(
+    parts: Sequence[FeaturePart], splits: Sequence[str], more: Sequence[str]
+) -> Iterator[Sequence[object]]:
+    yield [*COLUMNS, *(SPLIT + name for name in splits), *more]
     for part in parts:
         for row in part.rows():
             # The csv module writes None as an empty field.
-            yield [row[c] for c in COLUMNS] + [row["splits"].get(name) for name in splits]
+            values = [row[c] for c in COLUMNS] + [row["splits"].get(name) for name in splits]
+            yield values + [row.get(name) for name in more]
 
 
 def _write_csv(path: Path, rows: Iterator[Sequence[object]] | Sequence[Sequence[object]]) -> None:

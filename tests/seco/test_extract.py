@@ -24,6 +24,7 @@ from seco.checkpoints.weights import BackboneChanged, BackboneGuard, load_backbo
 from seco.config import ExtractConfig, check_extract, frames_of
 from seco.data.crops import center_crop, decode_jpeg
 from seco.data.transforms import normalise
+from seco.evaluation.splits import train_test, video_groups
 from seco.features.extract import extract_features
 from seco.features.plan import Extraction, Parts
 from seco.features.store import read_features
@@ -127,6 +128,17 @@ def signal_when(process: commands.Command, parts: int, out: Path, send: Any) -> 
     with contextlib.suppress(ProcessLookupError):
         send()
     return process.communicate(timeout=60)[1]
+
+
+def test_groups_go_with_the_features(tmp_path: Path) -> None:
+    spec = make_set(tmp_path / "s", videos=12, group=lambda video: f"film {video // 4}")
+    found = read_features(extract(spec, tmp_path / "out"))
+    assert found.groups == [f"film {int(key[-4:]) // 4}" for key in found.keys]
+    names, kind = video_groups(found)
+    assert kind == "groups" and len(set(names)) == 3
+    # Split 1 tests on the first three videos of nine: 0 to 2 and 9 to 11.
+    (note,) = train_test(found, found).notes()
+    assert note.startswith("2 groups have training and test videos (film 0, film 2)")
 
 
 def test_killed_and_stopped_and_gone_on_with_it_writes_the_same_bytes(
