@@ -68,6 +68,15 @@ def as_settings(config: Any) -> dict[str, Any]:
     }
 
 
+def default_settings(config: Any) -> dict[str, Any]:
+    """Return the defaults as plain values, like :func:`as_settings`."""
+    return {
+        field.name: _plain(field.default)
+        for field in own_first(config)
+        if field.default is not None and field.default is not dataclasses.MISSING
+    }
+
+
 def require(holds: bool, name: str, message: str) -> None:
     """Check a condition on the value of setting ``name``.
 

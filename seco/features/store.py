@@ -425,8 +425,8 @@ def read_meta(path: Path) -> dict[str, Any]:
             path,
             _EXTRACT_AGAIN,
         )
+    meta = decode_json(dict[str, Any], content, path, what, _EXTRACT_AGAIN)
     decode_json(_Meta, content, path, what, _EXTRACT_AGAIN)
-    meta: dict[str, Any] = msgspec.json.decode(content)
     return meta
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seco.checkpoints.io import LAST, CheckpointWriter, load_checkpoint
 from shards.errors import InputError, PeerLost
-from shards.settings import as_settings, resumable_settings
+from shards.settings import as_settings, default_settings, resumable_settings
 
 
 class TrainedModel(Protocol):
@@ -118,15 +118,17 @@ class RunState:
         content = load_checkpoint(path)
         if not {"optimizer", "videos", "step", "unreadable", "torch_rng"} <= set(content):
             raise InputError("is not a resumable checkpoint", path, "start from it with --init")
+        # A version of the toolkit that lacked a setting did what is now its default.
+        made_with = default_settings(self._config) | content["config"]
         differing = {
             name: value
             for name, value in as_settings(self._config).items()
-            if name not in self._may_differ and content["config"].get(name) != value
+            if name not in self._may_differ and made_with.get(name) != value
         }
         if differing:
             name = next(iter(differing))
             raise InputError(
-                f"was made with {name} = {content['config'].get(name)}, not {differing[name]}",
+                f"was made with {name} = {made_with.get(name)}, not {differing[name]}",
                 path,
                 "resume with the run's own settings (its config.toml)",
             )
