@@ -117,7 +117,7 @@ def import_everything() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
-    for name in ("cli", "matplotlib.pyplot", "torch.utils.tensorboard"):
+    for name in ("cli", "seco.__main__", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
     gc.freeze()
 

@@ -223,6 +223,10 @@ class FrameLoader:
         self._frames.shards.access.close()
         self._ring.close()
 
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return sum(1 for _ in self._batches())
+
     def release(self, batch: FrameBatch) -> None:
         """Allow a batch's memory to be reused; batches are released in order."""
         self._released += len(batch.parts)

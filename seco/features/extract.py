@@ -69,15 +69,15 @@ def shard_features(
     pending: deque[tuple[FrameBatch, Future[NDArray[np.float32]]]] = deque()
     collected: _Collected | None = None
     with loader, contextlib.closing(iter(loader)) as batches:
-        more = True
-        while more or pending:
-            if more:
+        # Not until the loader has no more: its end takes time, and must not be interrupted.
+        left = len(loader)
+        while left or pending:
+            if left:
                 with stop.while_waiting():
-                    batch = next(batches, None)
-                if batch is not None:
-                    pending.append((batch, forwards.submit(batch.parts)))
-                more = batch is not None
-            if len(pending) > forwards.at_once or (pending and not more):
+                    batch = next(batches)
+                pending.append((batch, forwards.submit(batch.parts)))
+                left -= 1
+            if len(pending) > forwards.at_once or (pending and not left):
                 batch, computed = pending.popleft()
                 if collected is None:
                     collected = _Collected(frames, batch.shard, keep=config.per_frame)
