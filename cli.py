@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -46,6 +47,7 @@ from shards.errors import (
     TooManyExcluded,
 )
 from shards.settings import own_first
+from shards.signals import STOPPING, interrupt
 from shards.terminal import say, show, show_everywhere
 from shards.untrusted import read_regular, real_path, set_max_pixels
 
@@ -739,11 +741,19 @@ def main(arguments: Sequence[str] | None = None, interruptible: bool = False) ->
     """
     show_everywhere()
     if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = run(arguments)
-    # Another Ctrl-C must not end the interpreter's shutdown with a traceback.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupt)
+    # A scheduler's signal and a closed terminal, too, leave time to remove half-written files.
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupt)
+    code = EXIT_STOPPED
+    with contextlib.suppress(KeyboardInterrupt):  # while an error was reported
+        code = run(arguments)
+    # Another signal must not end the interpreter's shutdown with a traceback.
+    for stopping in STOPPING:
+        if signal.getsignal(stopping) is interrupt:
+            signal.signal(stopping, signal.SIG_DFL)
     sys.exit(code)
 
 

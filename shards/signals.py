@@ -25,6 +25,8 @@ STOPPING = tuple(
 )
 _AGAIN_SECONDS = 1.0
 _received = False
+_holding = 0  # blocks of blocked() in this process
+_held: StopRequest | None = None  # it would have raised within them
 
 
 class StopWaiting(BaseException):
@@ -88,7 +90,14 @@ class StopRequest:
             self._hurried, self._since = True, time.monotonic()
             if self._interrupts:
                 raise KeyboardInterrupt
-        if self._waiting:
+        self.raise_if_waiting()
+
+    def raise_if_waiting(self) -> None:
+        """Raise :class:`StopWaiting` within a block of :meth:`while_waiting`, once."""
+        global _held
+        if self._waiting and _holding:
+            _held = self
+        elif self._waiting:
             self._waiting = False
             raise StopWaiting
 
@@ -102,6 +111,24 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+_interrupted: float | None = None  # when
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a signal of a command that saves nothing: raise KeyboardInterrupt, once.
+
+    Another one would disturb the cleaning up. After a second it ends the process.
+    """
+    global _interrupted
+    now = time.monotonic()
+    if _interrupted is None:
+        _interrupted = now
+        raise KeyboardInterrupt
+    if now - _interrupted > _AGAIN_SECONDS:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
 def received() -> bool:
     """Whether a signal has asked this process to stop."""
     return _received
@@ -110,11 +137,18 @@ def received() -> bool:
 @contextmanager
 def blocked() -> Iterator[None]:
     """Hold signals back within the block; processes started there begin with them blocked."""
+    global _holding, _held
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    # Another thread of this process may receive them all the same.
+    _holding += 1
     try:
         yield
     finally:
+        _holding -= 1
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if _held is not None and not _holding:
+            held, _held = _held, None
+            held.raise_if_waiting()
 
 
 def unblock() -> None:
