@@ -49,7 +49,7 @@ from shards.errors import (
 from shards.settings import own_first
 from shards.signals import STOPPING, interrupt
 from shards.terminal import say, show, show_everywhere
-from shards.untrusted import read_regular, real_path, set_max_pixels
+from shards.untrusted import SANDBOX_VARIABLE, read_regular, real_path, set_max_pixels
 
 
 class _Finite(click.types.FloatParamType):
@@ -165,6 +165,8 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
         values = given if several and isinstance(given, list) else [given]
         if not all(isinstance(one, (str, int, float)) for one in values):
             raise InputError(f"{name} is not a plain value", value)
+        if kind is click.BOOL and not isinstance(given, bool):
+            raise InputError(f"{name} is {given!r}, not true or false", value)
         if isinstance(kind, _Whole) and isinstance(given, float):
             raise InputError(f"{name} is {given}, not a whole number", value)
     context.default_map = {**(context.default_map or {}), **settings}
@@ -195,9 +197,7 @@ def seco(max_pixels: int | None, sandbox: bool) -> None:
     if max_pixels is not None:
         set_max_pixels(max_pixels)
     if sandbox:
-        from pipelines._ffmpeg import set_sandbox
-
-        set_sandbox()
+        os.environ[SANDBOX_VARIABLE] = "1"  # also for the processes started from here
 
 
 @seco.command()

@@ -380,7 +380,9 @@ def is_picture(name: str) -> bool:
 def natural(name: str) -> tuple[list[tuple[int, str]], str]:
     """Return a key that sorts ``frame_9`` before ``frame_10``."""
     parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts], name
+    numbers = (part.isascii() and part.isdigit() for part in parts)
+    pairs = zip(parts, numbers, strict=True)
+    return [(int(part), "") if number else (-1, part) for part, number in pairs], name
 
 
 def find_videos(root: Path) -> list[tuple[str, Path]]:
@@ -400,14 +402,25 @@ def find_videos(root: Path) -> list[tuple[str, Path]]:
 def keyed(videos: Sequence[Video]) -> list[Video]:
     """Return the videos with distinct keys, made from ``key`` or ``source``."""
     keys = make_keys([video.key or _key_source(video) for video in videos])
+    if len(set(keys)) < len(keys):
+        key, _ = Counter(keys).most_common(1)[0]
+        two = [video.shown for video, own in zip(videos, keys, strict=True) if own == key][:2]
+        raise InputError(f"{two[0]} and {two[1]} cannot be told apart", fix="rename one of them")
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
 
 
 def _key_source(video: Video) -> str:
-    if video.span is None:
+    if video.span is None and video.inside is None:
         return video.source
-    start, end = (0 if s == math.inf else round(s * 1000) for s in video.span)
-    return f"{os.path.splitext(video.source)[0]}-{start:09d}-{end:09d}ms"
+    # What follows the dot is seen only where keys would be equal.
+    folder, name = os.path.split(video.source)
+    stem, suffix = os.path.splitext(name)
+    at = "" if video.inside is None else f"-{video.inside[0]}"
+    if video.span is not None:
+        start, end = (-1 if s == math.inf else round(s * 1e6) for s in video.span)
+        stem += f"-{start // 1000:09d}-{max(0, end) // 1000:09d}ms"
+        at += f"-{start}-{end}"
+    return f"{folder}/{stem.replace('.', '_')}.{suffix[1:]}{at}"
 
 
 def read_text(path: Path) -> str:

@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
@@ -34,7 +35,7 @@ from pipelines._adapter import (
     read_text,
     source_bytes,
 )
-from pipelines._clips import decode_clips
+from pipelines._clips import Stored, decode_clips
 from pipelines._colour import encode_jpeg, jpeg_planes
 from pipelines._decode import (
     DecodeError,
@@ -236,12 +237,16 @@ def _read_jpeg(path: Path, quality: int) -> bytes:
     try:
         with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
             require_pixels(*picture.size)
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits per channel")
             pixels = np.asarray(picture.convert("RGB"))
+        return bytes(
+            simplejpeg.encode_jpeg(
+                pixels, quality=quality, colorspace="RGB", colorsubsampling="420"
+            )
+        )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DecodeError("unreadable", f"{path.name} is not a picture ({error})") from error
-    return bytes(
-        simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
-    )
+        raise DecodeError("unreadable", f"{path.name} cannot be stored ({error})") from error
 
 
 def _size(frames: list[bytes], paths: list[Path]) -> tuple[int, int]:
@@ -426,6 +431,7 @@ class StoredVideo:
 
 
 Outcome = StoredVideo | Exclusion
+_T = TypeVar("_T")
 
 
 def build_shard(
@@ -615,34 +621,35 @@ def _outcomes(
 ) -> list[Outcome]:
     """Return the outcomes of the wanted videos of a piece: one video, or clips of a recording."""
     if piece[0].span is None:
-        return [_outcome(piece[0], plan, stopping, lambda: [store_video(piece[0], plan)])[0]]
+        return [_outcome(piece[0], lambda: store_video(piece[0], plan), stopping)]
 
-    def clips(of: Sequence[Video], some: Sequence[Video]) -> list[Outcome]:
-        return [
-            Exclusion(source=video.shown, kind=found.kind, message=found.message)
-            if isinstance(found, DecodeError)
-            else StoredVideo(*found)
-            for video, found in zip(
-                some,
-                decode_clips(of, some, plan, lambda decoded: _jpegs(plan, decoded)),
-                strict=True,
-            )
-        ]
+    def clips(of: Sequence[Video], some: Sequence[Video]) -> list[Stored | DecodeError]:
+        found = _tried(
+            lambda: decode_clips(of, some, plan, lambda decoded: _jpegs(plan, decoded)), stopping
+        )
+        return [found] * len(some) if isinstance(found, DecodeError) else found
 
-    found = _outcome(piece[0], plan, stopping, lambda: clips(piece, wanted))
-    if len(found) == len(wanted):
-        return found
-    # Damage in one place must not exclude minutes of video.
+    found = clips(piece, wanted)
+    if len(piece) > 1 and all(isinstance(one, DecodeError) for one in found):
+        # Damage in one place must not exclude minutes of video.
+        found = [clips([video], [video])[0] for video in wanted]
     return [
-        _outcome(video, plan, stopping, lambda video=video: clips([video], [video]))[0]  # type: ignore[misc]
-        for video in wanted
+        _excluded(video, one) if isinstance(one, DecodeError) else StoredVideo(*one)
+        for video, one in zip(wanted, found, strict=True)
     ]
 
 
-def _outcome(
-    video: Video, plan: ShardPlan, stopping: threading.Event, store: Callable[[], list[Outcome]]
-) -> list[Outcome]:
-    """Return what ``store`` does, or the one reason why it cannot."""
+def _outcome(video: Video, store: Callable[[], StoredVideo], stopping: threading.Event) -> Outcome:
+    found = _tried(store, stopping)
+    return _excluded(video, found) if isinstance(found, DecodeError) else found
+
+
+def _excluded(video: Video, error: DecodeError) -> Exclusion:
+    return Exclusion(source=video.shown, kind=error.kind, message=error.message)
+
+
+def _tried(store: Callable[[], _T], stopping: threading.Event) -> _T | DecodeError:
+    """Return what ``store`` returns, or why it cannot."""
     for attempt in itertools.count(1):
         require_going()
         try:
@@ -651,7 +658,7 @@ def _outcome(
             require_going()  # a video whose ffmpeg was stopped has not failed
             # ffmpeg may have been killed for other reasons than this video, mostly lack of memory.
             if error.kind != "crashed" or attempt == _MOST_ATTEMPTS or stopping.is_set():
-                return [Exclusion(source=video.shown, kind=error.kind, message=error.message)]
+                return error
     raise AssertionError("unreachable")
 
 

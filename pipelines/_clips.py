@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,16 @@ from pipelines._decode import (
 )
 from pipelines._ffmpeg import FfmpegStream, local_url
 from pipelines._plan import Chooser, ShardPlan, described
-from shards.format import Exclusion, VideoRecord
+from shards.format import VideoRecord
 
+Encode = Callable[[Frame], bytes]
+Stored = tuple[VideoRecord, list[bytes]]
 _HEADER_SECONDS = 60.0
+_READING_SECONDS = 600.0  # without decoding
+_MOST_CLIPS = 1_000_000  # of a recording; a header may claim any length
+# Seconds before the first clip at which decoding begins. Some containers (MPEG-TS, MPEG-PS) are
+# sought to the next key frame, not to the one before.
+_MARGINS = (0.0, 30.0, math.inf)
 _BUDGET_BYTES = 48 << 20  # of frames that wait for the end of their clip
 # ffmpeg's scdet: a cut scores 8 to 14 or more, and its default is 10.
 _CUT_SCORE = 10.0
@@ -41,33 +49,37 @@ _PROGRESS = re.compile(rb"out_time_us=(\d+)")
 
 
 def with_clips(videos: VideoSet, config: PrepareConfig, binary: str, workers: int) -> VideoSet:
-    """Return the set with clips in place of its recordings; those of unknown length are excluded.
+    """Return the set with clips in place of its recordings.
+
+    A recording of unknown length becomes a single clip, which is most likely to fail.
 
     Args:
         workers: headers read at once.
     """
     assert config.clip_seconds is not None
     stride = config.clip_stride or config.clip_seconds
-    clips: list[Video] = []
-    excluded = list(videos.excluded)
+    most_seconds = config.clip_seconds + _MOST_CLIPS * stride
+    files = list(dict.fromkeys((video.path, video.inside) for video in videos.videos))
 
-    def length(video: Video) -> float | DecodeError:
+    def length(file: tuple[Path, Inside]) -> float | None:
         try:
-            return duration_of(video.path, binary, video.inside)
-        except DecodeError as error:
-            return error
+            found = duration_of(file[0], binary, file[1], config.timeout)
+        except DecodeError:
+            return None
+        return found if found <= most_seconds else None
 
     with ThreadPoolExecutor(workers) as pool:
-        for video, found in zip(videos.videos, pool.map(length, videos.videos), strict=True):
-            if isinstance(found, DecodeError):
-                row = Exclusion(source=video.shown, kind=found.kind, message=found.message)
-                excluded.append(row)
-                continue
-            first, last = video.span or (0.0, math.inf)
-            group = video.group or video.source
+        lengths = dict(zip(files, pool.map(length, files), strict=True))
+    clips: list[Video] = []
+    for video in videos.videos:
+        first, last = video.span or (0.0, math.inf)
+        found = lengths[video.path, video.inside]
+        spans = [(first, last)]
+        if found is not None and first < found:
             spans = clip_spans(first, min(last, found), config.clip_seconds, stride)
-            clips += [replace(video, key="", group=group, span=span) for span in spans]
-    return replace(videos, videos=keyed(clips), excluded=excluded)
+        group = video.group or video.source
+        clips += [replace(video, key="", group=group, span=span) for span in spans]
+    return replace(videos, videos=keyed(clips))
 
 
 def clip_spans(
@@ -89,8 +101,14 @@ def clip_spans(
     return spans
 
 
-def duration_of(path: Path, binary: str, inside: Inside = None) -> float:
+def duration_of(
+    path: Path, binary: str, inside: Inside = None, timeout_seconds: float | None = None
+) -> float:
     """Return a video's seconds: as its header says, or after reading it where that is silent.
+
+    Args:
+        inside: where in the file the video lies.
+        timeout_seconds: for reading it; at least ten minutes.
 
     Raises:
         DecodeError: it cannot be opened, or holds no video.
@@ -108,7 +126,8 @@ def duration_of(path: Path, binary: str, inside: Inside = None) -> float:
     # Recordings of live streams often lack it.
     copied = ("-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-")
     said = b""
-    with FfmpegStream([*argv, *copied], None, reads=path) as stream:
+    patience = None if timeout_seconds is None else max(_READING_SECONDS, timeout_seconds)
+    with FfmpegStream([*argv, *copied], patience, reads=path) as stream:
         while line := stream.read_line(1 << 16):
             said = line if line.startswith(b"out_time_us=") else said
         stream.wait()
@@ -123,7 +142,7 @@ class CutDetector:
 
     def __init__(self) -> None:
         self._before: NDArray[np.uint8] | None = None
-        self._change: float | None = None
+        self._change = 0.0
 
     def is_cut(self, luma: NDArray[np.uint8]) -> bool:
         """Whether a scene begins with this picture; pictures come in order, all of one size."""
@@ -133,14 +152,13 @@ class CutDetector:
         apart = np.maximum(luma, before) - np.minimum(luma, before)
         change = float(apart.sum(dtype=np.uint64)) * 100 / (256 * luma.size)
         last, self._change = self._change, change
-        return last is not None and min(change, abs(change - last)) >= _CUT_SCORE
+        return min(change, abs(change - last)) >= _CUT_SCORE
 
 
 @dataclass
 class _Part:
     """A stretch of a clip without a cut."""
 
-    chooser: Chooser
     start: float  # seconds from the beginning of the recording, of the first frame
     end: float  # of the last
     decoded: int = 0
@@ -154,55 +172,55 @@ class _Part:
 
 
 class _Clip:
-    """Collects the frames of one clip while its recording is decoded."""
+    """Collects the frames of one clip while its recording is decoded.
+
+    What it keeps depends on the frames of the clip alone, not on those before it.
+    """
 
     def __init__(self, video: Video, plan: ShardPlan) -> None:
         assert video.span is not None
-        self.video = video
         self.start, self.end = video.span
+        self._video = video
         self._plan = plan
+        self._detector = CutDetector() if plan.cut_scenes else None
+        self._chooser: Chooser | None = None
         self._part: _Part | None = None
         self._longest: _Part | None = None
 
-    def offer(self, frame: Frame, cut: bool, encode: Callable[[Frame], bytes]) -> None:
-        """Take a frame of the clip; ``cut``: a scene begins with it."""
-        if cut:
+    def offer(self, frame: Frame, luma: NDArray[np.uint8], encode: Encode) -> None:
+        """Take a frame of the clip."""
+        if self._detector is not None and self._detector.is_cut(luma):
             self._finish_part(encode)
-        if self._part is None:
-            chooser = self._plan.choice.chooser(_BUDGET_BYTES)
-            self._part = _Part(chooser, frame.time, frame.time)
-        self._part.take(self._part.chooser.offer(frame), encode)
+        if self._part is None or self._chooser is None:
+            self._chooser = self._plan.choice.chooser(_BUDGET_BYTES)
+            self._part = _Part(frame.time, frame.time)
+        self._part.take(self._chooser.offer(frame), encode)
         self._part.end = frame.time
         self._part.decoded += 1
 
-    def _finish_part(self, encode: Callable[[Frame], bytes]) -> None:
-        part, self._part = self._part, None
-        if part is None:
+    def _finish_part(self, encode: Encode) -> None:
+        part, chooser, longest = self._part, self._chooser, self._longest
+        self._part = self._chooser = None
+        if part is None or chooser is None:
             return
-        longest = self._longest
         if longest is None or part.end - part.start > longest.end - longest.start:
-            part.take(part.chooser.finish(), encode)
+            part.take(chooser.finish(), encode)
             self._longest = part
 
-    def finish(
-        self, decoded: Decoding, encode: Callable[[Frame], bytes]
-    ) -> tuple[VideoRecord, list[bytes]]:
-        """Return the record and the frames.
-
-        Raises:
-            DecodeError: there are too few.
-        """
+    def finish(self, decoded: Decoding, encode: Encode) -> Stored | DecodeError:
+        """Return the record and the frames, or why there are too few."""
         self._finish_part(encode)
         part = self._longest
         if part is None:
-            raise DecodeError("zero-frames", "no frame could be decoded")
+            return DecodeError("zero-frames", "no frame could be decoded")
         if len(part.frames) < self._plan.min_frames:
-            raise DecodeError(
+            return DecodeError(
                 "too-short", f"{len(part.frames)} frames, fewer than {self._plan.min_frames}"
             )
+        known = described(self._video, self._plan.dataset)
+        known |= {"start": round(part.start, 6), "duration": round(part.end - part.start, 6)}
         record = VideoRecord(
-            **described(self.video, self._plan.dataset)
-            | {"start": round(part.start, 6), "duration": round(part.end - part.start, 6)},
+            **known,
             width=decoded.width,
             height=decoded.height,
             frame_times=part.times,
@@ -217,9 +235,9 @@ def decode_clips(
     piece: Sequence[Video],
     wanted: Sequence[Video],
     plan: ShardPlan,
-    encoder: Callable[[Decoding], Callable[[Frame], bytes]],
-) -> Iterator[tuple[VideoRecord, list[bytes]] | DecodeError]:
-    """Decode a piece of a recording in one pass; yield the outcome of every wanted clip, in order.
+    encoder: Callable[[Decoding], Encode],
+) -> list[Stored | DecodeError]:
+    """Decode a piece of a recording in one pass; return the outcome of every wanted clip, in order.
 
     Args:
         piece: the neighbouring clips that decide where decoding begins and ends.
@@ -231,39 +249,57 @@ def decode_clips(
     """
     spans = [video.span for video in piece if video.span is not None]
     start, end = spans[0][0], max(end for _, end in spans)
-    clips = [_Clip(video, plan) for video in wanted]
-    detector = CutDetector() if plan.cut_scenes else None
+    for margin in _MARGINS:
+        begin = max(0.0, start - margin)
+        try:
+            found = _pass(piece[0], wanted, plan, encoder, begin=begin, start=start, end=end)
+        except DecodeError as error:
+            if error.kind != "zero-frames" or not begin:
+                raise
+            found = None  # near the end there may be no other key frame
+        if found is not None:
+            return found
+    raise AssertionError("unreachable: nothing comes before the beginning")
+
+
+def _pass(
+    video: Video,
+    wanted: Sequence[Video],
+    plan: ShardPlan,
+    encoder: Callable[[Decoding], Encode],
+    *,
+    begin: float,
+    start: float,
+    end: float,
+) -> list[Stored | DecodeError] | None:
+    """Decode from ``begin``; None if the first frame to come lies after ``start``."""
     assert plan.short_edge is not None, "only folders of frames are stored as they are"
     with decoding(
-        piece[0].path,
+        video.path,
         short_edge=plan.short_edge,
         timeout_seconds=plan.timeout_seconds,
         binary=plan.binary,
-        span=(start, end),
+        span=(begin, end),
         keyframes=plan.keyframes,
-        inside=piece[0].inside,
+        inside=video.inside,
     ) as decoded:
         encode = encoder(decoded)
-        finished: list[tuple[VideoRecord, list[bytes]] | DecodeError] = []
-
-        def finish(clip: _Clip) -> None:
-            try:
-                finished.append(clip.finish(decoded, encode))
-            except DecodeError as error:
-                finished.append(error)
-
-        waiting = list(clips)
-        for frame in decoded:
-            moment = frame._replace(time=frame.time + start)
-            size = decoded.width * decoded.height
-            cut = detector is not None and detector.is_cut(frame.planes[:size])
-            while waiting and moment.time >= waiting[0].end:
-                finish(waiting.pop(0))
-            for clip in waiting:
-                if clip.start <= moment.time < clip.end:
-                    clip.offer(moment, cut, encode)
-        for clip in waiting:
-            finish(clip)
+        outcomes: dict[int, Stored | DecodeError] = {}
+        upcoming = deque(enumerate(_Clip(video, plan) for video in wanted))  # by their start
+        active: dict[int, _Clip] = {}
+        for count, frame in enumerate(decoded):
+            if not count and begin and frame.time > start + 1.5 / (decoded.source_fps or 25.0):
+                return None
+            while upcoming and upcoming[0][1].start <= frame.time:
+                number, clip = upcoming.popleft()
+                active[number] = clip
+            for number in [n for n, clip in active.items() if clip.end <= frame.time]:
+                outcomes[number] = active.pop(number).finish(decoded, encode)
+            luma = frame.planes[: decoded.width * decoded.height]
+            for clip in active.values():
+                clip.offer(frame, luma, encode)
+        for number, clip in [*active.items(), *upcoming]:
+            outcomes[number] = clip.finish(decoded, encode)
     if decoded.damage is not None and not plan.keep_damaged:
         raise DecodeError("damaged", decoded.damage)
-    yield from finished
+    return [outcomes[number] for number in range(len(wanted))]

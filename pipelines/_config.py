@@ -39,7 +39,8 @@ class PrepareConfig:
     fps: float | None = setting(None, "frames per second of video, instead of --frames")
     all_frames: bool = setting(False, "store every frame, instead of --frames")
     clip_seconds: float | None = setting(
-        None, "divide recordings into clips of this length, each stored as a video (folder, list)"
+        None,
+        "divide recordings into clips of this length, each stored as a video (folder, list, wds)",
     )
     clip_stride: float | None = setting(
         None, "seconds from the start of a clip to that of the next [default: --clip-seconds]"
@@ -113,6 +114,11 @@ def validate(config: PrepareConfig) -> None:
         config.clip_stride is None or config.clip_seconds is not None,
         "clip_stride",
         "needs --clip-seconds",
+    )
+    _require(
+        not (config.cut_scenes and config.keyframes),
+        "cut_scenes",
+        "cannot be combined with --keyframes, which are seconds apart",
     )
     _require(
         not config.cut_scenes or config.clip_seconds is not None,

@@ -415,16 +415,18 @@ def decode_argv(
 
     Args:
         only: numbers of the frames to write, increasing; the log still has the times of all.
-        span: decode these seconds only; times count from the first.
+        span: decode these seconds only; times count from the beginning of the file all the same.
         keyframes: decode key frames only.
         inside: where in the file the video lies.
     """
     options: dict[str, Any] = {"protocols": protocols(inside)}
+    more: tuple[str, ...] = ()
     options |= {"skip_frame": "nokey"} if keyframes else {}
     if span is not None:
         start, end = span
         options |= {"ss": f"{start:.6f}"} if start else {}
         options |= {"t": f"{end - start:.6f}"} if end < math.inf else {}
+        more = ("-copyts", "-start_at_zero")  # the times of all frames as without a seek
     if only is None:
         stream = _told(scaled(pictures(**options), short_edge))
     else:
@@ -433,7 +435,7 @@ def decode_argv(
     output = stream.output(
         "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
     )
-    return output_argv(output, binary, path, inside)
+    return output_argv(output.global_args(*more), binary, path, inside)
 
 
 class WrongForecast(Exception):
@@ -574,7 +576,7 @@ def decoding(
 
     Args:
         only: numbers of the frames to scale and yield, increasing; all are decoded.
-        span: first and last second to decode; the times of frames count from the first.
+        span: first and last second to decode; times count from the beginning all the same.
         keyframes: decode key frames only.
         inside: where in the file the video lies.
 

@@ -68,7 +68,7 @@ def _build_shards(
 ) -> None:
     import ray
 
-    with connection(address), _stoppable():  # Ray sets a handler of its own for SIGTERM
+    with connection(address), stoppable():  # Ray sets a handler of its own for SIGTERM
         threads, most = _division(ray, len(plans), workers if limited else None)
         task = ray.remote(_build_on_node).options(
             num_cpus=threads, max_retries=MOST_RETRIES, retry_exceptions=False, **node_options()
@@ -140,7 +140,7 @@ def build_shards(
         on_shard(plan, result)
         del left[plan.name]
 
-    with _stoppable() as stop:
+    with stoppable() as stop:
         losses = 0
         while left:
             before = len(left)
@@ -299,7 +299,7 @@ def _ignoring() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[StopRequest]:
+def stoppable() -> Iterator[StopRequest]:
     """Let a signal in the block stop every ffmpeg and set the request."""
     try:
         with StopRequest(at_once=stop_running, interrupts=False) as stop:

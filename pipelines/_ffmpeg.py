@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from shards.errors import InputError
+from shards.untrusted import SANDBOX_VARIABLE
 
 # -nostdin: ffmpeg must never take keystrokes from the terminal it was started in.
 _ALWAYS = ("-nostdin", "-hide_banner", "-nostats")
@@ -42,9 +43,11 @@ _LIMITS = {
     "nofile": 64,
     "core": 0,
 }
-SANDBOX_VARIABLE = "SECO_SANDBOX"
 # What a program needs to start, where it is there.
-_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store")
+_SYSTEM = (
+    *("/usr", "/bin", "/lib", "/lib64", "/nix/store", "/gnu/store"),
+    *("/etc/ld.so.cache", "/etc/alternatives"),
+)
 # bubblewrap's exit codes for a program that a signal has ended. (ffmpeg's own go up to 255.)
 _DIED = {
     128 + number: -number
@@ -205,7 +208,7 @@ class FfmpegStream:
         require_going()
         self.timed_out = False
         limits = {} if reads is None else _limits(timeout_seconds)
-        self._sandboxed = reads is not None and sandbox()
+        self._sandboxed = reads is not None and sandbox(argv[0])
         if reads is not None and self._sandboxed:
             argv = _within_sandbox(argv, limits, reads)
         # A file, not a pipe, which would have to be drained while stdout is read. It has no name,
@@ -322,32 +325,27 @@ def _limit(pid: int, limits: dict[str, int]) -> None:
 
 
 @lru_cache
-def sandbox() -> bool:
-    """Whether ffmpeg decodes within bubblewrap, as ``seco --sandbox`` or ``SECO_SANDBOX=1`` asks.
+def sandbox(binary: str) -> bool:
+    """Whether ``binary`` decodes within bubblewrap: with ``seco --sandbox`` or ``SECO_SANDBOX=1``.
 
     Raises:
-        InputError: it is to, and cannot be started here.
+        InputError: it is to, and does not start there.
     """
     if os.environ.get(SANDBOX_VARIABLE, "") in ("", "0"):
         return False
-    binary = ffmpeg_binary()
-    argv = _within_sandbox([binary, "-version"], _LIMITS, Path(binary))
-    tried = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
-    if tried.returncode != 0:
-        said = tried.stderr.decode("utf-8", "replace").strip() or f"exit code {tried.returncode}"
+    argv = _within_sandbox([binary, "-version"], _limits(1e4), Path(binary))
+    try:
+        tried = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        fault = tried.stderr.decode("utf-8", "replace").strip() if tried.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        fault = str(error)
+    if fault is not None:
         raise InputError(
-            f"ffmpeg does not start in bubblewrap ({said})",
+            f"ffmpeg does not start in bubblewrap ({fault or 'it says nothing'})",
             "--sandbox",
             "allow user namespaces, or leave the option out",
         )
     return True
-
-
-def set_sandbox() -> None:
-    """Decode within bubblewrap, in this process and those it starts; see :func:`sandbox`."""
-    os.environ[SANDBOX_VARIABLE] = "1"
-    sandbox.cache_clear()
-    sandbox()
 
 
 def _within_sandbox(argv: Sequence[str], limits: dict[str, int], reads: Path) -> list[str]:
@@ -355,14 +353,21 @@ def _within_sandbox(argv: Sequence[str], limits: dict[str, int], reads: Path) ->
     bubblewrap, limiter = _program("bwrap", "bubblewrap"), _program("prlimit", "util-linux")
     binary = Path(shutil.which(argv[0]) or argv[0]).absolute()
     # Its own libraries may lie beside it, as Conda's do.
-    seen = [*_SYSTEM, binary.parent.with_name("lib")]
+    seen = [*_SYSTEM, binary.parent.parent / "lib"]
     visible = [part for place in seen for part in ("--ro-bind-try", str(place), str(place))]
     visible += ["--ro-bind", os.path.realpath(binary), str(binary)]
     video = ["--ro-bind", os.path.realpath(reads), str(reads.absolute())]
-    options = ["--dev", "/dev", "--remount-ro", "/", "--chdir", "/"]
-    options += ["--unshare-all", "--cap-drop", "ALL", "--clearenv"]
-    bounds = [f"--{name}={most}" for name, most in limits.items()]
-    return [bubblewrap, *visible, *video, *options, limiter, *bounds, str(binary), *argv[1:]]
+    # The video comes last: it may lie in /dev/shm.
+    places = [*visible, "--dev", "/dev", *video, "--remount-ro", "/dev", "--remount-ro", "/"]
+    options = ["--unshare-all", "--cap-drop", "ALL", "--clearenv", "--chdir", "/"]
+    bounds = [f"--{name}={_at_most(name, most)}" for name, most in limits.items()]
+    return [bubblewrap, *places, *options, limiter, *bounds, str(binary), *argv[1:]]
+
+
+def _at_most(name: str, wanted: int) -> int:
+    """Return a limit that this process may set: not above its own."""
+    _, own = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
+    return wanted if own == resource.RLIM_INFINITY else min(wanted, own)
 
 
 def _program(name: str, package: str) -> str:

@@ -303,7 +303,8 @@ def byte_settings(
         "videos_per_shard": config.videos_per_shard,
     }
     # Only where they are given: the plans of earlier versions have no such settings.
-    given = {name: getattr(config, name) for name in ("keyframes", "cut_scenes")}
+    later = ("clip_seconds", "clip_stride", "cut_scenes", "keyframes", "frame_rate")
+    given = {name: getattr(config, name) for name in later}
     return settings | {name: value for name, value in given.items() if value}
 
 

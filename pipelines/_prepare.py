@@ -22,6 +22,7 @@ from pipelines._adapter import (
     adapter,
     coverage_csv,
     coverage_lines,
+    is_picture,
     source_bytes,
     source_folder,
 )
@@ -29,8 +30,8 @@ from pipelines._build import LONG_SECONDS, ShardResult, Tally, finished_indexes
 from pipelines._clips import with_clips
 from pipelines._config import PrepareConfig, validate
 from pipelines._decode import CONTAINERS, protocols
-from pipelines._engine import build_shards
-from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, ffmpeg_version, local_url
+from pipelines._engine import build_shards, stoppable
+from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, ffmpeg_version, local_url, sandbox
 from pipelines._plan import FrameChoice, SetPlan, ShardPlan, plan_set
 from shards.atomic import csv_text, default_folder, json_text
 from shards.errors import InputError, Stopped, TooManyExcluded
@@ -123,7 +124,12 @@ def _probe(video: Video, binary: str) -> _Header | None:
 def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
     """Return stored frames, their bytes, and seconds of one core; None if the header lacks them."""
     if video.frames is not None:
-        frames = len(list((video.path / video.frames.images).glob("*.jp*g")))
+        frames = 1
+        if video.frames.only is None:
+            frames = sum(
+                is_picture(path.name) for path in (video.path / video.frames.images).glob("*")
+            )
+            frames = min(frames, shard.choice.count or frames)
         return frames, max(0, source_bytes(video)), frames * _COPY_SECONDS
     header = _probe(video, shard.binary)
     if header is None or shard.short_edge is None:
@@ -273,12 +279,13 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     _require_whole(config, dataset)
     _require_clips_make_sense(config, dataset)
     binary = ffmpeg_binary(config.ffmpeg)
+    sandbox(binary)
     found = dataset.discover(config)
     choice = _choice(config, dataset)
     if config.clip_seconds is not None:
-        found = replace(
-            found, sets=[with_clips(part, config, binary, workers(config)) for part in found.sets]
-        )
+        with stoppable():
+            divided = [with_clips(part, config, binary, workers(config)) for part in found.sets]
+        found = replace(found, sets=divided)
     for videos in found.sets:
         if not videos.videos:
             first = videos.excluded[0].source if videos.excluded else videos.name

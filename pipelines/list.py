@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from pipelines._adapter import (
     Adapter,
@@ -34,6 +34,10 @@ from shards.untrusted import open_regular
 COLUMNS = ("path", "label", "split", "group", "start", "end")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # not a drive letter
 _MOST_BYTES = 4 << 30
+_MOST_ROWS = 100_000_000
+_MOST_LINE = 1 << 20  # characters
+_MOST_SECONDS = 1e9
+_ROWS_AT_ONCE = 256
 
 
 class Row(NamedTuple):
@@ -58,18 +62,22 @@ def discover(config: PrepareConfig) -> Discovery:
     if not source.is_file():
         what = "is not a file" if source.exists() else "there is no such file"
         raise InputError(what, source, "give a CSV or Parquet file with --src")
-    root = Path(config.root if config.root is not None else source.parent).absolute()
+    root = Path(os.path.abspath(config.root if config.root is not None else source.parent))
     if not root.is_dir():
         raise InputError(
             "there is no such folder", root, "give the folder of the videos with --root"
         )
-    wanted = None if config.split is None else {split_named(w) for w in config.split.split(",")}
+    wanted: set[str] | None = None
+    if config.split is not None:
+        wanted = {split_named(word.strip()) for word in config.split.split(",")}
     videos: dict[tuple[str, tuple[float, float] | None], Video] = {}
     missing: set[str] = set()
-    duplicates: list[Exclusion] = []
+    duplicates: dict[str, Exclusion] = {}  # one row for each, however often it is repeated
     splits: set[str] = set()
+    labels: set[str] = set()
     for row in read_list(source):
         splits |= {row.split} if row.split else set()
+        labels |= {row.label} if row.label else set()
         if wanted is not None and row.split not in wanted:
             continue
         shown, path = _located(row, root, source, config.allow_outside)
@@ -78,31 +86,34 @@ def discover(config: PrepareConfig) -> Discovery:
             path=path,
             label_name=row.label,
             splits={"official": row.split} if row.split else {},
-            group=row.group,
+            group=row.group or (shown if row.span is not None else None),
             span=row.span,
             metadata=row.metadata,
         )
         if (shown, row.span) in videos:
             message = f"line {row.line} of the list repeats an earlier one"
-            duplicates.append(Exclusion(source=video.shown, kind="duplicate", message=message))
-        elif path.is_file():
+            repeated = Exclusion(source=video.shown, kind="duplicate", message=message)
+            duplicates.setdefault(video.shown, repeated)
+        elif _is_file(path):
             videos[shown, row.span] = video
         else:
             missing.add(shown)
+    if unknown := sorted((wanted or set()) - splits):
+        raise InputError(
+            f"has no rows of split {unknown[0]}; it has {', '.join(sorted(splits)) or 'none'}",
+            source,
+            "see --split",
+        )
     if not videos:
         what = f"none of its {len(missing)} videos was found" if missing else "lists no videos"
-        if wanted is not None and not missing:
-            what = (
-                f"has no rows of split {config.split}; it has {', '.join(sorted(splits)) or 'none'}"
-            )
         raise InputError(what, source, f"paths are relative to {root}; see --root")
-    names = sorted({video.label_name for video in videos.values() if video.label_name is not None})
+    names = sorted(labels)
     index = {name: number for number, name in enumerate(names)}
     found = VideoSet(
         name=config.name or slug(source.stem),
         videos=keyed([_labelled(video, index) for video in videos.values()]),
         label_names=names,
-        excluded=missing_rows(missing) + duplicates,
+        excluded=missing_rows(missing) + list(duplicates.values()),
     )
     return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"], root=root)
 
@@ -114,23 +125,30 @@ def _labelled(video: Video, index: dict[str, int]) -> Video:
 def _located(row: Row, root: Path, where: Path, allow_outside: bool) -> tuple[str, Path]:
     """Return the path as it is stored and as it is opened."""
     path = root / row.path
-    if _ADDRESS.match(row.path) and not path.exists():
+    if _ADDRESS.match(row.path) and not _is_file(path):
         raise InputError(
             f"line {row.line}: {row.path[:80]} is an address, not a path",
             where,
             "download it first",
         )
     real, inside = os.path.realpath(path), os.path.realpath(root)
-    if not (allow_outside or real.startswith(inside + os.sep)):
+    if not (allow_outside or os.path.commonpath([real, inside]) == inside):
         raise InputError(
             f"line {row.line}: {row.path[:80]} leads out of {root}",
             where,
             "give its folder with --root, or --allow-outside if the list is yours",
         )
     plain = os.path.normpath(path)
-    if plain.startswith(os.fspath(root) + os.sep):
+    if os.path.commonpath([plain, root]) == os.fspath(root):
         plain = os.path.relpath(plain, root)
     return plain.replace(os.sep, "/"), path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def read_list(path: Path) -> Iterator[Row]:
@@ -166,7 +184,8 @@ def _span(cells: dict[str, str], line: int, path: Path) -> tuple[float, float] |
         )
     except ValueError:
         start = end = math.nan
-    if not 0 <= start < end:  # also where one is not a number
+    start, end = round(start, 6), round(end, 6)
+    if not 0 <= start < end or start > _MOST_SECONDS or _MOST_SECONDS < end < math.inf:  # or nan
         raise InputError(
             f"line {line}: start {given[0][:20]!r} and end {given[1][:20]!r} are not seconds "
             "in this order",
@@ -180,7 +199,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if os.fstat(file.fileno()).st_size > _MOST_BYTES:
             raise InputError(f"is larger than {_MOST_BYTES >> 30} GiB", path)
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        rows = csv.reader(text, skipinitialspace=True)
+        rows = csv.reader(_lines(text, path), skipinitialspace=True)
         try:
             header = [name.strip() for name in next(rows, [])]
             if "path" not in header:
@@ -203,6 +222,13 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise InputError("is not a text file", path, "save it as UTF-8") from error
 
 
+def _lines(text: TextIO, path: Path) -> Iterator[str]:
+    while line := text.readline(_MOST_LINE):
+        if len(line) == _MOST_LINE:
+            raise InputError(f"has a line of more than {_MOST_LINE} characters", path)
+        yield line
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         import pyarrow
@@ -215,13 +241,20 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
             if "path" not in file.schema_arrow.names:
                 raise InputError("has no column path", path)
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise InputError("has two columns of the same name", path)
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise InputError(f"has more than {_MOST_ROWS} rows", path)
             line = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, {k: str(v).strip() for k, v in row.items() if v is not None}
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"is not Parquet ({error})", path) from error
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"cannot be read as Parquet ({error})", path) from error
 
 
 # As for a plain folder.

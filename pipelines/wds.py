@@ -6,6 +6,7 @@ the text are kept in the records, as ``metadata``; a whole number in KEY.cls is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines._adapter import (
     is_video,
     keyed,
     refuse_splits_of_folders,
+    relative_source,
     shown_name,
     slug,
 )
@@ -41,9 +43,10 @@ def discover(config: PrepareConfig) -> Discovery:
     tars = local_tars(config.src)
     videos: list[Video] = []
     excluded: list[Exclusion] = []
+    root = Path(os.path.commonpath([tar.absolute().parent for tar in tars]))
     for tar in tars:
         try:
-            videos += _videos(tar)
+            videos += list(_videos(tar, root))
         except InputError as error:
             excluded.append(Exclusion(source=tar.name, kind="unreadable", message=error.what))
     if not videos:
@@ -61,10 +64,11 @@ def discover(config: PrepareConfig) -> Discovery:
         excluded=excluded,
         notes=[f"labels: {len(labels)}, from KEY.cls"] if labels else [],
     )
-    return Discovery(sets=[found], root=tars[0].absolute().parent)
+    return Discovery(sets=[found], root=root)
 
 
-def _videos(tar: Path) -> Iterator[Video]:
+def _videos(tar: Path, root: Path) -> Iterator[Video]:
+    shown = relative_source(tar.absolute(), root)
     with open_regular(tar) as raw:
         for _, group in groupby(tar_members(tar), key=lambda member: member.key):
             members = list(group)
@@ -72,9 +76,10 @@ def _videos(tar: Path) -> Iterator[Video]:
             classes = [m for m in members if m.extension == "cls"]
             label = label_of(classes[0], raw) if classes else None
             for member in members:
-                if is_video(member.name):
+                hidden = member.name.rpartition("/")[2].startswith(".")
+                if is_video(member.name) and not hidden:
                     yield Video(
-                        source=f"{shown_name(tar.name)}/{shown_name(member.name)}",
+                        source=f"{shown}/{shown_name(member.name)}",
                         path=tar.absolute(),
                         label=label,
                         inside=(member.offset, member.size),

@@ -104,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
 
     A second run that finds everything done therefore writes nothing.
     """
-    content = text.encode("utf-8")
+    content = text.encode("utf-8", "backslashreplace")  # a lone surrogate
     with suppress(OSError):
         if path.read_bytes() == content:
             return

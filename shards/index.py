@@ -135,7 +135,14 @@ _ARRAYS = {
     "key_end": "<u4",  # (V,) bytes of key_text up to the end of each key
 }
 _TEXTS = ("key_text", "details")
-CONTENTS = ("info", "keys", "splits", "sources", *list(_ARRAYS)[:-1])  # also known from the tar
+CONTENTS = (
+    "info",
+    "keys",
+    "splits",
+    "sources",
+    "groups",
+    *list(_ARRAYS)[:-1],
+)  # also known from the tar
 _NO_LABEL = -1
 _MAX_EXTENSION_BYTES = 1 << 16
 _EXTENSIONS = (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from shards.errors import InputError
+from shards.untrusted import VARIABLES
 
 MOST_RETRIES = 5  # per task, if its worker or node dies
 _POLL_SECONDS = 1.0
@@ -59,8 +60,7 @@ def connection(address: str | None) -> Iterator[None]:
 
 def node_options() -> dict[str, Any]:
     """Return task options that give the nodes this process's limits for files from others."""
-    names = ("SECO_MAX_PIXELS", "SECO_SANDBOX")
-    given = {name: os.environ[name] for name in names if name in os.environ}
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return {"runtime_env": {"env_vars": given}} if given else {}
 
 

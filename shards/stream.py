@@ -367,8 +367,8 @@ class TripletStream(IndexedStream):
                 found.append(str(record))
                 continue
             times = np.array(record.frame_times)
-            if len(times) != self.shards.frame_count(videos[row]):
-                found.append(f"{record.key} has no times, which --max-gap-seconds needs")
+            if len(times) != self.shards.frame_count(videos[row]) or (np.diff(times) < 0).any():
+                found.append(f"{record.key} has no times in order, which --max-gap-seconds needs")
                 continue
             drawn = draw_near_triplet(uniform[row], times, seconds, self._sampling)
             found.append(drawn or f"{record.key} has no three frames within {seconds:g} s")

@@ -20,6 +20,8 @@ from shards.errors import InputError
 MAX_TEXT_BYTES = 256 << 20  # of a manifest, list, result or description
 MAX_PIXELS = 64_000_000  # of a picture
 _MAX_PIXELS_VARIABLE = "SECO_MAX_PIXELS"
+SANDBOX_VARIABLE = "SECO_SANDBOX"
+VARIABLES = (_MAX_PIXELS_VARIABLE, SANDBOX_VARIABLE)  # which a cluster's nodes are to have, too
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Label = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]

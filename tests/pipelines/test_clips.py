@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 from pipelines._clips import CutDetector, clip_spans, duration_of
 from pipelines._decode import decoding
 from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
-from shards.errors import InputError
+from pipelines._plan import FrameChoice
+from shards.errors import InputError, TooManyExcluded
 from shards.opening import open_shards
 from tests import commands
 from tests.data import shared
@@ -212,8 +214,73 @@ def test_a_recording_that_cannot_be_read_is_excluded(raw: Path, tmp_path: Path) 
     here.mkdir()
     (here / "recording.mp4").symlink_to(raw / "recording.mp4")
     (here / "broken.mp4").write_bytes(b"no video at all")
-    run(here, tmp_path / "out", **SETTINGS)
-    assert errors(tmp_path / "out" / "raw.errors.csv") == [("broken.mp4", "unreadable")]
+    with pytest.raises(TooManyExcluded, match=r"1 of 10 videos"):
+        run(here, tmp_path / "out", **SETTINGS)
+    assert errors(tmp_path / "out" / "raw.errors.csv") == [
+        ("broken.mp4 [0 s, end]", "unreadable"),
+    ]
+
+
+def test_a_header_may_claim_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_video(tmp_path / "raw" / "0.mp4", frames=50)
+    monkeypatch.setattr("pipelines._clips.duration_of", lambda *given: 1e12)
+    run(tmp_path / "raw", tmp_path / "out", **SETTINGS)
+    assert [record.start for record in records(tmp_path / "out")] == [0.0]
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "mkv", "avi", "mp4"])
+def test_clips_begin_where_they_should_in_every_container(tmp_path: Path, suffix: str) -> None:
+    """MPEG streams are sought to the next key frame, here three seconds apart."""
+    encoder = ("-c:v", "mpeg2video" if suffix in ("ts", "mpg") else "mpeg4")
+    path = tmp_path / "raw" / f"0.{suffix}"
+    draw_video(path, frames=300, options=(*encoder, "-g", "75", "-bf", "0", "-qscale:v", "4"))
+    rows = [(0, 1), (4, 6), (4.5, 5.5), (11, 12)]
+    text = "path,start,end\n" + "".join(f"0.{suffix},{start},{end}\n" for start, end in rows)
+    (tmp_path / "list.csv").write_text(text)
+    for name, given in (("together", rows), ("alone", rows[2:3])):
+        rows_of = [f"0.{suffix},{start},{end}\n" for start, end in given]
+        (tmp_path / f"{name}.csv").write_text("path,start,end\n" + "".join(rows_of))
+        settings: dict[str, Any] = {"dataset": "list", "root": str(path.parent)}
+        run(tmp_path / f"{name}.csv", tmp_path / name, **settings, frames=None, all_frames=True)
+    found = {(r.start, r.source_frames): r for r in records(tmp_path / "together")}
+    assert sorted(found) == [(0.0, 25), (4.0, 50), (4.52, 25), (11.0, 25)]
+    (alone,) = records(tmp_path / "alone")
+    assert alone == found[4.52, 25]
+
+
+def test_a_clip_that_fails_again_is_named_itself(raw: Path, tmp_path: Path) -> None:
+    here = tmp_path / "raw" / "recording.mp4"
+    here.parent.mkdir()
+    damaged = bytearray((raw / "recording.mp4").read_bytes())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 3000] = bytes(3000)
+    here.write_bytes(damaged)
+    out = tmp_path / "out"
+    run(here.parent, out, max_failures=60, **SETTINGS)
+    before = hashes(out)
+    run(here.parent, out, max_failures=60, retry_failed=True, **SETTINGS)
+    assert hashes(out) == before
+
+
+def test_memory_does_not_grow_with_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that wait for the end of their clip are let go with it."""
+    draw_video(tmp_path / "raw" / "0.mp4", frames=1500)
+    waiting: list[weakref.ref[Any]] = []
+    most = 0
+    chooser = FrameChoice.chooser
+
+    def watched(self: FrameChoice, budget_bytes: int = 0) -> Any:
+        nonlocal most
+        made = chooser(self, budget_bytes)
+        waiting.append(weakref.ref(made))
+        most = max(most, sum(one() is not None for one in waiting))
+        return made
+
+    monkeypatch.setattr(FrameChoice, "chooser", watched)
+    run(tmp_path / "raw", tmp_path / "out", clip_seconds=2, frames=3)
+    assert len(waiting) == 30 and most <= 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,6 @@ def test_a_list_with_its_traps(videos: Path) -> None:
     assert rows["d/e.mp4"].label is None and rows["d/e.mp4"].metadata is None
     assert sorted((row.kind, row.source) for row in found.excluded) == [
         ("duplicate", "a.mp4"),
-        ("duplicate", "a.mp4"),
         ("missing", "gone.mp4"),
     ]
     assert len({video.key for video in found.videos}) == 4
@@ -127,6 +127,35 @@ def test_splits_of_a_list(videos: Path) -> None:
     assert [video.source for video in found.videos] == ["d/e.mp4"]
     with pytest.raises(InputError, match=r"no rows of split test; it has train, val"):
         find("list", source, split="test")
+    (both,) = find("list", source, split="train, val").sets
+    assert len(both.videos) == 2
+
+
+def test_labels_do_not_depend_on_the_split(videos: Path) -> None:
+    source = listed(videos, "path,split,label\na.mp4,train,a\nd/e.mp4,val,b\n")
+    (found,) = find("list", source, split="val").sets
+    assert found.label_names == ["a", "b"] and found.videos[0].label == 1
+
+
+def test_the_root_may_be_written_in_any_way(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = listed(videos, "path\nd/e.mp4\n")
+    monkeypatch.chdir(videos / "d")
+    for root in ("..", str(videos), f"{videos}/d/../"):
+        (found,) = find("list", source, root=root).sets
+        assert found.videos[0].source == "d/e.mp4"
+    (found,) = (
+        find("list", source, root="/", allow_outside=False).sets
+        if ((Path("/") / "d/e.mp4").exists())
+        else find("list", listed(videos, f"path\n{videos}/a.mp4\n"), root="/").sets
+    )
+    assert found.videos
+
+
+def test_parts_that_differ_by_little_have_keys_of_their_own(videos: Path) -> None:
+    shutil.copy(videos / "a.mp4", videos / "a.avi")
+    rows = ["a.mp4,0.1001,1", "a.mp4,0.1002,1", "a.avi,0.1001,1", "a.mp4,0.1001,0.9999"]
+    (found,) = find("list", listed(videos, "path,start,end\n" + "\n".join(rows) + "\n")).sets
+    assert len({video.key for video in found.videos}) == 4
 
 
 @pytest.mark.parametrize(
@@ -152,6 +181,9 @@ def test_splits_of_a_list(videos: Path) -> None:
         ("path\nnone.mp4\n", "none of its 1 videos was found"),
         ('path\n"a.mp4\n' + "x" * 140_000, "is not CSV"),
         ("path\nself.mp4\n", "none of its 1 videos was found"),
+        ("path\n" + "x" * 5000 + ".mp4\n", "none of its 1 videos was found"),
+        ("path,start,end\na.mp4,1,1e300\n", "line 2: start '1' and end '1e300'"),
+        ("path," + "x" * 2_000_000 + "\na.mp4\n", "a line of more than"),
     ],
 )
 def test_lists_that_are_refused(videos: Path, text: str, said: str) -> None:
@@ -241,12 +273,15 @@ def test_frames_that_cannot_be_stored(tmp_path: Path) -> None:
     (src / "text" / "3.png").write_text("not a picture")
     picture(src / "cut" / "0.jpg")
     (src / "cut" / "0.jpg").write_bytes((src / "cut" / "0.jpg").read_bytes()[:-200])
+    wide = Image.new("RGB", (66_000, 1))
+    for name, shown in (("wide", wide), ("deep", Image.new("I;16", (40, 30)))):
+        (src / name).mkdir()
+        shown.save(src / name / "0.png")
+    picture(src / "good" / "1\u00b22.jpg")
     run(src, tmp_path / "out", dataset="frames", max_failures=100)
     found = errors(tmp_path / "out" / "raw.errors.csv")
     assert sorted(found) == [
-        ("cut", "unreadable"),
-        ("mixed sizes", "unreadable"),
-        ("text", "unreadable"),
+        *((name, "unreadable") for name in ("cut", "deep", "mixed sizes", "text", "wide")),
     ]
     with pytest.raises(InputError, match="holds no pictures"):
         (tmp_path / "empty").mkdir()
@@ -318,6 +353,7 @@ def test_tars_of_videos_as_video2dataset_writes_them(videos: Path, tmp_path: Pat
             "000000004.1.mp4": videos / "b, c.mp4",
             "000000005.mp4": b"not a video",
             "../../escape.mp4": videos / "a.mp4",
+            "._000000006.mp4": videos / "a.mp4",  # left by macOS
         },
     )
     tar_of(web / "00001.tar", {"000000000.webm": videos / "d/e.mp4"})  # wrong suffix, used key

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines._ffmpeg import SANDBOX_VARIABLE, FfmpegStream, ffmpeg_binary, sandbox, set_sandbox
+from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, sandbox
 from shards.errors import InputError
+from shards.untrusted import SANDBOX_VARIABLE
 from tests import commands
 from tests.data import lacking
 from tests.pipelines.made_videos import draw_video
@@ -48,7 +49,7 @@ def test_the_same_shards(tmp_path: Path) -> None:
 
 
 SPY = """#!/bin/bash
-[ "$1" = -version ] && exec {ffmpeg} "$@"
+[ "$1" = -version ] && echo ffmpeg version 0 && exit
 exec 2>&1
 cat {secret} && echo "read a file"
 cat {video} >/dev/null || echo "cannot read the video"
@@ -75,7 +76,6 @@ def test_it_reaches_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     spy = tmp_path / "bin" / "ffmpeg"
     spy.write_text(
         SPY.format(
-            ffmpeg=ffmpeg_binary(),
             secret=tmp_path / "secret",
             video=video,
             folder=video.parent,
@@ -115,7 +115,7 @@ def test_a_crash_is_seen_as_one(tmp_path: Path) -> None:
     draw_video(tmp_path / "raw" / "0.mp4", frames=2)
     crashing = tmp_path / "bin" / "ffmpeg"
     crashing.write_text(
-        f'#!/bin/bash\n[ "$1" = -version ] && exec {ffmpeg_binary()} "$@"\nkill -SEGV $$\n'
+        '#!/bin/bash\n[ "$1" = -version ] && echo ffmpeg version 0 && exit\nkill -SEGV $$\n'
     )
     crashing.chmod(0o755)
     with FfmpegStream([str(crashing)], 60.0, reads=tmp_path / "raw" / "0.mp4") as stream:
@@ -123,16 +123,17 @@ def test_a_crash_is_seen_as_one(tmp_path: Path) -> None:
 
 
 def test_no_bubblewrap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(SANDBOX_VARIABLE, "")
-    monkeypatch.setenv("SECO_FFMPEG", ffmpeg_binary())
+    monkeypatch.setenv(SANDBOX_VARIABLE, "1")
     monkeypatch.setenv("PATH", str(tmp_path))
+    binary = ffmpeg_binary()
+    sandbox.cache_clear()
     try:
         with pytest.raises(InputError, match="--sandbox: needs bwrap — install bubblewrap"):
-            set_sandbox()
+            sandbox(binary)
         for name, code in (("bwrap", "echo no user namespaces >&2; exit 1"), ("prlimit", "")):
             (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
             (tmp_path / name).chmod(0o755)
         with pytest.raises(InputError, match=r"in bubblewrap \(no user namespaces\)"):
-            set_sandbox()
+            sandbox(binary)
     finally:
         sandbox.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,20 @@ def test_videos_without_three_frames_so_near_are_named(spec: str) -> None:
     (sample,) = stream.read(0, 0, [0])
     assert isinstance(sample, UnreadableTriplet)
     assert sample.reason == f"{sample.key} has no three frames within 0.05 s"
+
+
+def test_times_out_of_order_are_named(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = open_shards(spec)
+    records = shards.records
+
+    def turned(videos: Any) -> Any:
+        found = records(videos)
+        return [replace(one, frame_times=one.frame_times[::-1]) for one in found]
+
+    monkeypatch.setattr(shards, "records", turned)
+    stream = TripletStream(shards, 60, "uniform", 3, max_gap_seconds=1.0)
+    (sample,) = stream.read(0, 0, [0])
+    assert isinstance(sample, UnreadableTriplet) and "no times in order" in sample.reason
 
 
 def test_samples_are_numbered_by_group(tmp_path: Path) -> None:
