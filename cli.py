@@ -165,7 +165,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
         values = given if several and isinstance(given, list) else [given]
         if not all(isinstance(one, (str, int, float)) for one in values):
             raise InputError(f"{name} is not a plain value", value)
-        if kind is click.BOOL and not isinstance(given, bool):
+        if isinstance(kind, click.types.BoolParamType) and not isinstance(given, bool):
             raise InputError(f"{name} is {given!r}, not true or false", value)
         if isinstance(kind, _Whole) and isinstance(given, float):
             raise InputError(f"{name} is {given}, not a whole number", value)
