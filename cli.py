@@ -47,7 +47,7 @@ from shards.errors import (
     TooManyExcluded,
 )
 from shards.settings import own_first
-from shards.signals import STOPPING, interrupt
+from shards.signals import STOPPING, interrupt, interrupt_no_more
 from shards.terminal import say, show, show_everywhere
 from shards.untrusted import SANDBOX_VARIABLE, read_regular, real_path, set_max_pixels
 
@@ -750,9 +750,10 @@ def main(arguments: Sequence[str] | None = None, interruptible: bool = False) ->
     code = EXIT_STOPPED
     with contextlib.suppress(KeyboardInterrupt):  # while an error was reported
         code = run(arguments)
+        interrupt_no_more()
     # Another signal must not end the interpreter's shutdown with a traceback.
     for stopping in STOPPING:
-        if signal.getsignal(stopping) is interrupt:
+        if signal.getsignal(stopping) in (interrupt, signal.default_int_handler):
             signal.signal(stopping, signal.SIG_DFL)
     sys.exit(code)
 

@@ -39,7 +39,9 @@ def bench_prepare(src: tuple[str, ...], repeats: int, as_json: bool, only_clips:
 @click.option("--shards", multiple=True, required=True, help="Local shards to measure on.")
 @click.option("--triplets", default=128, show_default=True, help="Triplets of one measurement.")
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
-@click.option("--workers", default="1,2", show_default=True, help="Loader processes to compare.")
+@click.option(
+    "--workers", default="1,2", show_default=True, help="Numbers of loader workers to compare."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--only-costs", is_flag=True, help="Leave out opening a thousand shards.")
 def bench_loader(
@@ -67,8 +69,8 @@ def bench_loader(
 @bench.command("views")
 @click.option("--shards", multiple=True, required=True, help="Local shards to measure on.")
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
-@click.option("--device", default="auto", show_default=True, help="Of the device part.")
-@click.option("--batch", type=int, help="Its images [default: 2048 on a GPU, else 64].")
+@click.option("--device", default="auto", show_default=True, help="Device that augments the views.")
+@click.option("--batch", type=int, help="Views per batch [default: 2048 on a GPU, else 64].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench_views(
     shards: tuple[str, ...], repeats: int, device: str, batch: int | None, as_json: bool
@@ -97,7 +99,9 @@ _STEP = (
 @settings_options(PretrainConfig, only=_STEP)
 @click.option("--repeats", default=10, show_default=True, help="Measurements of each figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--only-step", is_flag=True, help="Leave out the switches and the plain step.")
+@click.option(
+    "--only-step", is_flag=True, help="Leave out the options and the simple implementation."
+)
 def bench_step(repeats: int, as_json: bool, only_step: bool, **settings: Any) -> None:
     """A training step beside its bare cost and the plain way to write it.
 
@@ -139,14 +143,21 @@ def bench_extract(repeats: int, as_json: bool, **settings: Any) -> None:
 @bench.command("probe")
 @click.option("--features", help="Feature folder to measure on [default: made features].")
 @click.option("--rows", default=9537, show_default=True, help="Training rows of made features.")
-@click.option("--classes", default=101, show_default=True, help="Their classes.")
-@click.option("--dimension", default=2048, show_default=True, help="Their dimension.")
+@click.option("--classes", default=101, show_default=True, help="Number of classes.")
+@click.option("--dimension", default=2048, show_default=True, help="Dimension of the features.")
 @click.option("-C", "c", default=1.0, show_default=True, help="The SVM's C.")
 @click.option("--repeats", default=3, show_default=True, help="Measurements of each figure.")
-@click.option("--device", default="auto", show_default=True, help="Of ours.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device for this toolkit's solver."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--only-ours", is_flag=True, help="Leave out LIBLINEAR (large sizes).")
-@click.option("--most-rounds", default=40, show_default=True, help="Stop ours after so many.")
+@click.option(
+    "--most-rounds",
+    default=40,
+    show_default=True,
+    help="Stop this toolkit's solver after so many rounds.",
+)
 def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: Any) -> None:
     """The SVM of all classes beside LIBLINEAR and its bare matrix products, with peak memory.
 
@@ -169,11 +180,11 @@ def bench_probe(features: str | None, as_json: bool, only_ours: bool, **sizes: A
     default="layer4",
     show_default=True,
     type=click.Choice(FEATURE_LAYERS),
-    help="Of its features.",
+    help="Stage of the backbone to take features from.",
 )
 @click.option("--batch-size", default=8, show_default=True, help="Pairs of a training step.")
-@click.option("--workers", default=2, show_default=True, help="Loader processes, on a GPU.")
-@click.option("--device", default="auto", show_default=True, help="Where it computes.")
+@click.option("--workers", default=2, show_default=True, help="Loader workers, on a GPU.")
+@click.option("--device", default="auto", show_default=True, help="Device to compute on.")
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench_track(as_json: bool, arch: str, feature_layer: str, **settings: Any) -> None:

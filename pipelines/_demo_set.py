@@ -37,6 +37,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -589,7 +590,14 @@ def render_demo_set(
                         shown.advance()
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
+                    # Not at the end of their clips, and of those that already wait for them.
+                    for process in list(pool._processes.values()):
+                        process.terminate()
                     raise
+                finally:
+                    pool.shutdown()
+                    for left in videos.glob("*/*.part"):
+                        left.unlink(missing_ok=True)
     _write_lists(out / "ucfTrainTestlist", clips)
 
 
@@ -626,10 +634,15 @@ def _refuse_other_files(videos: Path, clips: list[_Clip]) -> None:
 
 def _start_worker() -> None:
     for number in STOPPING:
-        if number != signal.SIGTERM:  # the pool's own word
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_now)  # the pool's own word
     unblock()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    kill_running()
+    os._exit(1)
 
 
 def _end_with_parent() -> None:

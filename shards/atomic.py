@@ -84,6 +84,10 @@ def require_writable(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> InputError:
     """Return the error for a file or folder that cannot be written."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return InputError(
+            "cannot be written: it is a file, not a folder", path, "choose another folder"
+        )
     return InputError(
         f"cannot be written ({error.strerror or error})",
         path,

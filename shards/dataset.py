@@ -121,15 +121,18 @@ def _local(part: str) -> list[Path]:
     whole = Path(part)
     if whole.is_dir():
         return _some(sorted(whole.glob("*.tar")), part)
-    if whole.suffix == ".json":
+    pieces = [piece for text in _braces(part) for piece in _commas(text)]
+    if whole.suffix == ".json" and pieces == [part]:
         manifest = read_manifest(whole)
         return _existing([whole.parent / row.file for row in manifest.shards], part)
     if whole.is_file():
         return [whole]
     found: list[Path] = []
     missing: list[Path] = []
-    for pattern in (piece for text in _braces(part) for piece in _commas(text)):
-        if glob.has_magic(pattern) and not Path(pattern).exists():
+    for pattern in pieces:
+        if pattern != part and (pattern.endswith(".json") or Path(pattern).is_dir()):
+            found += _local(pattern)
+        elif glob.has_magic(pattern) and not Path(pattern).exists():
             found += map(Path, sorted(glob.glob(pattern)))
         else:
             (found if Path(pattern).is_file() else missing).append(Path(pattern))
@@ -407,8 +410,20 @@ def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
         InputError: some videos occur twice.
     """
     seen: set[str] = set()
-    for index in shards.indexes:
-        seen.update(index.keys)
-    repeated = len(shards) - len(seen)
+    repeated: dict[str, str] = {}
+    for address, index in zip(shards.addresses, shards.indexes, strict=True):
+        keys = index.keys
+        if len(seen) + len(keys) > len(seen.union(keys)):
+            own: set[str] = set()
+            for key in keys:
+                if key in seen or key in own:
+                    repeated[key] = PurePosixPath(address).name
+                own.add(key)
+        seen.update(keys)
     if repeated:
-        raise InputError(f"{repeated} videos occur twice", spec, "list each dataset once")
+        key, name = next(iter(repeated.items()))
+        raise InputError(
+            f"{len(repeated)} videos occur twice, for example {key}, again in {name}",
+            spec if isinstance(spec, str) else ", ".join(spec),
+            "list each dataset once",
+        )

@@ -121,12 +121,19 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     """
     global _interrupted
     now = time.monotonic()
-    if _interrupted is None:
+    if _interrupted is None and not _received:
         _interrupted = now
         raise KeyboardInterrupt
+    _interrupted = _interrupted or now
     if now - _interrupted > _AGAIN_SECONDS:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def interrupt_no_more() -> None:
+    """Let :func:`interrupt` raise nothing any more: the command is over."""
+    global _interrupted
+    _interrupted = _interrupted or time.monotonic()
 
 
 def received() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from torch import Tensor
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.untrusted import Count, convert, open_regular
+
+_UNSUPPORTED = re.compile(r"unsupported (?:global|operand) \S+", re.I)
 
 
 class _IgnoredSettings:
@@ -60,11 +63,11 @@ def load_torch_file(path: Path) -> Any:
         ) from error
     except pickle.UnpicklingError as error:
         # torch's message also recommends weights_only=False, which runs any code in the file.
-        reason = str(error).split("Please file an issue")[0].strip().splitlines()
+        found = _UNSUPPORTED.search(str(error))
         raise InputError(
             "is not a checkpoint, or holds more than tensors and plain values",
             path,
-            f"it was not loaded ({reason[-1][:160] if reason else 'unpickling refused'})",
+            f"it was not loaded{f' ({found[0][:160]})' if found else ''}",
         ) from error
     except Exception as error:  # parsing damaged bytes can raise anything
         raise InputError("is not a checkpoint, or is damaged", path) from error

@@ -781,7 +781,9 @@ class _Comparison:
         amounts = draw_labelled(labels, fractions_of(config), config.repeats, config.seed)
         if lost := set(fractions_of(config)) - {amount.percent for amount in amounts}:
             shown = ", ".join(f"{percent:g} %" for percent in sorted(lost))
-            self._notes.append(f"{shown} of the labels give as many videos as the next percentage")
+            self._notes.append(
+                f"{shown} of the labels are left out: as many videos as the next percentage"
+            )
         parts = hold_outs(labels, self._videos.train_groups)
         if not parts:
             self._notes.append(

@@ -277,7 +277,7 @@ def read_log(path: Path) -> LoggedRun:
             else:
                 reader.add(row)
     if not reader.points:
-        raise ValueError("has no usable line")
+        raise ValueError("has no usable line" if skipped else "has no line yet")
     return reader.log(skipped - cut_short)
 
 
