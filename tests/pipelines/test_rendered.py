@@ -10,9 +10,11 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -286,6 +288,22 @@ def test_an_ffmpeg_without_the_encoder_is_told_in_one_line(
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "UCF-101").glob("*/*"))
     assert not (tmp_path / "ucfTrainTestlist").exists()
+
+
+def test_an_interruption_does_not_wait_for_the_clips_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault stands for Ctrl-C, after the first clip."""
+
+    def interrupted(jobs: Any) -> Any:
+        yield next(iter(as_completed(jobs)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scenes, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render_demo_set(tmp_path, clips_per_class=40, workers=2)
+    drawn = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert 1 <= len(drawn) < 100 and not list(tmp_path.rglob("*.part"))  # of 320
 
 
 def test_a_killed_parent_leaves_no_worker_behind(tmp_path: Path) -> None:

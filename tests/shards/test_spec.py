@@ -8,6 +8,7 @@ import pytest
 
 from shards.dataset import expand_spec, local_tars
 from shards.errors import InputError
+from shards.opening import open_shards
 from tests.made_shards import make_set
 
 
@@ -28,11 +29,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{folder}/made.json",
         "{folder}",
         "{folder}/made-000.tar,{folder}/made-{{001..002}}.tar",
+        "{folder}/made-000.tar,{folder}/made.json",
+        "{folder}/made.json,{folder}",
     ],
 )
 def test_each_form_names_all_three(folder: Path, pattern: str) -> None:
     names = [Path(tar).name for tar in expand_spec(pattern.format(folder=folder))]
     assert names == ["made-000.tar", "made-001.tar", "made-002.tar"]
+
+
+def test_datasets_that_share_videos_are_named(folder: Path, tmp_path: Path) -> None:
+    make_set(tmp_path, videos=3, frames=3, name="other", first=4)
+    with pytest.raises(InputError, match=r"2 videos occur twice, for example video_0004, again in"):
+        open_shards(f"{folder}/made.json,{tmp_path}/other.json")
 
 
 def test_a_list_is_joined_without_repeats(folder: Path) -> None:
