@@ -589,9 +589,10 @@ def render_demo_set(
                         job.result()
                         shown.advance()
                 except BaseException:
+                    drawing = list(pool._processes.values())
                     pool.shutdown(wait=False, cancel_futures=True)
                     # Not at the end of their clips, and of those that already wait for them.
-                    for process in list(pool._processes.values()):
+                    for process in drawing:
                         process.terminate()
                     raise
                 finally:
