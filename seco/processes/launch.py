@@ -5,6 +5,7 @@ Under ``torchrun`` (on several machines, too) the processes already exist, and e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,8 +13,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Protocol, TypeVar
 
 from shards.errors import (
@@ -31,7 +33,7 @@ _SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGHUP"  # forwarded to the processes
 _SAVING_SECONDS = "1800"  # for saving after a signal; then torch kills the processes
 _LAUNCHER_LOOKS_WITHIN = 15.0  # seconds; the launcher polls every half second
 _MARK = "SECO_STOPPED"  # folder in which each rank marks how it has ended:
-_STOPPED, _ENDED = "stopped, and all is saved", "otherwise"
+_STOPPED, _ENDED, _FAILED = "stopped, and all is saved", "at its end", "otherwise"
 
 
 class ManyProcesses(Protocol):
@@ -108,7 +110,7 @@ def _launched(
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     try:
-        with protected_children(held_back=True):
+        with protected_children(held_back=True), _one_exception():
             elastic_launch(launched, _run_and_exit)(config, run)
     except ChildFailedError as error:
         if _all_stopped(scratch, processes):
@@ -124,10 +126,34 @@ def _launched(
         return EXIT_FAILED
     except SignalException as error:
         name = signal.Signals(error.sigval).name
-        if _all_stopped(scratch, processes):
+        endings = {_mark(scratch, rank) for rank in range(processes)}
+        if endings == {_ENDED}:
+            return 0  # it came too late
+        if endings <= {_STOPPED, _ENDED}:
             raise Stopped("") from None  # rank 0 has reported it
         raise InputError(f"{name} ended the run, and not everything could be saved") from None
     return 0
+
+
+@contextlib.contextmanager
+def _one_exception() -> Iterator[None]:
+    """Let torch's launcher raise for the first signal only: a second would disturb its cleaning."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    handler = api._terminate_process_handler
+    raised = False
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if not raised:
+            raised = True
+            handler(number, frame)
+
+    api._terminate_process_handler = once
+    try:
+        yield
+    finally:
+        api._terminate_process_handler = handler
 
 
 def _wait_until_all_have_stopped() -> None:
@@ -175,7 +201,7 @@ def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
     except BaseException:
         traceback.print_exc()  # torch would not print it
         sys.exit(EXIT_FAILED)
-    _leave_mark(_STOPPED if code == EXIT_STOPPED else _ENDED)
+    _leave_mark({EXIT_STOPPED: _STOPPED, 0: _ENDED}.get(code, _FAILED))
     if code == EXIT_STOPPED:
         _wait_until_all_have_stopped()
     if code == EXIT_PEER_LOST and not received():

@@ -66,7 +66,7 @@ def test_damaged_tables_never_raise(tmp_path: Path) -> None:
 
 
 def all_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_build, "forecast_times", lambda path: None)
+    monkeypatch.setattr(_build, "forecast_times", lambda path, inside: None)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 30, 1000])
@@ -109,13 +109,15 @@ def test_one_pass_when_the_forecast_holds_and_two_when_not(
     real = forecast_times(video)
     assert real is not None
     wrong = real * np.linspace(0.1, 1, len(real))
-    monkeypatch.setattr(_build, "forecast_times", lambda path: wrong)
+    monkeypatch.setattr(_build, "forecast_times", lambda path, inside: wrong)
     run(tmp_path / "raw", tmp_path / "wrong", frames=5)
     assert made == [True, False]
     assert hashes(tmp_path / "right") == hashes(tmp_path / "wrong")
     for count in (39, 41, 400):  # more or fewer frames than there are
         made.clear()
-        monkeypatch.setattr(_build, "forecast_times", lambda path, n=count: np.arange(n) / 25)
+        monkeypatch.setattr(
+            _build, "forecast_times", lambda path, inside, n=count: np.arange(n) / 25
+        )
         run(tmp_path / "raw", tmp_path / f"{count}", frames=5)
         assert made == [True, False]
         assert hashes(tmp_path / "right") == hashes(tmp_path / f"{count}")
