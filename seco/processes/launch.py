@@ -143,11 +143,11 @@ def _one_exception() -> Iterator[None]:
     handler = api._terminate_process_handler
     raised = False
 
-    def once(number: int, frame: FrameType | None) -> None:
+    def once(signum: int, frame: FrameType | None) -> None:
         nonlocal raised
         if not raised:
             raised = True
-            handler(number, frame)
+            handler(signum, frame)
 
     api._terminate_process_handler = once
     try:
