@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,7 +87,9 @@ def store_sequence(video: Video, plan: ShardPlan) -> tuple[VideoRecord, list[byt
     chosen = _chosen(plan.choice, times)
     if len(chosen) < plan.min_frames:
         raise DecodeError("too-short", f"{len(chosen)} frames, fewer than {plan.min_frames}")
-    frames = [_read_jpeg(paths[number], plan.quality) for number in chosen]
+    # The frames of a tracking sequence are JPEGs, and stay as they are.
+    read = _read if layout.ground_truth is not None else partial(_read_jpeg, quality=plan.quality)
+    frames = [read(paths[number]) for number in chosen]
     width, height = _size(frames, [paths[number] for number in chosen])
     kept = [boxes[number] for number in chosen if number < len(boxes)]
     if plan.short_edge is not None:

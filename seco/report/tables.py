@@ -307,6 +307,7 @@ class Reference:
     names: tuple[str, ...]
     value: str | float
     source: str = _PAPER
+    unrecorded: str | None = None  # what a run did that does not record the setting
 
 
 def _references(
@@ -326,11 +327,13 @@ def _references(
         if source and one.name not in apart:
             names = (one.name, *_FORMER_NAMES.get(one.name, ()))
             value = str(value) if isinstance(value, bool) else value
-            found.append(Reference(one.name.replace("_", " "), names, value, source))
+            what, unrecorded = one.name.replace("_", " "), _UNRECORDED.get(one.name)
+            found.append(Reference(what, names, value, source, unrecorded))
     return tuple(found)
 
 
 _FORMER_NAMES = {"test_size": ("size",)}
+_UNRECORDED = {"negatives": "all", "max_gap_seconds": "any"}
 _OF_PAPER = PRESETS["paper"]
 PRETRAINING = _references(
     PretrainConfig,
@@ -345,6 +348,7 @@ PRETRAINING = _references(
     queue_init=(_OF_PAPER["queue_init"], "MoCo; the paper is silent"),
     mask_same_video=(False, "paper Eq. 2, which masks none"),
     negatives=("all", "paper Eq. 2, which masks none"),
+    max_gap_seconds=("any", "paper §4.1"),
 )
 FEATURES = _references(ExtractConfig, apart=("frames",))
 PROBE = (
@@ -536,7 +540,7 @@ def _videos(stage: str, what: str, whole: int, here: int | None) -> Compared:
 
 def _compared(stage: str, reference: Reference, recorded: Mapping[str, Any]) -> Compared:
     found = [recorded[name] for name in reference.names if recorded.get(name) is not None]
-    here = found[0] if found else None
+    here = found[0] if found else reference.unrecorded
     paper = words(reference.value)
     if here is None or words(here) == "":
         return Compared(stage, reference.what, paper, reference.source, NOT_RECORDED, UNKNOWN)
