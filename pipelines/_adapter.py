@@ -22,7 +22,7 @@ from shards.format import Exclusion, make_keys
 from shards.untrusted import decode_json, open_regular, read_regular, real_path
 
 _MOST_NAMED = 5
-_MOST_TEXT = 1 << 20  # bytes of the text beside a video
+_MOST_TEXT = 1 << 20  # bytes of the text next to a video
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ def source_bytes(video: Video) -> int:
         return -1
 
 
-def beside(video: Video) -> dict[str, str] | None:
-    """Return what a tar holds beside a video: the plain values of its JSON, and its text."""
+def tar_metadata(video: Video) -> dict[str, str] | None:
+    """Return what a tar holds next to a video: the plain values of its JSON, and its text."""
     found: dict[str, str] = {}
     for name, (first, size) in video.texts.items():
         try:

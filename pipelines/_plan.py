@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines._adapter import Video, VideoSet, beside, source_bytes
+from pipelines._adapter import Video, VideoSet, source_bytes, tar_metadata
 from pipelines._config import PrepareConfig
 from pipelines._decode import Frame
 
@@ -336,5 +336,5 @@ def described(video: Video, dataset: str) -> dict[str, Any]:
         "source_bytes": source_bytes(video),
         "group": video.group,
         "start": video.span[0] if video.span is not None else None,
-        "metadata": video.metadata if not video.texts else beside(video),
+        "metadata": video.metadata if not video.texts else tar_metadata(video),
     }

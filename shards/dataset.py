@@ -410,20 +410,18 @@ def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
         InputError: some videos occur twice.
     """
     seen: set[str] = set()
-    repeated: dict[str, str] = {}
-    for address, index in zip(shards.addresses, shards.indexes, strict=True):
-        keys = index.keys
-        if len(seen) + len(keys) > len(seen.union(keys)):
-            own: set[str] = set()
-            for key in keys:
-                if key in seen or key in own:
-                    repeated[key] = PurePosixPath(address).name
-                own.add(key)
-        seen.update(keys)
+    for index in shards.indexes:
+        seen.update(index.keys)
+    repeated = len(shards) - len(seen)
     if repeated:
-        key, name = next(iter(repeated.items()))
-        raise InputError(
-            f"{len(repeated)} videos occur twice, for example {key}, again in {name}",
-            spec if isinstance(spec, str) else ", ".join(spec),
-            "list each dataset once",
-        )
+        seen.clear()
+        for address, index in zip(shards.addresses, shards.indexes, strict=True):
+            for key in index.keys:
+                if key in seen:
+                    raise InputError(
+                        f"{repeated} videos occur twice, for example {key}, again in "
+                        f"{PurePosixPath(address).name}",
+                        spec if isinstance(spec, str) else ", ".join(spec),
+                        "list each dataset once",
+                    )
+                seen.add(key)

@@ -19,6 +19,7 @@ from pipelines._config import PrepareConfig
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests import commands
+from tests.data import lacking
 from tests.pipelines.made_videos import draw_video
 from tests.pipelines.running import errors, hashes, run
 
@@ -143,12 +144,8 @@ def test_the_root_may_be_written_in_any_way(videos: Path, monkeypatch: pytest.Mo
     for root in ("..", str(videos), f"{videos}/d/../"):
         (found,) = find("list", source, root=root).sets
         assert found.videos[0].source == "d/e.mp4"
-    (found,) = (
-        find("list", source, root="/", allow_outside=False).sets
-        if ((Path("/") / "d/e.mp4").exists())
-        else find("list", listed(videos, f"path\n{videos}/a.mp4\n"), root="/").sets
-    )
-    assert found.videos
+    (found,) = find("list", listed(videos, f"path\n{videos}/a.mp4\n"), root="/").sets
+    assert found.videos[0].source == f"{videos}/a.mp4".lstrip("/")
 
 
 def test_parts_that_differ_by_little_have_keys_of_their_own(videos: Path) -> None:
@@ -212,8 +209,11 @@ def test_paths_outside_are_for_those_who_allow_them(videos: Path, tmp_path: Path
 
 
 def test_parquet(videos: Path, tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        lacking("pyarrow is not installed")
 
     columns = {
         "path": ["a.mp4", "d/e.mp4"],
@@ -395,7 +395,9 @@ def test_tars_of_videos_as_video2dataset_writes_them(videos: Path, tmp_path: Pat
 def test_tars_of_videos_are_divided_and_sandboxed(videos: Path, tmp_path: Path) -> None:
     tar_of(tmp_path / "web-000.tar", {"0.mp4": videos / "a.mp4"})
     pattern = f"{tmp_path}/web-{{000..000}}.tar"
-    given = ["prepare", "wds", "--src", pattern, "--clip-seconds=1", "--workers=1"]
+    if shutil.which("bwrap") is None:
+        lacking("bubblewrap is not installed")
+    given = ["--sandbox", "prepare", "wds", "--src", pattern, "--clip-seconds=1", "--workers=1"]
     process = commands.start(*given, "--out", tmp_path / "out")
     assert process.communicate(timeout=60)[1] and process.returncode == 0
     shards = open_shards(str(tmp_path / "out"))

@@ -290,7 +290,7 @@ def test_an_ffmpeg_without_the_encoder_is_told_in_one_line(
     assert not (tmp_path / "ucfTrainTestlist").exists()
 
 
-def test_an_interruption_does_not_wait_for_the_clips_that_wait(
+def test_an_interruption_leaves_no_half_drawn_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault stands for Ctrl-C, after the first clip."""
