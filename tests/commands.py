@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import os
@@ -181,6 +182,8 @@ def _become(parts: list[str], outputs: list[int]) -> NoReturn:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(pair.split("=", 1) for pair in environment)
+    if os.environ.get("PYTHONFAULTHANDLER"):  # read when the interpreter started
+        faulthandler.enable()
     if "OMP_NUM_THREADS" in os.environ:  # read when torch was imported
         import torch
 

@@ -73,6 +73,7 @@ class Program:
 
     def __init__(self, given: list[str], fork: bool, scratch: Path) -> None:
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONFAULTHANDLER"] = "1"
         self._said = scratch / "said"
         self._run: commands.Command | subprocess.Popen[bytes]
         if fork:
@@ -93,12 +94,15 @@ class Program:
         return self._run.poll() is not None
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; return the exit code and what was said."""
+        """Wait for the end; return the exit code and what was said.
+
+        One that hangs is made to say where, and ends with SIGABRT.
+        """
         try:
             code = self._run.wait(LONGEST)
         except subprocess.TimeoutExpired:
             os.killpg(self.pid, signal.SIGABRT)
-            raise
+            code = self._run.wait(LONGEST)
         if isinstance(self._run, commands.Command):
             return code, self._run.communicate()[1]
         return code, self._said.read_text("utf-8", "replace")
@@ -211,7 +215,7 @@ def test_signals_at_random_moments(
             # Before anything is open, a signal ends the process as the system does.
             usual = {0, EXIT_STOPPED, *(-number for number in trial.numbers)} if came else {0}
             if code not in usual or "Traceback" in said:
-                faults.append((trial, code, said[-3000:]))
+                faults.append((trial, code, said[-20_000:]))
         if code:
             _finish([*given, f"--out={out}"])
         found = results(out)
