@@ -136,6 +136,7 @@ class Video:
     texts: dict[str, tuple[int, int]] = field(
         default_factory=dict
     )  # the same of json and txt there
+    address: str | None = None  # where fsspec finds what is not at ``path``
 
     @property
     def shown(self) -> str:
@@ -170,12 +171,12 @@ class VideoSet:
 class Discovery:
     """Everything found below ``--src``; ``notes`` are lines for people.
 
-    ``root`` is the folder that must be there while shards are built; None: ``--src``.
+    ``root`` is the folder or address that must be there while shards are built; None: ``--src``.
     """
 
     sets: list[VideoSet]
     notes: list[str] = field(default_factory=list)
-    root: Path | None = None
+    root: Path | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class Adapter:
         default_short_edge: px if the user gives none; None leaves frames as they are.
         stored_whole: why frames may be neither thinned out nor shrunk; None where they may.
         recordings: whether videos may be hours long, to be divided into clips.
+        reads_addresses: whether ``discover`` takes ``--src`` behind fsspec itself.
     """
 
     discover: Callable[[PrepareConfig], Discovery]
@@ -195,6 +197,7 @@ class Adapter:
     default_short_edge: int | None = 256  # the authors' stored frames
     stored_whole: str | None = None
     recordings: bool = False
+    reads_addresses: bool = False
 
 
 def source_bytes(video: Video) -> int:
@@ -215,14 +218,16 @@ def source_bytes(video: Video) -> int:
         return -1
 
 
-def tar_metadata(video: Video) -> dict[str, str] | None:
-    """Return what a tar holds next to a video: the plain values of its JSON, and its text."""
+def tar_metadata(video: Video, read: Callable[[int, int], bytes]) -> dict[str, str] | None:
+    """Return what a tar holds next to a video: the plain values of its JSON, and its text.
+
+    Args:
+        read: given a first byte and a size, returns these bytes of the tar.
+    """
     found: dict[str, str] = {}
     for name, (first, size) in video.texts.items():
         try:
-            with open_regular(video.path) as tar:
-                tar.seek(first)
-                data = tar.read(min(size, _MOST_TEXT))
+            data = read(first, min(size, _MOST_TEXT))
             if name == "json":
                 values = decode_json(dict[str, Any], data, video.shown, "is not JSON")
                 plain = {k: v for k, v in values.items() if isinstance(v, (str, int, float))}
@@ -232,6 +237,13 @@ def tar_metadata(video: Video) -> dict[str, str] | None:
         except (InputError, OSError):
             continue  # the video is worth having without it
     return found or None
+
+
+def read_part(path: Path, first: int, size: int) -> bytes:
+    """Return some bytes of a local file."""
+    with open_regular(path) as file:
+        file.seek(first)
+        return file.read(size)
 
 
 def dataset_names() -> list[str]:

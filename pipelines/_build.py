@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -52,7 +52,7 @@ from shards.dataset import ShardSet
 from shards.errors import InputError
 from shards.format import Exclusion, ShardInfo, VideoRecord
 from shards.index import MAX_FRAME_BYTES, ShardIndex, read_index
-from shards.storage import Storage, UnreadableFrame, open_storage
+from shards.storage import Storage, UnreadableFrame, is_remote, open_storage
 from shards.untrusted import read_regular, require_pixels
 from shards.writer import ShardWriter
 
@@ -453,7 +453,7 @@ def build_shard(
         InputError: the disk is full or not writable, or the raw folder is missing.
     """
     began = time.monotonic()
-    if not Path(plan.src).is_dir():
+    if not (is_remote(plan.src) or Path(plan.src).is_dir()):
         # A disk that is not mounted must not look like thousands of missing videos.
         raise InputError(f"not found on {platform.node()}", plan.src, "mount it and resume")
     tell = on_progress or (lambda tally: None)
@@ -619,6 +619,26 @@ def _decoded(
     return StoredVideo(record, frames), decoded.times
 
 
+def _fetched_outcomes(
+    piece: Sequence[Video],
+    wanted: Sequence[Video],
+    plan: ShardPlan,
+    stopping: threading.Event,
+) -> list[Outcome]:
+    """Return the outcomes of the wanted videos of a piece, wherever it is."""
+    try:
+        with plan.spool.at_hand(piece[0]) as here:
+
+            def local(video: Video) -> Video:
+                return replace(here, source=video.source, key=video.key, span=video.span)
+
+            if here is not piece[0]:
+                piece, wanted = [[local(video) for video in some] for some in (piece, wanted)]
+            return _outcomes(piece, wanted, plan, stopping)
+    except DecodeError as error:
+        return [_excluded(video, error) for video in wanted]
+
+
 def _outcomes(
     piece: Sequence[Video], wanted: Sequence[Video], plan: ShardPlan, stopping: threading.Event
 ) -> list[Outcome]:
@@ -676,6 +696,8 @@ def _in_order(
         for piece in pieces(plan.videos)
         if (wanted := [video for video in piece if video.key in todo])
     ]
+    if any(piece[0].address is not None for piece, _ in work):
+        threads *= 2  # one is fetched while another is decoded
     if threads == 1:
         for piece, wanted in work:
             yield from _outcomes(piece, wanted, plan, stopping)
@@ -684,7 +706,7 @@ def _in_order(
     with ThreadPoolExecutor(threads) as pool:
         try:
             for piece, wanted in work:
-                ahead.append(pool.submit(_outcomes, piece, wanted, plan, stopping))
+                ahead.append(pool.submit(_fetched_outcomes, piece, wanted, plan, stopping))
                 # Stored videos wait in memory: only as far ahead as keeps the threads busy.
                 if len(ahead) > 2 * threads:
                     yield from ahead.popleft().result()

@@ -32,6 +32,7 @@ from pipelines._decode import (
 )
 from pipelines._ffmpeg import FfmpegStream, local_url
 from pipelines._plan import Chooser, ShardPlan, described
+from pipelines._remote import Spool, outline
 from shards.format import VideoRecord
 
 Encode = Callable[[Frame], bytes]
@@ -48,28 +49,31 @@ _CUT_SCORE = 10.0
 _PROGRESS = re.compile(rb"out_time_us=(\d+)")
 
 
-def with_clips(videos: VideoSet, config: PrepareConfig, binary: str, workers: int) -> VideoSet:
+def with_clips(
+    videos: VideoSet, config: PrepareConfig, binary: str, workers: int, spool: Spool
+) -> VideoSet:
     """Return the set with clips in place of its recordings.
 
     A recording of unknown length becomes a single clip, which is most likely to fail.
 
     Args:
         workers: headers read at once.
+        spool: where remote recordings are fetched to, if their headers do not suffice.
     """
     assert config.clip_seconds is not None
     stride = config.clip_stride or config.clip_seconds
     most_seconds = config.clip_seconds + _MOST_CLIPS * stride
-    files = list(dict.fromkeys((video.path, video.inside) for video in videos.videos))
+    files = {(video.path, video.inside): video for video in videos.videos}
 
-    def length(file: tuple[Path, Inside]) -> float | None:
+    def length(video: Video) -> float | None:
         try:
-            found = duration_of(file[0], binary, file[1], config.timeout)
+            found = _duration(video, binary, config.timeout, spool)
         except DecodeError:
             return None
         return found if found <= most_seconds else None
 
     with ThreadPoolExecutor(workers) as pool:
-        lengths = dict(zip(files, pool.map(length, files), strict=True))
+        lengths = dict(zip(files, pool.map(length, files.values()), strict=True))
     clips: list[Video] = []
     for video in videos.videos:
         first, last = video.span or (0.0, math.inf)
@@ -101,6 +105,16 @@ def clip_spans(
     return spans
 
 
+def _duration(video: Video, binary: str, timeout_seconds: float, spool: Spool) -> float:
+    if video.address is not None:
+        with outline(video) as headers:
+            found = _claimed_duration(headers.path, binary, headers.inside)
+        if found is not None:
+            return found
+    with spool.at_hand(video) as here:
+        return duration_of(here.path, binary, here.inside, timeout_seconds)
+
+
 def duration_of(
     path: Path, binary: str, inside: Inside = None, timeout_seconds: float | None = None
 ) -> float:
@@ -113,20 +127,14 @@ def duration_of(
     Raises:
         DecodeError: it cannot be opened, or holds no video.
     """
-    argv = [binary, "-nostdin", "-hide_banner", "-protocol_whitelist", protocols(inside)]
-    argv += ["-format_whitelist", ",".join(CONTAINERS), "-i", local_url(path, inside)]
-    log = FfmpegLog()
-    with FfmpegStream(argv, _HEADER_SECONDS, reads=path) as stream:
-        stream.wait()  # fails: no output is given
-        log.update(stream.read_log() + b"\n")
-    if log.duration is not None:
-        return log.duration
-    if not log.opened:
-        raise DecodeError("unreadable", log.failure(path, inside) or "its header cannot be read")
+    claimed = _claimed_duration(path, binary, inside)
+    if claimed is not None:
+        return claimed
     # Recordings of live streams often lack it.
     copied = ("-map", "0:V:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-")
     said = b""
     patience = None if timeout_seconds is None else max(_READING_SECONDS, timeout_seconds)
+    argv = _opening(path, binary, inside)
     with FfmpegStream([*argv, *copied], patience, reads=path) as stream:
         while line := stream.read_line(1 << 16):
             said = line if line.startswith(b"out_time_us=") else said
@@ -135,6 +143,22 @@ def duration_of(
     if found is None:
         raise DecodeError("no-video-stream", "it has no video stream of known length")
     return int(found[1]) / 1e6
+
+
+def _claimed_duration(path: Path, binary: str, inside: Inside) -> float | None:
+    log = FfmpegLog()
+    with FfmpegStream(_opening(path, binary, inside), _HEADER_SECONDS, reads=path) as stream:
+        stream.wait()  # fails: no output is given
+        log.update(stream.read_log() + b"\n")
+    if log.duration is None and not log.opened:
+        raise DecodeError("unreadable", log.failure(path, inside) or "its header cannot be read")
+    return log.duration
+
+
+def _opening(path: Path, binary: str, inside: Inside) -> list[str]:
+    whitelists = ["-protocol_whitelist", protocols(inside)]
+    whitelists += ["-format_whitelist", ",".join(CONTAINERS)]
+    return [binary, "-nostdin", "-hide_banner", *whitelists, "-i", local_url(path, inside)]
 
 
 class CutDetector:

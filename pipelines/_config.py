@@ -20,7 +20,9 @@ class PrepareConfig:
 
     dataset: str = setting(dataclasses.MISSING, "name of the dataset: a module of pipelines/")
     src: str = setting(
-        dataclasses.MISSING, "folder of the raw videos; for list, the CSV or Parquet"
+        dataclasses.MISSING,
+        "folder of the raw videos, or an address such as s3://bucket/raw; for list, the CSV or "
+        "Parquet",
     )
     out: str = setting(
         "",
@@ -53,7 +55,7 @@ class PrepareConfig:
         None, "frames per second of folders of frames [default: 30; for dataset frames]"
     )
     root: str | None = setting(
-        None, "folder that the paths of a list are relative to [default: the list's]"
+        None, "folder or address that the paths of a list are relative to [default: the list's]"
     )
     allow_outside: bool = setting(False, "accept paths of a list that lead out of --root")
     min_frames: int = setting(1, "exclude videos with fewer stored frames, as too-short")
@@ -78,6 +80,9 @@ class PrepareConfig:
     timeout: float = setting(300.0, "time limit per video, in seconds; slower videos are excluded")
     max_failures: float = setting(
         5.0, "exit with code 3 if more than this percentage of the videos fails"
+    )
+    spool_gb: float = setting(
+        20.0, "limit of remote videos that wait on the local disk (TMPDIR), in GB"
     )
     retry_failed: bool = setting(False, "retry only the excluded videos of finished shards")
     dry_run: bool = setting(False, "print the plan and exit")
@@ -126,6 +131,7 @@ def validate(config: PrepareConfig) -> None:
         "needs --clip-seconds",
     )
     _require(config.fps is None or 0 < config.fps < math.inf, "fps", "must be above 0")
+    _require(0 < config.spool_gb < math.inf, "spool_gb", "must be above 0")
     _require(0 < config.timeout < math.inf, "timeout", "must be above 0")
     _require(1 <= config.quality <= 100, "quality", "must be from 1 to 100")
     _require(

@@ -13,14 +13,16 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines._adapter import Video, VideoSet, source_bytes, tar_metadata
+from pipelines._adapter import Video, VideoSet, read_part, source_bytes, tar_metadata
 from pipelines._config import PrepareConfig
 from pipelines._decode import Frame
+from pipelines._remote import NO_SPOOL, Spool
 
 _BUDGET_BYTES = 256 << 20
 
@@ -168,9 +170,10 @@ class ShardPlan:
     min_frames: int
     keep_damaged: bool
     timeout_seconds: float
-    src: str  # the folder of the raw videos
+    src: str  # the folder of the raw videos, or its address
     binary: str  # ffmpeg
     ffmpeg_version: str
+    spool: Spool = NO_SPOOL
     keyframes: bool = False  # decode nothing else
     cut_scenes: bool = False  # of a clip, keep the longest part without a cut
     retry: bool = False  # copy what the finished shard contains, and retry the rest
@@ -203,9 +206,10 @@ def plan_set(
     *,
     choice: FrameChoice,
     short_edge: int | None,
-    root: Path,
+    root: Path | str,
     binary: str,
     ffmpeg_version: str,
+    spool: Spool,
 ) -> SetPlan:
     """Divide a dataset into shards ``NAME-000.tar``, ``NAME-001.tar``, …
 
@@ -238,6 +242,7 @@ def plan_set(
             ffmpeg_version=ffmpeg_version,
             keyframes=config.keyframes,
             cut_scenes=config.cut_scenes,
+            spool=spool,
         )
         for number, start in enumerate(starts)
     ]
@@ -336,5 +341,7 @@ def described(video: Video, dataset: str) -> dict[str, Any]:
         "source_bytes": source_bytes(video),
         "group": video.group,
         "start": video.span[0] if video.span is not None else None,
-        "metadata": video.metadata if not video.texts else tar_metadata(video),
+        "metadata": tar_metadata(video, partial(read_part, video.path))
+        if video.texts
+        else video.metadata,
     }

@@ -8,6 +8,7 @@ differ by a factor of two either way, so the result says "about".
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -18,27 +19,28 @@ from datetime import datetime, timezone
 
 from pipelines._adapter import (
     Adapter,
+    Discovery,
     Video,
     adapter,
     coverage_csv,
     coverage_lines,
     is_picture,
     source_bytes,
-    source_folder,
 )
 from pipelines._build import LONG_SECONDS, ShardResult, Tally, finished_indexes
 from pipelines._clips import with_clips
 from pipelines._config import PrepareConfig, validate
-from pipelines._decode import CONTAINERS, protocols
+from pipelines._decode import CONTAINERS, DecodeError, protocols
 from pipelines._engine import build_shards, stoppable
 from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, ffmpeg_version, local_url, sandbox
 from pipelines._plan import FrameChoice, SetPlan, ShardPlan, plan_set
+from pipelines._remote import Spool, brought_here, outline, spooled
 from shards.atomic import csv_text, default_folder, json_text
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import Exclusion, Manifest, ShardInfo
 from shards.progress import progress, size_text
 from shards.settings import usable_cpus
-from shards.storage import Storage, open_storage
+from shards.storage import Storage, is_remote, open_storage
 from shards.terminal import say
 
 _SAMPLE = 24
@@ -131,7 +133,11 @@ def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
             )
             frames = min(frames, shard.choice.count or frames)
         return frames, max(0, source_bytes(video)), frames * _COPY_SECONDS
-    header = _probe(video, shard.binary)
+    try:
+        with outline(video) as headers:
+            header = _probe(headers, shard.binary)
+    except DecodeError:
+        return None
     if header is None or shard.short_edge is None:
         return None
     if video.span is not None and header.seconds:
@@ -280,46 +286,10 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     _require_clips_make_sense(config, dataset)
     binary = ffmpeg_binary(config.ffmpeg)
     sandbox(binary)
-    found = dataset.discover(config)
-    choice = _choice(config, dataset)
-    if config.clip_seconds is not None:
-        with stoppable():
-            divided = [with_clips(part, config, binary, workers(config)) for part in found.sets]
-        found = replace(found, sets=divided)
-    for videos in found.sets:
-        if not videos.videos:
-            first = videos.excluded[0].source if videos.excluded else videos.name
-            raise InputError(
-                f"no video matches the annotations, for example {first}", config.src, "check --src"
-            )
-    plans = [
-        plan_set(
-            videos,
-            config,
-            choice=choice,
-            short_edge=config.short_edge or dataset.default_short_edge,
-            root=found.root or source_folder(config),
-            binary=binary,
-            ffmpeg_version=ffmpeg_version(binary),
-        )
-        for videos in found.sets
-    ]
-    _say(found.notes)
-    if config.dry_run:
-        for plan in plans:
-            _say([*_found(plan), *forecast(plan, workers(config))])
-        return PrepareReport(sets=[])
-    storage = open_storage(config.out)
-    storage.require_writable()
-    with ExitStack() as locks:
-        for plan in plans:
-            locks.enter_context(storage.writer_lock(plan.name))
-        # Shards of another plan are refused before anything is decoded.
-        finished = [_finished_shards(plan, storage) for plan in plans]
-        sets = [
-            _prepare_set(plan, done, config, storage, ffmpeg_version(binary))
-            for plan, done in zip(plans, finished, strict=True)
-        ]
+    with brought_here(config, whole=not dataset.reads_addresses) as (local, addressed):
+        found = addressed(dataset.discover(local))
+        with spooled(config) as spool:
+            sets = _prepare_found(found, config, dataset, binary, spool)
     failed, videos = (sum(getattr(row, name) for row in sets) for name in ("failed", "videos"))
     if failed * 100 > config.max_failures * videos:
         raise TooManyExcluded(
@@ -329,6 +299,55 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             "the shards are written; see *.errors.csv",
         )
     return PrepareReport(sets=sets)
+
+
+def _prepare_found(
+    found: Discovery, config: PrepareConfig, dataset: Adapter, binary: str, spool: Spool
+) -> list[PreparedSet]:
+    choice = _choice(config, dataset)
+    version = ffmpeg_version(binary)
+    if config.clip_seconds is not None:
+        with stoppable():
+            divided = [
+                with_clips(part, config, binary, workers(config), spool) for part in found.sets
+            ]
+        found = replace(found, sets=divided)
+    for videos in found.sets:
+        if not videos.videos:
+            first = videos.excluded[0].source if videos.excluded else videos.name
+            raise InputError(
+                f"no video matches the annotations, for example {first}", config.src, "check --src"
+            )
+    source = config.src if is_remote(config.src) else os.path.abspath(config.src)
+    plans = [
+        plan_set(
+            videos,
+            config,
+            choice=choice,
+            short_edge=config.short_edge or dataset.default_short_edge,
+            root=found.root or source,
+            binary=binary,
+            ffmpeg_version=version,
+            spool=spool,
+        )
+        for videos in found.sets
+    ]
+    _say(found.notes)
+    if config.dry_run:
+        for plan in plans:
+            _say([*_found(plan), *forecast(plan, workers(config))])
+        return []
+    storage = open_storage(config.out)
+    storage.require_writable()
+    with ExitStack() as locks:
+        for plan in plans:
+            locks.enter_context(storage.writer_lock(plan.name))
+        # Shards of another plan are refused before anything is decoded.
+        finished = [_finished_shards(plan, storage) for plan in plans]
+        return [
+            _prepare_set(plan, done, config, storage, version)
+            for plan, done in zip(plans, finished, strict=True)
+        ]
 
 
 def _require_whole(config: PrepareConfig, dataset: Adapter) -> None:

@@ -10,7 +10,9 @@ import csv
 import io
 import math
 import os
+import posixpath
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +29,10 @@ from pipelines._adapter import (
     split_named,
 )
 from pipelines._config import PrepareConfig
+from pipelines._remote import fetch_file
 from shards.errors import InputError
 from shards.format import Exclusion
+from shards.storage import is_remote
 from shards.untrusted import open_regular
 
 COLUMNS = ("path", "label", "split", "group", "start", "end")
@@ -58,15 +62,20 @@ def discover(config: PrepareConfig) -> Discovery:
     Raises:
         InputError: the list cannot be read, or a row is invalid; names the line.
     """
+    if is_remote(config.src):
+        with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
+            here = Path(scratch, config.src.rpartition("/")[2] or "list")
+            fetch_file(config.src, here)
+            return _discover(config, here, config.root or config.src.rpartition("/")[0])
     source = Path(config.src)
     if not source.is_file():
         what = "is not a file" if source.exists() else "there is no such file"
         raise InputError(what, source, "give a CSV or Parquet file with --src")
-    root = Path(os.path.abspath(config.root if config.root is not None else source.parent))
-    if not root.is_dir():
-        raise InputError(
-            "there is no such folder", root, "give the folder of the videos with --root"
-        )
+    return _discover(config, source, config.root or os.path.dirname(source))
+
+
+def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
+    place = _RemotePlace(root) if is_remote(root) else _LocalPlace(root)
     wanted: set[str] | None = None
     if config.split is not None:
         wanted = {split_named(word.strip()) for word in config.split.split(",")}
@@ -80,10 +89,11 @@ def discover(config: PrepareConfig) -> Discovery:
         labels |= {row.label} if row.label else set()
         if wanted is not None and row.split not in wanted:
             continue
-        shown, path = _located(row, root, source, config.allow_outside)
+        shown, path, address = place.located(row, config.src, config.allow_outside)
         video = Video(
             source=shown,
             path=path,
+            address=address,
             label_name=row.label,
             splits={"official": row.split} if row.split else {},
             group=row.group or (shown if row.span is not None else None),
@@ -94,19 +104,19 @@ def discover(config: PrepareConfig) -> Discovery:
             message = f"line {row.line} of the list repeats an earlier one"
             repeated = Exclusion(source=video.shown, kind="duplicate", message=message)
             duplicates.setdefault(video.shown, repeated)
-        elif _is_file(path):
+        elif address is not None or _is_file(path):  # what is remote is looked for when fetched
             videos[shown, row.span] = video
         else:
             missing.add(shown)
     if unknown := sorted((wanted or set()) - splits):
         raise InputError(
             f"has no rows of split {unknown[0]}; it has {', '.join(sorted(splits)) or 'none'}",
-            source,
+            config.src,
             "see --split",
         )
     if not videos:
         what = f"none of its {len(missing)} videos was found" if missing else "lists no videos"
-        raise InputError(what, source, f"paths are relative to {root}; see --root")
+        raise InputError(what, config.src, f"paths are relative to {place.root}; see --root")
     names = sorted(labels)
     index = {name: number for number, name in enumerate(names)}
     found = VideoSet(
@@ -115,33 +125,75 @@ def discover(config: PrepareConfig) -> Discovery:
         label_names=names,
         excluded=missing_rows(missing) + list(duplicates.values()),
     )
-    return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"], root=root)
+    return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"], root=place.root)
 
 
 def _labelled(video: Video, index: dict[str, int]) -> Video:
     return video if video.label_name is None else replace(video, label=index[video.label_name])
 
 
-def _located(row: Row, root: Path, where: Path, allow_outside: bool) -> tuple[str, Path]:
-    """Return the path as it is stored and as it is opened."""
-    path = root / row.path
-    if _ADDRESS.match(row.path) and not _is_file(path):
+class _LocalPlace:
+    """The folder that a list's paths are relative to; addresses need ``--allow-outside``."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+        if not os.path.isdir(self.root):
+            raise InputError(
+                "there is no such folder", self.root, "give the folder of the videos with --root"
+            )
+
+    def located(self, row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str | None]:
+        """Return the path as it is stored, as it is opened, and the address of a remote file."""
+        path = Path(self.root, row.path)
+        if _ADDRESS.match(row.path) and not _is_file(path):
+            return _elsewhere(row, where, allow_outside)
+        real, inside = os.path.realpath(path), os.path.realpath(self.root)
+        if not (allow_outside or os.path.commonpath([real, inside]) == inside):
+            raise _leads_out(row, where, self.root)
+        plain = os.path.normpath(path)
+        if os.path.commonpath([plain, self.root]) == self.root:
+            plain = os.path.relpath(plain, self.root)
+        return plain.replace(os.sep, "/"), path, None
+
+
+class _RemotePlace:
+    """The address that a list's paths are relative to; they may be addresses below it."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+
+    def located(self, row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str | None]:
+        """Return the path as it is stored, a name for it, and its address."""
+        inside = row.path
+        if _ADDRESS.match(inside):
+            if not inside.startswith(f"{self.root}/"):
+                return _elsewhere(row, where, allow_outside)
+            inside = inside.removeprefix(f"{self.root}/")
+        plain = posixpath.normpath(inside)
+        if plain.startswith(("/", "../")) or plain in (".", ".."):
+            raise _leads_out(row, where, self.root)
+        address = f"{self.root}/{plain}"
+        return plain, Path(address), address
+
+
+def _elsewhere(row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str]:
+    if not is_remote(row.path) or "::" in row.path:
+        raise InputError(f"line {row.line}: {row.path[:80]} is not a path", where)
+    if not allow_outside:
         raise InputError(
-            f"line {row.line}: {row.path[:80]} is an address, not a path",
+            f"line {row.line}: {row.path[:80]} is an address",
             where,
-            "download it first",
+            "give what it begins with as --root, or --allow-outside if the list is yours",
         )
-    real, inside = os.path.realpath(path), os.path.realpath(root)
-    if not (allow_outside or os.path.commonpath([real, inside]) == inside):
-        raise InputError(
-            f"line {row.line}: {row.path[:80]} leads out of {root}",
-            where,
-            "give its folder with --root, or --allow-outside if the list is yours",
-        )
-    plain = os.path.normpath(path)
-    if os.path.commonpath([plain, root]) == os.fspath(root):
-        plain = os.path.relpath(plain, root)
-    return plain.replace(os.sep, "/"), path
+    return row.path, Path(row.path), row.path
+
+
+def _leads_out(row: Row, where: object, root: str) -> InputError:
+    return InputError(
+        f"line {row.line}: {row.path[:80]} leads out of {root}",
+        where,
+        "give its folder with --root, or --allow-outside if the list is yours",
+    )
 
 
 def _is_file(path: Path) -> bool:
@@ -258,4 +310,4 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 # As for a plain folder.
-ADAPTER = Adapter(discover=discover, default_frames=30, recordings=True)
+ADAPTER = Adapter(discover=discover, default_frames=30, recordings=True, reads_addresses=True)

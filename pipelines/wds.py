@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import groupby
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, repeat, takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines._adapter import (
     Adapter,
@@ -19,18 +21,20 @@ from pipelines._adapter import (
     is_video,
     keyed,
     refuse_splits_of_folders,
-    relative_source,
     shown_name,
     slug,
 )
 from pipelines._config import PrepareConfig
-from shards.dataset import local_tars, set_name
+from pipelines._remote import RemoteFile, Unreachable
+from shards.dataset import PIPE, expand_spec, set_name
 from shards.errors import InputError
 from shards.format import Exclusion
-from shards.index import label_of, tar_members
+from shards.index import label_of, members_of
+from shards.storage import is_remote
 from shards.untrusted import open_regular
 
 _TEXTS = ("json", "txt")
+_READERS = 16  # tars whose headers are read at a time
 
 
 def discover(config: PrepareConfig) -> Discovery:
@@ -40,15 +44,20 @@ def discover(config: PrepareConfig) -> Discovery:
         InputError: there are none, or they hold no videos.
     """
     refuse_splits_of_folders(config)
-    tars = local_tars(config.src)
+    tars = expand_spec(config.src)
+    if any(tar.startswith(PIPE) for tar in tars):
+        raise InputError("a command is no file of videos", "--src", "give the tars it reads")
+    absolute = [tar if is_remote(tar) else os.path.abspath(tar) for tar in tars]
+    root = _common_folder(absolute)
     videos: list[Video] = []
     excluded: list[Exclusion] = []
-    root = Path(os.path.commonpath([tar.absolute().parent for tar in tars]))
-    for tar in tars:
-        try:
-            videos += list(_videos(tar, root))
-        except InputError as error:
-            excluded.append(Exclusion(source=tar.name, kind="unreadable", message=error.what))
+    with ThreadPoolExecutor(_READERS) as pool:
+        for tar, inside in zip(absolute, pool.map(_found, absolute, repeat(root)), strict=True):
+            if isinstance(inside, InputError):
+                name = os.path.basename(tar)
+                excluded.append(Exclusion(source=name, kind="unreadable", message=inside.what))
+            else:
+                videos += inside
     if not videos:
         what = f"; {excluded[0].source} {excluded[0].message}" if excluded else ""
         raise InputError(
@@ -58,7 +67,7 @@ def discover(config: PrepareConfig) -> Discovery:
         )
     labels = sorted({video.label for video in videos if video.label is not None})
     found = VideoSet(
-        name=config.name or slug(set_name(tars[0].name)),
+        name=config.name or slug(set_name(os.path.basename(tars[0]))),
         videos=keyed(videos),
         label_names=[],
         excluded=excluded,
@@ -67,25 +76,46 @@ def discover(config: PrepareConfig) -> Discovery:
     return Discovery(sets=[found], root=root)
 
 
-def _videos(tar: Path, root: Path) -> Iterator[Video]:
-    shown = relative_source(tar.absolute(), root)
-    with open_regular(tar) as raw:
-        for _, group in groupby(tar_members(tar), key=lambda member: member.key):
-            members = list(group)
-            texts = {m.extension: (m.offset, m.size) for m in members if m.extension in _TEXTS}
-            classes = [m for m in members if m.extension == "cls"]
-            label = label_of(classes[0], raw) if classes else None
-            for member in members:
-                hidden = member.name.rpartition("/")[2].startswith(".")
-                if is_video(member.name) and not hidden:
-                    yield Video(
-                        source=f"{shown}/{shown_name(member.name)}",
-                        path=tar.absolute(),
-                        label=label,
-                        inside=(member.offset, member.size),
-                        texts=texts,
-                    )
+def _common_folder(tars: list[str]) -> str:
+    """Return the deepest folder or address that holds all tars."""
+    folders = [tar.split("/")[:-1] for tar in tars]
+    pairs = zip(min(folders), max(folders), strict=False)  # all others lie between them
+    return "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _found(tar: str, root: str) -> list[Video] | InputError:
+    try:
+        if is_remote(tar):
+            return list(_videos(tar, root, RemoteFile(tar)))
+        with open_regular(tar) as file:
+            return list(_videos(tar, root, file))
+    except Unreachable:
+        raise  # which says nothing about the tar
+    except InputError as error:
+        return error
+    except OSError as error:
+        return InputError(f"cannot be read ({error.strerror or error})", tar)
+
+
+def _videos(tar: str, root: str, file: BinaryIO | RemoteFile) -> Iterator[Video]:
+    shown = shown_name(tar.removeprefix(f"{root}/"))
+    for _, group in groupby(members_of(file, tar), key=lambda member: member.key):
+        members = list(group)
+        texts = {m.extension: (m.offset, m.size) for m in members if m.extension in _TEXTS}
+        classes = [m for m in members if m.extension == "cls"]
+        label = label_of(classes[0], file) if classes else None
+        for member in members:
+            hidden = member.name.rpartition("/")[2].startswith(".")
+            if is_video(member.name) and not hidden:
+                yield Video(
+                    source=f"{shown}/{shown_name(member.name)}",
+                    path=Path(tar),
+                    address=tar if is_remote(tar) else None,
+                    label=label,
+                    inside=(member.offset, member.size),
+                    texts=texts,
+                )
 
 
 # As for a plain folder.
-ADAPTER = Adapter(discover=discover, default_frames=30, recordings=True)
+ADAPTER = Adapter(discover=discover, default_frames=30, recordings=True, reads_addresses=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -52,10 +53,11 @@ class TarMember(NamedTuple):
         """Whether the name has a JPEG suffix."""
         return self.extension.rpartition(".")[2].lower() in ("jpg", "jpeg")
 
-    def read(self, tar: BinaryIO) -> bytes:
+    def read(self, tar: Any) -> bytes:
         """Return its data; shorter than ``size`` if the tar has been cut since."""
         tar.seek(self.offset)
-        return tar.read(self.size)
+        data: bytes = tar.read(self.size)
+        return data
 
 
 class _BoundedHeader(tarfile.TarInfo):
@@ -90,10 +92,28 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     Raises:
         InputError: not a tar, or an incomplete one.
     """
+    try:
+        with open_regular(path) as raw:
+            yield from members_of(raw, path)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path) from error
+
+
+def members_of(raw: Any, where: object) -> Iterator[TarMember]:
+    """Yield the files in an open tar, in order; as :func:`tar_members`.
+
+    Args:
+        raw: has ``seek``, ``tell`` and ``read``.
+        where: names it in errors.
+
+    Raises:
+        InputError: not a tar, or an incomplete one.
+    """
     members_end = 0
     try:
-        size = path.stat().st_size
-        with open_regular(path) as raw, bounded_tar(raw) as tar:
+        size = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        with bounded_tar(raw) as tar:
             for member in tar:
                 blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
                 members_end = member.offset_data + blocks * tarfile.BLOCKSIZE
@@ -107,13 +127,11 @@ def tar_members(path: Path) -> Iterator[TarMember]:
             _require_closing_blocks(raw, members_end, size)
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
-            f"is truncated or not a tar ({error})", path, "prepare or copy it again"
+            f"is truncated or not a tar ({error})", where, "prepare or copy it again"
         ) from error
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path) from error
 
 
-def _require_closing_blocks(raw: BinaryIO, members_end: int, size: int) -> None:
+def _require_closing_blocks(raw: Any, members_end: int, size: int) -> None:
     """Check that only zeros, two blocks or more, follow the last member."""
     if size - members_end < 2 * tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the closing blocks are missing")
@@ -501,7 +519,7 @@ def _frame_at(member: TarMember, raw: BinaryIO) -> FrameAt:
     return FrameAt(member.offset, member.size, crc)
 
 
-def label_of(member: TarMember, tar: BinaryIO) -> int | None:
+def label_of(member: TarMember, tar: Any) -> int | None:
     """Return the whole number in ``KEY.cls``, or None."""
     text = member.read(tar).strip() if member.size <= _MAX_LABEL_BYTES else b""
     return int(text) if text.isdigit() else None

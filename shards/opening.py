@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from shards.atomic import atomic_path, require_writable
 from shards.dataset import (
@@ -29,7 +31,7 @@ from shards.dataset import (
     require_distinct,
 )
 from shards.errors import InputError
-from shards.format import ShardInfo, read_manifest
+from shards.format import read_manifest
 from shards.index import ShardIndex, build_index, parse_index, read_index
 from shards.progress import size_text
 from shards.storage import (
@@ -54,19 +56,38 @@ _ROOM_SECONDS = 0.1  # between checks for free space
 _FETCHERS = 4  # shards prefetched at a time, per process
 
 
+class CacheableFile(Protocol):
+    """What is known of a file before it is fetched: a shard's row in its manifest, for example."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def sha256(self) -> str:
+        """Its digest, if that is known: files of different digests are different files."""
+
+
 class ShardCache:
     """The cache folder.
 
     Args:
         folder: may be shared by any number of processes and datasets.
         limit_bytes: for all shards in it, including those being fetched.
-        infos: size and digest of each shard, by address; a shard of another digest is another file.
+        infos: what is known of each shard, by address.
+        option: of the limit, for messages.
 
     Raises:
         InputError: the folder is not writable, or the limit is below the size of the largest shard.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, infos: Mapping[str, ShardInfo]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        infos: Mapping[str, CacheableFile],
+        option: str = "--cache-gb",
+    ) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._infos = dict(infos)
@@ -74,8 +95,8 @@ class ShardCache:
         largest = max((info.bytes for info in infos.values()), default=0)
         if largest > limit_bytes:
             raise InputError(
-                f"{size_text(limit_bytes)} is less than the largest shard, {size_text(largest)}",
-                "--cache-gb",
+                f"{size_text(limit_bytes)} is less than the largest file, {size_text(largest)}",
+                option,
                 "raise it",
             )
 
@@ -113,6 +134,12 @@ class ShardCache:
             time.sleep(_ROOM_SECONDS)
         return path
 
+    def drop(self, address: str) -> None:
+        """Remove a shard that nobody will ask for again."""
+        path = self.path(address)
+        path.unlink(missing_ok=True)
+        _lock_of(path).unlink(missing_ok=True)
+
     def _download(self, address: str) -> None:
         path, size = self.path(address), self._infos[address].bytes
         try_again(lambda: _download(address, path, size))
@@ -128,8 +155,8 @@ class ShardCache:
             coming = self._coming(path)
             held = self._held()
             excess = sum(bytes_ for _, bytes_, _ in held) + coming + size - self.limit_bytes
-            for _, bytes_, old in sorted(held):
-                if excess <= 0:
+            for last, bytes_, old in sorted(held):
+                if excess <= 0 or last == math.inf:
                     break
                 old.unlink(missing_ok=True)  # still readable where it is open
                 _lock_of(old).unlink(missing_ok=True)
@@ -146,7 +173,9 @@ class ShardCache:
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
+                # One with another name is in use: deleting it would not free its space.
+                last = math.inf if status.st_nlink > 1 else status.st_mtime
+                found.append((last, status.st_size, path))
         return found
 
     def _coming(self, path: Path) -> int:

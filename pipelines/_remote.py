@@ -1,0 +1,480 @@
+"""Raw videos behind fsspec (``s3://`` etc.): listed before the plan, fetched while decoding.
+
+The list becomes a local folder of empty files with the names and the sizes of the remote ones, in
+which a dataset finds its videos as usual; only annotations are fetched for it. A video is fetched
+whole, shortly before it is decoded, to the spool: a folder with a limit on its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+from pipelines._adapter import Discovery, Video, VideoSet, is_picture, tar_metadata
+from pipelines._config import PrepareConfig
+from pipelines._decode import DecodeError
+from pipelines._ffmpeg import require_going
+from shards.atomic import unwritable
+from shards.errors import InputError
+from shards.opening import ShardCache
+from shards.storage import (
+    fetch_parts,
+    in_words,
+    is_remote,
+    open_filesystem,
+    told_of,
+    try_again,
+)
+from shards.terminal import say
+from shards.untrusted import MAX_TEXT_BYTES
+
+_PIECE_BYTES = 16 << 20  # fetched at a time
+_AHEAD_BYTES = 64 << 10  # read with every header of a tar
+_TEXTS_BYTES = 64 << 20  # of annotations fetched at a time
+_END_BYTES = 8 << 20  # of a recording, at either end: what ffmpeg reads before it decodes
+_MOST_BOXES = 1000  # of an MP4 file, before the one that describes it
+_ROOM_SECONDS = 0.1  # between looks for room in the spool
+# What annotations are written in. Everything else is not fetched to find videos.
+_ANNOTATIONS = frozenset((".txt", ".csv", ".json", ".parquet", ".ini", ".label", ".tsv"))
+
+_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # of MP4 and MOV files
+_MOST_MOOV_BYTES = 64 << 20
+_ADVICE = "check address and credentials"
+
+
+class Unreachable(InputError):
+    """What is behind an address cannot be told, for reasons that are not its own."""
+
+
+@contextmanager
+def brought_here(
+    config: PrepareConfig, *, whole: bool
+) -> Iterator[tuple[PrepareConfig, Callable[[Discovery], Discovery]]]:
+    """Let the block find videos as if they were here.
+
+    Args:
+        config: settings, of which ``src`` or ``annotations`` may be addresses.
+        whole: ``src`` is a folder with everything in it; otherwise the dataset reads addresses.
+
+    Yields:
+        The settings with local paths, and what gives the videos found there their addresses.
+
+    Raises:
+        InputError: an address cannot be read; errors of the block name addresses, not local paths.
+    """
+    with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
+        places: dict[str, str] = {}  # local path to address
+        notes: list[str] = []
+
+        def mirrored(address: str, name: str) -> str:
+            here = Path(scratch, name, PurePosixPath(address.rstrip("/")).name or "src")
+            here.parent.mkdir()
+            places[str(here)] = address.rstrip("/")
+            notes.extend(_mirror(address, here))
+            return str(here)
+
+        local = config
+        if whole and is_remote(config.src):
+            local = replace(local, src=mirrored(config.src, "src"))
+        if config.annotations is not None and is_remote(config.annotations):
+            local = replace(local, annotations=mirrored(config.annotations, "annotations"))
+
+        def addressed(found: Discovery) -> Discovery:
+            sets = [_addressed(part, places) for part in found.sets]
+            return replace(found, sets=sets, notes=[*notes, *found.notes])
+
+        try:
+            yield local, addressed
+        except InputError as error:
+            if not places:
+                raise
+            told = [None if text is None else str(text) for text in (error.where, error.fix)]
+            where, fix = (text and _renamed(text, places) for text in told)
+            raise type(error)(_renamed(error.what, places), where, fix) from error
+
+
+def _renamed(text: str, places: dict[str, str]) -> str:
+    for local, address in places.items():
+        text = text.replace(local, address)
+    return text
+
+
+def _addressed(found: VideoSet, places: dict[str, str]) -> VideoSet:
+    def address(video: Video) -> Video:
+        for local, url in places.items():
+            inside = os.path.relpath(video.path, local)
+            if video.address is None and inside.partition("/")[0] != "..":
+                return replace(video, address=f"{url}/{inside}")
+        return video
+
+    if not places:
+        return found
+    return replace(found, videos=[address(video) for video in found.videos])
+
+
+def _mirror(address: str, here: Path) -> list[str]:
+    """Make ``here`` a folder like the remote one, or a file; return lines for people."""
+    say(f"listing {address}")
+    with _as_input_error(address):
+        found = _files_below(address)
+    if not found:
+        raise InputError("there is no such folder", address, _ADVICE)
+    odd: list[str] = []
+    texts: list[tuple[str, Path, int]] = []
+    for inside, url, size in found:
+        path = here / inside
+        try:
+            if inside and not _plain(inside):
+                raise ValueError("leads elsewhere")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                file.truncate(size)
+        except (OSError, ValueError):  # or no file may have this name, or a folder has it, too
+            odd.append(inside)
+            continue
+        if path.suffix.lower() in _ANNOTATIONS and size <= MAX_TEXT_BYTES:
+            texts.append((url, path, size))
+    _fetch_texts(texts)
+    if odd:
+        return [f"{len(odd)} names cannot be those of files here and are left out, first: {odd[0]}"]
+    return []
+
+
+@contextmanager
+def _as_input_error(address: str) -> Iterator[None]:
+    try:
+        yield
+    except DecodeError as error:
+        raise InputError(error.message, address, _ADVICE) from error
+
+
+def _plain(name: str) -> bool:
+    """Whether a name from elsewhere stays below the folder it is joined to."""
+    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _fetch_texts(texts: Iterable[tuple[str, Path, int]]) -> None:
+    waiting: list[tuple[str, Path]] = []
+    total = 0
+    for address, path, size in texts:
+        waiting.append((address, path))
+        total += size
+        if total >= _TEXTS_BYTES:
+            _fetch_files(waiting)
+            waiting, total = [], 0
+    _fetch_files(waiting)
+
+
+def _fetch_files(wanted: list[tuple[str, Path]]) -> None:
+    contents = fetch_parts([(address, None, None) for address, _ in wanted])
+    for (address, path), content in zip(wanted, contents, strict=True):
+        path.write_bytes(told_of(content, address))
+
+
+def fetch_file(address: str, path: Path) -> None:
+    """Fetch a file of at most 256 MiB, such as a list.
+
+    Raises:
+        InputError: it cannot be read or is larger.
+    """
+    with _as_input_error(address):
+        size = _remote_size(address)
+    if (size or 0) > MAX_TEXT_BYTES:
+        raise InputError(f"is larger than {MAX_TEXT_BYTES >> 20} MiB", address, "copy it first")
+    _fetch_files([(address, path)])
+
+
+class RemoteFile:
+    """A remote file as far as ``tarfile`` needs one; what follows a header comes with it.
+
+    Args:
+        address: of the file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        with _as_input_error(address):
+            self.size = _known_size(address)
+        self._at = 0
+        self._first, self._held = 0, b""
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        """Set the position of the next read."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        self._at = max(0, start + position)
+        return self._at
+
+    def tell(self) -> int:
+        """Return the position of the next read."""
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes; fewer at the end."""
+        end = self.size if size < 0 else min(self._at + size, self.size)
+        if not (self._first <= self._at and end <= self._first + len(self._held)):
+            ahead = min(max(end, self._at + _AHEAD_BYTES), self.size)
+            self._first, self._held = self._at, _part(self._address, self._at, ahead)
+        data = self._held[self._at - self._first : max(self._at, end) - self._first]
+        self._at += len(data)
+        return data
+
+
+def _part(address: str, first: int, last: int) -> bytes:
+    """Return the bytes from ``first`` to before ``last``.
+
+    Raises:
+        DecodeError: it is not there, not for us, or shorter.
+        Unreachable: it cannot be fetched for other reasons.
+    """
+    if last <= first:
+        return b""
+    (content,) = fetch_parts([(address, first, last)])
+    if isinstance(content, Exception):
+        raise _fault(content, address)
+    if len(content) > last - first:
+        raise Unreachable("its server ignores ranges", address, "copy it first")
+    if len(content) < last - first:
+        raise DecodeError("unreadable", f"ends before byte {last}")
+    return content
+
+
+def _fault(error: Exception, address: str) -> Exception:
+    """Return what is wrong with one file, or that nothing can be told."""
+    if isinstance(error, FileNotFoundError):
+        return DecodeError("missing", "is not at its address")
+    if isinstance(error, PermissionError):
+        return DecodeError("unreadable", f"may not be read ({in_words(error)})")
+    return Unreachable(f"cannot be reached ({in_words(error)})", address, _ADVICE)
+
+
+def _fetch_range(address: str, first: int, size: int, file: BinaryIO) -> None:
+    for at in range(first, first + size, _PIECE_BYTES):
+        require_going()
+        file.write(_part(address, at, min(at + _PIECE_BYTES, first + size)))
+
+
+class _Size(NamedTuple):
+    """What a :class:`ShardCache` wants to know of a file."""
+
+    bytes: int
+    sha256: str = ""
+
+
+class _Cache(ShardCache):
+    """Fetches files in pieces, so that a stopped run need not wait for a whole one."""
+
+    def _download(self, address: str) -> None:
+        path = self.path(address)
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            with open(temporary, "wb") as file:
+                _fetch_range(address, 0, self._infos[address].bytes, file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Spool:
+    """Remote videos as local files, for as long as each is needed.
+
+    Args:
+        folder: shared by the processes of this machine; a cluster's other nodes have their own.
+        limit_bytes: of the videos in it. What has to be unpacked, pictures in a folder or a video
+            in a tar, comes on top: one for each video that is decoded at the time.
+    """
+
+    folder: str = ""
+    limit_bytes: int = 0
+
+    @contextmanager
+    def at_hand(self, video: Video) -> Iterator[Video]:
+        """Yield the video as one that is here; one that is stays as it is.
+
+        Raises:
+            DecodeError: it is not there, or may not be read.
+            InputError: it cannot be fetched for reasons that are not its own.
+        """
+        if video.address is None:
+            yield video
+            return
+        with ExitStack() as stack:
+            try:
+                here = self._fetched(video, video.address, stack)
+            except OSError as error:
+                raise unwritable(Path(self.folder), error) from error
+            yield here
+
+    def _fetched(self, video: Video, address: str, stack: ExitStack) -> Video:
+        os.makedirs(self.folder, exist_ok=True)
+        own = stack.enter_context(tempfile.TemporaryDirectory(prefix="use-", dir=self.folder))
+        path = Path(own, video.path.name)
+        if video.frames is not None:
+            _fetch_folder(address, path)
+        elif video.inside is not None:
+            return _out_of_tar(video, address, path)
+        else:
+            stack.enter_context(self._linked(video, address, path))
+        return replace(video, path=path, address=None)
+
+    @contextmanager
+    def _linked(self, video: Video, address: str, path: Path) -> Iterator[None]:
+        """Give the cached file another name, under which it stays whatever the cache does."""
+        size = video.path.stat().st_size if video.path.is_file() else _known_size(address)
+        known = {address: _Size(size)}
+        cache = _Cache(Path(self.folder), self.limit_bytes, known, "--spool-gb")
+        while not path.exists():
+            require_going()
+            cached = cache.fetch(address, wait=False)
+            if cached is None:
+                time.sleep(_ROOM_SECONDS)
+                continue
+            with suppress(FileNotFoundError):  # evicted in between
+                os.link(cached, path)
+        yield
+        if video.span is None:  # nobody else needs it
+            cache.drop(address)
+
+
+NO_SPOOL = Spool()  # where all videos are here
+
+
+@contextmanager
+def spooled(config: PrepareConfig) -> Iterator[Spool]:
+    """Yield the spool of a run; it is empty before and after."""
+    place = os.path.abspath(config.out) if not is_remote(config.out) else config.out
+    run = hashlib.sha256(f"{place}\n{config.src}\n{config.name}".encode()).hexdigest()
+    folder = os.path.join(tempfile.gettempdir(), f"seco-spool-{run[:16]}")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        yield Spool(folder, int(config.spool_gb * 1e9))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def outline(video: Video) -> Iterator[Video]:
+    """Yield a file that has what ffmpeg reads of the video before it decodes, and else zeros.
+
+    That is its beginning, its end, and the box of an MP4 file that describes it.
+
+    Raises:
+        DecodeError, InputError: it cannot be fetched.
+    """
+    if video.address is None:
+        yield video
+        return
+    address = video.address
+    first, size = video.inside or (0, _known_size(address))
+    with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
+        path = Path(scratch, video.path.name)
+        with open(path, "wb") as file:
+            file.truncate(size)
+
+            def bring(start: int, end: int) -> None:
+                start, end = max(0, start), min(end, size)
+                file.seek(start)
+                file.write(_part(address, first + start, first + end))
+
+            bring(0, _END_BYTES)
+            bring(max(_END_BYTES, size - _END_BYTES), size)
+            found = _moov_range(
+                lambda at: _part(address, first + at, min(first + at + 16, first + size))
+            )
+            if found is not None:
+                bring(found[0], found[1] + _END_BYTES)
+        yield replace(video, path=path, address=None, inside=None, texts={})
+
+
+def _moov_range(read: Callable[[int], bytes]) -> tuple[int, int] | None:
+    """Return where the box that describes an MP4 file lies, given 16 bytes at any place of it."""
+    at = 0
+    for _ in range(_MOST_BOXES):
+        header = read(at)
+        if len(header) < 16 or (at == 0 and header[4:8] not in _FIRST_BOXES):
+            return None
+        size, kind = struct.unpack_from(">I4s", header)
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", header, 8)
+        if kind == b"moov":
+            return (at, at + size) if size <= _MOST_MOOV_BYTES else None
+        if size < 8:
+            return None
+        at += size
+    return None
+
+
+def _known_size(address: str) -> int:
+    size = _remote_size(address)
+    if size is None:
+        raise DecodeError("unreadable", "its server does not tell its size")
+    return size
+
+
+def _remote_size(address: str) -> int | None:
+    system, remote = open_filesystem(address)
+    size = _asked(lambda: system.info(remote), address).get("size")
+    return None if size is None else int(size)
+
+
+def _files_below(address: str) -> list[tuple[str, str, int]]:
+    """Return (name below the folder, address, bytes) of every file; the name of a file is ''."""
+    system, root = open_filesystem(address)
+    system.invalidate_cache()
+    found = _asked(lambda: system.find(root, withdirs=False, detail=True), address)
+    start = root.rstrip("/")
+    return [
+        (name.removeprefix(start).lstrip("/"), system.unstrip_protocol(name), row.get("size") or 0)
+        for name, row in found.items()
+        if not (name.endswith("/") or row.get("type") == "directory")
+    ]
+
+
+def _asked(question: Callable[[], dict[str, Any]], address: str) -> dict[str, Any]:
+    """Return what a server answers.
+
+    Raises:
+        DecodeError, Unreachable: as for :func:`_part`.
+    """
+    try:
+        return try_again(question)
+    except Exception as error:
+        raise _fault(error, address) from error
+
+
+def _out_of_tar(video: Video, address: str, path: Path) -> Video:
+    """Fetch a video and the texts beside it."""
+    assert video.inside is not None
+    metadata = tar_metadata(video, lambda first, size: _part(address, first, first + size))
+    with open(path, "wb") as file:
+        _fetch_range(address, *video.inside, file)
+    here = replace(video, path=path, address=None, inside=None, texts={})
+    return replace(here, metadata=metadata or video.metadata)
+
+
+def _fetch_folder(address: str, here: Path) -> None:
+    """Fetch a folder of pictures, with the annotations beside them."""
+    here.mkdir()
+    wanted = []
+    for inside, url, size in _files_below(address):
+        wants = is_picture(inside) or Path(inside).suffix.lower() in _ANNOTATIONS
+        if wants and _plain(inside) and inside.count("/") <= 1:
+            path = here / inside
+            path.parent.mkdir(exist_ok=True)
+            wanted.append((url, path, size))
+    if not wanted:
+        raise DecodeError("missing", "there are no pictures at its address")
+    _fetch_texts(wanted)
