@@ -160,7 +160,7 @@ class VideoSet:
     """
 
     name: str
-    videos: list[Video]
+    videos: Sequence[Video]
     label_names: list[str]
     excluded: list[Exclusion] = field(default_factory=list)
     coverage: list[CoverageRow] = field(default_factory=list)
@@ -413,7 +413,7 @@ def find_videos(root: Path) -> list[tuple[str, Path]]:
 
 def keyed(videos: Sequence[Video]) -> list[Video]:
     """Return the videos with distinct keys, made from ``key`` or ``source``."""
-    keys = make_keys([video.key or _key_source(video) for video in videos])
+    keys = make_keys([video.key or key_source(video) for video in videos])
     if len(set(keys)) < len(keys):
         key, _ = Counter(keys).most_common(1)[0]
         two = [video.shown for video, own in zip(videos, keys, strict=True) if own == key][:2]
@@ -421,7 +421,8 @@ def keyed(videos: Sequence[Video]) -> list[Video]:
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
 
 
-def _key_source(video: Video) -> str:
+def key_source(video: Video) -> str:
+    """Return the path from which a video's key is made."""
     if video.span is None and video.inside is None:
         return video.source
     # What follows the dot is seen only where keys would be equal.

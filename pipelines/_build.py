@@ -311,7 +311,6 @@ def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
             have changed since.
     """
     done: dict[str, ShardIndex] = {}
-    planned = {shard.name: shard for shard in plan.shards}
     sizes = storage.sizes()
     pattern = re.compile(re.escape(plan.name) + r"-\d{3,}\.idx")
     for file in sorted(name for name in sizes if pattern.fullmatch(name)):
@@ -321,7 +320,7 @@ def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
                 index = read_index(path)
         except InputError:
             continue  # incomplete after a crash: the shard is built again, if it is planned
-        shard = planned.get(name)
+        shard = plan.shards.get(name)
         if shard is None or index.plan_digest != shard.digest:
             raise InputError(
                 f"holds shards of {plan.name} prepared from other videos, with other settings or "

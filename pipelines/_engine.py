@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, replace
@@ -58,7 +58,7 @@ def ray_engine(address: str | None, *, limited: bool) -> Callable[..., None]:
 
 
 def _build_shards(
-    plans: Sequence[ShardPlan],
+    plans: Collection[ShardPlan],
     workers: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],
     on_progress: Callable[[Tally], None],
@@ -119,7 +119,7 @@ _MOST_LOSSES = 3  # of workers, without a finished shard in between
 
 
 def build_shards(
-    plans: Sequence[ShardPlan],
+    plans: Collection[ShardPlan],
     workers: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],
     on_progress: Callable[[Tally], None],
@@ -134,19 +134,19 @@ def build_shards(
         InputError: a shard cannot be written, or workers were killed repeatedly.
         Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with all workers gone.
     """
-    left = {plan.name: plan for plan in plans}
+    done: set[str] = set()
 
     def finished(plan: ShardPlan, result: ShardResult) -> None:
         on_shard(plan, result)
-        del left[plan.name]
+        done.add(plan.name)
 
     with stoppable() as stop:
         losses = 0
-        while left:
-            before = len(left)
-            processes = min(workers, len(left))
+        while left := len(plans) - len(done):
+            before = len(done)
+            processes = min(workers, left)
             threads = math.ceil(workers / processes)
-            todo = list(left.values())
+            todo = (plan for plan in plans if plan.name not in done)
             try:
                 if processes == 1:
                     for plan in todo:
@@ -159,7 +159,7 @@ def build_shards(
                 if stop:
                     raise Interrupted from error
                 # Usually out of memory: unfinished shards are built again.
-                losses = losses + 1 if len(left) == before else 1
+                losses = losses + 1 if len(done) == before else 1
                 if losses == _MOST_LOSSES:
                     raise InputError(
                         f"workers were killed {losses} times, perhaps because memory ran out",
@@ -169,7 +169,7 @@ def build_shards(
 
 
 def _build_in_processes(
-    plans: Sequence[ShardPlan],
+    plans: Iterable[ShardPlan],
     processes: int,
     threads: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],

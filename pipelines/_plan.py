@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import numpy as np
 from pipelines._adapter import Video, VideoSet, read_part, source_bytes, tar_metadata
 from pipelines._config import PrepareConfig
 from pipelines._decode import Frame
+from pipelines._order import PIECE_SECONDS, VideoTable, rank_text
 from pipelines._remote import NO_SPOOL, Spool
 
 _BUDGET_BYTES = 256 << 20
@@ -189,6 +190,66 @@ class ShardPlan:
         return f"{self.name}.idx"
 
 
+class PlannedShards(Mapping[str, ShardPlan]):
+    """The plans of the shards ``NAME-000``, ``NAME-001``, …; each is made when it is asked for.
+
+    Args:
+        common: what is the same in all of them; its name is the dataset's.
+        ordered: the dataset's videos.
+        videos_per_shard: all but the last have so many.
+    """
+
+    def __init__(self, common: ShardPlan, ordered: Sequence[Video], videos_per_shard: int) -> None:
+        self._common = common
+        self._ordered = ordered
+        self._each = videos_per_shard
+        count = -(-len(ordered) // videos_per_shard)
+        digits = max(3, len(str(count - 1)))
+        self._starts = {
+            f"{common.name}-{number:0{digits}d}": number * videos_per_shard
+            for number in range(count)
+        }
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._starts)
+
+    def __getitem__(self, name: str) -> ShardPlan:
+        start = self._starts[name]
+        return replace(
+            self._common, name=name, videos=tuple(self._ordered[start : start + self._each])
+        )
+
+    def videos_in(self, name: str) -> int:
+        """Return how many videos are planned for a shard."""
+        return min(self._each, len(self._ordered) - self._starts[name])
+
+
+class Todo(Collection[ShardPlan]):
+    """Some shards of a plan, in order.
+
+    Args:
+        shards: of the whole dataset.
+        names: those to build.
+        retried: those of them of which only the failures are built.
+    """
+
+    def __init__(self, shards: PlannedShards, names: list[str], retried: set[str]) -> None:
+        self._shards, self.names, self.retried = shards, names, retried
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[ShardPlan]:
+        for name in self.names:
+            yield replace(self._shards[name], retry=name in self.retried)
+
+    def __contains__(self, plan: object) -> bool:
+        return isinstance(plan, ShardPlan) and plan.name in self.names
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetPlan:
     """All shards of a dataset, and what its manifest says about them."""
@@ -196,7 +257,8 @@ class SetPlan:
     name: str
     dataset: str
     settings: dict[str, Any]
-    shards: list[ShardPlan]
+    shards: PlannedShards
+    ordered: Sequence[Video]  # as they are stored
     videos: VideoSet
 
 
@@ -217,53 +279,44 @@ def plan_set(
     the order depends on nothing else. Clips of a recording stay together for some minutes, because
     they are decoded in one pass.
     """
-    ordered = sorted(videos.videos, key=_rank)
+    found = videos.videos
+    ordered = found if isinstance(found, VideoTable) else sorted(found, key=_rank)
     settings = byte_settings(config, choice, short_edge)
-    digest = _digest(ordered, settings, ffmpeg_version)
-    starts = range(0, len(ordered), config.videos_per_shard)
-    digits = max(3, len(str(len(starts) - 1)))
-    # Absolute, because the nodes of a cluster start in other folders.
-    folder = config.out if "://" in config.out else os.path.abspath(config.out)
-    shards = [
-        ShardPlan(
-            folder=folder,
-            name=f"{videos.name}-{number:0{digits}d}",
-            digest=digest,
-            dataset=config.dataset,
-            videos=tuple(ordered[start : start + config.videos_per_shard]),
-            choice=choice,
-            short_edge=short_edge,
-            quality=config.quality,
-            min_frames=config.min_frames,
-            keep_damaged=config.keep_damaged,
-            timeout_seconds=config.timeout,
-            src=str(root),
-            binary=binary,
-            ffmpeg_version=ffmpeg_version,
-            keyframes=config.keyframes,
-            cut_scenes=config.cut_scenes,
-            spool=spool,
-        )
-        for number, start in enumerate(starts)
-    ]
+    common = ShardPlan(
+        # Absolute, because the nodes of a cluster start in other folders.
+        folder=config.out if "://" in config.out else os.path.abspath(config.out),
+        name=videos.name,
+        digest=_digest(ordered, settings, ffmpeg_version),
+        dataset=config.dataset,
+        videos=(),
+        choice=choice,
+        short_edge=short_edge,
+        quality=config.quality,
+        min_frames=config.min_frames,
+        keep_damaged=config.keep_damaged,
+        timeout_seconds=config.timeout,
+        src=str(root),
+        binary=binary,
+        ffmpeg_version=ffmpeg_version,
+        keyframes=config.keyframes,
+        cut_scenes=config.cut_scenes,
+        spool=spool,
+    )
     return SetPlan(
         name=videos.name,
         dataset=config.dataset,
         settings=settings,
-        shards=shards,
+        shards=PlannedShards(common, ordered, config.videos_per_shard),
+        ordered=ordered,
         videos=videos,
     )
 
 
 def _rank(video: Video) -> tuple[bytes, str, float]:
-    if video.span is None:
-        return hashlib.sha1(video.key.encode()).digest(), video.source, 0.0
-    start = video.span[0]
-    part = f"{video.source}/{start // PIECE_SECONDS:.0f}"
-    return hashlib.sha1(part.encode()).digest(), video.source, start
+    start = 0.0 if video.span is None else video.span[0]
+    return hashlib.sha1(rank_text(video, video.key).encode()).digest(), video.source, start
 
 
-PIECE_SECONDS = 300.0  # of a recording, decoded in one pass
 _SKIPPED_SECONDS = 10.0  # between two clips, which are decoded for nothing rather than sought
 
 
@@ -313,7 +366,7 @@ def byte_settings(
     return settings | {name: value for name, value in given.items() if value}
 
 
-def _digest(videos: list[Video], settings: dict[str, Any], ffmpeg_version: str) -> str:
+def _digest(videos: Iterable[Video], settings: dict[str, Any], ffmpeg_version: str) -> str:
     """Return the digest of what decides which bytes go where.
 
     Where a video was found and how large it is are not part of it: a broken file may be replaced

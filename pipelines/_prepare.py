@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -33,7 +33,7 @@ from pipelines._config import PrepareConfig, validate
 from pipelines._decode import CONTAINERS, DecodeError, protocols
 from pipelines._engine import build_shards, stoppable
 from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, ffmpeg_version, local_url, sandbox
-from pipelines._plan import FrameChoice, SetPlan, ShardPlan, plan_set
+from pipelines._plan import FrameChoice, SetPlan, ShardPlan, Todo, plan_set
 from pipelines._remote import Spool, brought_here, outline, spooled
 from shards.atomic import csv_text, default_folder, json_text
 from shards.errors import InputError, Stopped, TooManyExcluded
@@ -67,9 +67,10 @@ class _Header:
 
 def forecast(plan: SetPlan, workers: int) -> Iterable[str]:
     """Yield lines for people: videos, shards, and about how many bytes and how much time."""
-    shard = plan.shards[0]
-    videos = len(plan.videos.videos)
-    names = f"{shard.tar} to {plan.shards[-1].tar}" if len(plan.shards) > 1 else shard.tar
+    first, *_, last = [*plan.shards, *plan.shards]
+    shard = plan.shards[first]
+    videos = len(plan.ordered)
+    names = f"{first}.tar to {last}.tar" if first != last else f"{first}.tar"
     yield (
         f"{plan.name}: {videos} videos, {len(plan.videos.label_names)} labels, "
         f"{_frames_text(shard.choice)} -> {len(plan.shards)} shards, {names}"
@@ -100,9 +101,8 @@ def _time_text(seconds: float) -> str:
 
 
 def _sample(plan: SetPlan) -> list[Video]:
-    videos = [video for shard in plan.shards for video in shard.videos]
-    step = max(1, len(videos) // _SAMPLE)
-    return videos[::step][:_SAMPLE]
+    step = max(1, len(plan.ordered) // _SAMPLE)
+    return list(plan.ordered[::step][:_SAMPLE])
 
 
 def _probe(video: Video, binary: str) -> _Header | None:
@@ -244,7 +244,7 @@ _WAITS_SECONDS = (1.0, 5.0, 30.0)  # network disks show other machines' files wi
 
 Engine = Callable[
     [
-        list[ShardPlan],
+        Collection[ShardPlan],
         int,
         Callable[[ShardPlan, ShardResult], None],
         Callable[[Tally], None],
@@ -394,10 +394,11 @@ def _prepare_set(
     version: str,
 ) -> PreparedSet:
     todo = _todo(plan, results, config.retry_failed)
-    total = len(plan.videos.videos)
+    total = len(plan.ordered)
     # Of a shard that is retried, only its failures count as work.
-    again = sum(len(results[shard.name].exclusions) for shard in todo if shard.retry)
-    before = total - again - sum(len(shard.videos) for shard in todo if not shard.retry)
+    again = sum(len(results[name].exclusions) for name in todo.retried)
+    new = (name for name in todo.names if name not in todo.retried)
+    before = total - again - sum(map(plan.shards.videos_in, new))
     if results:
         retried = f", {again} failed videos are retried" if again else ""
         _say([f"{plan.name}: {len(results)} of {len(plan.shards)} shards already exist{retried}"])
@@ -420,7 +421,7 @@ def _prepare_set(
                 _engine(config)(todo, workers(config), on_shard, on_progress)
                 seconds = bar.seconds
             _say([_rates(plan.name, done, seconds)])
-            long = sum(results[shard.name].long for shard in todo)
+            long = sum(results[name].long for name in todo.names)
             if long and adapter(config.dataset).recordings:
                 _say([_of_long_videos(plan.name, long)])
     except KeyboardInterrupt:
@@ -431,7 +432,7 @@ def _prepare_set(
         ) from None
     finally:
         log.close()
-    return _finish_set(plan, [results[shard.name] for shard in plan.shards], storage, version)
+    return _finish_set(plan, [results[name] for name in plan.shards], storage, version)
 
 
 def _of_long_videos(name: str, count: int) -> str:
@@ -441,14 +442,10 @@ def _of_long_videos(name: str, count: int) -> str:
     )
 
 
-def _todo(plan: SetPlan, results: dict[str, ShardResult], retry_failed: bool) -> list[ShardPlan]:
-    todo = []
-    for shard in plan.shards:
-        if shard.name not in results:
-            todo.append(shard)
-        elif retry_failed and results[shard.name].exclusions:
-            todo.append(replace(shard, retry=True))
-    return todo
+def _todo(plan: SetPlan, results: dict[str, ShardResult], retry_failed: bool) -> Todo:
+    retried = {name for name, result in results.items() if retry_failed and result.exclusions}
+    names = [name for name in plan.shards if name not in results or name in retried]
+    return Todo(plan.shards, names, retried)
 
 
 def _engine(config: PrepareConfig) -> Engine:
@@ -488,9 +485,9 @@ def _finish_set(
     _say([*_found(plan), *summary(plan, infos, excluded)])
     if not any(info.videos for info in infos):
         # Empty shards would only be in the way of the next try.
-        for shard in plan.shards:
-            storage.delete(shard.index)
-            storage.delete(shard.tar)
+        for name in plan.shards:
+            storage.delete(f"{name}.idx")
+            storage.delete(f"{name}.tar")
         first = failures[0]
         raise InputError(
             f"none of the {len(failures)} videos of {plan.name} could be read; the first, "
@@ -503,7 +500,7 @@ def _finish_set(
         shards=infos,
         excluded=excluded,
         failed=len(failures),
-        videos=len(plan.videos.videos),
+        videos=len(plan.ordered),
     )
 
 
@@ -513,8 +510,8 @@ def _require_there(plan: SetPlan, results: list[ShardResult], storage: Storage) 
         sizes = storage.sizes()
         absent = [
             result
-            for shard, result in zip(plan.shards, results, strict=True)
-            if sizes.get(shard.tar) != result.info.bytes or shard.index not in sizes
+            for name, result in zip(plan.shards, results, strict=True)
+            if sizes.get(f"{name}.tar") != result.info.bytes or f"{name}.idx" not in sizes
         ]
         if not absent:
             return

@@ -14,7 +14,6 @@ import posixpath
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -23,12 +22,12 @@ from pipelines._adapter import (
     Discovery,
     Video,
     VideoSet,
-    keyed,
     missing_rows,
     slug,
     split_named,
 )
 from pipelines._config import PrepareConfig
+from pipelines._order import VideoTable
 from pipelines._remote import fetch_file
 from shards.errors import InputError
 from shards.format import Exclusion
@@ -79,57 +78,56 @@ def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
     wanted: set[str] | None = None
     if config.split is not None:
         wanted = {split_named(word.strip()) for word in config.split.split(",")}
-    videos: dict[tuple[str, tuple[float, float] | None], Video] = {}
+    table = VideoTable()
     missing: set[str] = set()
-    duplicates: dict[str, Exclusion] = {}  # one row for each, however often it is repeated
     splits: set[str] = set()
     labels: set[str] = set()
+    found = False
     for row in read_list(source):
         splits |= {row.split} if row.split else set()
         labels |= {row.label} if row.label else set()
         if wanted is not None and row.split not in wanted:
             continue
         shown, path, address = place.located(row, config.src, config.allow_outside)
-        video = Video(
-            source=shown,
-            path=path,
-            address=address,
-            label_name=row.label,
-            splits={"official": row.split} if row.split else {},
-            group=row.group or (shown if row.span is not None else None),
-            span=row.span,
-            metadata=row.metadata,
-        )
-        if (shown, row.span) in videos:
-            message = f"line {row.line} of the list repeats an earlier one"
-            repeated = Exclusion(source=video.shown, kind="duplicate", message=message)
-            duplicates.setdefault(video.shown, repeated)
-        elif address is not None or _is_file(path):  # what is remote is looked for when fetched
-            videos[shown, row.span] = video
-        else:
+        if address is None and not _is_file(path):  # what is remote is looked for when fetched
             missing.add(shown)
+            continue
+        found = True
+        table.add(
+            Video(
+                source=shown,
+                path=path,
+                address=address,
+                label_name=row.label,
+                splits={"official": row.split} if row.split else {},
+                group=row.group or (shown if row.span is not None else None),
+                span=row.span,
+                metadata=row.metadata,
+            ),
+            row.line,
+        )
     if unknown := sorted((wanted or set()) - splits):
         raise InputError(
             f"has no rows of split {unknown[0]}; it has {', '.join(sorted(splits)) or 'none'}",
             config.src,
             "see --split",
         )
-    if not videos:
+    if not found:
         what = f"none of its {len(missing)} videos was found" if missing else "lists no videos"
         raise InputError(what, config.src, f"paths are relative to {place.root}; see --root")
     names = sorted(labels)
-    index = {name: number for number, name in enumerate(names)}
-    found = VideoSet(
+    repeated: dict[str, Exclusion] = {}  # a row for each, however often it is repeated
+    for line, video in table.finish(names):
+        message = f"line {line} of the list repeats an earlier one"
+        row_of = Exclusion(source=video.shown, kind="duplicate", message=message)
+        repeated.setdefault(video.shown, row_of)
+    videos = VideoSet(
         name=config.name or slug(source.stem),
-        videos=keyed([_labelled(video, index) for video in videos.values()]),
+        videos=table,
         label_names=names,
-        excluded=missing_rows(missing) + list(duplicates.values()),
+        excluded=missing_rows(missing) + list(repeated.values()),
     )
-    return Discovery(sets=[found], notes=[f"labels: {len(names)}, from the list"], root=place.root)
-
-
-def _labelled(video: Video, index: dict[str, int]) -> Video:
-    return video if video.label_name is None else replace(video, label=index[video.label_name])
+    return Discovery(sets=[videos], notes=[f"labels: {len(names)}, from the list"], root=place.root)
 
 
 class _LocalPlace:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,23 +157,37 @@ def parse_manifest(content: bytes, where: object) -> Manifest:
     return decode_json(Manifest, content, where, what, advice)
 
 
+KEY_DIGITS = (0, 8, 16)  # of the digest in a key, where shorter ones collide
+
+
 def make_keys(sources: Iterable[str]) -> list[str]:
-    """Return a tar-safe key for each source: only letters, digits, ``_`` and ``-``, all distinct.
+    """Return a tar-safe key for each source: only letters, digits, ``_`` and ``-``.
 
     WebDataset cuts a member's name at its first dot and groups by what precedes it, so a key
     contains neither dots nor slashes. Where plain keys collide (ignoring case, because tars get
     unpacked on case-insensitive disks), each of them gets eight hex digits of its path's SHA-1, so
-    that a key does not depend on the order of the list.
+    that a key does not depend on the order of the list; sixteen where these collide again.
     """
     sources = list(sources)
-    plain = [_NOT_KEY.sub("_", _stem(source)) or "video" for source in sources]
-    seen: dict[str, int] = {}
-    for key in plain:
-        seen[key.lower()] = seen.get(key.lower(), 0) + 1
-    return [
-        key if seen[key.lower()] == 1 else f"{key}-{hashlib.sha1(source.encode()).hexdigest()[:8]}"
-        for key, source in zip(plain, sources, strict=True)
-    ]
+    keys = [plain_key(source) for source in sources]
+    for digits in KEY_DIGITS[1:]:
+        seen = Counter(key.lower() for key in keys)
+        keys = [
+            key if seen[key.lower()] == 1 else distinct_key(source, digits)
+            for key, source in zip(keys, sources, strict=True)
+        ]
+    return keys
+
+
+def plain_key(source: str) -> str:
+    """Return the key of a source whose name is its own."""
+    return _NOT_KEY.sub("_", _stem(source)) or "video"
+
+
+def distinct_key(source: str, digits: int) -> str:
+    """Return a key with so many digits of the source's SHA-1."""
+    key = plain_key(source)
+    return f"{key}-{hashlib.sha1(source.encode()).hexdigest()[:digits]}" if digits else key
 
 
 def _stem(source: str) -> str:

@@ -449,7 +449,7 @@ class RemoteStorage:
         with _told_of(self.url):
             self._system.invalidate_cache()
             try:
-                rows = self._system.ls(self._root, detail=True)
+                rows = try_again(lambda: self._system.ls(self._root, detail=True))
             except FileNotFoundError:
                 return {}
         return {
@@ -463,7 +463,7 @@ class RemoteStorage:
         with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
             local = Path(scratch, name)
             with _told_of(f"{self.url}/{name}"):
-                self._system.get_file(self._address(name), str(local))
+                try_again(lambda: self._system.get_file(self._address(name), str(local)))
             yield local
 
     @contextmanager
@@ -484,14 +484,15 @@ class RemoteStorage:
         # Objects cannot be appended to; read and rewrite them.
         with _told_of(f"{self.url}/{name}"):
             try:
-                before = self._system.cat_file(self._address(name)).decode("utf-8")
+                content: bytes = try_again(lambda: self._system.cat_file(self._address(name)))
+                before = content.decode("utf-8")
             except FileNotFoundError:
                 before = ""
         self.write_text(name, before + text)
 
     def delete(self, name: str) -> None:
         with _told_of(f"{self.url}/{name}"), suppress(FileNotFoundError):
-            self._system.rm_file(self._address(name))
+            try_again(lambda: self._system.rm_file(self._address(name)))
 
     @contextmanager
     def writer_lock(self, name: str) -> Iterator[None]:
@@ -501,7 +502,7 @@ class RemoteStorage:
         address = self._address(name)
         with _told_of(f"{self.url}/{name}"):
             if self._protocol in _OBJECT_STORES:
-                self._system.put_file(str(local), address)
+                try_again(lambda: self._system.put_file(str(local), address))
             else:
                 self._system.makedirs(self._root, exist_ok=True)
                 self._system.put_file(str(local), f"{address}.part")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
+import random
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines._adapter import Discovery, adapter, natural
+from pipelines._adapter import Discovery, Video, adapter, keyed, natural
 from pipelines._config import PrepareConfig
+from pipelines._order import VideoTable
+from pipelines._plan import _rank
 from shards.errors import InputError
 from shards.opening import open_shards
 from tests import commands
@@ -414,3 +419,56 @@ def test_tars_without_videos_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="tar"):
         find("wds", tmp_path / "empty")
+
+
+def test_a_table_of_videos_is_a_sorted_list_of_them() -> None:
+    rng = random.Random(5)
+    for trial in range(30):
+        videos: list[Video] = []
+        for _ in range(rng.choice((1, 3, 40, 300))):
+            name = f"{rng.choice('abcd')}/{rng.choice(('x', 'X', 'y.1', 'z w'))}.mp4"
+            span = rng.choice((None, (0.0, 2.0), (310.0, 311.0), (2.5, math.inf)))
+            videos.append(
+                Video(
+                    source=f"{rng.randrange(5)}/{name}" if trial % 2 else name,
+                    path=Path("/root", name),
+                    label_name=rng.choice((None, "one", "two")),
+                    splits=rng.choice(({}, {"official": "train"})),
+                    span=span,
+                    metadata=rng.choice((None, {"a": "b"})),
+                    address=rng.choice((None, "s3://b/x")),
+                )
+            )
+        table = VideoTable()
+        for line, video in enumerate(videos):
+            table.add(video, line)
+        repeated = table.finish(["one", "two"])
+        first: dict[tuple[str, object], Video] = {}
+        again = []
+        for line, video in enumerate(videos):
+            if first.setdefault((video.source, video.span), video) is not video:
+                again.append((line, video.shown))
+        numbered = [
+            replace(v, label=None if v.label_name is None else ["one", "two"].index(v.label_name))
+            for v in first.values()
+        ]
+        assert list(table) == sorted(keyed(numbered), key=_rank)
+        assert [(line, video.shown) for line, video in repeated] == again
+        assert table[-1:] == [table[len(table) - 1]]
+
+
+def test_many_videos_of_one_name_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight digits of a digest collide among a hundred thousand; here four are enough to show it.
+    monkeypatch.setattr("shards.format.KEY_DIGITS", (0, 2, 16))
+    monkeypatch.setattr("pipelines._order.KEY_DIGITS", (0, 2, 16))
+    videos = [Video(source=f"{n}/video.mp4", path=Path("v.mp4")) for n in range(60)]
+    table = VideoTable()
+    for line, video in enumerate(videos):
+        table.add(video, line)
+    assert table.finish([]) == []
+    keys = [video.key for video in table]
+    assert len(set(keys)) == 60 and {len(key) for key in keys} == {
+        len("video-12"),
+        len("video-") + 16,
+    }
+    assert sorted(keys) == sorted(video.key for video in keyed(videos))

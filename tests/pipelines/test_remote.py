@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from shards import storage
 from shards.errors import InputError
 from tests.data import ROOT
 from tests.pipelines.made_videos import draw_video
 from tests.pipelines.running import driver, hashes, run, wait_until
-from tests.s3_server import s3_bucket
+from tests.s3_server import bad_line, s3_bucket
 
 Clips = tuple[Path, dict[str, str]]
 
@@ -73,6 +74,21 @@ def test_a_killed_run_goes_on(clips: Clips, tmp_path: Path, bucket: str) -> None
     assert again.stdout == "done\n", again.stderr
     assert "shards already exist" in again.stderr
     assert fetched(bucket, tmp_path / "fetched") == whole
+
+
+@pytest.mark.parametrize("fault", ["drop", "error"])
+def test_the_same_bytes_over_a_bad_line(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.01)
+    for number in range(6):
+        draw_video(tmp_path / "raw" / f"{number}.mp4", frames=4)
+    run(tmp_path / "raw", tmp_path / "out", videos_per_shard=1)
+    with bad_line(monkeypatch, fault) as line:
+        line.every = 5
+        run(tmp_path / "raw", bucket, videos_per_shard=1)
+        assert line.spoilt
+    assert fetched(bucket, tmp_path / "fetched") == hashes(tmp_path / "out")
 
 
 def test_failures_are_tried_again(tmp_path: Path, bucket: str) -> None:

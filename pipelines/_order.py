@@ -1,0 +1,211 @@
+"""The order in which videos are stored, and long lists of them.
+
+A list may have millions of rows. They lie in a file on the local disk, with 40 bytes of memory for
+each. What has to be known of all of them at once, that no row is
+repeated, that keys differ, and the order in which videos are stored, is found by comparing 64 bits
+of a digest, and where these are equal the rows themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines._adapter import Video, key_source
+from shards.errors import InputError
+from shards.format import KEY_DIGITS, distinct_key, plain_key
+
+_Row = tuple[
+    int,  # of the list
+    str,  # source
+    str,  # path
+    str | None,  # address
+    str | None,  # label
+    dict[str, str],  # splits
+    str | None,  # group
+    tuple[float, float] | None,  # span
+    dict[str, str] | None,  # metadata
+]
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Row).decode
+
+
+PIECE_SECONDS = 300.0  # of a recording, decoded in one pass
+
+
+def rank_text(video: Video, key: str) -> str:
+    """Return the text by whose SHA-1 videos are ordered: one for all clips of some minutes."""
+    if video.span is None:
+        return key
+    return f"{video.source}/{video.span[0] // PIECE_SECONDS:.0f}"
+
+
+class VideoTable(Sequence[Video]):
+    """The videos of a list: added one by one, then :meth:`finish` is called, then they are read."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="seco-", buffering=1 << 20)  # noqa: SIM115
+        self._end = 0
+        self._places = array("Q")  # where each row is in the file
+        self._same = array("Q")  # of source and span: equal where a row is repeated
+        self._plain = array("Q")  # of the key that its name alone gives
+        self._rank = array("Q")  # by which it is ordered
+        self._start = array("d")  # seconds, which order the parts of a recording
+        self._label_names: dict[str, int] = {}
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._levels: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def add(self, video: Video, line: int) -> None:
+        """Add a row: a video file, without a key or the number of its label."""
+        row = (
+            *(line, video.source, str(video.path), video.address, video.label_name),
+            *(video.splits, video.group, video.span, video.metadata),
+        )
+        text = _encode(row)
+        self._file.write(text)
+        self._places.append(self._end)
+        self._end += len(text)
+        self._same.append(_hash(f"{video.source}\n{video.span}"))
+        key = plain_key(key_source(video))
+        self._plain.append(_hash(key.lower()))
+        self._rank.append(_rank(rank_text(video, key)))
+        self._start.append(video.span[0] if video.span is not None else 0.0)
+
+    def finish(self, label_names: Sequence[str]) -> list[tuple[int, Video]]:
+        """Leave out repeated rows, find the keys and the order.
+
+        Returns:
+            The repeated rows that were left out, with their lines.
+
+        Raises:
+            InputError: two videos cannot be told apart.
+        """
+        self._file.flush()
+        self._label_names = {name: number for number, name in enumerate(label_names)}
+        self._levels = np.zeros(len(self._places), np.uint8)
+        dropped = np.zeros(len(self._places), bool)
+        repeated = []
+        for group in _equal(self._same):
+            seen: set[tuple[str, object]] = set()
+            for row in group:
+                line, video = self._line(row), self._video(row)
+                if (video.source, video.span) in seen:
+                    dropped[row] = True
+                    repeated.append((line, video))
+                seen.add((video.source, video.span))
+        kept = np.flatnonzero(~dropped)
+        self._same = array("Q")
+        self._extend_keys(self._plain, kept, 1)
+        self._plain = array("Q")
+        self._require_distinct(kept)
+        ranks = np.frombuffer(self._rank, np.uint64)[kept]
+        starts = np.frombuffer(self._start)[kept]
+        self._order = kept[np.lexsort((starts, ranks))]
+        self._rank, self._start = array("Q"), array("d")
+        return sorted(repeated, key=lambda one: one[0])
+
+    def _extend_keys(self, hashes: array[int], rows: NDArray[np.int64], level: int) -> None:
+        """Give those of the rows whose keys are equal longer ones, and look at these again."""
+        longer, keys = array("q"), array("Q")
+        for group in _equal(hashes, rows):
+            count = Counter(self._video(row).key.lower() for row in group)
+            for row in group:
+                video = self._video(row)
+                if count[video.key.lower()] > 1:
+                    if level == len(KEY_DIGITS):
+                        raise InputError(f"{video.shown} is there twice", fix="rename one of them")
+                    self._levels[row] = level
+                    video = self._video(row)
+                    longer.append(row)
+                    keys.append(_hash(video.key.lower()))
+                    self._rank[row] = _rank(rank_text(video, video.key))
+        if longer:
+            self._extend_keys(keys, np.array(longer), level + 1)
+
+    def _require_distinct(self, rows: NDArray[np.int64]) -> None:
+        for group in _equal(self._rank, rows):
+            found = [video for video in map(self._video, group) if video.span is None]
+            if len({video.key for video in found}) < len(found):
+                two = " and ".join(video.shown for video in found[:2])
+                raise InputError(f"{two} cannot be told apart", fix="rename one of them")
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, number: int) -> Video: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Video]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        """Return videos by their place in the order."""
+        if isinstance(number, slice):
+            return [self._video(row) for row in self._order[number]]
+        return self._video(self._order[number])
+
+    def __iter__(self) -> Iterator[Video]:
+        return (self._video(row) for row in self._order)
+
+    def _read(self, row: int) -> _Row:
+        self._file.seek(self._places[row])
+        following = self._places[row + 1] if row + 1 < len(self._places) else self._end
+        return _decode(self._file.read(following - self._places[row]))
+
+    def _line(self, row: int) -> int:
+        return self._read(row)[0]
+
+    def _video(self, row: int) -> Video:
+        _, source, path, address, label, splits, group, span, metadata = self._read(row)
+        video = Video(
+            source=source,
+            path=Path(path),
+            address=address,
+            label=None if label is None else self._label_names[label],
+            label_name=label,
+            splits=splits,
+            group=group,
+            span=span,
+            metadata=metadata,
+        )
+        digits = KEY_DIGITS[self._levels[row]]
+        object.__setattr__(video, "key", distinct_key(key_source(video), digits))
+        return video
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _rank(text: str) -> int:
+    return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big")
+
+
+def _equal(
+    hashes: array[int], rows: NDArray[np.int64] | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield, of each value that is there more than once, its rows in ascending order.
+
+    Args:
+        hashes: one for each row, or for each of ``rows`` if they are as many.
+        rows: look at these only.
+    """
+    values = np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
+    if rows is None:
+        rows = np.arange(len(values))
+    elif len(rows) != len(values):
+        values = values[rows]
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    repeats = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if not len(repeats):
+        return
+    for run in np.split(repeats, np.flatnonzero(np.diff(repeats) > 1) + 1):
+        yield rows[order[run[0] : run[-1] + 2]]
