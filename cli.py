@@ -399,9 +399,9 @@ def probe(**settings: Any) -> None:
     Example: seco probe --features features/ucf101 --split 1
     Example: seco probe --features features/ucf101 --sweep 0.01,0.1,1,10
     """
-    from seco.api import probe as run
+    from seco.evaluation.probe import probe as run
 
-    show(run(**settings).table())
+    show(run(ProbeConfig(**settings)).table())
 
 
 @seco.command()
