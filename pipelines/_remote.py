@@ -322,7 +322,13 @@ class Spool:
         os.makedirs(self.folder, exist_ok=True)
         own = stack.enter_context(tempfile.TemporaryDirectory(prefix="use-", dir=self.folder))
         path = Path(own, video.path.name)
-        if video.frames is not None:
+        if video.frames is not None and video.frames.only is not None:
+            path.mkdir()
+            picture = path / video.frames.only
+            with open(picture, "wb") as file:
+                url = f"{address}/{picture.name}"
+                _fetch_range(url, 0, _known_size(url), file)
+        elif video.frames is not None:
             _fetch_folder(address, path)
         elif video.inside is not None:
             return _out_of_tar(video, address, path)

@@ -176,7 +176,7 @@ class _RemotePlace:
 
 def _elsewhere(row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str]:
     if not is_remote(row.path) or "::" in row.path:
-        raise InputError(f"line {row.line}: {row.path[:80]} is not a path", where)
+        raise InputError(f"line {row.line}: {row.path[:80]} is an address, not a path", where)
     if not allow_outside:
         raise InputError(
             f"line {row.line}: {row.path[:80]} is an address",

@@ -7,6 +7,7 @@ the text are kept in the records, as ``metadata``; a whole number in KEY.cls is 
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, repeat, takewhile
@@ -44,7 +45,10 @@ def discover(config: PrepareConfig) -> Discovery:
         InputError: there are none, or they hold no videos.
     """
     refuse_splits_of_folders(config)
-    tars = expand_spec(config.src)
+    src = config.src
+    if is_remote(src) and "." not in posixpath.basename(src):
+        src = f"{src.rstrip('/')}/"  # which says that it is a folder
+    tars = expand_spec(src)
     if any(tar.startswith(PIPE) for tar in tars):
         raise InputError("a command is no file of videos", "--src", "give the tars it reads")
     absolute = [tar if is_remote(tar) else os.path.abspath(tar) for tar in tars]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 import cli
 from shards.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TOO_MANY_EXCLUDED, EXIT_USAGE
@@ -132,6 +135,12 @@ def attacks(tree: Path) -> list[Attack]:
                                              "out", "--dry-run")],
         "kinetics/train.csv": [("prepare", "kinetics", "--src", "kinetics", "--out", "out",
                                 "--dry-run")],
+        "list.csv": [("prepare", "list", "--src", "list.csv", "--root", "raw", "--out", "out",
+                      "--workers=1", "--max-failures=100")],
+        "web/0.tar": [("prepare", "wds", "--src", "web", "--out", "out", "--workers=1",
+                       "--max-failures=100"), ("index", "web")],
+        "pictures/a/1.png": [("prepare", "frames", "--src", "pictures", "--out", "out",
+                              "--workers=1", "--max-failures=100")],
     }  # fmt: skip
     return [Attack(file, command) for file, commands in found.items() for command in commands]
 
@@ -152,6 +161,23 @@ def _annotate(tree: Path) -> None:
     lines = [f"x,abcdefghij{n},0,10,train" for n in range(4)]
     header = "label,youtube_id,time_start,time_end,split"
     (tree / "kinetics/train.csv").write_text("\n".join([header, *lines, ""]))
+    rows = ["path,label,split,group,start,end,note", "a/0.mp4,x,train,g,0,0.1,n", "b/1.mp4,y,,,,,"]
+    (tree / "list.csv").write_text("\n".join([*rows, ""]))
+    (tree / "web").mkdir()
+    with tarfile.open(tree / "web/0.tar", "w") as tar:
+        for name, data in {
+            "0.json": b'{"caption": "a", "n": 1}',
+            "0.txt": b"b",
+            "0.cls": b"2",
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        tar.add(tree / "anet/v_id0.mp4", "0.mp4")
+    for number in range(3):
+        picture = tree / "pictures/a" / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 16), (number * 80, 9, 200)).save(picture)
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:

@@ -74,12 +74,18 @@ def bad_line(patch: pytest.MonkeyPatch, fault: str) -> Iterator[BadLine]:
     line, count = BadLine(fault), itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def _pass_on(self) -> None:
             number = next(count)
             line.requests = number
             line.paths.append(self.path)
             if self.command == "GET" and "Range" not in self.headers:
                 line.whole_reads.append(self.path)
+            if "Expect" in self.headers:  # the body comes only when it is asked for
+                del self.headers["Expect"]
+                self.send_response_only(100)
+                self.end_headers()
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)
             if number % line.every == 0 or line.fault == "gone":

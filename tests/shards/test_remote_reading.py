@@ -218,7 +218,7 @@ def test_a_shard_may_make_way_while_it_is_read(tmp_path: Path) -> None:
 
 def test_limits_that_cannot_work(bucket: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "cache")
-    with pytest.raises(InputError, match=r"--cache-gb: .* is less than the largest shard"):
+    with pytest.raises(InputError, match=r"--cache-gb: .* is less than the largest file"):
         open_shards(f"{bucket}/made.json", CacheSettings(folder, 1e-6))
     small = CacheSettings(folder, 60e-6)
     with pytest.raises(InputError, match=r"--cache-gb: .* two windows of 2 shards — raise it, or"):
