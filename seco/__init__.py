@@ -75,7 +75,7 @@ if TYPE_CHECKING:
         triplet_loader as triplet_loader,
     )
 
-_NAMES = (
+__all__ = (
     "Backbone", "Callback", "Features", "InputError", "ProbeResult", "Run", "SeCo", "SeCoOutput",
     "Triplet", "TripletBatch", "TripletDataset", "extract", "load_backbone", "prepare", "pretrain",
     "probe", "read_features", "recall_at_k", "triplet_loader",
@@ -84,7 +84,7 @@ _NAMES = (
 
 def __getattr__(name: str) -> Any:
     """Load a public name when it is used: ``import seco`` alone stays fast."""
-    if name not in _NAMES:
+    if name not in __all__:
         raise AttributeError(f"module 'seco' has no attribute {name!r}")
     from seco import api
 
@@ -92,4 +92,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES])
+    return sorted([*globals(), *__all__])

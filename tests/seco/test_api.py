@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 import subprocess
 import sys
 import warnings
@@ -35,6 +36,11 @@ SIZES: dict[str, Any] = {"short_edge": 40, "crop_size": 32, "device": "cpu", "wo
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_set(tmp_path_factory.mktemp("shards"), videos=27, frames=5, per_shard=9)
+
+
+def test_help_shows_the_functions() -> None:
+    text = pydoc.plain(pydoc.render_doc(seco))
+    assert all(f"\n    {name}(" in text for name in ("prepare", "pretrain", "extract", "probe"))
 
 
 def test_importing_the_package_loads_no_torch() -> None:
