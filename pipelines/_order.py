@@ -9,6 +9,7 @@ of a digest, and where these are equal the rows themselves.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from array import array
 from collections import Counter
@@ -155,9 +156,9 @@ class VideoTable(Sequence[Video]):
         return (self._video(row) for row in self._order)
 
     def _read(self, row: int) -> _Row:
-        self._file.seek(self._places[row])
+        place = self._places[row]
         following = self._places[row + 1] if row + 1 < len(self._places) else self._end
-        return _decode(self._file.read(following - self._places[row]))
+        return _decode(os.pread(self._file.fileno(), following - place, place))
 
     def _line(self, row: int) -> int:
         return self._read(row)[0]

@@ -179,7 +179,7 @@ def test_parts_that_differ_by_little_have_keys_of_their_own(videos: Path) -> Non
         ("path\npipe:rm -rf .\n", "is an address, not a path"),
         ("path\nsubfile,,start,0,end,9,,:a.mp4\n", "line 2 has 8 cells, not 1"),
         ('path\n"concat:a.mp4|b.mp4"\n', "is an address, not a path"),
-        ("path\nhttps://example.org/a.mp4\n", "is an address, not a path"),
+        ("path\nhttps://example.org/a.mp4\n", "is an address — give what it begins with"),
         ("path\nnone.mp4\n", "none of its 1 videos was found"),
         ('path\n"a.mp4\n' + "x" * 140_000, "is not CSV"),
         ("path\nself.mp4\n", "none of its 1 videos was found"),
