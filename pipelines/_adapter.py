@@ -413,7 +413,9 @@ def find_videos(root: Path) -> list[tuple[str, Path]]:
 
 def keyed(videos: Sequence[Video]) -> list[Video]:
     """Return the videos with distinct keys, made from ``key`` or ``source``."""
-    keys = make_keys([video.key or key_source(video) for video in videos])
+    keys = make_keys(
+        [video.key or key_source(video.source, video.span, video.inside) for video in videos]
+    )
     if len(set(keys)) < len(keys):
         key, _ = Counter(keys).most_common(1)[0]
         two = [video.shown for video, own in zip(videos, keys, strict=True) if own == key][:2]
@@ -421,16 +423,20 @@ def keyed(videos: Sequence[Video]) -> list[Video]:
     return [replace(video, key=key) for video, key in zip(videos, keys, strict=True)]
 
 
-def key_source(video: Video) -> str:
+def key_source(
+    source: str,
+    span: tuple[float, float] | None = None,
+    inside: tuple[int, int] | None = None,
+) -> str:
     """Return the path from which a video's key is made."""
-    if video.span is None and video.inside is None:
-        return video.source
+    if span is None and inside is None:
+        return source
     # What follows the dot is seen only where keys would be equal.
-    folder, name = os.path.split(video.source)
+    folder, name = os.path.split(source)
     stem, suffix = os.path.splitext(name)
-    at = "" if video.inside is None else f"-{video.inside[0]}"
-    if video.span is not None:
-        start, end = (-1 if s == math.inf else round(s * 1e6) for s in video.span)
+    at = "" if inside is None else f"-{inside[0]}"
+    if span is not None:
+        start, end = (-1 if s == math.inf else round(s * 1e6) for s in span)
         stem += f"-{start // 1000:09d}-{max(0, end) // 1000:09d}ms"
         at += f"-{start}-{end}"
     return f"{folder}/{stem.replace('.', '_')}.{suffix[1:]}{at}"

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import msgspec
 import numpy as np
@@ -25,29 +25,49 @@ from pipelines._adapter import Video, key_source
 from shards.errors import InputError
 from shards.format import KEY_DIGITS, distinct_key, plain_key
 
-_Row = tuple[
-    int,  # of the list
-    str,  # source
-    str,  # path
-    str | None,  # address
-    str | None,  # label
-    dict[str, str],  # splits
-    str | None,  # group
-    tuple[float, float] | None,  # span
-    dict[str, str] | None,  # metadata
-]
+Span = tuple[float, float] | None
+
+
+class ListedVideo(NamedTuple):
+    """A row of a list that is a video file, or a part of one."""
+
+    line: int  # of the list
+    source: str
+    path: str
+    address: str | None
+    label_name: str | None
+    splits: dict[str, str]
+    group: str | None
+    span: Span
+    metadata: dict[str, str] | None
+
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Row).decode
+_decode = msgspec.msgpack.Decoder(ListedVideo).decode
 
 
 PIECE_SECONDS = 300.0  # of a recording, decoded in one pass
 
 
-def rank_text(video: Video, key: str) -> str:
+def rank_text(source: str, span: Span, key: str) -> str:
     """Return the text by whose SHA-1 videos are ordered: one for all clips of some minutes."""
-    if video.span is None:
-        return key
-    return f"{video.source}/{video.span[0] // PIECE_SECONDS:.0f}"
+    return key if span is None else f"{source}/{span[0] // PIECE_SECONDS:.0f}"
+
+
+def digest_row(
+    key: str,
+    label: int | None,
+    label_name: str | None,
+    splits: dict[str, str],
+    group: str | None,
+    span: Span,
+    metadata: dict[str, str] | None,
+    rate: float | None = None,
+) -> list[Any]:
+    """Return what of a video is part of a plan's digest."""
+    row: list[Any] = [key, label, label_name, sorted(splits.items())]
+    later = (group, span, metadata, rate)
+    return row if later == (None, None, None, None) else [*row, *later]
 
 
 class VideoTable(Sequence[Video]):
@@ -65,21 +85,17 @@ class VideoTable(Sequence[Video]):
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
         self._levels: NDArray[np.uint8] = np.empty(0, np.uint8)
 
-    def add(self, video: Video, line: int) -> None:
-        """Add a row: a video file, without a key or the number of its label."""
-        row = (
-            *(line, video.source, str(video.path), video.address, video.label_name),
-            *(video.splits, video.group, video.span, video.metadata),
-        )
+    def add(self, row: ListedVideo) -> None:
+        """Add a row."""
         text = _encode(row)
         self._file.write(text)
         self._places.append(self._end)
         self._end += len(text)
-        self._same.append(_hash(f"{video.source}\n{video.span}"))
-        key = plain_key(key_source(video))
+        self._same.append(_hash(f"{row.source}\n{row.span}"))
+        key = plain_key(key_source(row.source, row.span))
         self._plain.append(_hash(key.lower()))
-        self._rank.append(_rank(rank_text(video, key)))
-        self._start.append(video.span[0] if video.span is not None else 0.0)
+        self._rank.append(_rank(rank_text(row.source, row.span, key)))
+        self._start.append(row.span[0] if row.span is not None else 0.0)
 
     def finish(self, label_names: Sequence[str]) -> list[tuple[int, Video]]:
         """Leave out repeated rows, find the keys and the order.
@@ -96,13 +112,13 @@ class VideoTable(Sequence[Video]):
         dropped = np.zeros(len(self._places), bool)
         repeated = []
         for group in _equal(self._same):
-            seen: set[tuple[str, object]] = set()
-            for row in group:
-                line, video = self._line(row), self._video(row)
-                if (video.source, video.span) in seen:
-                    dropped[row] = True
-                    repeated.append((line, video))
-                seen.add((video.source, video.span))
+            seen: set[tuple[str, Span]] = set()
+            for number in group:
+                row = self._row(number)
+                if (row.source, row.span) in seen:
+                    dropped[number] = True
+                    repeated.append((row.line, self._video(number)))
+                seen.add((row.source, row.span))
         kept = np.flatnonzero(~dropped)
         self._same = array("Q")
         self._extend_keys(self._plain, kept, 1)
@@ -118,17 +134,18 @@ class VideoTable(Sequence[Video]):
         """Give those of the rows whose keys are equal longer ones, and look at these again."""
         longer, keys = array("q"), array("Q")
         for group in _equal(hashes, rows):
-            count = Counter(self._video(row).key.lower() for row in group)
-            for row in group:
-                video = self._video(row)
-                if count[video.key.lower()] > 1:
-                    if level == len(KEY_DIGITS):
-                        raise InputError(f"{video.shown} is there twice", fix="rename one of them")
-                    self._levels[row] = level
-                    video = self._video(row)
-                    longer.append(row)
-                    keys.append(_hash(video.key.lower()))
-                    self._rank[row] = _rank(rank_text(video, video.key))
+            count = Counter(self._key(number).lower() for number in group)
+            for number in group:
+                if count[self._key(number).lower()] == 1:
+                    continue
+                row = self._row(number)
+                if level == len(KEY_DIGITS):
+                    raise InputError(f"{row.source} is there twice", fix="rename one of them")
+                self._levels[number] = level
+                key = self._key(number)
+                longer.append(number)
+                keys.append(_hash(key.lower()))
+                self._rank[number] = _rank(rank_text(row.source, row.span, key))
         if longer:
             self._extend_keys(keys, np.array(longer), level + 1)
 
@@ -153,32 +170,42 @@ class VideoTable(Sequence[Video]):
         return self._video(self._order[number])
 
     def __iter__(self) -> Iterator[Video]:
-        return (self._video(row) for row in self._order)
+        return (self._video(number) for number in self._order)
 
-    def _read(self, row: int) -> _Row:
-        place = self._places[row]
-        following = self._places[row + 1] if row + 1 < len(self._places) else self._end
+    def digest_rows(self) -> Iterator[list[Any]]:
+        """Yield :func:`digest_row` of every video, in order."""
+        for number in self._order:
+            row = self._row(number)
+            key = distinct_key(key_source(row.source, row.span), KEY_DIGITS[self._levels[number]])
+            named = (key, self._label(row), row.label_name, row.splits)
+            yield digest_row(*named, row.group, row.span, row.metadata)
+
+    def _row(self, number: int) -> ListedVideo:
+        place = self._places[number]
+        following = self._places[number + 1] if number + 1 < len(self._places) else self._end
         return _decode(os.pread(self._file.fileno(), following - place, place))
 
-    def _line(self, row: int) -> int:
-        return self._read(row)[0]
+    def _key(self, number: int) -> str:
+        row = self._row(number)
+        return distinct_key(key_source(row.source, row.span), KEY_DIGITS[self._levels[number]])
 
-    def _video(self, row: int) -> Video:
-        _, source, path, address, label, splits, group, span, metadata = self._read(row)
-        video = Video(
-            source=source,
-            path=Path(path),
-            address=address,
-            label=None if label is None else self._label_names[label],
-            label_name=label,
-            splits=splits,
-            group=group,
-            span=span,
-            metadata=metadata,
+    def _label(self, row: ListedVideo) -> int | None:
+        return None if row.label_name is None else self._label_names[row.label_name]
+
+    def _video(self, number: int) -> Video:
+        row = self._row(number)
+        return Video(
+            source=row.source,
+            path=Path(row.path),
+            key=self._key(number),
+            address=row.address,
+            label=self._label(row),
+            label_name=row.label_name,
+            splits=row.splits,
+            group=row.group,
+            span=row.span,
+            metadata=row.metadata,
         )
-        digits = KEY_DIGITS[self._levels[row]]
-        object.__setattr__(video, "key", distinct_key(key_source(video), digits))
-        return video
 
 
 def _hash(text: str) -> int:

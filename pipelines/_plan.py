@@ -22,7 +22,7 @@ import numpy as np
 from pipelines._adapter import Video, VideoSet, read_part, source_bytes, tar_metadata
 from pipelines._config import PrepareConfig
 from pipelines._decode import Frame
-from pipelines._order import PIECE_SECONDS, VideoTable, rank_text
+from pipelines._order import PIECE_SECONDS, VideoTable, digest_row, rank_text
 from pipelines._remote import NO_SPOOL, Spool
 
 _BUDGET_BYTES = 256 << 20
@@ -314,7 +314,11 @@ def plan_set(
 
 def _rank(video: Video) -> tuple[bytes, str, float]:
     start = 0.0 if video.span is None else video.span[0]
-    return hashlib.sha1(rank_text(video, video.key).encode()).digest(), video.source, start
+    return (
+        hashlib.sha1(rank_text(video.source, video.span, video.key).encode()).digest(),
+        video.source,
+        start,
+    )
 
 
 _SKIPPED_SECONDS = 10.0  # between two clips, which are decoded for nothing rather than sought
@@ -373,13 +377,16 @@ def _digest(videos: Iterable[Video], settings: dict[str, Any], ffmpeg_version: s
     by a complete one, for ``--retry-failed``. A shard's index has them for its videos.
     """
     digest = hashlib.sha256(json.dumps([settings, ffmpeg_version]).encode())
-    for video in videos:
-        row: list[Any] = [video.key, video.label, video.label_name, sorted(video.splits.items())]
-        later = (video.group, video.span, video.metadata, video.frames and video.frames.rate)
-        if any(value is not None for value in later):
-            row += later
+    rows = videos.digest_rows() if isinstance(videos, VideoTable) else map(_digest_row, videos)
+    for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _digest_row(video: Video) -> list[Any]:
+    rate = None if video.frames is None else video.frames.rate
+    named = (video.key, video.label, video.label_name, video.splits)
+    return digest_row(*named, video.group, video.span, video.metadata, rate)
 
 
 def described(video: Video, dataset: str) -> dict[str, Any]:

@@ -12,22 +12,23 @@ import math
 import os
 import posixpath
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from pipelines._adapter import (
     Adapter,
     Discovery,
-    Video,
     VideoSet,
     missing_rows,
     slug,
     split_named,
 )
 from pipelines._config import PrepareConfig
-from pipelines._order import VideoTable
+from pipelines._order import ListedVideo, VideoTable
 from pipelines._remote import fetch_file
 from shards.errors import InputError
 from shards.format import Exclusion
@@ -93,19 +94,10 @@ def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
             missing.add(shown)
             continue
         found = True
-        table.add(
-            Video(
-                source=shown,
-                path=path,
-                address=address,
-                label_name=row.label,
-                splits={"official": row.split} if row.split else {},
-                group=row.group or (shown if row.span is not None else None),
-                span=row.span,
-                metadata=row.metadata,
-            ),
-            row.line,
-        )
+        split = {"official": row.split} if row.split else {}
+        group = row.group or (shown if row.span is not None else None)
+        named = (row.line, shown, path, address, row.label, split, group)
+        table.add(ListedVideo(*named, row.span, row.metadata))
     if unknown := sorted((wanted or set()) - splits):
         raise InputError(
             f"has no rows of split {unknown[0]}; it has {', '.join(sorted(splits)) or 'none'}",
@@ -130,6 +122,9 @@ def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
     return Discovery(sets=[videos], notes=[f"labels: {len(names)}, from the list"], root=place.root)
 
 
+_Located = tuple[str, str, str | None]  # as it is stored, as it is opened, and its address
+
+
 class _LocalPlace:
     """The folder that a list's paths are relative to; addresses need ``--allow-outside``."""
 
@@ -139,19 +134,34 @@ class _LocalPlace:
             raise InputError(
                 "there is no such folder", self.root, "give the folder of the videos with --root"
             )
+        self._real_root = os.path.realpath(self.root)
+        self._real_folder = lru_cache(1 << 16)(os.path.realpath)  # of millions of files
 
-    def located(self, row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str | None]:
-        """Return the path as it is stored, as it is opened, and the address of a remote file."""
-        path = Path(self.root, row.path)
+    def located(self, row: Row, where: object, allow_outside: bool) -> _Located:
+        """Return where a row's video is."""
+        path = os.path.join(self.root, row.path)
         if _ADDRESS.match(row.path) and not _is_file(path):
             return _elsewhere(row, where, allow_outside)
-        real, inside = os.path.realpath(path), os.path.realpath(self.root)
-        if not (allow_outside or os.path.commonpath([real, inside]) == inside):
+        if not (allow_outside or _within(self._real(path), self._real_root)):
             raise _leads_out(row, where, self.root)
         plain = os.path.normpath(path)
-        if os.path.commonpath([plain, self.root]) == self.root:
-            plain = os.path.relpath(plain, self.root)
+        if _within(plain, self.root) and plain != self.root:
+            plain = (
+                os.path.relpath(plain, self.root)
+                if self.root == "/"
+                else plain[len(self.root) + 1 :]
+            )
         return plain.replace(os.sep, "/"), path, None
+
+    def _real(self, path: str) -> str:
+        folder, name = os.path.split(path)
+        if name in ("", ".", "..") or os.path.islink(path):
+            return os.path.realpath(path)
+        return os.path.join(self._real_folder(folder), name)
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 class _RemotePlace:
@@ -160,8 +170,8 @@ class _RemotePlace:
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
 
-    def located(self, row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str | None]:
-        """Return the path as it is stored, a name for it, and its address."""
+    def located(self, row: Row, where: object, allow_outside: bool) -> _Located:
+        """Return where a row's video is."""
         inside = row.path
         if _ADDRESS.match(inside):
             if not inside.startswith(f"{self.root}/"):
@@ -170,11 +180,10 @@ class _RemotePlace:
         plain = posixpath.normpath(inside)
         if plain.startswith(("/", "../")) or plain in (".", ".."):
             raise _leads_out(row, where, self.root)
-        address = f"{self.root}/{plain}"
-        return plain, Path(address), address
+        return plain, plain, f"{self.root}/{plain}"
 
 
-def _elsewhere(row: Row, where: object, allow_outside: bool) -> tuple[str, Path, str]:
+def _elsewhere(row: Row, where: object, allow_outside: bool) -> _Located:
     if not is_remote(row.path) or "::" in row.path:
         raise InputError(f"line {row.line}: {row.path[:80]} is an address, not a path", where)
     if not allow_outside:
@@ -183,7 +192,7 @@ def _elsewhere(row: Row, where: object, allow_outside: bool) -> tuple[str, Path,
             where,
             "give what it begins with as --root, or --allow-outside if the list is yours",
         )
-    return row.path, Path(row.path), row.path
+    return row.path, row.path, row.path
 
 
 def _leads_out(row: Row, where: object, root: str) -> InputError:
@@ -194,10 +203,10 @@ def _leads_out(row: Row, where: object, root: str) -> InputError:
     )
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: str) -> bool:
     try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that may not be entered
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be entered
         return False
 
 
