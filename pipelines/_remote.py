@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from pipelines._adapter import Discovery, Video, VideoSet, is_picture, tar_metadata
 from pipelines._config import PrepareConfig
@@ -50,6 +50,7 @@ _ANNOTATIONS = frozenset((".txt", ".csv", ".json", ".parquet", ".ini", ".label",
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # of MP4 and MOV files
 _MOST_MOOV_BYTES = 64 << 20
 _ADVICE = "check address and credentials"
+_Answer = TypeVar("_Answer")
 
 
 class Unreachable(InputError):
@@ -187,11 +188,18 @@ def fetch_file(address: str, path: Path) -> None:
     Raises:
         InputError: it cannot be read or is larger.
     """
+
+    def read() -> bytes:
+        system, remote = open_filesystem(address)
+        with system.open(remote, "rb") as file:
+            found: bytes = file.read(MAX_TEXT_BYTES + 1)  # whose size a web server may not tell
+            return found
+
     with _as_input_error(address):
-        size = _remote_size(address)
-    if (size or 0) > MAX_TEXT_BYTES:
+        content = _asked(read, address)
+    if len(content) > MAX_TEXT_BYTES:
         raise InputError(f"is larger than {MAX_TEXT_BYTES >> 20} MiB", address, "copy it first")
-    _fetch_files([(address, path)])
+    path.write_bytes(content)
 
 
 class RemoteFile:
@@ -443,13 +451,13 @@ def _files_below(address: str) -> list[tuple[str, str, int]]:
     found = _asked(lambda: system.find(root, withdirs=False, detail=True), address)
     start = root.rstrip("/")
     return [
-        (name.removeprefix(start).lstrip("/"), system.unstrip_protocol(name), row.get("size") or 0)
+        (name.removeprefix(start).removeprefix("/"), system.unstrip_protocol(name), row.get("size") or 0)
         for name, row in found.items()
         if not (name.endswith("/") or row.get("type") == "directory")
     ]
 
 
-def _asked(question: Callable[[], dict[str, Any]], address: str) -> dict[str, Any]:
+def _asked(question: Callable[[], _Answer], address: str) -> _Answer:
     """Return what a server answers.
 
     Raises:
