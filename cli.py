@@ -755,6 +755,9 @@ def main(arguments: Sequence[str] | None = None, interruptible: bool = False) ->
     for stopping in STOPPING:
         if signal.getsignal(stopping) in (interrupt, signal.default_int_handler):
             signal.signal(stopping, signal.SIG_DFL)
+    # Python remembers a KeyboardInterrupt that came within an exec of text, as in the making of a
+    # named tuple, and under -m would end with SIGINT, until the next exec.
+    exec("")
     sys.exit(code)
 
 

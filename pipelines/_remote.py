@@ -451,7 +451,11 @@ def _files_below(address: str) -> list[tuple[str, str, int]]:
     found = _asked(lambda: system.find(root, withdirs=False, detail=True), address)
     start = root.rstrip("/")
     return [
-        (name.removeprefix(start).removeprefix("/"), system.unstrip_protocol(name), row.get("size") or 0)
+        (
+            name.removeprefix(start).removeprefix("/"),
+            system.unstrip_protocol(name),
+            row.get("size") or 0,
+        )
         for name, row in found.items()
         if not (name.endswith("/") or row.get("type") == "directory")
     ]

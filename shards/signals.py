@@ -112,6 +112,7 @@ class StopRequest:
 
 
 _interrupted: float | None = None  # when
+_LOOK_SECONDS = 0.02  # between looks whether an import is over
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -123,17 +124,47 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _interrupted is None and not _received:
         _interrupted = now
-        raise KeyboardInterrupt
+        _raise_after_imports(number, frame)
+        return
     _interrupted = _interrupted or now
     if now - _interrupted > _AGAIN_SECONDS:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
+def _raise_after_imports(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but not within an import.
+
+    Some packages take any exception there for a missing part and go on without it, so that the
+    command would go on as well, with half a NumPy.
+    """
+
+    def look(_: int, now_at: FrameType | None) -> None:
+        if signal.getsignal(number) is interrupt:
+            _raise_after_imports(number, now_at)
+        else:  # somebody else is to be told by now
+            os.kill(os.getpid(), number)
+
+    if _within_import(frame):
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+    else:
+        raise KeyboardInterrupt
+
+
+def _within_import(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def interrupt_no_more() -> None:
     """Let :func:`interrupt` raise nothing any more: the command is over."""
     global _interrupted
     _interrupted = _interrupted or time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def received() -> bool:

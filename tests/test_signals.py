@@ -176,6 +176,42 @@ def send(trial: Trial, process: Program) -> bool:
     return True
 
 
+def _outcome_of(module: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run text as ``python -m module`` in a folder."""
+    (folder / f"{module}.py").write_text(text)
+    path = f"{ROOT}{os.pathsep}{folder}"
+    return subprocess.run(
+        [sys.executable, "-m", module],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=_hear_ctrl_c,
+    )
+
+
+def test_a_signal_does_not_disturb_an_import(tmp_path: Path) -> None:
+    # As torch does for NumPy: whatever happens, it is not there.
+    (tmp_path / "greedy.py").write_text(
+        "import os, signal\nmissing = False\n"
+        "try: os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException: missing = True\n"
+    )
+    done = _outcome_of(
+        "waits",
+        "import signal\nfrom shards.signals import interrupt\n"
+        "signal.signal(signal.SIGTERM, interrupt)\n"
+        "try:\n    import greedy\n    while True: signal.pause()\n"
+        "except KeyboardInterrupt: print(greedy.missing)\n",
+        tmp_path,
+    )
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
+
+
+def test_the_exit_code_of_an_interrupted_command_under_m(tmp_path: Path) -> None:
+    # Python remembers an interrupt within the exec of a text, and would end with SIGINT.
+    text = "import cli\ncli.run = lambda given: exec('raise KeyboardInterrupt')\ncli.main([])\n"
+    assert _outcome_of("stops", text, tmp_path).returncode == EXIT_STOPPED
+
+
 @pytest.mark.parametrize(
     ("command", "signals"),
     [

@@ -122,6 +122,26 @@ def test_the_same_bytes_over_a_bad_line(
     assert not list(Path(tempfile.gettempdir()).glob("seco-spool-*"))
 
 
+@pytest.mark.parametrize("kills", [0, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_of_every_dataset(case: str, kills: int, here: Path, tmp_path: Path) -> None:
+    src, out = here / CASES[case][0], tmp_path / "out"
+    given = {"frames": 4, **settings(case), "videos_per_shard": 1}
+    run(src, tmp_path / "one", **given)
+    command = driver(src, out, 2, **given)
+    rng = random.Random(case)
+    for _ in range(kills):
+        process = started(command)
+        if rng.random() < 0.8:  # later than the imports
+            wait_until(lambda: out.exists() or process.poll() is not None)  # noqa: B023
+        signal.sigtimedwait([], 0.8 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        wait_until(lambda: not programs_naming(out))
+    require_done(command)
+    assert hashes(out) == hashes(tmp_path / "one")
+
+
 def test_two_workers_killed_at_any_moment(
     bucket: str, whole: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:

@@ -53,7 +53,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 def test_every_public_name_is_there_and_documented() -> None:
-    assert sorted(seco._NAMES) == sorted(seco.api.__all__)
+    assert sorted(seco.__all__) == sorted(seco.api.__all__)
     for name in seco.api.__all__:
         assert (getattr(seco, name).__doc__ or "").strip(), name
     with pytest.raises(AttributeError, match="no attribute 'SeCO'"):
