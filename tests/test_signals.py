@@ -186,6 +186,7 @@ def _outcome_of(module: str, text: str, folder: Path) -> subprocess.CompletedPro
         text=True,
         env={**os.environ, "PYTHONPATH": path},
         preexec_fn=_hear_ctrl_c,
+        timeout=LONGEST,
     )
 
 
