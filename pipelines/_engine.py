@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -101,7 +102,10 @@ def _build_on_node(plan: ShardPlan, threads: int) -> ShardResult:
             binary,
             "install the same imageio-ffmpeg everywhere",
         )
-    return build_shard(replace(plan, binary=binary), threads)
+    # A node cannot know when the last of its shards is done: each clears up after itself.
+    with tempfile.TemporaryDirectory(prefix="seco-spool-") as folder:
+        spool = replace(plan.spool, folder=folder)
+        return build_shard(replace(plan, binary=binary, spool=spool), threads)
 
 
 def _tally(plan: ShardPlan, result: ShardResult) -> Tally:

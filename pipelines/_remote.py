@@ -300,7 +300,7 @@ class Spool:
     """Remote videos as local files, for as long as each is needed.
 
     Args:
-        folder: shared by the processes of this machine; a cluster's other nodes have their own.
+        folder: shared by the processes of this machine.
         limit_bytes: of the videos in it. What has to be unpacked, pictures in a folder or a video
             in a tar, comes on top: one for each video that is decoded at the time.
     """

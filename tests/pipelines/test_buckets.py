@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import _remote
+from pipelines import _engine, _prepare, _remote
 from pipelines._adapter import Video
 from pipelines._remote import RemoteFile, Spool, outline
 from shards import storage
@@ -158,6 +159,23 @@ def test_two_workers_killed_at_any_moment(
         wait_until(lambda: not programs_naming(out))
     require_done(command)
     assert hashes(out) == whole["clips"]
+
+
+def test_a_node_of_a_cluster_has_a_spool_of_its_own(
+    bucket: str,
+    whole: dict[str, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def on_nodes(plans: Any, workers: int, on_shard: Any, on_progress: Any) -> None:
+        for plan in plans:
+            there = replace(plan, spool=replace(plan.spool, folder="/not/on/this/node"))
+            on_shard(plan, _engine._build_on_node(there, 1))
+
+    monkeypatch.setattr(_prepare, "build_shards", on_nodes)
+    run(f"{bucket}/{CASES['folder'][0]}", tmp_path / "out", **settings("folder"))
+    assert hashes(tmp_path / "out") == whole["folder"]
+    assert not list(Path(tempfile.gettempdir()).glob("seco-spool-*"))
 
 
 def test_a_list_elsewhere_than_its_videos(
