@@ -202,6 +202,8 @@ class Adapter:
 
 def source_bytes(video: Video) -> int:
     """Return the size of the video's files; -1 if they cannot be read."""
+    if video.address is not None and not video.path.is_absolute():
+        return -1  # of a remote list: its path is a name, not a place
     try:
         if video.inside is not None:
             return video.inside[1] if video.path.is_file() else -1

@@ -629,7 +629,9 @@ def _fetched_outcomes(
         with plan.spool.at_hand(piece[0]) as here:
 
             def local(video: Video) -> Video:
-                return replace(here, source=video.source, key=video.key, span=video.span)
+                metadata = here.metadata if video.texts else video.metadata
+                at = replace(video, path=here.path, inside=here.inside, address=None)
+                return replace(at, texts={}, metadata=metadata)
 
             if here is not piece[0]:
                 piece, wanted = [[local(video) for video in some] for some in (piece, wanted)]

@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -107,10 +108,10 @@ def clip_spans(
 
 def _duration(video: Video, binary: str, timeout_seconds: float, spool: Spool) -> float:
     if video.address is not None:
-        with outline(video) as headers:
+        with suppress(DecodeError), outline(video) as headers:
             found = _claimed_duration(headers.path, binary, headers.inside)
-        if found is not None:
-            return found
+            if found is not None:
+                return found
     with spool.at_hand(video) as here:
         return duration_of(here.path, binary, here.inside, timeout_seconds)
 

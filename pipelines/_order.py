@@ -33,7 +33,7 @@ class ListedVideo(NamedTuple):
 
     line: int  # of the list
     source: str
-    path: str
+    path: bytes  # as the system has it, which may not be UTF-8
     address: str | None
     label_name: str | None
     splits: dict[str, str]
@@ -196,7 +196,7 @@ class VideoTable(Sequence[Video]):
         row = self._row(number)
         return Video(
             source=row.source,
-            path=Path(row.path),
+            path=Path(os.fsdecode(row.path)),
             key=self._key(number),
             address=row.address,
             label=self._label(row),

@@ -7,7 +7,8 @@ whole, shortly before it is decoded, to the spool: a folder with a limit on its 
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,24 +16,32 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from pipelines._adapter import Discovery, Video, VideoSet, is_picture, tar_metadata
+from pipelines._adapter import (
+    Discovery,
+    Video,
+    VideoSet,
+    is_picture,
+    is_video,
+    shown_name,
+    tar_metadata,
+)
 from pipelines._config import PrepareConfig
 from pipelines._decode import DecodeError
 from pipelines._ffmpeg import require_going
 from shards.atomic import unwritable
 from shards.errors import InputError
+from shards.format import Exclusion
 from shards.opening import ShardCache
 from shards.storage import (
     fetch_parts,
     in_words,
     is_remote,
     open_filesystem,
-    told_of,
     try_again,
 )
 from shards.terminal import say
@@ -47,8 +56,12 @@ _ROOM_SECONDS = 0.1  # between looks for room in the spool
 # What annotations are written in. Everything else is not fetched to find videos.
 _ANNOTATIONS = frozenset((".txt", ".csv", ".json", ".parquet", ".ini", ".label", ".tsv"))
 
+_OF_A_NAME = (
+    *(errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ),
+)
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # of MP4 and MOV files
 _MOST_MOOV_BYTES = 64 << 20
+_LOCK = ".lock"
 _ADVICE = "check address and credentials"
 _Answer = TypeVar("_Answer")
 
@@ -75,16 +88,22 @@ def brought_here(
     """
     with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
         places: dict[str, str] = {}  # local path to address
-        notes: list[str] = []
+        odd: list[str] = []
 
         def mirrored(address: str, name: str) -> str:
             here = Path(scratch, name, PurePosixPath(address.rstrip("/")).name or "src")
             here.parent.mkdir()
             places[str(here)] = address.rstrip("/")
-            notes.extend(_mirror(address, here))
+            odd.extend(mirror(address, here))
             return str(here)
 
         local = config
+        if whole and is_web(config.src):
+            raise InputError(
+                "folders of a web server cannot be listed",
+                config.src,
+                "give a list, as dataset list",
+            )
         if whole and is_remote(config.src):
             local = replace(local, src=mirrored(config.src, "src"))
         if config.annotations is not None and is_remote(config.annotations):
@@ -92,7 +111,15 @@ def brought_here(
 
         def addressed(found: Discovery) -> Discovery:
             sets = [_addressed(part, places) for part in found.sets]
-            return replace(found, sets=sets, notes=[*notes, *found.notes])
+            message = "no file here can have this name"
+            rows = [
+                Exclusion(source=shown_name(name), kind="unreadable", message=message)
+                for name in odd
+                if is_video(name) or is_picture(name)
+            ]
+            if rows:
+                sets[0] = replace(sets[0], excluded=[*sets[0].excluded, *rows])
+            return replace(found, sets=sets)
 
         try:
             yield local, addressed
@@ -123,8 +150,13 @@ def _addressed(found: VideoSet, places: dict[str, str]) -> VideoSet:
     return replace(found, videos=[address(video) for video in found.videos])
 
 
-def _mirror(address: str, here: Path) -> list[str]:
-    """Make ``here`` a folder like the remote one, or a file; return lines for people."""
+def mirror(address: str, here: Path) -> list[str]:
+    """Make ``here`` a folder like the remote one, or a file.
+
+    Returns:
+        Names that are left out: a folder has them, too, they lead elsewhere, or no file may have
+        them.
+    """
     say(f"listing {address}")
     with _as_input_error(address):
         found = _files_below(address)
@@ -140,15 +172,15 @@ def _mirror(address: str, here: Path) -> list[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:
                 file.truncate(size)
-        except (OSError, ValueError):  # or no file may have this name, or a folder has it, too
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in _OF_A_NAME:
+                raise unwritable(path, error) from error
             odd.append(inside)
             continue
         if path.suffix.lower() in _ANNOTATIONS and size <= MAX_TEXT_BYTES:
             texts.append((url, path, size))
     _fetch_texts(texts)
-    if odd:
-        return [f"{len(odd)} names cannot be those of files here and are left out, first: {odd[0]}"]
-    return []
+    return odd
 
 
 @contextmanager
@@ -161,7 +193,9 @@ def _as_input_error(address: str) -> Iterator[None]:
 
 def _plain(name: str) -> bool:
     """Whether a name from elsewhere stays below the folder it is joined to."""
-    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+    return not any(sign in name for sign in ("\0", "::")) and all(
+        part not in ("", ".", "..") for part in name.split("/")
+    )
 
 
 def _fetch_texts(texts: Iterable[tuple[str, Path, int]]) -> None:
@@ -179,7 +213,13 @@ def _fetch_texts(texts: Iterable[tuple[str, Path, int]]) -> None:
 def _fetch_files(wanted: list[tuple[str, Path]]) -> None:
     contents = fetch_parts([(address, None, None) for address, _ in wanted])
     for (address, path), content in zip(wanted, contents, strict=True):
-        path.write_bytes(told_of(content, address))
+        if isinstance(content, Exception):
+            fault = _fault(content, address)
+            if isinstance(fault, Unreachable):
+                raise fault
+            path.unlink(missing_ok=True)  # whoever needs it misses it
+        else:
+            path.write_bytes(content)
 
 
 def fetch_file(address: str, path: Path) -> None:
@@ -234,6 +274,7 @@ class RemoteFile:
         end = self.size if size < 0 else min(self._at + size, self.size)
         if not (self._first <= self._at and end <= self._first + len(self._held)):
             ahead = min(max(end, self._at + _AHEAD_BYTES), self.size)
+            require_going()
             self._first, self._held = self._at, _part(self._address, self._at, ahead)
         data = self._held[self._at - self._first : max(self._at, end) - self._first]
         self._at += len(data)
@@ -249,9 +290,7 @@ def _part(address: str, first: int, last: int) -> bytes:
     """
     if last <= first:
         return b""
-    (content,) = fetch_parts([(address, first, last)])
-    if isinstance(content, Exception):
-        raise _fault(content, address)
+    content = _asked(lambda: _fetched(address, first, last), address)
     if len(content) > last - first:
         raise Unreachable("its server ignores ranges", address, "copy it first")
     if len(content) < last - first:
@@ -259,13 +298,54 @@ def _part(address: str, first: int, last: int) -> bytes:
     return content
 
 
+def _fetched(address: str, first: int, last: int) -> bytes:
+    system, remote = open_filesystem(address)
+    found: bytes = system.cat_file(remote, start=first, end=last)
+    return found
+
+
+def is_web(address: str) -> bool:
+    """Whether an address is one of a web server."""
+    return address.startswith(("http://", "https://"))
+
+
 def _fault(error: Exception, address: str) -> Exception:
     """Return what is wrong with one file, or that nothing can be told."""
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, InputError):
+        return error
+    # fsspec calls everything that a web server refuses missing, and an outage, too.
+    cause = error.__cause__ if is_web(address) else None
+    status = getattr(cause, "status", None)
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return DecodeError("unreadable", f"may not be read ({in_words(cause or error)})")
+    if isinstance(error, FileNotFoundError) and (cause is None or status in (404, 410)):
         return DecodeError("missing", "is not at its address")
-    if isinstance(error, PermissionError):
-        return DecodeError("unreadable", f"may not be read ({in_words(error)})")
-    return Unreachable(f"cannot be reached ({in_words(error)})", address, _ADVICE)
+    return Unreachable(f"cannot be reached ({in_words(cause or error)})", address, _ADVICE)
+
+
+class _Busy(Exception):
+    """A web server's answer that may be another one in a second."""
+
+
+def _asked(question: Callable[[], _Answer], address: str) -> _Answer:
+    """Return what a server answers.
+
+    Raises:
+        DecodeError, Unreachable: as for :func:`_part`.
+    """
+
+    def ask() -> _Answer:
+        try:
+            return question()
+        except FileNotFoundError as error:
+            if isinstance(_fault(error, address), Unreachable):
+                raise _Busy(in_words(error.__cause__ or error)) from error
+            raise
+
+    try:
+        return try_again(ask)
+    except Exception as error:
+        raise _fault(error, address) from error
 
 
 def _fetch_range(address: str, first: int, size: int, file: BinaryIO) -> None:
@@ -293,6 +373,12 @@ class _Cache(ShardCache):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _file_name(video: Video) -> str:
+    """Return the name of a video's file, which messages have; or one that is short enough."""
+    name = video.path.name
+    return name if len(os.fsencode(name)) < 200 else f"video{video.path.suffix[:8]}"
 
 
 @dataclass(frozen=True)
@@ -329,7 +415,10 @@ class Spool:
     def _fetched(self, video: Video, address: str, stack: ExitStack) -> Video:
         os.makedirs(self.folder, exist_ok=True)
         own = stack.enter_context(tempfile.TemporaryDirectory(prefix="use-", dir=self.folder))
-        path = Path(own, video.path.name)
+        lock = os.open(Path(own, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = Path(own, _file_name(video))
         if video.frames is not None and video.frames.only is not None:
             path.mkdir()
             picture = path / video.frames.only
@@ -347,20 +436,40 @@ class Spool:
     @contextmanager
     def _linked(self, video: Video, address: str, path: Path) -> Iterator[None]:
         """Give the cached file another name, under which it stays whatever the cache does."""
-        size = video.path.stat().st_size if video.path.is_file() else _known_size(address)
-        known = {address: _Size(size)}
-        cache = _Cache(Path(self.folder), self.limit_bytes, known, "--spool-gb")
+        # In the folder of empty files its size is known; of a list, its path is only a name.
+        known = video.path.is_absolute() and video.path.is_file()
+        size = video.path.stat().st_size if known else _known_size(address)
+        cache = _Cache(Path(self.folder), self.limit_bytes, {address: _Size(size)}, "--spool-gb")
         while not path.exists():
             require_going()
-            cached = cache.fetch(address, wait=False)
-            if cached is None:
+            if cache.fetch(address, wait=False) is None:
+                self._clear()
                 time.sleep(_ROOM_SECONDS)
-                continue
-            with suppress(FileNotFoundError):  # evicted in between
-                os.link(cached, path)
+            else:
+                cache.link(address, path)  # unless it was evicted in between
         yield
         if video.span is None:  # nobody else needs it
             cache.drop(address)
+
+    def _clear(self) -> None:
+        """Remove what a killed process had in use."""
+        for own in Path(self.folder).glob("use-*"):
+            if not _in_use(own):
+                shutil.rmtree(own, ignore_errors=True)
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR)
+    except OSError:  # just being made, or just removed
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
 
 
 NO_SPOOL = Spool()  # where all videos are here
@@ -368,25 +477,28 @@ NO_SPOOL = Spool()  # where all videos are here
 
 @contextmanager
 def spooled(config: PrepareConfig) -> Iterator[Spool]:
-    """Yield the spool of a run; it is empty before and after."""
-    place = os.path.abspath(config.out) if not is_remote(config.out) else config.out
-    run = hashlib.sha256(f"{place}\n{config.src}\n{config.name}".encode()).hexdigest()
-    folder = os.path.join(tempfile.gettempdir(), f"seco-spool-{run[:16]}")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    try:
+    """Yield the spool of a run, and remove it; also those of runs that were killed."""
+    for left in Path(tempfile.gettempdir()).glob("seco-spool-*"):
+        if left.is_dir() and not left.is_symlink() and not _in_use(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="seco-spool-"))
+        lock = os.open(Path(folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield Spool(folder, int(config.spool_gb * 1e9))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def outline(video: Video) -> Iterator[Video]:
     """Yield a file that has what ffmpeg reads of the video before it decodes, and else zeros.
 
-    That is its beginning, its end, and the box of an MP4 file that describes it.
+    That is its beginning, its end, and the box of an MP4 file that describes it. A fragmented MP4
+    file has more of these, all over it: it is fetched whole.
 
     Raises:
-        DecodeError, InputError: it cannot be fetched.
+        DecodeError: that cannot be told of this one, or it is not there.
+        InputError: it cannot be fetched.
     """
     if video.address is None:
         yield video
@@ -394,8 +506,8 @@ def outline(video: Video) -> Iterator[Video]:
     address = video.address
     first, size = video.inside or (0, _known_size(address))
     with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
-        path = Path(scratch, video.path.name)
-        with open(path, "wb") as file:
+        path = Path(scratch, _file_name(video))
+        with open(path, "w+b") as file:
             file.truncate(size)
 
             def bring(start: int, end: int) -> None:
@@ -410,6 +522,9 @@ def outline(video: Video) -> Iterator[Video]:
             )
             if found is not None:
                 bring(found[0], found[1] + _END_BYTES)
+                file.seek(found[0])
+                if b"mvex" in file.read(found[1] - found[0]):
+                    raise DecodeError("unreadable", "its parts have headers of their own")
         yield replace(video, path=path, address=None, inside=None, texts={})
 
 
@@ -418,17 +533,19 @@ def _moov_range(read: Callable[[int], bytes]) -> tuple[int, int] | None:
     at = 0
     for _ in range(_MOST_BOXES):
         header = read(at)
-        if len(header) < 16 or (at == 0 and header[4:8] not in _FIRST_BOXES):
-            return None
+        if at == 0 and header[4:8] not in _FIRST_BOXES:
+            return None  # another container
+        if len(header) < 16:
+            break
         size, kind = struct.unpack_from(">I4s", header)
         if size == 1:
             (size,) = struct.unpack_from(">Q", header, 8)
-        if kind == b"moov":
-            return (at, at + size) if size <= _MOST_MOOV_BYTES else None
+        if kind == b"moov" and size <= _MOST_MOOV_BYTES:
+            return at, at + size
         if size < 8:
-            return None
+            break
         at += size
-    return None
+    raise DecodeError("unreadable", "its header was not found")
 
 
 def _known_size(address: str) -> int:
@@ -459,18 +576,6 @@ def _files_below(address: str) -> list[tuple[str, str, int]]:
         for name, row in found.items()
         if not (name.endswith("/") or row.get("type") == "directory")
     ]
-
-
-def _asked(question: Callable[[], _Answer], address: str) -> _Answer:
-    """Return what a server answers.
-
-    Raises:
-        DecodeError, Unreachable: as for :func:`_part`.
-    """
-    try:
-        return try_again(question)
-    except Exception as error:
-        raise _fault(error, address) from error
 
 
 def _out_of_tar(video: Video, address: str, path: Path) -> Video:

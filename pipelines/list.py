@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
+from urllib.parse import quote, unquote
 
 from pipelines._adapter import (
     Adapter,
@@ -29,7 +30,7 @@ from pipelines._adapter import (
 )
 from pipelines._config import PrepareConfig
 from pipelines._order import ListedVideo, VideoTable
-from pipelines._remote import fetch_file
+from pipelines._remote import fetch_file, is_web
 from shards.errors import InputError
 from shards.format import Exclusion
 from shards.storage import is_remote
@@ -64,9 +65,11 @@ def discover(config: PrepareConfig) -> Discovery:
     """
     if is_remote(config.src):
         with tempfile.TemporaryDirectory(prefix="seco-") as scratch:
-            here = Path(scratch, config.src.rpartition("/")[2] or "list")
+            address = config.src.partition("?")[0] if is_web(config.src) else config.src
+            folder, _, name = address.rpartition("/")
+            here = Path(scratch, name or "list")
             fetch_file(config.src, here)
-            return _discover(config, here, config.root or config.src.rpartition("/")[0])
+            return _discover(config, here, config.root or folder)
     source = Path(config.src)
     if not source.is_file():
         what = "is not a file" if source.exists() else "there is no such file"
@@ -84,7 +87,7 @@ def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
     splits: set[str] = set()
     labels: set[str] = set()
     found = False
-    for row in read_list(source):
+    for row in read_list(source, config.src):
         splits |= {row.split} if row.split else set()
         labels |= {row.label} if row.label else set()
         if wanted is not None and row.split not in wanted:
@@ -96,7 +99,7 @@ def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
         found = True
         split = {"official": row.split} if row.split else {}
         group = row.group or (shown if row.span is not None else None)
-        named = (row.line, shown, path, address, row.label, split, group)
+        named = (row.line, shown, os.fsencode(path), address, row.label, split, group)
         table.add(ListedVideo(*named, row.span, row.metadata))
     if unknown := sorted((wanted or set()) - splits):
         raise InputError(
@@ -178,9 +181,13 @@ class _RemotePlace:
                 return _elsewhere(row, where, allow_outside)
             inside = inside.removeprefix(f"{self.root}/")
         plain = posixpath.normpath(inside)
-        if plain.startswith(("/", "../")) or plain in (".", ".."):
+        # Of "::", fsspec makes a chain of addresses.
+        if plain.startswith(("/", "../")) or plain in (".", "..") or "::" in plain:
             raise _leads_out(row, where, self.root)
-        return plain, plain, f"{self.root}/{plain}"
+        below = quote(plain) if is_web(self.root) and inside == row.path else plain
+        if is_web(self.root) and ".." in unquote(below).split("/"):
+            raise _leads_out(row, where, self.root)
+        return plain, plain, f"{self.root}/{below}"
 
 
 def _elsewhere(row: Row, where: object, allow_outside: bool) -> _Located:
@@ -210,16 +217,22 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def read_list(path: Path) -> Iterator[Row]:
+def read_list(path: Path, where: object = None) -> Iterator[Row]:
     """Yield the rows of a list.
+
+    Args:
+        path: of the file.
+        where: names it in errors, if it came from elsewhere.
 
     Raises:
         InputError: it is no CSV or Parquet, or a row is invalid; names the line.
     """
-    for line, cells in _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path):
+    where = where or path
+    read = _parquet if path.suffix.lower() == ".parquet" else _csv
+    for line, cells in read(path, where):
         name = cells.get("path", "")
         if not name or "\0" in name:
-            raise InputError(f"line {line} has no path", path)
+            raise InputError(f"line {line} has no path", where)
         others = {k: v for k, v in cells.items() if k not in COLUMNS and v}
         yield Row(
             line=line,
@@ -227,12 +240,12 @@ def read_list(path: Path) -> Iterator[Row]:
             label=cells.get("label") or None,
             split=split_named(cells["split"]) if cells.get("split") else None,
             group=cells.get("group") or None,
-            span=_span(cells, line, path),
+            span=_span(cells, line, where),
             metadata=others or None,
         )
 
 
-def _span(cells: dict[str, str], line: int, path: Path) -> tuple[float, float] | None:
+def _span(cells: dict[str, str], line: int, where: object) -> tuple[float, float] | None:
     given = [cells.get(name, "") for name in ("start", "end")]
     if not any(given):
         return None
@@ -248,63 +261,65 @@ def _span(cells: dict[str, str], line: int, path: Path) -> tuple[float, float] |
         raise InputError(
             f"line {line}: start {given[0][:20]!r} and end {given[1][:20]!r} are not seconds "
             "in this order",
-            path,
+            where,
         )
     return start, end
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _MOST_BYTES:
-            raise InputError(f"is larger than {_MOST_BYTES >> 30} GiB", path)
+            raise InputError(f"is larger than {_MOST_BYTES >> 30} GiB", where)
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        rows = csv.reader(_lines(text, path), skipinitialspace=True)
+        rows = csv.reader(_lines(text, where), skipinitialspace=True)
         try:
             header = [name.strip() for name in next(rows, [])]
             if "path" not in header:
-                raise InputError("has no column path", path, "the first line must name the columns")
+                raise InputError(
+                    "has no column path", where, "the first line must name the columns"
+                )
             if len(set(header)) < len(header):
-                raise InputError("has two columns of the same name", path)
+                raise InputError("has two columns of the same name", where)
             for cells in rows:
                 if any(cells):
                     if len(cells) > len(header):
                         raise InputError(
                             f"line {rows.line_num} has {len(cells)} cells, not {len(header)}",
-                            path,
+                            where,
                             "put cells with commas in double quotes",
                         )
                     stripped = (cell.strip() for cell in cells)
                     yield rows.line_num, dict(zip(header, stripped, strict=False))
         except csv.Error as error:
-            raise InputError(f"line {rows.line_num} is not CSV ({error})", path) from error
+            raise InputError(f"line {rows.line_num} is not CSV ({error})", where) from error
         except UnicodeDecodeError as error:
-            raise InputError("is not a text file", path, "save it as UTF-8") from error
+            raise InputError("is not a text file", where, "save it as UTF-8") from error
 
 
-def _lines(text: TextIO, path: Path) -> Iterator[str]:
+def _lines(text: TextIO, where: object) -> Iterator[str]:
     while line := text.readline(_MOST_LINE):
         if len(line) == _MOST_LINE:
-            raise InputError(f"has a line of more than {_MOST_LINE} characters", path)
+            raise InputError(f"has a line of more than {_MOST_LINE} characters", where)
         yield line
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _parquet(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            "Parquet needs pyarrow", path, 'pip install "seco-video[parquet]"'
+            "Parquet needs pyarrow", where, 'pip install "seco-video[parquet]"'
         ) from error
     try:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
             if "path" not in file.schema_arrow.names:
-                raise InputError("has no column path", path)
+                raise InputError("has no column path", where)
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise InputError("has two columns of the same name", path)
+                raise InputError("has two columns of the same name", where)
             if file.metadata.num_rows > _MOST_ROWS:
-                raise InputError(f"has more than {_MOST_ROWS} rows", path)
+                raise InputError(f"has more than {_MOST_ROWS} rows", where)
             line = 0
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
@@ -313,7 +328,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise InputError(f"cannot be read as Parquet ({error})", path) from error
+        raise InputError(f"cannot be read as Parquet ({error})", where) from error
 
 
 # As for a plain folder.

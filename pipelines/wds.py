@@ -10,6 +10,7 @@ import os
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, repeat, takewhile
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,8 @@ from pipelines._adapter import (
     slug,
 )
 from pipelines._config import PrepareConfig
+from pipelines._decode import DecodeError
+from pipelines._engine import stoppable
 from pipelines._remote import RemoteFile, Unreachable
 from shards.dataset import PIPE, expand_spec, set_name
 from shards.errors import InputError
@@ -55,7 +58,7 @@ def discover(config: PrepareConfig) -> Discovery:
     root = _common_folder(absolute)
     videos: list[Video] = []
     excluded: list[Exclusion] = []
-    with ThreadPoolExecutor(_READERS) as pool:
+    with _stoppable(absolute), ThreadPoolExecutor(_READERS) as pool:
         for tar, inside in zip(absolute, pool.map(_found, absolute, repeat(root)), strict=True):
             if isinstance(inside, InputError):
                 name = os.path.basename(tar)
@@ -77,14 +80,21 @@ def discover(config: PrepareConfig) -> Discovery:
         excluded=excluded,
         notes=[f"labels: {len(labels)}, from KEY.cls"] if labels else [],
     )
-    return Discovery(sets=[found], root=root)
+    return Discovery(sets=[found], root=root or "/")
+
+
+def _stoppable(tars: list[str]) -> AbstractContextManager[object]:
+    """Let a signal stop the reading of remote headers, which may take long."""
+    return stoppable() if any(map(is_remote, tars)) else nullcontext()
 
 
 def _common_folder(tars: list[str]) -> str:
     """Return the deepest folder or address that holds all tars."""
     folders = [tar.split("/")[:-1] for tar in tars]
     pairs = zip(min(folders), max(folders), strict=False)  # all others lie between them
-    return "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    common = "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    # Of tars on several servers there is none; and the one of all local files is /.
+    return "/".join(folders[0]) if is_remote(tars[0]) and not is_remote(common) else common
 
 
 def _found(tar: str, root: str) -> list[Video] | InputError:
@@ -95,6 +105,8 @@ def _found(tar: str, root: str) -> list[Video] | InputError:
             return list(_videos(tar, root, file))
     except Unreachable:
         raise  # which says nothing about the tar
+    except DecodeError as error:
+        return InputError(error.message, tar)
     except InputError as error:
         return error
     except OSError as error:

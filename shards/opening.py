@@ -134,6 +134,13 @@ class ShardCache:
             time.sleep(_ROOM_SECONDS)
         return path
 
+    def link(self, address: str, to: Path) -> bool:
+        """Give a cached file a second name, under which it stays; return False if it is gone."""
+        with _locked(self.folder / ".room.lock", True), suppress(FileNotFoundError):
+            os.link(self.path(address), to)
+            return True
+        return False
+
     def drop(self, address: str) -> None:
         """Remove a shard that nobody will ask for again."""
         path = self.path(address)

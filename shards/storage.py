@@ -52,8 +52,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         extra = _EXTRAS.get(url.partition("://")[0])
         advice = f'pip install "seco-video[{extra}]"' if extra else "install the package it names"
         raise InputError(f"cannot be opened ({error})", url, advice) from error
-    except ValueError as error:
-        raise InputError(f"cannot be opened ({error})", url, "check the address") from error
+    except Exception as error:  # what a package says of an address it does not understand
+        raise InputError(
+            f"cannot be opened ({in_words(error)})", url, "check the address"
+        ) from error
     return system, path
 
 

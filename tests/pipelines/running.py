@@ -16,7 +16,7 @@ from pipelines._config import PrepareConfig
 from pipelines._prepare import PrepareReport, prepare
 
 
-def run(src: Path, out: Path | str, **settings: object) -> PrepareReport:
+def run(src: Path | str, out: Path | str, **settings: object) -> PrepareReport:
     given = {"dataset": "folder", "workers": 1, "frames": 4} | settings
     return prepare(PrepareConfig(src=str(src), out=str(out), **given))  # type: ignore[arg-type]
 
@@ -36,7 +36,7 @@ def errors(path: Path) -> list[tuple[str, str]]:
 
 
 def driver(
-    src: Path, out: Path | str, workers: int, before: str = "", **settings: object
+    src: Path | str, out: Path | str, workers: int, before: str = "", **settings: object
 ) -> list[str]:
     """A Python that prepares ``src`` and prints how that ended."""
     config = {"dataset": "folder", "src": str(src), "out": str(out), "workers": workers}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import re
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
@@ -18,6 +23,7 @@ from PIL import Image
 
 from pipelines import _engine, _prepare, _remote
 from pipelines._adapter import Video
+from pipelines._config import PrepareConfig
 from pipelines._remote import RemoteFile, Spool, outline
 from shards import storage
 from shards.errors import InputError, TooManyExcluded
@@ -62,6 +68,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(path)
     rows = ["path,label,start,end,note", "videos/a/0.mp4,x,,,n", "videos/b/2.mkv,y,0,0.2,m"]
+    rows += [f"recordings/two.ts,{label},{at},{at + 1},{label}" for at, label in enumerate("zxy")]
     (raw / "list.csv").write_text("\n".join([*rows, "videos/b/3.mp4,y,,,", ""]))
     told = {"0.json": b'{"caption": "a dog"}', "0.txt": b"text", "0.cls": b"3"}
     videos = {"0.mp4": raw / "videos/a/0.mp4", "1.mkv": raw / "videos/b/2.mkv"}
@@ -81,6 +88,16 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (raw / "got/train/list.txt").write_text("GOT-10k_Train_000001\n")
     sequence(raw / "otb/Crossing")
     return root
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, which is empty in the end."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -111,6 +128,7 @@ def test_the_same_bytes_over_a_bad_line(
     bucket: str,
     whole: dict[str, dict[str, str]],
     tmp_path: Path,
+    scratch: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     src = f"{bucket}/{CASES[case][0]}"
@@ -120,7 +138,7 @@ def test_the_same_bytes_over_a_bad_line(
             run(src, tmp_path / fault, **settings(case))
             assert line.spoilt
         assert hashes(tmp_path / fault) == whole[case]
-    assert not list(Path(tempfile.gettempdir()).glob("seco-spool-*"))
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("kills", [0, pytest.param(20, marks=pytest.mark.soak)])
@@ -165,6 +183,7 @@ def test_a_node_of_a_cluster_has_a_spool_of_its_own(
     bucket: str,
     whole: dict[str, dict[str, str]],
     tmp_path: Path,
+    scratch: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def on_nodes(plans: Any, workers: int, on_shard: Any, on_progress: Any) -> None:
@@ -175,7 +194,7 @@ def test_a_node_of_a_cluster_has_a_spool_of_its_own(
     monkeypatch.setattr(_prepare, "build_shards", on_nodes)
     run(f"{bucket}/{CASES['folder'][0]}", tmp_path / "out", **settings("folder"))
     assert hashes(tmp_path / "out") == whole["folder"]
-    assert not list(Path(tempfile.gettempdir()).glob("seco-spool-*"))
+    assert not list(scratch.iterdir())
 
 
 def test_a_list_elsewhere_than_its_videos(
@@ -185,7 +204,9 @@ def test_a_list_elsewhere_than_its_videos(
     run(here / "raw/list.csv", tmp_path / "root", **settings("list"), root=root)
     assert hashes(tmp_path / "root") == whole["list"]
     addresses = tmp_path / "list.csv"
-    text = (here / "raw/list.csv").read_text().replace("videos/", f"{root}/videos/")
+    text = (here / "raw/list.csv").read_text()
+    for folder in ("videos", "recordings"):
+        text = text.replace(f"{folder}/", f"{root}/{folder}/")
     addresses.write_text(text + f"{root}/videos/no.mp4,y,,,\n")
     run(addresses, tmp_path / "below", **settings("list"), root=root)
     assert errors(tmp_path / "below/list.errors.csv") == [("videos/no.mp4", "missing")]
@@ -324,10 +345,149 @@ def test_names_from_elsewhere_stay_in_their_folder(tmp_path: Path) -> None:
         file = fsspec.implementations.memory.MemoryFile(store, f"/set/{name}", good)
         store.store[f"/set/{name}"] = file
     here = tmp_path / "deep/er/set"
-    (note,) = _remote._mirror("memory://set", here)
-    assert note.startswith("6 names cannot be those of files here and are left out")
+    assert len(_remote.mirror("memory://set", here)) == 6
     found = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert found == [tmp_path / "a.mp4", here / "ok.mp4"]
+    store.store.clear()
+
+
+class Web(BaseHTTPRequestHandler):
+    """Files by range, but for those whose names are other answers."""
+
+    root: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        path = self.root / unquote(self.path).lstrip("/")
+        status = 200 if path.is_file() else {"403": 403, "503": 503}.get(path.stem, 404)
+        data = path.read_bytes() if status == 200 else b""
+        size = len(data)
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            status, data = 206, data[int(span[1]) : int(span[2] or size) + 1]
+        self.send_response(status)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *given: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "_LONGEST_WAIT_SECONDS", 0.01)
+    handler = type("Handler", (Web,), {"root": here, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/raw"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_list_on_the_web(web: str, whole: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    run(f"{web}/list.csv", tmp_path / "out", **settings("list"))
+    assert hashes(tmp_path / "out") == whole["list"]
+    with pytest.raises(InputError, match="folders of a web server cannot be listed"):
+        run(f"{web}/videos", tmp_path / "folder")
+    (tmp_path / "list.csv").write_text(
+        "path\nvideos/a/1 & ü.avi\nvideos/b/3.mp4\nvideos/403.mp4\nvideos/no.mp4\nvideos/a#b.mp4\n"
+    )
+    run(tmp_path / "list.csv", tmp_path / "some", dataset="list", root=web, max_failures=80)
+    assert sorted(errors(tmp_path / "some/list.errors.csv")) == [
+        ("videos/403.mp4", "unreadable"),
+        ("videos/a#b.mp4", "missing"),
+        ("videos/no.mp4", "missing"),
+    ]
+
+
+def test_an_outage_of_a_web_server(web: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\nvideos/503.mp4\n")
+    with pytest.raises(InputError, match=r"503.mp4: cannot be reached"):
+        run(tmp_path / "list.csv", tmp_path / "out", dataset="list", root=web)
+    (tmp_path / "list.csv").write_text("path\nvideos/a/0.mp4\n")
+    nobody = "http://127.0.0.1:9/raw"
+    with pytest.raises(InputError, match=r"0.mp4: cannot be reached"):
+        run(tmp_path / "list.csv", tmp_path / "out", dataset="list", root=nobody)
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/x.mp4", "a/..%2f%2e%2e/x.mp4", "a::s3://b/x.mp4"])
+def test_addresses_that_lead_out_in_disguise(tmp_path: Path, path: str) -> None:
+    (tmp_path / "list.csv").write_text(f"path\nhttps://host/videos/{path}\n")
+    with pytest.raises(InputError, match=r"line 2: .* leads out of"):
+        run(tmp_path / "list.csv", tmp_path / "out", dataset="list", root="https://host/videos")
+
+
+def test_what_killed_workers_had_in_use_makes_way(bucket: str, tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path / "spool"), 70_000)
+
+    def video(name: str) -> Video:
+        address = f"{bucket}/raw/recordings/{name}"
+        return Video(source=name, path=Path(name), address=address, span=(0, 1))
+
+    with spool.at_hand(video("two.ts")) as local:
+        dead = local.path.parent.with_name("use-dead")
+        dead.mkdir()
+        (dead / ".lock").touch()
+        (dead / "two.ts").hardlink_to(local.path)
+    with spool.at_hand(video("one.mp4")), spool.at_hand(video("three.mkv")):
+        pass  # together more than there is beside the dead one's
+    assert not dead.exists()
+
+
+def test_another_run_leaves_the_spool_alone(bucket: str, tmp_path: Path) -> None:
+    config = PrepareConfig(dataset="folder", src=f"{bucket}/raw/videos", out=str(tmp_path / "out"))
+    killed = Path(tempfile.mkdtemp(prefix="seco-spool-"))
+    (killed / ".lock").touch()
+    with _remote.spooled(config) as spool:
+        run(f"{bucket}/raw/videos", tmp_path / "out", dry_run=True)
+        assert Path(spool.folder).is_dir() and not killed.exists()
+    assert not Path(spool.folder).exists()
+
+
+def test_a_fragmented_recording_has_its_whole_length(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_remote, "_END_BYTES", 4_000)
+    flags = ("-movflags", "frag_keyframe+empty_moov")
+    draw_video(tmp_path / "raw/x.mp4", frames=150, options=(*H264, *flags))
+    fsspec.filesystem("s3").put_file(str(tmp_path / "raw/x.mp4"), f"{bucket}/f/raw/x.mp4")
+    run(tmp_path / "raw", tmp_path / "here", clip_seconds=1)
+    run(f"{bucket}/f/raw", tmp_path / "there", clip_seconds=1)
+    assert hashes(tmp_path / "there") == hashes(tmp_path / "here")
+
+
+def test_a_file_here_says_nothing_about_one_elsewhere(
+    bucket: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "list.csv").write_text("path\n3.mp4\n")
+    (tmp_path / "3.mp4").write_bytes(b"another")
+    monkeypatch.chdir(tmp_path)
+    run(Path("list.csv"), "out", dataset="list", root=f"{bucket}/raw/videos/b")
+    assert not Path("out/list.errors.csv").exists()
+    run(Path("list.csv"), "out", dataset="list", root=f"{bucket}/raw/videos/b")
+
+
+def test_a_full_disk_is_no_odd_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pipe_file("/set/a.mp4", b"x")
+
+    def full(*given: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        _remote.mirror("memory://set", tmp_path / "here")
     store.store.clear()
 
 
@@ -349,15 +509,15 @@ def test_too_many_that_may_not_be_read(bucket: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out/list.errors.csv").exists()
 
 
-def test_ctrl_c_while_fetching(bucket: str, tmp_path: Path) -> None:
+def test_ctrl_c_while_fetching(bucket: str, tmp_path: Path, scratch: Path) -> None:
     command = driver(f"{bucket}/raw/recordings", tmp_path / "out", 2, clip_seconds=1)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         start_new_session=True,
     )  # fmt: skip
-    spools = Path(tempfile.gettempdir())
-    wait_until(lambda: bool(list(spools.glob("seco-spool-*/*"))) or process.poll() is not None)
+    wait_until(lambda: bool(list(scratch.glob("seco-spool-*/use-*"))) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     said, error = process.communicate()
-    assert said.startswith(("Stopped", "done")) and "Traceback" not in error
-    assert not list(spools.glob("seco-spool-*"))
+    assert said.startswith(("Stopped", "done")), error
+    assert "Traceback" not in error
+    assert not list(scratch.iterdir())

@@ -422,7 +422,7 @@ def test_tars_without_videos_are_refused(tmp_path: Path) -> None:
 
 
 def row_of(line: int, video: Video) -> ListedVideo:
-    named = (line, video.source, str(video.path), video.address, video.label_name, video.splits)
+    named = (line, video.source, bytes(video.path), video.address, video.label_name, video.splits)
     return ListedVideo(*named, video.group, video.span, video.metadata)
 
 
