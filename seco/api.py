@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -34,6 +35,8 @@ from shards.opening import CacheSettings, open_stream
 from shards.terminal import say
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from pipelines._prepare import PrepareReport
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
 
 REPORT = "report.html"
 _IN_MEMORY = "memory"
+_Config = TypeVar("_Config", bound="DataclassInstance")
 Specification = str | Path | Iterable[str | Path]
 
 
@@ -82,7 +86,7 @@ def prepare(dataset: str, src: str | Path, out: str | Path = "", **settings: Any
     from pipelines._config import PrepareConfig
     from pipelines._prepare import prepare as run
 
-    return run(PrepareConfig(dataset=dataset, src=str(src), out=str(out), **settings))
+    return run(_given(PrepareConfig, dataset=dataset, src=str(src), out=str(out), **settings))
 
 
 def triplet_loader(
@@ -185,7 +189,7 @@ def pretrain(
                 settings[name] = _specification(settings[name])
         if settings.get("out") is not None:
             settings["out"] = str(settings["out"])
-        config = PretrainConfig(**settings)
+        config = _given(PretrainConfig, **settings)
     elif settings:
         config = dataclasses.replace(config, **settings)
     last = train(config, callbacks)
@@ -238,11 +242,11 @@ def extract(
         backbone = Backbone(backbone, type(backbone).__name__, _IN_MEMORY)
     settings |= {"shards": _specification(shards), "checkpoint": backbone.source}
     if out is not None:
-        config = ExtractConfig(**settings, out=str(out))
+        config = _given(ExtractConfig, **settings, out=str(out))
         return read_features(extract_features(config, backbone))
     with tempfile.TemporaryDirectory(prefix="seco-") as folder:
         found = read_features(
-            extract_features(ExtractConfig(**settings, out=folder), backbone, quiet=True)
+            extract_features(_given(ExtractConfig, **settings, out=folder), backbone, quiet=True)
         )
         return dataclasses.replace(
             found,
@@ -267,8 +271,8 @@ def probe(features: Features | str | Path, **settings: Any) -> ProbeResult:
     from seco.evaluation.probe import probe as run
 
     if isinstance(features, Features):
-        return run(ProbeConfig(features=str(features.folder), **settings), features)
-    return run(ProbeConfig(features=str(features), **settings))
+        return run(_given(ProbeConfig, features=str(features.folder), **settings), features)
+    return run(_given(ProbeConfig, features=str(features), **settings))
 
 
 def recall_at_k(
@@ -303,6 +307,27 @@ def recall_at_k(
     _, found = index.search(queries, min(k, len(rows.train_rows)))
     right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
     return float(right.any(axis=1).mean())
+
+
+def _given(kind: type[_Config], **settings: Any) -> _Config:
+    """Return settings that were given by name, as the command line would check them."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in settings.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=3)
+            advice = f"did you mean {' or '.join(close)}?" if close else "see --help of the command"
+            raise InputError("there is no such setting", name, advice)
+        choices = fields[name].metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise InputError(f"{value!r} is not one of {', '.join(choices)}", name)
+    lacking = (
+        name
+        for name, field in fields.items()
+        if name not in settings and field.default is field.default_factory is dataclasses.MISSING
+    )
+    for name in lacking:
+        raise InputError("has to be given", name)
+    return kind(**settings)
 
 
 def _specification(shards: Specification) -> tuple[str, ...]:

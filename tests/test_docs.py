@@ -76,7 +76,7 @@ _SMALLER = {
     "crop_size=224": "crop_size=32",
     "RandomResizedCrop(224": "RandomResizedCrop(32",
     "batch_size=256": "batch_size=4",
-    "batch_size=128": "batch_size=4",
+    "batch_size=32": "batch_size=4",
     "epochs=400": "epochs=1",
     "epochs=100": "epochs=1",
     "workers=8": "workers=0",

@@ -352,6 +352,20 @@ def test_an_unknown_logger_is_one_line(shards: str, tmp_path: Path) -> None:
         seco.pretrain(shards=shards, out=tmp_path, **{**RUN, "loggers": "tensorbord"})
 
 
+def test_mistyped_settings_are_one_line(shards: str, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    write_clusters(folder)
+    for call, said in (
+        (lambda: seco.pretrain(shard=shards), "shard: there is no such setting — did you mean sh"),
+        (lambda: seco.pretrain(out=tmp_path, sampling="halfs"), "sampling: 'halfs' is not one of"),
+        (lambda: seco.probe(folder, method="knnn"), "method: 'knnn' is not one of svm, knn"),
+        (lambda: seco.extract("random", shards, short_edeg=3, arch="resnet10_w16"), "did you mean"),
+        (lambda: seco.prepare("folder", "raw", fpz=3), "fpz: there is no such setting"),
+    ):
+        with pytest.raises(seco.InputError, match=said):
+            call()
+
+
 def test_the_models_mistakes_are_one_line(shards: str) -> None:
     with pytest.raises(seco.InputError, match="unknown architecture"):
         seco.SeCo("resnet51")
