@@ -213,6 +213,7 @@ def test_the_exit_code_of_an_interrupted_command_under_m(tmp_path: Path) -> None
     assert _outcome_of("stops", text, tmp_path).returncode == EXIT_STOPPED
 
 
+@pytest.mark.timeout(0)  # each command has its own
 @pytest.mark.parametrize(
     ("command", "signals"),
     [
@@ -253,6 +254,7 @@ def test_signals_at_random_moments(
             usual = {0, EXIT_STOPPED, *(-number for number in trial.numbers)} if came else {0}
             if code not in usual or "Traceback" in said:
                 faults.append((trial, code, said[-20_000:]))
+                print(*faults[-1], flush=True)  # a soak may be stopped
         if code:
             _finish([*given, f"--out={out}"])
         found = results(out)
