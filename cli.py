@@ -47,7 +47,7 @@ from shards.errors import (
     TooManyExcluded,
 )
 from shards.settings import own_first
-from shards.signals import STOPPING, interrupt, interrupt_no_more
+from shards.signals import STOPPING, interrupt, interrupt_no_more, not_lost
 from shards.terminal import say, show, show_everywhere
 from shards.untrusted import SANDBOX_VARIABLE, read_regular, real_path, set_max_pixels
 
@@ -740,6 +740,7 @@ def main(arguments: Sequence[str] | None = None, interruptible: bool = False) ->
         interruptible: whether Ctrl-C ends the process silently until now, and interrupts from here.
     """
     show_everywhere()
+    sys.unraisablehook = not_lost
     if interruptible:
         signal.signal(signal.SIGINT, interrupt)
     # A scheduler's signal and a closed terminal, too, leave time to remove half-written files.

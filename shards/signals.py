@@ -99,7 +99,12 @@ class StopRequest:
             _held = self
         elif self._waiting:
             self._waiting = False
+            _again(self._wait_again)
             raise StopWaiting
+
+    def _wait_again(self) -> None:
+        self._waiting = True
+        self.raise_if_waiting()
 
     def __exit__(
         self,
@@ -112,7 +117,8 @@ class StopRequest:
 
 
 _interrupted: float | None = None  # when
-_LOOK_SECONDS = 0.02  # between looks whether an import is over
+_LATER_SECONDS = 0.02
+_raise_again: Callable[[], None] | None = None  # what raised last
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -139,16 +145,16 @@ def _raise_after_imports(number: int, frame: FrameType | None) -> None:
     command would go on as well, with half a NumPy.
     """
 
-    def look(_: int, now_at: FrameType | None) -> None:
+    def look() -> None:
         if signal.getsignal(number) is interrupt:
-            _raise_after_imports(number, now_at)
+            _raise_after_imports(number, sys._getframe())
         else:  # somebody else is to be told by now
             os.kill(os.getpid(), number)
 
     if _within_import(frame):
-        signal.signal(signal.SIGALRM, look)
-        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+        _later(look)
     else:
+        _again(look)
         raise KeyboardInterrupt
 
 
@@ -158,6 +164,27 @@ def _within_import(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _later(call: Callable[[], None]) -> None:
+    signal.signal(signal.SIGALRM, lambda number, frame: call())
+    signal.setitimer(signal.ITIMER_REAL, _LATER_SECONDS)
+
+
+def _again(call: Callable[[], None]) -> None:
+    global _raise_again
+    _raise_again = call
+
+
+def not_lost(unraisable: Any) -> None:
+    """Be ``sys.unraisablehook``: an exception of a signal is raised again, and nothing is printed.
+
+    It is lost where it came within a destructor, or a callback of a weak reference.
+    """
+    if unraisable.exc_type in (KeyboardInterrupt, StopWaiting) and _raise_again is not None:
+        _later(_raise_again)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def interrupt_no_more() -> None:
