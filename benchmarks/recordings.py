@@ -30,16 +30,8 @@ DATA = {
     "clips": ["--frames", "16", "--clip-seconds", "1", "--cut-scenes", "--min-frames", "3"],
 }
 ARMS = {"whole": ("whole", []), "clips": ("clips", []), "groups": ("clips", ["other-groups"])}
-SCALE: tuple[str, ...] = (
-    "--arch",
-    "resnet10_w16",
-    "--tasks",
-    "inter",
-    "--batch-size",
-    "32",
-    "--bn-group",
-    "16",
-)
+SCALE: tuple[str, ...] = ("--arch", "resnet10_w16", "--tasks", "inter")
+SCALE += ("--batch-size", "32", "--bn-group", "16")
 # As in the demo.
 SCALE += ("--queue-size", "0", "--ema", "0.9", "--lr", "0.05", "--temperature", "0.1")
 SCALE += ("--crop-size", "32", "--min-crop-area", "0.35", "--views-on", "workers")

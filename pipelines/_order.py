@@ -1,9 +1,9 @@
 """The order in which videos are stored, and long lists of them.
 
-A list may have millions of rows. They lie in a file on the local disk, with 40 bytes of memory for
-each. What has to be known of all of them at once, that no row is
-repeated, that keys differ, and the order in which videos are stored, is found by comparing 64 bits
-of a digest, and where these are equal the rows themselves.
+A list may have millions of rows. They lie in a file on the local disk, and memory holds five
+numbers for each. What has to be known of all of them at once (that no row is repeated, that keys
+differ, and the order in which videos are stored) is found by comparing 64 bits of a digest and,
+where these are equal, the rows themselves.
 """
 
 from __future__ import annotations
@@ -134,15 +134,15 @@ class VideoTable(Sequence[Video]):
         """Give those of the rows whose keys are equal longer ones, and look at these again."""
         longer, keys = array("q"), array("Q")
         for group in _equal(hashes, rows):
-            count = Counter(self._key(number).lower() for number in group)
+            count = Counter(self._key(number, self._row(number)).lower() for number in group)
             for number in group:
-                if count[self._key(number).lower()] == 1:
-                    continue
                 row = self._row(number)
+                if count[self._key(number, row).lower()] == 1:
+                    continue
                 if level == len(KEY_DIGITS):
                     raise InputError(f"{row.source} is there twice", fix="rename one of them")
                 self._levels[number] = level
-                key = self._key(number)
+                key = self._key(number, row)
                 longer.append(number)
                 keys.append(_hash(key.lower()))
                 self._rank[number] = _rank(rank_text(row.source, row.span, key))
@@ -176,8 +176,7 @@ class VideoTable(Sequence[Video]):
         """Yield :func:`digest_row` of every video, in order."""
         for number in self._order:
             row = self._row(number)
-            key = distinct_key(key_source(row.source, row.span), KEY_DIGITS[self._levels[number]])
-            named = (key, self._label(row), row.label_name, row.splits)
+            named = (self._key(number, row), self._label(row), row.label_name, row.splits)
             yield digest_row(*named, row.group, row.span, row.metadata)
 
     def _row(self, number: int) -> ListedVideo:
@@ -185,8 +184,7 @@ class VideoTable(Sequence[Video]):
         following = self._places[number + 1] if number + 1 < len(self._places) else self._end
         return _decode(os.pread(self._file.fileno(), following - place, place))
 
-    def _key(self, number: int) -> str:
-        row = self._row(number)
+    def _key(self, number: int, row: ListedVideo) -> str:
         return distinct_key(key_source(row.source, row.span), KEY_DIGITS[self._levels[number]])
 
     def _label(self, row: ListedVideo) -> int | None:
@@ -197,7 +195,7 @@ class VideoTable(Sequence[Video]):
         return Video(
             source=row.source,
             path=Path(os.fsdecode(row.path)),
-            key=self._key(number),
+            key=self._key(number, row),
             address=row.address,
             label=self._label(row),
             label_name=row.label_name,

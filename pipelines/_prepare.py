@@ -67,10 +67,10 @@ class _Header:
 
 def forecast(plan: SetPlan, workers: int) -> Iterable[str]:
     """Yield lines for people: videos, shards, and about how many bytes and how much time."""
-    first, *_, last = [*plan.shards, *plan.shards]
-    shard = plan.shards[first]
+    planned = list(plan.shards)
+    shard = plan.shards[planned[0]]
     videos = len(plan.ordered)
-    names = f"{first}.tar to {last}.tar" if first != last else f"{first}.tar"
+    names = f"{shard.tar} to {planned[-1]}.tar" if len(planned) > 1 else shard.tar
     yield (
         f"{plan.name}: {videos} videos, {len(plan.videos.label_names)} labels, "
         f"{_frames_text(shard.choice)} -> {len(plan.shards)} shards, {names}"

@@ -49,7 +49,7 @@ from shards.untrusted import MAX_TEXT_BYTES
 
 _PIECE_BYTES = 16 << 20  # fetched at a time
 _AHEAD_BYTES = 64 << 10  # read with every header of a tar
-_TEXTS_BYTES = 64 << 20  # of annotations fetched at a time
+_TEXTS_BYTES = 64 << 20  # of annotations or pictures fetched at a time
 _END_BYTES = 8 << 20  # of a recording, at either end: what ffmpeg reads before it decodes
 _MOST_BOXES = 1000  # of an MP4 file, before the one that describes it
 _ROOM_SECONDS = 0.1  # between looks for room in the spool
@@ -179,7 +179,8 @@ def mirror(address: str, here: Path) -> list[str]:
             continue
         if path.suffix.lower() in _ANNOTATIONS and size <= MAX_TEXT_BYTES:
             texts.append((url, path, size))
-    _fetch_texts(texts)
+    for path, _ in _fetch_small(texts):
+        path.unlink()  # whoever needs it misses it
     return odd
 
 
@@ -198,28 +199,29 @@ def _plain(name: str) -> bool:
     )
 
 
-def _fetch_texts(texts: Iterable[tuple[str, Path, int]]) -> None:
+def _fetch_small(files: Iterable[tuple[str, Path, int]]) -> Iterator[tuple[Path, DecodeError]]:
+    """Fetch many files; yield those that are not there or may not be read."""
     waiting: list[tuple[str, Path]] = []
     total = 0
-    for address, path, size in texts:
+    for address, path, size in files:
         waiting.append((address, path))
         total += size
         if total >= _TEXTS_BYTES:
-            _fetch_files(waiting)
+            yield from _fetch_at_once(waiting)
             waiting, total = [], 0
-    _fetch_files(waiting)
+    yield from _fetch_at_once(waiting)
 
 
-def _fetch_files(wanted: list[tuple[str, Path]]) -> None:
+def _fetch_at_once(wanted: list[tuple[str, Path]]) -> Iterator[tuple[Path, DecodeError]]:
     contents = fetch_parts([(address, None, None) for address, _ in wanted])
     for (address, path), content in zip(wanted, contents, strict=True):
-        if isinstance(content, Exception):
-            fault = _fault(content, address)
-            if isinstance(fault, Unreachable):
-                raise fault
-            path.unlink(missing_ok=True)  # whoever needs it misses it
-        else:
+        if not isinstance(content, Exception):
             path.write_bytes(content)
+            continue
+        fault = _fault(content, address)
+        if not isinstance(fault, DecodeError):
+            raise fault
+        yield path, fault
 
 
 def fetch_file(address: str, path: Path) -> None:
@@ -415,9 +417,7 @@ class Spool:
     def _fetched(self, video: Video, address: str, stack: ExitStack) -> Video:
         os.makedirs(self.folder, exist_ok=True)
         own = stack.enter_context(tempfile.TemporaryDirectory(prefix="use-", dir=self.folder))
-        lock = os.open(Path(own, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(_held(Path(own)))
         path = Path(own, _file_name(video))
         if video.frames is not None and video.frames.only is not None:
             path.mkdir()
@@ -458,6 +458,19 @@ class Spool:
                 shutil.rmtree(own, ignore_errors=True)
 
 
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Show others that a folder is in use, for as long as this process lives."""
+    new = folder / f"{_LOCK}.new"
+    lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(new, folder / _LOCK)  # nobody sees it before it is locked
+        yield
+    finally:
+        os.close(lock)
+
+
 def _in_use(folder: Path) -> bool:
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR)
@@ -483,9 +496,7 @@ def spooled(config: PrepareConfig) -> Iterator[Spool]:
             shutil.rmtree(left, ignore_errors=True)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="seco-spool-"))
-        lock = os.open(Path(folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(_held(Path(folder)))
         yield Spool(folder, int(config.spool_gb * 1e9))
 
 
@@ -600,4 +611,5 @@ def _fetch_folder(address: str, here: Path) -> None:
             wanted.append((url, path, size))
     if not wanted:
         raise DecodeError("missing", "there are no pictures at its address")
-    _fetch_texts(wanted)
+    for path, error in _fetch_small(wanted):
+        raise DecodeError(error.kind, f"{path.name} {error.message}")

@@ -51,7 +51,8 @@ class StopRequest:
         self._interrupts = interrupts
         self._since = 0.0
         self._hurried = False
-        self._waiting = False
+        self._waiting = False  # within the block, and nothing raised yet
+        self._in_block = False
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -71,11 +72,11 @@ class StopRequest:
         """Let a signal raise :class:`StopWaiting` within the block, which may wait forever."""
         if self:
             raise StopWaiting
-        self._waiting = True
+        self._waiting = self._in_block = True
         try:
             yield
         finally:
-            self._waiting = False
+            self._waiting = self._in_block = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         global _received
@@ -99,11 +100,11 @@ class StopRequest:
             _held = self
         elif self._waiting:
             self._waiting = False
-            _again(self._wait_again)
+            _remember(self._raise_again)
             raise StopWaiting
 
-    def _wait_again(self) -> None:
-        self._waiting = True
+    def _raise_again(self) -> None:
+        self._waiting = self._in_block  # which may have ended meanwhile
         self.raise_if_waiting()
 
     def __exit__(
@@ -154,7 +155,7 @@ def _raise_after_imports(number: int, frame: FrameType | None) -> None:
     if _within_import(frame):
         _later(look)
     else:
-        _again(look)
+        _remember(look)
         raise KeyboardInterrupt
 
 
@@ -171,9 +172,10 @@ def _later(call: Callable[[], None]) -> None:
     signal.setitimer(signal.ITIMER_REAL, _LATER_SECONDS)
 
 
-def _again(call: Callable[[], None]) -> None:
+def _remember(raise_again: Callable[[], None]) -> None:
+    """Keep what raises the exception that is about to be raised, in case that is lost."""
     global _raise_again
-    _raise_again = call
+    _raise_again = raise_again
 
 
 def not_lost(unraisable: Any) -> None:

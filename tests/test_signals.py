@@ -231,19 +231,32 @@ def test_a_signal_within_a_destructor_is_not_lost(tmp_path: Path, waiting: bool)
     assert (done.stdout, done.stderr, done.returncode) == ("stopped\n", "", 0)
 
 
+def test_a_lost_signal_is_not_raised_where_nobody_waits(tmp_path: Path) -> None:
+    text = (
+        "import os, signal, sys, time\n"
+        "from shards.signals import not_lost, StopRequest\n"
+        "sys.unraisablehook = not_lost\n"
+        "class Last:\n    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with StopRequest() as stop:\n    with stop.while_waiting(): Last()\n"
+        "    signal.sigtimedwait([], 0.3)\n    print(bool(stop))\n"
+    )
+    done = _outcome_of("goes_on", text, tmp_path)
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+
+
 def test_the_exit_code_of_an_interrupted_command_under_m(tmp_path: Path) -> None:
     # Python remembers an interrupt within the exec of a text, and would end with SIGINT.
     text = "import cli\ncli.run = lambda given: exec('raise KeyboardInterrupt')\ncli.main([])\n"
     assert _outcome_of("stops", text, tmp_path).returncode == EXIT_STOPPED
 
 
-@pytest.mark.timeout(0)  # each command has its own
 @pytest.mark.parametrize(
     ("command", "signals"),
     [
         ("extract-features", 4),
         *(
-            pytest.param(command, signals, marks=pytest.mark.soak)
+            # Each command has a time limit of its own.
+            pytest.param(command, signals, marks=[pytest.mark.soak, pytest.mark.timeout(0)])
             for command, signals in (
                 ("prepare", 250),
                 ("pretrain", 250),

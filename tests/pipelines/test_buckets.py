@@ -426,6 +426,22 @@ def test_addresses_that_lead_out_in_disguise(tmp_path: Path, path: str) -> None:
         run(tmp_path / "list.csv", tmp_path / "out", dataset="list", root="https://host/videos")
 
 
+def test_a_picture_that_is_not_there_excludes_its_folder(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files_below = _remote._files_below
+
+    def gone(address: str) -> list[tuple[str, str, int]]:
+        found = files_below(address)
+        if address.endswith("/x"):  # once the plan is made
+            fsspec.filesystem("s3").rm_file(found[-1][1])
+        return found
+
+    monkeypatch.setattr(_remote, "_files_below", gone)
+    run(f"{bucket}/raw/frames", tmp_path / "out", dataset="frames", max_failures=50)
+    assert errors(tmp_path / "out/frames.errors.csv") == [("x", "missing")]
+
+
 def test_what_killed_workers_had_in_use_makes_way(bucket: str, tmp_path: Path) -> None:
     spool = Spool(str(tmp_path / "spool"), 70_000)
 
