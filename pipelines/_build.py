@@ -303,14 +303,13 @@ def _scaled(box: Box, across: float, down: float) -> Box:
 _MOST_NAMED = 3
 
 
-def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
-    """Return the indexes of those shards of the plan that are finished, by shard name.
+def finished_indexes(plan: SetPlan, storage: Storage) -> Iterator[tuple[str, ShardIndex]]:
+    """Yield the name and index of each shard of the plan that is finished.
 
     Raises:
         InputError: the folder contains shards of this name from another plan, or from files that
             have changed since.
     """
-    done: dict[str, ShardIndex] = {}
     sizes = storage.sizes()
     pattern = re.compile(re.escape(plan.name) + r"-\d{3,}\.idx")
     for file in sorted(name for name in sizes if pattern.fullmatch(name)):
@@ -330,8 +329,7 @@ def finished_indexes(plan: SetPlan, storage: Storage) -> dict[str, ShardIndex]:
             )
         if sizes.get(shard.tar) == index.info.bytes:
             _require_same_sources(shard, index, storage)
-            done[name] = index
-    return done
+            yield name, index
 
 
 def _require_same_sources(shard: ShardPlan, index: ShardIndex, storage: Storage) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from pipelines._adapter import (
     Adapter,
@@ -38,10 +39,12 @@ from pipelines._remote import Spool, brought_here, outline, spooled
 from shards.atomic import csv_text, default_folder, json_text
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import Exclusion, Manifest, ShardInfo
+from shards.index import read_index
 from shards.progress import progress, size_text
 from shards.settings import usable_cpus
 from shards.storage import Storage, is_remote, open_storage
 from shards.terminal import say
+from shards.videos import MANY_SHARDS, VideoList, write_videos
 
 _SAMPLE = 24
 _START_SECONDS = 0.03  # ffmpeg's start and exit
@@ -382,7 +385,7 @@ def _found(plan: SetPlan) -> list[str]:
 def _finished_shards(plan: SetPlan, storage: Storage) -> dict[str, ShardResult]:
     return {
         name: ShardResult(info=index.info, exclusions=index.exclusions)
-        for name, index in finished_indexes(plan, storage).items()
+        for name, index in finished_indexes(plan, storage)
     }
 
 
@@ -494,6 +497,10 @@ def _finish_set(
             f"{first.source}: {first.kind}, {first.message}",
             fix=f"see {plan.name}.errors.csv",
         )
+    if len(infos) >= MANY_SHARDS and not is_remote(storage.url):
+        folder = Path(storage.url)
+        indexes = (read_index(folder / f"{name}.idx") for name in plan.shards)
+        write_videos(folder / f"{plan.name}.videos", VideoList.of(indexes))
     manifest = write_manifest(plan, infos, len(excluded), version, storage)
     return PreparedSet(
         manifest=manifest,

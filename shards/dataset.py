@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 from shards.format import Manifest, VideoRecord, parse_manifest, read_manifest
-from shards.index import FrameAt, ShardIndex
+from shards.index import ShardIndex
 from shards.storage import (
     Access,
     ByteRange,
@@ -36,6 +36,7 @@ from shards.storage import (
     told_of,
     try_again,
 )
+from shards.videos import VideoList
 
 _ANGLE = re.compile(r"<(\d+\.\.\d+(?:\.\.\d+)?)>")
 _COMMA_BEFORE_URL = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
@@ -228,6 +229,7 @@ class ShardSet:
         indexes: (S,) their indexes.
         label_names: in index order, or empty.
         access: reads the tars' bytes.
+        videos: what the indexes say of the videos, if that is known without reading them all.
     """
 
     def __init__(
@@ -236,14 +238,14 @@ class ShardSet:
         indexes: Sequence[ShardIndex],
         label_names: list[str],
         access: Access | None = None,
+        videos: VideoList | None = None,
     ) -> None:
         self.addresses = list(addresses)
-        self.indexes = list(indexes)
+        self.indexes = indexes
         self.label_names = label_names
         self.access: Access = access or LocalAccess()
-        self.counts: NDArray[np.int64] = np.array(
-            [index.info.videos for index in indexes], dtype=np.int64
-        )
+        self.videos = videos or VideoList.of(indexes)
+        self.counts = self.videos.counts
         self._ends: list[int] = np.cumsum(self.counts).tolist()
 
     def __len__(self) -> int:
@@ -252,12 +254,12 @@ class ShardSet:
     @cached_property
     def keys(self) -> list[str]:
         """(V,) keys of the videos; :meth:`key` returns one without building all."""
-        return [key for index in self.indexes for key in index.keys]
+        return self.videos.keys
 
     def key(self, video: int) -> str:
         """Return the key of one video."""
-        shard, row = self._locate(video)
-        return self.indexes[shard].key(row)
+        self._require_there(video)
+        return self.videos.key(video)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -277,12 +279,12 @@ class ShardSet:
     @cached_property
     def labels(self) -> NDArray[np.int32]:
         """(V,) class indices, -1 for none."""
-        return np.concatenate([index.label for index in self.indexes]).astype(np.int32)
+        return self.videos.labels.astype(np.int32)
 
     @cached_property
     def frame_counts(self) -> NDArray[np.int64]:
         """(V,) stored frames per video."""
-        return np.concatenate([index.frame_counts for index in self.indexes])
+        return self.videos.frame_counts.astype(np.int64)
 
     @cached_property
     def splits(self) -> dict[str, list[str | None]]:
@@ -304,7 +306,7 @@ class ShardSet:
     @property
     def total_bytes(self) -> int:
         """Total size of the tars in bytes."""
-        return sum(index.info.bytes for index in self.indexes)
+        return sum(info.bytes for info in self.videos.infos)
 
     @property
     def name(self) -> str:
@@ -317,9 +319,8 @@ class ShardSet:
 
     def frame_count(self, video: int) -> int:
         """Return the number of stored frames of this video."""
-        shard, row = self._locate(video)
-        first = self.indexes[shard].first_frame
-        return int(first[row + 1]) - int(first[row])
+        self._require_there(video)
+        return int(self.videos.frame_counts[video])
 
     def read_frames(self, wanted: Sequence[tuple[int, int]]) -> list[bytes | UnreadableFrame]:
         """Return the JPEG bytes of each (video, frame) pair, or why they cannot be read.
@@ -327,21 +328,30 @@ class ShardSet:
         Raises:
             IndexError: a video has no such frame.
         """
-        ranges: list[ByteRange] = []
-        places: list[FrameAt] = []
-        for video, frame in wanted:
-            shard, row = self._locate(video)
-            at = self.indexes[shard].frame_at(row, frame)
-            places.append(at)
-            ranges.append(ByteRange(self.addresses[shard], at.offset, at.size))
-        found = self.access.read(ranges)
-        for number, (data, at) in enumerate(zip(found, places, strict=True)):
+        places = [self._frame_at(video, frame) for video, frame in wanted]
+        read = iter(
+            self.access.read([at[0] for at in places if not isinstance(at, UnreadableFrame)])
+        )
+        found: list[bytes | UnreadableFrame] = []
+        for at in places:
+            if isinstance(at, UnreadableFrame):
+                found.append(at)
+                continue
+            (where, crc), data = at, next(read)
             # libjpeg decodes most single flipped bits without an error.
-            if isinstance(data, bytes) and zlib.crc32(data) != at.crc:
-                found[number] = UnreadableFrame(
-                    f"{ranges[number].address}: the bytes at {at.offset} have changed"
-                )
+            if isinstance(data, bytes) and zlib.crc32(data) != crc:
+                data = UnreadableFrame(f"{where.address}: the bytes at {where.offset} have changed")
+            found.append(data)
         return found
+
+    def _frame_at(self, video: int, frame: int) -> tuple[ByteRange, int] | UnreadableFrame:
+        """Return the range of a frame and its CRC-32, or why its shard's index is of no use."""
+        shard, row = self._locate(video)
+        try:
+            at = self.indexes[shard].frame_at(row, frame)
+        except InputError as error:
+            return UnreadableFrame(str(error))
+        return ByteRange(self.addresses[shard], at.offset, at.size), at.crc
 
     def read_frame(self, video: int, frame: int) -> bytes:
         """Return the JPEG bytes of one stored frame; frames count from 0 in time order.
@@ -367,19 +377,32 @@ class ShardSet:
     def records(self, videos: Sequence[int]) -> list[VideoRecord | UnreadableFrame]:
         """Return the ``KEY.json`` of each video, or why it cannot be read; all are read at once."""
         places = [self._record_at(video) for video in videos]
-        read = iter(self.access.read([at for _, at in places if at.size]))
-        return [_record(key, at, next(read) if at.size else b"") for key, at in places]
+        read = iter(
+            self.access.read([at for at in places if isinstance(at, ByteRange) and at.size])
+        )
+        return [
+            at
+            if isinstance(at, UnreadableFrame)
+            else _record(self.key(video), at, next(read) if at.size else b"")
+            for video, at in zip(videos, places, strict=True)
+        ]
 
-    def _record_at(self, video: int) -> tuple[str, ByteRange]:
-        """Return a video's key and the range of its record, which is empty in a foreign tar."""
+    def _record_at(self, video: int) -> ByteRange | UnreadableFrame:
+        """Return the range of a video's record, which is empty in a foreign tar."""
         shard, row = self._locate(video)
-        index = self.indexes[shard]
+        try:
+            index = self.indexes[shard]
+        except InputError as error:
+            return UnreadableFrame(str(error))
         offset, size = int(index.record_offset[row]), int(index.record_size[row])
-        return index.key(row), ByteRange(self.addresses[shard], offset, size)
+        return ByteRange(self.addresses[shard], offset, size)
 
-    def _locate(self, video: int) -> tuple[int, int]:
+    def _require_there(self, video: int) -> None:
         if not 0 <= video < len(self):
             raise IndexError(f"no video {video} in a dataset of {len(self)}")
+
+    def _locate(self, video: int) -> tuple[int, int]:
+        self._require_there(video)
         shard = bisect.bisect_right(self._ends, video)
         return shard, video - (self._ends[shard - 1] if shard else 0)
 
@@ -401,27 +424,3 @@ def set_name(address: str) -> str:
     """Return the name of the dataset a tar belongs to: its own without the number."""
     stem = PurePosixPath(address).stem
     return stem.rpartition("-")[0] or stem
-
-
-def require_distinct(shards: ShardSet, spec: str | Iterable[str]) -> None:
-    """Check that each key occurs only once, because keys identify videos.
-
-    Raises:
-        InputError: some videos occur twice.
-    """
-    seen: set[str] = set()
-    for index in shards.indexes:
-        seen.update(index.keys)
-    repeated = len(shards) - len(seen)
-    if repeated:
-        seen.clear()
-        for address, index in zip(shards.addresses, shards.indexes, strict=True):
-            for key in index.keys:
-                if key in seen:
-                    raise InputError(
-                        f"{repeated} videos occur twice, for example {key}, again in "
-                        f"{PurePosixPath(address).name}",
-                        spec if isinstance(spec, str) else ", ".join(spec),
-                        "list each dataset once",
-                    )
-                seen.add(key)

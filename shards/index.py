@@ -161,7 +161,7 @@ CONTENTS = (
     "groups",
     *list(_ARRAYS)[:-1],
 )  # also known from the tar
-_NO_LABEL = -1
+NO_LABEL = -1
 _MAX_EXTENSION_BYTES = 1 << 16
 _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
@@ -232,18 +232,12 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """Return the key of one video."""
-        start = int(self.key_end[row - 1]) if row else 0
-        text = self.key_text[start : int(self.key_end[row])].tobytes()
-        return text.decode("utf-8", "surrogateescape")
+        return key_at(self.key_text, self.key_end, row)
 
     @property
     def keys(self) -> list[str]:
         """(V,) keys, built on each access: a million strings need not stay in memory."""
-        text, ends = self.key_text.tobytes(), self.key_end.tolist()
-        return [
-            text[start:end].decode("utf-8", "surrogateescape")
-            for start, end in zip([0, *ends], ends, strict=False)
-        ]
+        return keys_of(self.key_text, self.key_end)
 
     @property
     def frame_counts(self) -> NDArray[np.int64]:
@@ -292,6 +286,21 @@ class ShardIndex:
         )
 
 
+def key_at(text: NDArray[np.uint8], ends: NDArray[np.unsignedinteger], row: int) -> str:
+    """Return the key of one row of keys stored one after another."""
+    start = int(ends[row - 1]) if row else 0
+    return text[start : int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
+
+
+def keys_of(text: NDArray[np.uint8], ends: NDArray[np.unsignedinteger]) -> list[str]:
+    """Return all keys stored one after another."""
+    whole, places = text.tobytes(), ends.tolist()
+    return [
+        whole[start:end].decode("utf-8", "surrogateescape")
+        for start, end in zip([0, *places], places, strict=False)
+    ]
+
+
 class IndexBuilder:
     """Builds an index from the members of a tar, video by video, in order."""
 
@@ -328,7 +337,7 @@ class IndexBuilder:
         self._sources.append((record.source if record else "", -1 if size is None else size))
         self._groups.append(record.group if record else None)
         label = record.label if record else label
-        self._labels.append(_NO_LABEL if label is None else label)
+        self._labels.append(NO_LABEL if label is None else label)
         self._records.append(record_at)
         self._frames.extend(frames_at)
         self._first_frame.append(len(self._frames))
@@ -460,7 +469,7 @@ def _require_inside(arrays: dict[str, NDArray[Any]], info: ShardInfo) -> None:
     key_end = arrays["key_end"].astype(np.int64)
     if (np.diff(key_end, prepend=0) < 0).any() or key_end[-1:].sum() != len(arrays["key_text"]):
         raise ValueError("keys")
-    if len(arrays["label"]) and int(arrays["label"].min()) < _NO_LABEL:
+    if len(arrays["label"]) and int(arrays["label"].min()) < NO_LABEL:
         raise ValueError("labels")
 
 

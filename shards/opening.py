@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +29,6 @@ from shards.dataset import (
     beside,
     expand_spec,
     read_remote_manifest,
-    require_distinct,
 )
 from shards.errors import InputError
 from shards.format import read_manifest
@@ -49,6 +49,7 @@ from shards.storage import (
 )
 from shards.stream import Stream, TripletStream
 from shards.streaming import SequentialStream
+from shards.videos import IndexesOnDisk, VideoList, videos_beside
 
 _LOST_FOR_SECONDS = 60.0  # before a failed fetch is retried
 _MAKES_WAY = 3  # times in a row that a shard may be evicted before it is opened
@@ -344,6 +345,7 @@ def _acquired(path: Path, wait: bool) -> int | None:
 
 
 _READERS = 16  # indexes read at a time: a shared disk answers many as quickly as one
+_STATS = 100  # files that one of them looks at before the next are given to it
 DEFAULT_CACHE_GB = 100.0
 
 
@@ -382,22 +384,27 @@ def open_shards(spec: str | Iterable[str], cache: CacheSettings | None = None) -
     if len(kinds) > 1:
         raise InputError("not all shards are in the same place", addresses[0], "copy them to one")
     access: Access = LocalAccess()
+    videos: VideoList | None = None
+    indexes: Sequence[ShardIndex]
     if kinds == {""}:
         with ThreadPoolExecutor(_READERS) as readers:
-            indexes = list(readers.map(_index_of, map(Path, addresses)))
-        label_names = _label_names(addresses)
+            videos = _listed_videos(addresses, readers)
+            if videos is None:
+                indexes = list(readers.map(_index_of, map(Path, addresses)))
+            else:
+                indexes = IndexesOnDisk(addresses, videos, _index_of)
     else:
         indexes = _remote_indexes(addresses)
-        label_names = _label_names(addresses)
         access = RangeAccess()
         if cache is not None:
             infos = {a: index.info for a, index in zip(addresses, indexes, strict=True)}
             limit = int(cache.limit_gb * 1e9)
             access = CachedAccess(ShardCache(Path(cache.folder), limit, infos))
-    shards = ShardSet(addresses, indexes, label_names, access)
+    shards = ShardSet(addresses, indexes, _label_names(addresses), access, videos)
     if not len(shards):
         raise InputError("no videos found", addresses[0] if len(addresses) == 1 else spec)
-    require_distinct(shards, spec)
+    if videos is None:  # `seco prepare` and `seco index` list distinct videos only
+        shards.videos.require_distinct(spec if isinstance(spec, str) else ", ".join(spec))
     return shards
 
 
@@ -494,7 +501,7 @@ def chosen_window(shards: ShardSet, cache: CacheSettings | None, window_shards: 
 
 def _require_room(shards: ShardSet, window: int, limit_bytes: int) -> None:
     """Check that the windows being read and fetched fit, or shards are fetched again and again."""
-    sizes = sorted((index.info.bytes for index in shards.indexes), reverse=True)
+    sizes = sorted((info.bytes for info in shards.videos.infos), reverse=True)
     needed = sum(sizes[: 2 * window] if window else sizes)
     if needed > limit_bytes:
         raise InputError(
@@ -503,6 +510,16 @@ def _require_room(shards: ShardSet, window: int, limit_bytes: int) -> None:
             "--cache-gb",
             "raise it, or lower --window-shards",
         )
+
+
+def _listed_videos(tars: Sequence[str], readers: ThreadPoolExecutor) -> VideoList | None:
+    """Return the list of videos beside the shards, unless these have changed since."""
+    videos = videos_beside(tars)
+    if videos is None:
+        return None
+    parts = [tars[first : first + _STATS] for first in range(0, len(tars), _STATS)]
+    sizes = readers.map(lambda part: [os.path.getsize(tar) for tar in part], parts)
+    return videos if list(chain(*sizes)) == [info.bytes for info in videos.infos] else None
 
 
 def _index_of(tar: Path) -> ShardIndex:

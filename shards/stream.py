@@ -32,14 +32,14 @@ from shards.sampling import (
     uniforms,
 )
 from shards.storage import UnreadableFrame
+from shards.videos import per_shard
 
 TRAIN = "train"  # a split's value for training videos
+_PIECE = 1 << 20  # videos whose numbers are hashed at a time
 
 
 class UsableVideos:
     """The videos with ``min_frames`` or more, 0 … N-1 in the order of the shards.
-
-    Keeps lists only for shards that also have other videos.
 
     Args:
         shards: the dataset.
@@ -55,40 +55,29 @@ class UsableVideos:
     """
 
     def __init__(self, shards: ShardSet, min_frames: int, split: str | None = None) -> None:
-        self.counts: NDArray[np.int64] = shards.counts.copy()
-        self.left_out = 0
-        self._rows: dict[int, NDArray[np.int64]] = {}
-        for shard, index in enumerate(shards.indexes):
-            wanted = np.ones(len(index.frame_counts), dtype=bool)
-            if split is not None:
-                wanted = np.array([row.get(split) == TRAIN for row in index.splits], dtype=bool)
-            usable = wanted & (index.frame_counts >= min_frames)
-            self.left_out += int(wanted.sum() - usable.sum())
-            if not usable.all():
-                self._rows[shard] = np.flatnonzero(usable)
-                self.counts[shard] = len(self._rows[shard])
-        if split is not None and not self.left_out and not self.counts.any():
+        wanted = np.ones(len(shards), dtype=bool)
+        if split is not None:
+            values = shards.splits.get(split, [None] * len(shards))
+            wanted = np.array([value == TRAIN for value in values], dtype=bool)
+        usable = wanted & (shards.videos.frame_counts >= min_frames)
+        self.left_out = int(wanted.sum() - usable.sum())
+        self.counts = per_shard(usable, shards.counts)
+        # None where all are usable: a list of millions is worth avoiding.
+        self._numbers = None if usable.all() else np.flatnonzero(usable)
+        if split is not None and not wanted.any():
             raise InputError(
                 f"no video is in the training list of split {split!r}",
                 "--split",
                 f"the splits are {', '.join(shards.splits) or 'none'}",
             )
-        self._ends: NDArray[np.int64] = np.cumsum(self.counts)
-        self._first_video: NDArray[np.int64] = np.cumsum(shards.counts) - shards.counts
+        self._count = int(self.counts.sum())
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._count
 
     def numbers(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Map (n,) ordinals in 0 … N-1 to (n,) video numbers in the dataset."""
-        shard = np.searchsorted(self._ends, ordinals, side="right")
-        row = ordinals - (self._ends[shard] - self.counts[shard])
-        for number in np.unique(shard):
-            if int(number) in self._rows:
-                there = shard == number
-                row[there] = self._rows[int(number)][row[there]]
-        numbers: NDArray[np.int64] = self._first_video[shard] + row
-        return numbers
+        return ordinals if self._numbers is None else self._numbers[ordinals]
 
 
 @dataclass(frozen=True)
@@ -265,10 +254,14 @@ class IndexedStream:
     def digest(self) -> str:
         """Return a digest of the videos in their order; the shards matter only with windows."""
         texts, lengths, counts = (hashlib.sha256() for _ in range(3))
-        for index in self.shards.indexes:
-            texts.update(index.key_text.tobytes())
-            lengths.update(np.diff(index.key_end.astype(np.int64), prepend=0).tobytes())
-            counts.update(index.frame_counts.tobytes())
+        videos = self.shards.videos
+        texts.update(videos.key_text.data)
+        for first in range(0, len(self.shards), _PIECE):
+            rows = slice(first, first + _PIECE)
+            start = int(videos.key_end[first - 1]) if first else 0
+            key_end = videos.key_end[rows].astype(np.int64)
+            lengths.update(np.diff(key_end, prepend=start).tobytes())
+            counts.update(videos.frame_counts[rows].astype(np.int64).tobytes())
         whole = hashlib.sha256(texts.digest() + lengths.digest() + counts.digest())
         if self.window_shards:
             whole.update(self.shards.counts.tobytes())

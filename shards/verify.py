@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import simplejpeg
 
-from shards.dataset import local_tars
+from shards.dataset import local_tars, set_name
 from shards.errors import InputError
 from shards.format import Manifest, ShardInfo, VideoRecord, read_manifest
 from shards.index import (
@@ -34,6 +34,7 @@ from shards.index import (
 from shards.progress import progress
 from shards.settings import usable_cpus
 from shards.untrusted import require_pixels
+from shards.videos import MANY_SHARDS, VideoList, write_videos
 
 
 def reindex(spec: str | Iterable[str], force: bool = False) -> str:
@@ -64,6 +65,8 @@ def reindex(spec: str | Iterable[str], force: bool = False) -> str:
             except InputError as error:
                 failures.append(error)
             bar.advance()
+    if not failures:
+        _list_videos(tars)
     summary = f"{made} indexes written, {kept} already existed"
     if failures:
         raise InputError(
@@ -73,6 +76,22 @@ def reindex(spec: str | Iterable[str], force: bool = False) -> str:
             fix=summary,
         )
     return summary
+
+
+def _list_videos(tars: Sequence[Path]) -> None:
+    """Write the list of videos of each large dataset.
+
+    Raises:
+        InputError: some videos occur twice.
+    """
+    datasets: dict[Path, list[Path]] = {}
+    for tar in tars:
+        datasets.setdefault(tar.with_name(f"{set_name(str(tar))}.videos"), []).append(tar)
+    for path, shards in datasets.items():
+        if len(shards) >= MANY_SHARDS:
+            videos = VideoList.of(read_index(tar.with_suffix(".idx")) for tar in shards)
+            videos.require_distinct(str(path.with_suffix("")))
+            write_videos(path, videos)
 
 
 def _readable(path: Path) -> ShardIndex | None:
