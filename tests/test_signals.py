@@ -250,6 +250,28 @@ def test_the_exit_code_of_an_interrupted_command_under_m(tmp_path: Path) -> None
     assert _outcome_of("stops", text, tmp_path).returncode == EXIT_STOPPED
 
 
+def test_a_parent_that_leaves_while_a_tensor_is_handed_over(tmp_path: Path) -> None:
+    text = """
+import os, socket, struct, sys
+from multiprocessing import resource_sharer
+from seco.processes.stopping import leave_signals_to_parent
+
+leave_signals_to_parent(0)
+given = [resource_sharer.DupFd(0) for _ in range(2)]
+address = given[0]._id[0]
+for _ in range(3):
+    with socket.socket(socket.AF_UNIX) as parent:
+        parent.connect(address)
+        parent.recv(4)
+for one in given:  # the thread still serves
+    os.close(one.detach())
+sys.excepthook(KeyError, KeyError("other faults are shown"), None)
+"""
+    found = _outcome_of("stops", text, tmp_path)
+    assert found.returncode == 0
+    assert found.stderr == "KeyError: 'other faults are shown'\n"
+
+
 @pytest.mark.parametrize(
     ("command", "signals"),
     [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, TracebackType
 
 from torch._C import _remove_worker_pids
 
@@ -23,11 +24,22 @@ def leave_signals_to_parent(worker: int) -> None:
     for number in STOPPING:
         # Unlike SIG_IGN, a handler is not inherited by these commands.
         signal.signal(number, _pass_by)
+    sys.excepthook = _report
     unblock()
 
 
 def _pass_by(number: int, frame: FrameType | None) -> None:
     pass
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception, unless the parent has hung up.
+
+    A worker's own exceptions go to its parent. But multiprocessing has a thread that hands over
+    tensors, and a parent that stops may leave in the middle of one.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def kill_workers(loader: object) -> None:
