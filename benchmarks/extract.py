@@ -20,9 +20,9 @@ from torchvision import transforms
 
 from benchmarks.measuring import cpu_seconds, in_turns, machine
 from seco.checkpoints.weights import load_backbone
-from seco.config import ExtractConfig, check_extract
+from seco.config import IMAGENET_MEAN, IMAGENET_STD, ExtractConfig, check_extract
 from seco.data.frames import FrameLoader, VideoFrames
-from seco.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
+from seco.data.transforms import normalise
 from seco.features.extract import extract_features
 from seco.features.plan import computing_threads, dataset_of, feature_extractor, resolved
 from seco.processes.device import resolve_device, uses_bf16, wall_milliseconds

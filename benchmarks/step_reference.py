@@ -78,7 +78,7 @@ class PlainStep:
             [*self._query.parameters(), *self._order.parameters()],
             lr=peak_lr(config),
             momentum=config.momentum,
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay or 0.0,
             foreach=False,
         )
 

@@ -18,6 +18,8 @@ from shards.settings import require, setting
 from shards.settings import require as _require
 
 TASKS = ("inter", "intra", "order")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 … 1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 WORKERS_HELP = (
     "data-loading workers per process; does not affect results [default: 2 on the CPU; on a GPU, "
     "the process's cores minus 2, from 2 to 16]"
@@ -42,6 +44,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "final_lr": 1e-6,
     },
 }
+
+
+OPTIMIZERS = ("auto", "sgd", "adamw", "lars")
+_WEIGHT_DECAYS = {"sgd": 1e-4, "adamw": 0.1, "lars": 1e-6}  # authors' code; MoCo v3; MoCo v3
+# Of a batch of 256: MoCo v3's for ViTs, and for ResNet-50 in 300 epochs.
+_LR_AT_256 = {"adamw": 1.5e-4, "lars": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +106,36 @@ class PretrainConfig(TrainingConfig):
     )
     arch: str = setting(
         "resnet50",
-        "backbone: a torchvision ResNet; for small images, resnet10_w32, resnet18_cifar, …",
+        "backbone: torchvision's resnet50, vit_b_16, convnext_tiny, …; timm:NAME; for small images "
+        "resnet10_w32, resnet18_cifar, …",
         source="paper §5.2",
     )
     init: str | None = setting(
-        None, "initial weights: a checkpoint or a ResNet state dict", resumable=True
+        None, "initial weights: a checkpoint or a state dict", resumable=True
     )
     epochs: int = setting(400, "training epochs", source="paper §5.2")
     batch_size: int = setting(512, "global batch size, in videos", source="paper §5.2")
     lr: float | None = setting(
         None,
-        "peak learning rate [default: 0.2; with --preset authors, 0.1 x batch size / 256]",
+        "peak learning rate [default: 0.2; with --preset authors, 0.1 x batch size / 256; adamw: "
+        "1.5e-4 x batch size / 256; lars: 0.3 x batch size / 256]",
         source="paper §5.2",
     )
-    momentum: float = setting(0.9, "SGD momentum", source="authors' code")
-    weight_decay: float = setting(
-        1e-4, "weight decay, applied to every parameter", source="authors' code"
+    optimizer: str = setting(
+        "auto",
+        "sgd as in the paper, or adamw or lars as in MoCo v3; auto: adamw for a backbone without "
+        "BatchNorm, else sgd",
+        source="paper §5.2: SGD",
+        choices=OPTIMIZERS,
+    )
+    momentum: float = setting(0.9, "momentum; of adamw, beta 1", source="authors' code")
+    weight_decay: float | None = setting(
+        None,
+        "weight decay [default: sgd 1e-4; adamw 0.1; lars 1e-6]",
+        source="authors' code",
+    )
+    decay_norms: bool = setting(
+        True, "apply it to norms and biases, too; lars never does", source="authors' code"
     )
     warmup_epochs: int | None = setting(
         None, "epochs of linear warm-up from lr / 100 [default: the preset's]"
@@ -245,6 +267,8 @@ def resolve_pretrain(config: PretrainConfig, processes: int = 1) -> PretrainConf
         chosen["bn_group"] = default_group(config.batch_size, share)
     if config.lr is None:
         chosen["lr"] = _default_lr(config)
+    if config.weight_decay is None:
+        chosen["weight_decay"] = _WEIGHT_DECAYS[optimizer_of(config)]
     resolved = dataclasses.replace(config, **chosen, tasks=",".join(task_list(config)))
     _require_ranges(resolved, share)
     return resolved
@@ -255,6 +279,11 @@ def negative_count(queue_size: int, batch_size: int) -> int:
     return queue_size or 3 * (batch_size - 1)
 
 
+def optimizer_of(config: PretrainConfig) -> str:
+    """Return the optimizer of resolved settings: ``sgd``, ``adamw`` or ``lars``."""
+    return "sgd" if config.optimizer == "auto" else config.optimizer
+
+
 def peak_lr(config: PretrainConfig) -> float:
     """Return the peak learning rate of resolved settings."""
     assert config.lr is not None
@@ -262,7 +291,10 @@ def peak_lr(config: PretrainConfig) -> float:
 
 
 def _default_lr(config: PretrainConfig) -> float:
-    """Return 0.2 (paper §5.2), or the authors' 0.1 x batch size / 256 (0.2 at 512)."""
+    """Return 0.2 (paper §5.2), the authors' 0.1 x batch size / 256 (0.2 at 512), or MoCo v3's."""
+    kind = optimizer_of(config)
+    if kind in _LR_AT_256:
+        return _LR_AT_256[kind] * config.batch_size / 256
     return config.batch_size / 2560 if config.preset == "authors" else 0.2
 
 
@@ -298,7 +330,7 @@ def _require_ranges(config: PretrainConfig, share: int) -> None:
         "views_on",
         "must be device with --decode nvjpeg",
     )
-    _require(config.weight_decay >= 0, "weight_decay", "must not be negative")
+    _require((config.weight_decay or 0) >= 0, "weight_decay", "must not be negative")
     _require((config.workers or 0) >= 0, "workers", "must not be negative")
     _require(config.accumulate >= 1, "accumulate", "must be 1 or more")
     _require(0 < config.min_crop_area <= 1, "min_crop_area", "must be above 0 and at most 1")
@@ -319,7 +351,7 @@ EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors")
 class ImportConfig:
     """``seco import``: convert a file of any known layout to a checkpoint of this toolkit."""
 
-    file: str = setting("", "file of MoCo or of SeCo's authors, ResNet state dict, or safetensors")
+    file: str = setting("", "file of MoCo or of SeCo's authors, state dict, or safetensors")
     out: str = setting("", "checkpoint to write")
 
 
@@ -343,7 +375,9 @@ class ExtractConfig:
     """``seco extract-features``: one frozen feature per video (paper §5.2)."""
 
     shards: tuple[str, ...] = setting((), "shards: manifest, pattern, glob, folder or address")
-    checkpoint: str = setting("", "weights: a checkpoint, a ResNet state dict, or 'random'")
+    checkpoint: str = setting(
+        "", "weights: a checkpoint, a state dict, timm:NAME (timm's own), or 'random'"
+    )
     out: str | None = setting(None, "feature folder [default: features/DATASET]")
     overwrite: bool = setting(
         False,
@@ -523,7 +557,9 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
         resumable=True,
     )
     checkpoint: str = setting(
-        "", "pre-trained weights: a checkpoint, a ResNet state dict, or 'random'", resumable=True
+        "",
+        "pre-trained weights: a checkpoint, a state dict, timm:NAME, or 'random'",
+        resumable=True,
     )
     out: str | None = setting(
         None, "run folder [default: runs/DATASET-finetune-SPLIT]", resumable=True
@@ -716,7 +752,7 @@ class TrackTrainConfig(TrainingConfig):
         (), "tracking shards to train on, for example GOT-10k", resumable=True
     )
     checkpoint: str = setting(
-        "", "backbone weights: a checkpoint, a ResNet state dict, or 'random'", resumable=True
+        "", "backbone weights: a checkpoint, a ResNet's state dict, or 'random'", resumable=True
     )
     out: str | None = setting(None, "run folder [default: runs/track-DATASET]", resumable=True)
     arch: str | None = setting(

@@ -176,7 +176,9 @@ def send(trial: Trial, process: Program) -> bool:
     return True
 
 
-def _outcome_of(module: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def _outcome_of(
+    module: str, text: str, folder: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run text as ``python -m module`` in a folder."""
     (folder / f"{module}.py").write_text(text)
     path = f"{ROOT}{os.pathsep}{folder}"
@@ -184,7 +186,7 @@ def _outcome_of(module: str, text: str, folder: Path) -> subprocess.CompletedPro
         [sys.executable, "-m", module],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **variables},
         preexec_fn=_hear_ctrl_c,
         timeout=LONGEST,
     )
@@ -248,6 +250,29 @@ def test_the_exit_code_of_an_interrupted_command_under_m(tmp_path: Path) -> None
     # Python remembers an interrupt within the exec of a text, and would end with SIGINT.
     text = "import cli\ncli.run = lambda given: exec('raise KeyboardInterrupt')\ncli.main([])\n"
     assert _outcome_of("stops", text, tmp_path).returncode == EXIT_STOPPED
+
+
+def test_a_process_ends_although_its_launcher_no_longer_reads_its_result(tmp_path: Path) -> None:
+    # The signal and the launcher's own come just before the end, too late to stop anything.
+    text = """
+import os, signal, threading
+from seco.processes import launch
+from shards.signals import StopRequest
+
+def run(config):
+    with StopRequest():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    return 0
+
+launch._LAUNCHER_LOOKS_WITHIN = 0.1
+launch._run_and_exit(None, run)
+threading.Event().wait()  # as torch does
+"""
+    marks = {"SECO_STOPPED": str(tmp_path), "RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    found = _outcome_of("stops", text, tmp_path, **marks)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert (tmp_path / "0").read_text() == "at its end"
 
 
 def test_a_parent_that_leaves_while_a_tensor_is_handed_over(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ Nothing in a file is ever executed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,16 @@ from seco.checkpoints.io import (
     load_torch_file,
 )
 from seco.config import TASKS
-from seco.models.backbones import build_backbone, known_archs
+from seco.models.backbones import (
+    RESNETS,
+    SMALL_IMAGES,
+    TIMM_PREFIX,
+    TORCHVISION,
+    backbone_shape,
+    backbone_spec,
+    feature_dim,
+    known_archs,
+)
 from shards.errors import InputError
 from shards.untrusted import open_regular
 
@@ -125,10 +133,10 @@ class NamedTensors:
 
 
 def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, dict[str, Tensor]]:
-    """Take the backbone from ``tensors``; names that begin with ``fc`` are left.
+    """Take the backbone from ``tensors``; those of a classifier are left.
 
     Args:
-        tensors: with torchvision's names.
+        tensors: with the names of torchvision, or of the package the backbone is from.
         stated: the architecture according to the file; if it is not a known one, the architecture
             is identified by the tensors.
 
@@ -138,13 +146,15 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
     Raises:
         InputError: one of its tensors is missing, left over or has another shape.
     """
-    shapes = {name: tensors.shape(name) for name in tensors.names() if not name.startswith("fc")}
+    all_shapes = {name: tensors.shape(name) for name in tensors.names()}
     # Files from before torch 0.4.1, such as torchvision's first weights, lack these counters.
-    uncounted = not any(name.endswith(_COUNTER) for name in shapes)
-    candidates = (str(stated),) if stated in known_archs() else known_archs()
-    closest, least = candidates[0], len(shapes) + 1_000
+    uncounted = not any(name.endswith(_COUNTER) for name in all_shapes)
+    candidates = _candidates(all_shapes, stated)
+    closest, least = candidates[0], len(all_shapes) + 1_000
     for arch in candidates:
-        expected = backbone_shapes(arch)
+        others = _classifier(arch)
+        shapes = {n: shape for n, shape in all_shapes.items() if not n.startswith(others)}
+        expected = {n: tuple(t.shape) for n, t in backbone_shape(arch).tensors.items()}
         if uncounted:
             expected = {n: shape for n, shape in expected.items() if not n.endswith(_COUNTER)}
         differing = _differences(shapes, expected)
@@ -152,9 +162,9 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
             closest, least, first = arch, len(differing), next(iter(differing), "")
         if not differing:
             break
-    if least > len(backbone_shapes(closest)) // 2:
+    if least > len(backbone_shape(closest).tensors) // 2:
         held = f"{tensors.prefix}* is" if tensors.prefix else "is"
-        kind = closest if len(candidates) == 1 else "ResNet that `--arch` knows"
+        kind = closest if len(candidates) == 1 else "network that is recognised by its tensors"
         raise InputError(f"{held} not a {kind}", tensors.path)
     if least:
         more = f", {least - 1} more differ" if least > 1 else ""
@@ -162,10 +172,28 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
     backbone = {
         name: torch.zeros((), dtype=torch.long)
         if uncounted and name.endswith(_COUNTER)
-        else tensors.take(name, shape, whole_numbers=name.endswith(_COUNTER))
-        for name, shape in backbone_shapes(closest).items()
+        else tensors.take(name, tuple(like.shape), whole_numbers=not like.is_floating_point())
+        for name, like in backbone_shape(closest).tensors.items()
     }
     return closest, backbone
+
+
+def _candidates(shapes: Mapping[str, object], stated: object) -> tuple[str, ...]:
+    """The architectures that a file may hold, the likeliest first."""
+    if stated in known_archs() or (isinstance(stated, str) and stated.startswith(TIMM_PREFIX)):
+        return (str(stated),)
+    resnets = not any(name.startswith(_OTHERS) for name in shapes)
+    kinds = (RESNETS, SMALL_IMAGES) if resnets else (TORCHVISION,)
+    return tuple(arch for arch in known_archs() if backbone_spec(arch).family in kinds)
+
+
+_OTHERS = ("features.", "stem.", "class_token")  # in all of torchvision's but ResNets
+
+
+def _classifier(arch: str) -> tuple[str, ...]:
+    """What the names of tensors begin with that are behind the backbone in files of others."""
+    spec = backbone_spec(arch)
+    return ("fc",) if spec.family in (RESNETS, SMALL_IMAGES) else spec.classifier
 
 
 def take_mlp(tensors: NamedTensors, width: int, dim: int | None = None) -> dict[str, Tensor]:
@@ -198,14 +226,6 @@ def take_linear(
     return layer
 
 
-@functools.cache
-def backbone_shapes(arch: str) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of a backbone's tensors, by name."""
-    with torch.device("meta"):
-        state = build_backbone(arch).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
 def _differences(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
@@ -229,7 +249,7 @@ def _text(shape: Shape) -> str:
     return "×".join("any" if size is None else str(size) for size in shape) or "()"
 
 
-SECO, MOCO_V1, MOCO_V2, TORCHVISION = "seco", "moco-v1", "moco-v2", "torchvision"
+SECO, MOCO_V1, MOCO_V2, STATE_DICT = "seco", "moco-v1", "moco-v2", "torchvision"
 AUTHORS, AUTHORS_FINETUNED = "seco-authors", "seco-authors-finetuned"
 SECO_FINETUNED = "seco-finetuned"
 SHARED = "shared"  # head of a model that has one for all tasks
@@ -241,7 +261,7 @@ DESCRIPTIONS = {
     AUTHORS: "SeCo by its authors",
     AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
     SECO_FINETUNED: "fine-tuned by this toolkit",
-    TORCHVISION: "a ResNet state dict",
+    STATE_DICT: "a state dict",
 }
 
 Layer = dict[str, Tensor]
@@ -295,15 +315,21 @@ class Weights:
         return ", ".join([DESCRIPTIONS[self.layout], self.arch, *epoch])
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, arch: str | None = None) -> Weights:
     """Read the weights from a file of any known layout.
+
+    Args:
+        path: of the file.
+        arch: of a state dict that does not name its own, if its tensors do not tell it: one of
+            timm's or a plug-in's.
 
     Raises:
         InputError: its layout is unknown, it would run code, or a tensor is missing, left over, has
             another shape or contains NaN.
     """
     if _is_safetensors(path):
-        return _torchvision(*_read_safetensors(path), path)
+        content, stated = _read_safetensors(path)
+        return _torchvision(content, stated or _assumed(arch), path)
     content = load_torch_file(path)
     if not isinstance(content, Mapping):
         raise _unknown(path)
@@ -315,12 +341,17 @@ def read_weights(path: Path) -> Weights:
         return _authors(content, path)
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise _unknown(path)
-    return _torchvision(content, None, path)
+    return _torchvision(content, _assumed(arch), path)
+
+
+def _assumed(arch: str | None) -> str | None:
+    told_by_tensors = (RESNETS, SMALL_IMAGES, TORCHVISION)
+    return None if arch is None or backbone_spec(arch).family in told_by_tensors else arch
 
 
 def _unknown(path: Path) -> InputError:
     return InputError(
-        "is neither a checkpoint of this toolkit, MoCo or SeCo's authors nor a ResNet state dict",
+        "is neither a checkpoint of this toolkit, MoCo or SeCo's authors nor a state dict",
         path,
     )
 
@@ -328,12 +359,15 @@ def _unknown(path: Path) -> InputError:
 def _torchvision(content: object, stated: object, path: Path) -> Weights:
     tensors = NamedTensors(content, path).unwrapped()
     arch, backbone = take_backbone(tensors, stated)
-    classified = any(name.startswith("fc.") for name in tensors.names())
-    if classified:
-        take_linear(tensors.under("fc."), _width(backbone))
+    if backbone_spec(arch).family in (RESNETS, SMALL_IMAGES):
+        classified = any(name.startswith("fc.") for name in tensors.names())
+        if classified:
+            take_linear(tensors.under("fc."), feature_dim(arch))
+    else:
+        classified = sum(len(tensors.under(prefix)) for prefix in _classifier(arch)) > 0
     tensors.require_empty()
     return Weights(
-        layout=TORCHVISION,
+        layout=STATE_DICT,
         arch=arch,
         query=EncoderWeights(backbone=backbone, heads={}),
         left=("classifier",) if classified else (),
@@ -354,11 +388,11 @@ def _moco(content: Mapping[str, Any], path: Path) -> Weights:
         arch, backbone = take_backbone(encoder, arch)
         head = encoder.under("fc.")
         if "weight" in head.names():
-            dim = len(take_linear(head, _width(backbone), dim)["bias"])
+            dim = len(take_linear(head, feature_dim(arch), dim)["bias"])
             layout, left = MOCO_V1, ("one-layer head",)
             heads = {}
         else:
-            heads = {SHARED: take_mlp(head, _width(backbone), dim)}
+            heads = {SHARED: take_mlp(head, feature_dim(arch), dim)}
             dim = len(heads[SHARED]["2.bias"])
         encoder.require_empty()
         encoders.append(EncoderWeights(backbone=backbone, heads=heads))
@@ -383,7 +417,7 @@ def _authors(content: Mapping[str, Any], path: Path) -> Weights:
     tensors = NamedTensors(content["model"], path).unwrapped()
     if not any(name.startswith("fc_") for name in tensors.names()):
         arch, backbone = take_backbone(tensors)
-        take_linear(tensors.under("fc."), _width(backbone))
+        take_linear(tensors.under("fc."), feature_dim(arch))
         tensors.require_empty()
         query = EncoderWeights(backbone=backbone, heads={})
         return Weights(
@@ -418,7 +452,7 @@ def _authors_encoder(
     tensors: NamedTensors, stated: str | None = None
 ) -> tuple[str, EncoderWeights]:
     arch, backbone = take_backbone(tensors, stated)
-    heads = {task: take_mlp(tensors.under(f"fc_{task}."), _width(backbone)) for task in TASKS}
+    heads = {task: take_mlp(tensors.under(f"fc_{task}."), feature_dim(arch)) for task in TASKS}
     sequence = 3 * len(heads["order"]["2.bias"])
     classifier = take_linear(tensors.under("fc_order_classifier."), sequence, rows=2)
     tensors.require_empty()
@@ -441,7 +475,7 @@ def _own(content: Mapping[str, Any], path: Path) -> Weights:
             continue
         arch, backbone = take_backbone(encoder.under("backbone."), arch)
         names = dict.fromkeys(n.split(".")[1] for n in encoder.names() if n.startswith("heads."))
-        heads = {n: take_mlp(encoder.under(f"heads.{n}."), _width(backbone)) for n in names}
+        heads = {n: take_mlp(encoder.under(f"heads.{n}."), feature_dim(arch)) for n in names}
         encoder.require_empty()
         encoders.append(
             EncoderWeights(
@@ -471,15 +505,10 @@ def _own(content: Mapping[str, Any], path: Path) -> Weights:
 
 def _own_finetuned(tensors: NamedTensors, arch: str) -> Weights:
     arch, backbone = take_backbone(tensors.under("backbone."), arch)
-    take_linear(tensors.under("classifier."), _width(backbone))
+    take_linear(tensors.under("classifier."), feature_dim(arch))
     tensors.require_empty()
     query = EncoderWeights(backbone=backbone, heads={})
     return Weights(layout=SECO_FINETUNED, arch=arch, query=query, left=("classifier",))
-
-
-def _width(backbone: Layer) -> int:
-    """C, the width of the pooled feature: the channels of the last BatchNorm."""
-    return len(backbone[[name for name in backbone if name.endswith("running_var")][-1]])
 
 
 def _epoch(content: Mapping[str, Any]) -> int | None:

@@ -13,7 +13,7 @@ from seco import __version__
 from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
 from seco.checkpoints.io import save_checkpoint, save_torch_file
 from seco.config import TASKS, ExportConfig, ImportConfig
-from seco.models.backbones import TORCHVISION, backbone_spec
+from seco.models.backbones import RESNETS, backbone_spec
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import sha256_of
@@ -59,7 +59,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     """
     source, out = _paths(config.file, config.out)
     weights = read_weights(source)
-    torchvisions = backbone_spec(weights.arch).family == TORCHVISION
+    family = backbone_spec(weights.arch).family
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
         whole = safetensors.torch.save(weights.query.backbone, metadata)
@@ -67,7 +67,7 @@ def export_checkpoint(config: ExportConfig) -> str:
             temporary.write_bytes(whole)
     elif config.format == "torchvision":
         save_torch_file(out, weights.query.backbone)
-    elif not torchvisions:
+    elif family != RESNETS:
         raise InputError(
             f"holds a {weights.arch}, which the code that reads this layout cannot build",
             source,
@@ -80,7 +80,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     whole_model = config.format in ("moco", "seco-authors")
     held = _contents(weights) if whole_model else "query backbone"
     said = f"{out}: {held} of {source.name} ({weights.arch}) as {config.format}"
-    if torchvisions:
+    if family == RESNETS:
         return said
     return f"{said}; build the network with seco.models.backbones.build_backbone({weights.arch!r})"
 

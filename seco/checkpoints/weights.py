@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import FINETUNED, epochs_reached, load_checkpoint
-from seco.config import TrackTrainConfig
-from seco.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from seco.models.backbones import build_backbone, tensors_sha256
+from seco.config import IMAGENET_MEAN, IMAGENET_STD, TrackTrainConfig
+from seco.models.backbones import (
+    TIMM_PREFIX,
+    build_backbone,
+    pretrained_timm,
+    tensors_sha256,
+    without_values,
+)
 from seco.models.classifier import Classes, VideoClassifier
 from seco.models.siamfc import TRACKER, SiamFC
 from shards.errors import InputError
@@ -34,7 +39,7 @@ class Backbone(nn.Module):
     Args:
         network: set to evaluation mode.
         arch: its name.
-        source: a file, ``random``, or ``memory``.
+        source: a file, ``timm:NAME``, ``random``, or ``memory``.
         tasks: tasks it was pre-trained on, if the file says.
 
     Attributes:
@@ -88,7 +93,8 @@ def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) ->
     """Load the query backbone from a file, or initialise a random one.
 
     Args:
-        source: a file of any layout of :mod:`seco.checkpoints.convert`, or ``random``.
+        source: a file of any layout of :mod:`seco.checkpoints.convert`; ``random``; or
+            ``timm:NAME``, the weights timm has for this model.
         arch: architecture for ``random`` (default: resnet50); for a file, checked if given.
         seed: for random weights.
 
@@ -97,11 +103,15 @@ def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) ->
             features of partly loaded weights look plausible and are worthless.
     """
     source = str(source)
+    if source.startswith(TIMM_PREFIX):
+        if arch not in (None, source):
+            raise InputError(f"is not a {arch}", source, "leave --arch out")
+        return Backbone(pretrained_timm(source), source, source)
     if source == RANDOM:
         arch = arch or "resnet50"
         network = random_backbone(arch, seed)
         return Backbone(network, arch, RANDOM)
-    weights = read_weights(Path(source))
+    weights = read_weights(Path(source), arch)
     if arch is not None and arch != weights.arch:
         raise InputError(f"holds a {weights.arch}, not a {arch}", source, "leave --arch out")
     network = build_backbone(weights.arch)
@@ -177,7 +187,7 @@ def _built(make: Callable[[], _Module], tensors: Mapping[str, Tensor]) -> _Modul
     Raises:
         ValueError: a tensor is missing, left over or has another shape.
     """
-    with torch.device("meta"):
+    with without_values():
         expected = {name: tensor.shape for name, tensor in make().state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("other tensors")

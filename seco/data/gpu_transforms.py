@@ -30,10 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from seco.config import IMAGENET_MEAN, IMAGENET_STD
 from seco.data.transforms import (
     GRAY,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ViewConfig,
     ViewParameters,
     box_kernels,

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from seco.config import IMAGENET_MEAN, IMAGENET_STD
 from seco.data.crops import CROP_RATIO, CROP_SCALE
 from seco.processes.device import if_it_compiles, to_device
 from shards.settings import setting
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _BLUR_GIVEN_AT_PX = 224  # view size of the authors' sigma
 VIEW_DRAWS = 13  # uniform numbers per view
 

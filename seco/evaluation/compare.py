@@ -49,7 +49,7 @@ from seco.evaluation.splits import (
 from seco.evaluation.svm import LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
 from seco.features.store import Features, read_features
-from seco.models.backbones import feature_dim
+from seco.models.backbones import TIMM_PREFIX, feature_dim
 from seco.processes.device import resolve_device
 from shards.atomic import atomic_path, require_writable, write_json, write_text
 from shards.errors import InputError
@@ -67,7 +67,7 @@ Extract = Callable[[ExtractConfig], object]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder named by the user; ``source`` is a file or ``random``."""
+    """An encoder named by the user; ``source`` is a file, ``timm:NAME`` or ``random``."""
 
     name: str
     source: str
@@ -120,12 +120,17 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
         name, source = _named(text)
         if source.split(":")[0] == RANDOM:
             specs.append(_random(name, source))
+        elif source.startswith(TIMM_PREFIX):
+            feature_dim(source)  # raises if timm has no such model
+            specs.append(EncoderSpec(name or _as_name(source), source, source))
         else:
             path = _checkpoint(Path(source))
             usual = real_path(path.parent).name if path.name == LAST else path.stem
             specs.append(EncoderSpec(name or _as_name(usual), str(path)))
     _require_different([spec.name for spec in specs], "--encoder")
-    archs = [read_weights(Path(spec.source)).arch for spec in specs if spec.source != RANDOM]
+    archs = [
+        spec.arch or read_weights(Path(spec.source)).arch for spec in specs if spec.source != RANDOM
+    ]
     usual_arch = arch or next(iter(archs), None)
     return [_with_arch(spec, usual_arch) if spec.source == RANDOM else spec for spec in specs]
 
@@ -213,7 +218,10 @@ def _as_name(text: str) -> str:
 
 
 def _random(name: str | None, source: str) -> EncoderSpec:
-    arch, seed, *more = [*source.split(":")[1:], "", ""]
+    given = source.removeprefix(RANDOM).removeprefix(":")
+    prefix = TIMM_PREFIX if given.startswith(TIMM_PREFIX) else ""
+    arch, seed, *more = [*given.removeprefix(prefix).split(":"), "", ""]
+    arch = prefix + arch
     if any(more) or (seed and not (seed.isascii() and seed.isdigit() and len(seed) < 19)):
         raise InputError(
             f"invalid encoder {source!r}", "--encoder", "random, random:ARCH or random:ARCH:SEED"

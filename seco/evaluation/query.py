@@ -20,6 +20,7 @@ from seco.evaluation.index import INDEX, open_index
 from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, encoder_name, read_features
+from seco.models.backbones import TIMM_PREFIX
 from seco.pages import FramesOf, frames_of, render_page, thumbnail
 from seco.processes.device import resolve_device
 from seco.text import percent
@@ -157,7 +158,8 @@ def encode_frames(
     """
     encoder = features.encoder
     source = str(checkpoint or encoder.get("checkpoint"))
-    if checkpoint is None and source != RANDOM and not Path(source).is_file():
+    named = source == RANDOM or source.startswith(TIMM_PREFIX)
+    if checkpoint is None and not named and not Path(source).is_file():
         raise InputError("not found", source, "give the encoder's file with --checkpoint")
     seed = encoder.get("seed")
     arch = str(encoder["arch"]) if source == RANDOM else None

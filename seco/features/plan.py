@@ -51,6 +51,7 @@ from seco.features.store import (
     require_finite,
     write_feature_parts,
 )
+from seco.models.backbones import require_size
 from seco.processes.device import uses_bf16
 from seco.processes.ranks import local_size
 from shards.atomic import atomic_path, require_writable
@@ -328,6 +329,8 @@ class Extraction:
             require_writable(Path(config.out))  # before anything that takes long
         self.shards = open_shards(config.shards)
         self.backbone = backbone or load_backbone(config.checkpoint, config.arch, config.seed)
+        if backbone is None:
+            require_size(self.backbone.arch, config.crop_size)
         self.out = Path(config.out or f"features/{self.shards.name}")
         require_writable(self.out)
         self.dataset = dataset_of(self.shards)

@@ -1,25 +1,39 @@
-"""The backbones that ``--arch`` names: torchvision's ResNets, and ResNets for small images.
+"""The backbones that ``--arch`` names: torchvision's, those for small images, timm's, and plug-ins.
 
 A ResNet makes an image 32 times smaller before its last stage: of a 32 px image one cell is left.
 Those for small images have a 3×3 stem and no max-pooling. Their sizes are in ``docs/pretrain.md``.
+Another package adds backbones by the entry point ``seco.backbones``.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+from torchvision.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import StochasticDepth
 
+from seco.config import IMAGENET_MEAN, IMAGENET_STD
 from shards.errors import InputError
+from shards.signals import blocked
 
-TORCHVISION, SMALL_IMAGES = "torchvision", "for small images"  # families
+RESNETS, SMALL_IMAGES = "torchvision's ResNets", "ResNets for small images"  # families
+TORCHVISION, TIMM, PLUGINS = "torchvision's others", "timm's", "plug-ins"
+TIMM_PREFIX = "timm:"
+_ENTRY_POINTS = "seco.backbones"
 
 
 class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
@@ -68,54 +82,99 @@ class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no type
         return stage
 
 
+class _AnySizeViT(VisionTransformer):  # type: ignore[misc]
+    """torchvision's ViT for images of any size that its patches divide.
+
+    Position embeddings are interpolated from the grid of the image size it was built for, as in
+    DINO and timm, so the shapes of its tensors do not depend on the size of the views.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, 3, H, W) to (N, C), the class token."""
+        patches = self.conv_proj(images)
+        tokens = patches.flatten(2).transpose(1, 2)
+        first = self.class_token.expand(len(images), -1, -1)
+        encoder = self.encoder
+        places = _resized(encoder.pos_embedding, *patches.shape[2:])
+        hidden = encoder.dropout(torch.cat([first, tokens], dim=1) + places)
+        encoded: Tensor = encoder.ln(encoder.layers(hidden))[:, 0]
+        return encoded
+
+
+def _resized(places: Tensor, height: int, width: int) -> Tensor:
+    """Interpolate (1, 1 + G·G, D) position embeddings to (1, 1 + height·width, D)."""
+    grid = round((places.shape[1] - 1) ** 0.5)
+    if (height, width) == (grid, grid):
+        return places
+    first, others = places[:, :1], places[:, 1:]
+    square = others.view(1, grid, grid, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, (height, width), mode="bicubic", antialias=True)
+    return torch.cat([first, square.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """How to build one backbone.
 
     Args:
-        family: ``TORCHVISION`` or ``SMALL_IMAGES``.
-        width: C, the width of the pooled feature.
+        family: one of the families above.
         build: returns a randomly initialised network from (N, 3, H, W) to (N, C).
+        classifier: where files with a classifier keep it: prefixes of its tensors' names.
+        mean: of the images it takes, RGB in 0 … 1.
+        std: divides them after that.
+        size: side of the images it is made for, px.
+        transformer: whether it is trained as in MoCo v3, by AdamW.
     """
 
     family: str
-    width: int
     build: Callable[[], nn.Module]
+    classifier: tuple[str, ...] = ("fc.",)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    size: int = 224
+    transformer: bool = False
 
 
-def _spec(family: str, width: int, resnet: Callable[..., Any]) -> BackboneSpec:
+def _torchvision(name: str, family: str, head: str, transformer: bool = False) -> BackboneSpec:
     def build() -> nn.Module:
-        network: nn.Module = resnet()
-        network.fc = nn.Identity()
+        network: nn.Module = torchvision.models.get_model(name, weights=None)
+        parent, _, last = head.rpartition(".")
+        setattr(network.get_submodule(parent), last, nn.Identity())
+        if isinstance(network, VisionTransformer):
+            network.__class__ = _AnySizeViT  # torchvision's functions build no other class
         return network
 
-    return BackboneSpec(family, width, build)
-
-
-def _torchvision(name: str, width: int) -> BackboneSpec:
-    return _spec(
-        TORCHVISION, width, functools.partial(torchvision.models.get_model, name, weights=None)
-    )
+    return BackboneSpec(family, build, (f"{head}.",), transformer=transformer)
 
 
 def _small(
     block: type[BasicBlock | Bottleneck], blocks: Sequence[int], *, width: int, stem_stride: int
 ) -> BackboneSpec:
-    resnet = functools.partial(
-        SmallImageResNet, block, blocks, width=width, stem_stride=stem_stride
-    )
-    return _spec(SMALL_IMAGES, 8 * width * block.expansion, resnet)
+    def build() -> nn.Module:
+        network = SmallImageResNet(block, blocks, width=width, stem_stride=stem_stride)
+        setattr(network, "fc", nn.Identity())  # noqa: B010  # declared as a linear layer
+        return network
+
+    return BackboneSpec(SMALL_IMAGES, build)
 
 
+# Names of torchvision begin with these; the last part of each network becomes nn.Identity.
+_HEADS = {
+    "regnet": ("fc", False),
+    "convnext": ("classifier.2", True),
+    "efficientnet": ("classifier", False),
+    "mobilenet_v3": ("classifier", False),
+    "vit": ("heads", True),
+    "swin": ("head", True),
+}
 # A file that does not name its architecture is recognised by the shapes of its tensors: no two of
 # these may differ only in strides. Files are compared in this order, the likeliest first.
 _SPECS: dict[str, BackboneSpec] = {
-    "resnet50": _torchvision("resnet50", 2048),
-    **{name: _torchvision(name, 512) for name in ("resnet18", "resnet34")},
     **{
-        name: _torchvision(name, 2048)
+        name: _torchvision(name, RESNETS, "fc")
         for name in (
-            *("resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"),
+            *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
+            *("resnext50_32x4d", "wide_resnet50_2"),
             *("resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"),
         )
     },
@@ -127,45 +186,245 @@ _SPECS: dict[str, BackboneSpec] = {
     "resnet18_cifar": _small(BasicBlock, (2, 2, 2, 2), width=64, stem_stride=1),
     "resnet34_cifar": _small(BasicBlock, (3, 4, 6, 3), width=64, stem_stride=1),
     "resnet50_cifar": _small(Bottleneck, (3, 4, 6, 3), width=64, stem_stride=1),
+    **{
+        name: _torchvision(name, TORCHVISION, head, transformer)
+        for prefix, (head, transformer) in _HEADS.items()
+        for name in torchvision.models.list_models(module=torchvision.models)
+        if name.startswith(prefix)
+    },
 }
 
 
 def known_archs() -> tuple[str, ...]:
-    """Names that ``--arch`` accepts."""
-    return tuple(_SPECS)
+    """Names that ``--arch`` accepts, besides ``timm:NAME``."""
+    return (*_SPECS, *_plugins())
 
 
+@functools.cache
 def backbone_spec(arch: str) -> BackboneSpec:
     """Look up a backbone.
 
     Raises:
-        InputError: no backbone has this name.
+        InputError: no backbone has this name, or its package is missing or fails.
     """
-    if arch not in _SPECS:
-        choices = "; ".join(
-            f"{family}: {', '.join(name for name, spec in _SPECS.items() if spec.family == family)}"
-            for family in (TORCHVISION, SMALL_IMAGES)
-        )
-        raise InputError(f"unknown architecture {arch!r}", "--arch", f"give one of {choices}")
-    return _SPECS[arch]
+    if arch in _SPECS:
+        return _SPECS[arch]
+    if arch.startswith(TIMM_PREFIX):
+        return _timm(arch)
+    if arch in _plugins():
+        return _plugin(arch)
+    families = (RESNETS, SMALL_IMAGES, TORCHVISION)
+    choices = "; ".join(
+        f"{family}: {', '.join(name for name, spec in _SPECS.items() if spec.family == family)}"
+        for family in families
+    )
+    choices += f"; timm's: {TIMM_PREFIX}NAME"
+    raise InputError(f"unknown architecture {arch!r}", "--arch", f"give one of {choices}")
+
+
+def _timm(arch: str) -> BackboneSpec:
+    name = arch.removeprefix(TIMM_PREFIX)
+    timm = _timm_package(arch)
+    # Not "hf-hub:…" or "local-dir:…", which name files.
+    if ":" in name or not timm.is_model(name):
+        raise InputError("timm has no such model", arch, "timm.list_models() lists all")
+    said = timm.get_pretrained_cfg(name)
+    settings = {} if said is None else said.to_dict()
+    heads = settings.get("classifier") or ()
+    return BackboneSpec(
+        TIMM,
+        functools.partial(_timm_network, arch),
+        tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads)),
+        mean=tuple(settings.get("mean", IMAGENET_MEAN)),
+        std=tuple(settings.get("std", IMAGENET_STD)),
+        size=settings.get("input_size", (3, 224, 224))[1],
+    )
+
+
+def _timm_package(arch: str) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise InputError("timm is not installed", arch, "pip install 'seco-video[timm]'") from None
+    return timm
+
+
+def _timm_network(arch: str, pretrained: bool = False) -> nn.Module:
+    create = functools.partial(
+        _timm_package(arch).create_model, arch.removeprefix(TIMM_PREFIX), num_classes=0
+    )
+    # Where the size of the images is free, these say so; other models refuse the word.
+    for freedom in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+        try:
+            with without_values():
+                create(**freedom)
+        except (TypeError, ValueError, AttributeError):
+            continue
+        network: nn.Module = create(**freedom, pretrained=pretrained)
+        return network
+    network = create(pretrained=pretrained)
+    return network
+
+
+@functools.cache
+def _plugins() -> Mapping[str, metadata.EntryPoint]:
+    return {entry.name: entry for entry in metadata.entry_points(group=_ENTRY_POINTS)}
+
+
+def _plugin(arch: str) -> BackboneSpec:
+    try:
+        made = _plugins()[arch].load()
+    except Exception as error:  # another package's code
+        raise InputError(
+            f"its plug-in fails ({type(error).__name__}: {error})", arch, "repair or remove it"
+        ) from error
+    return made if isinstance(made, BackboneSpec) else BackboneSpec(PLUGINS, made, classifier=())
 
 
 def build_backbone(arch: str) -> nn.Module:
-    """Build a randomly initialised ResNet from (N, 3, H, W) to pooled features (N, C).
+    """Build a randomly initialised network from (N, 3, H, W) to pooled features (N, C).
+
+    It takes images normalised as ImageNet's, whatever it was made for. Dropout and stochastic depth
+    are off, as in MoCo v3: a step depends on nothing but the weights and the batch.
 
     Raises:
-        InputError: no backbone has this name.
+        InputError: no backbone has this name, or its package is missing.
     """
-    return backbone_spec(arch).build()
+    return _adapted(backbone_spec(arch).build(), backbone_spec(arch))
+
+
+def pretrained_timm(arch: str) -> nn.Module:
+    """Build a network of timm with the weights timm has for it, from its cache or the network.
+
+    Raises:
+        InputError: timm is missing, has no such model or no weights for it, or they cannot be had.
+    """
+    spec = backbone_spec(arch)
+    try:
+        network = _timm_network(arch, pretrained=True)
+    except Exception as error:  # of several packages that fetch files
+        raise InputError(
+            f"timm cannot load its weights ({type(error).__name__}: {str(error)[:200]})",
+            arch,
+            "check its name and the network; timm keeps weights in the cache of Hugging Face",
+        ) from error
+    return _adapted(network, spec)
+
+
+def _adapted(network: nn.Module, spec: BackboneSpec) -> nn.Module:
+    if spec.family in (RESNETS, SMALL_IMAGES):
+        return network
+    for module in network.modules():
+        if isinstance(module, (_DropoutNd, StochasticDepth)):
+            module.p = 0.0
+        elif type(module).__name__ == "DropPath":  # timm's
+            setattr(module, "drop_prob", 0.0)  # noqa: B010  # no type declares it
+    if (spec.mean, spec.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        # A hook: a module around the network would change the names of its tensors.
+        network.register_forward_pre_hook(_Renormalise(spec))
+    return network
+
+
+class _Renormalise:
+    """Turns images normalised as ImageNet's into those a network was made for."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        self._factors = [old / new for old, new in zip(IMAGENET_STD, spec.std, strict=True)]
+        self._shifts = [
+            (old - new) / std
+            for old, new, std in zip(IMAGENET_MEAN, spec.mean, spec.std, strict=True)
+        ]
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows = zip(given[0].unbind(1), self._factors, self._shifts, strict=True)
+        return (torch.stack([x * factor + shift for x, factor, shift in rows], dim=1),)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Creates tensors that have a shape but no memory, except those that count or are lists.
+
+    ``torch.device("meta")`` also takes the values that some networks compute their sizes from.
+    """
+
+    _MADE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._MADE and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Build networks whose tensors have a shape but take no memory; ``to("meta")`` them then.
+
+    Signals wait: an exception within torch's own handling of modes leaves these unbalanced.
+    """
+    with blocked(), _WithoutValues():
+        yield
+
+
+class BackboneShape(NamedTuple):
+    """What is known of a backbone without giving it memory."""
+
+    width: int  # C, of the pooled feature
+    has_batchnorm: bool
+    tensors: Mapping[str, Tensor]  # on the meta device
+
+
+@functools.cache
+def backbone_shape(arch: str) -> BackboneShape:
+    """Return the width of the pooled feature, and the shapes of the tensors, of a backbone.
+
+    Raises:
+        InputError: no backbone has this name, or it does not make one feature of an image.
+    """
+    network = _empty(arch)
+    feature = _features(network, backbone_spec(arch).size)
+    if not isinstance(feature, Tensor) or feature.ndim != 2:
+        raise InputError("does not make one feature of each image", arch, "choose another --arch")
+    layers = any(isinstance(module, _BatchNorm) for module in network.modules())
+    return BackboneShape(feature.shape[1], layers, network.state_dict())
+
+
+def _empty(arch: str) -> nn.Module:
+    with without_values():
+        network = build_backbone(arch)
+    return network.to("meta").eval()
+
+
+def _features(network: nn.Module, size: int) -> object:
+    """What the network makes of two images of this size; None if it takes no such images."""
+    try:
+        with torch.no_grad():
+            return network(torch.empty(2, 3, size, size, device="meta"))
+    except Exception:  # each network says it in another way
+        return None
 
 
 def feature_dim(arch: str) -> int:
     """C, the width of the pooled feature.
 
     Raises:
-        InputError: no backbone has this name.
+        InputError: as for :func:`backbone_shape`.
     """
-    return backbone_spec(arch).width
+    return backbone_shape(arch).width
+
+
+def require_size(arch: str, size: int, option: str = "--crop-size") -> None:
+    """Check that a backbone takes images of this size, in px.
+
+    Raises:
+        InputError: it does not.
+    """
+    spec = backbone_spec(arch)
+    if spec.family not in (RESNETS, SMALL_IMAGES) and _features(_empty(arch), size) is None:
+        raise InputError(
+            f"{arch} takes no images of {size} px", option, f"it is made for {spec.size} px"
+        )
 
 
 def tensors_sha256(state: dict[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seco.config import PretrainConfig, default_group, resolve_pretrain, task_list
-from seco.models.backbones import build_backbone, feature_dim
+from seco.models.backbones import backbone_shape, build_backbone, feature_dim
 from seco.models.batchnorm import running_statistics
 from seco.models.losses import inter_loss, intra_loss, order_loss
 from seco.models.queue import NegativeQueue
@@ -38,7 +38,7 @@ class KeyShuffle:
         batch: N, the global batch.
         rank: this process's rank.
         size: number of ranks; divides N.
-        generator: with the same seed on all ranks.
+        generator: with the same seed on all ranks; None: nothing is shuffled.
 
     Attributes:
         wanted: (3n,) which of the 3N key images (k1 of all rows, then k2, then k3) this rank
@@ -49,12 +49,17 @@ class KeyShuffle:
         arrived: (3n,) the position of each wanted image among the received ones.
     """
 
-    def __init__(self, batch: int, rank: int, size: int, generator: torch.Generator) -> None:
+    def __init__(self, batch: int, rank: int, size: int, generator: torch.Generator | None) -> None:
         share = batch // size
         self._batch = batch
         self._share = share
         self._permutations = torch.stack(
-            [torch.randperm(batch, generator=generator) for _ in range(KEYS)]
+            [
+                torch.arange(batch)
+                if generator is None
+                else torch.randperm(batch, generator=generator)
+                for _ in range(KEYS)
+            ]
         )
         rows = self._permutations.numpy().reshape(KEYS, size, share)
         numbers = rows + batch * np.arange(KEYS)[:, None, None]
@@ -189,6 +194,8 @@ class SeCo(nn.Module):
         self.tasks = task_list(config)
         self.head_of = {t: t if config.heads == "separate" else "shared" for t in self.tasks}
         heads = dict.fromkeys(self.head_of.values())
+        # Without BatchNorm, no image tells anything of the others it is encoded with.
+        self.shuffles_keys = backbone_shape(config.arch).has_batchnorm
         self.query_encoder = Encoder(config.arch, heads, config.embedding_dim)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.order_classifier = nn.Linear(3 * config.embedding_dim, 2)
@@ -208,8 +215,8 @@ class SeCo(nn.Module):
         """Compute the loss of a batch, on one device.
 
         Keys are shuffled across BatchNorm groups of ``bn_group`` images (default: a quarter of the
-        batch) with torch's global generator. The activations of all queries are kept until
-        ``backward``.
+        batch) with torch's global generator, unless the backbone has no BatchNorm. The activations
+        of all queries are kept until ``backward``.
 
         Raises:
             InputError: ``bn_group`` does not divide the batch.
@@ -218,7 +225,8 @@ class SeCo(nn.Module):
         count = len(order)
         group = default_group(count) if self._bn_group is None else self._bn_group
         require(count % group == 0, "bn_group", f"{group} does not divide the batch of {count}")
-        shuffle = KeyShuffle(count, 0, 1, torch.default_generator)
+        generator = torch.default_generator if self.shuffles_keys else None
+        shuffle = KeyShuffle(count, 0, 1, generator)
         groups = (
             views[1 + part[0] // count][to_device(torch.from_numpy(part % count), order.device)]
             for part in np.split(shuffle.wanted, KEYS * count // group)

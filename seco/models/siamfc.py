@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from seco.config import FEATURE_LAYERS, STRIDE, TrackTrainConfig
 from shards.errors import InputError
@@ -73,11 +74,17 @@ class DilatedBackbone(nn.Module):
         feature_layer: the last stage to compute, ``layer2``, ``layer3`` or ``layer4``.
 
     Raises:
-        InputError: the features of this stage have a smaller stride.
+        InputError: it is not a ResNet, or the features of this stage have a smaller stride.
     """
 
     def __init__(self, network: nn.Module, feature_layer: str) -> None:
         super().__init__()
+        if not isinstance(network, ResNet):
+            raise InputError(
+                "is not a ResNet, whose stages can be dilated to the stride a tracker needs",
+                "--checkpoint",
+                "give the weights of a ResNet",
+            )
         strides = dilate(network)
         if strides[feature_layer] != STRIDE:
             usable = [name for name in FEATURE_LAYERS if strides[name] == STRIDE]
@@ -107,7 +114,7 @@ class DilatedBackbone(nn.Module):
         """Map normalised (N, 3, H, W) to features (N, C, ⌈H/8⌉, ⌈W/8⌉)."""
         net = self.network
         with torch.no_grad():
-            x = net.maxpool(net.relu(net.bn1(net.conv1(images))))  # type: ignore[operator]
+            x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
             for stage in self._stages:
                 x = getattr(net, stage)(x)
         return cast(Tensor, x)

@@ -208,7 +208,19 @@ def _run_and_exit(config: _Config, run: Callable[[_Config], int]) -> None:
         # The launcher reports the first failure it sees, which has to be the peer's; it kills this
         # process as soon as it has seen that one.
         time.sleep(_LAUNCHER_LOOKS_WITHIN)
+    if code == 0 and received():
+        _leave_soon()
     _leave(code)
+
+
+def _leave_soon() -> None:
+    """End in a while, if torch still waits for the launcher, which may have stopped looking.
+
+    If a signal came too late to stop the run, the launcher waits for this process, and this process
+    for the launcher to read its result; that stays readable.
+    """
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.setitimer(signal.ITIMER_REAL, _LAUNCHER_LOOKS_WITHIN)
 
 
 def _leave(code: int) -> None:

@@ -333,12 +333,18 @@ def _references(
 
 
 _FORMER_NAMES = {"test_size": ("size",)}
-_UNRECORDED = {"negatives": "all", "max_gap_seconds": "any"}
+_UNRECORDED = {
+    "negatives": "all",
+    "max_gap_seconds": "any",
+    "optimizer": "auto",
+    "decay_norms": "True",
+}
 _OF_PAPER = PRESETS["paper"]
 PRETRAINING = _references(
     PretrainConfig,
     apart=("tasks", "arch", "epochs"),
     lr=(0.2, _PAPER),
+    weight_decay=(1e-4, _AUTHORS),
     final_lr=(_OF_PAPER["final_lr"], "paper §5.2, “annealed down to zero”"),
     warmup_epochs=(_OF_PAPER["warmup_epochs"], "paper §5.2, which names none"),
     heads=(_OF_PAPER["heads"], _PAPER),

@@ -26,6 +26,7 @@ from seco.evaluation.video_test import (
     tested,
     written,
 )
+from seco.models.backbones import require_size
 from seco.models.classifier import Classes, VideoClassifier
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.ranks import Ranks, distributed, joined, one_voice, synchronised
@@ -244,6 +245,7 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
             model.dropout = config.dropout
             return self._fine_tuned(config, model, classes, said["encoder"])
         backbone = load_backbone(config.checkpoint, config.arch, config.seed)
+        require_size(backbone.arch, config.crop_size)
         labels = np.unique(self.videos.labels[self.videos.train]).tolist()
         classes = Classes(labels, [self.videos.class_name(label) for label in labels])
         model = VideoClassifier(backbone.arch, len(labels), config.freeze_bn, config.dropout)

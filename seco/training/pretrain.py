@@ -22,6 +22,7 @@ from seco.data.loader import Batch, DeviceViews, TripletLoader
 from seco.data.transforms import VIEW_DRAWS, normalise, view_config
 from seco.data.triplets import VIEWS
 from seco.evaluation.knn import knn_scores
+from seco.models.backbones import backbone_shape, require_size
 from seco.models.seco import SeCo, SeCoOutput, spread
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, one_voice
@@ -245,7 +246,7 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
         InputError: the file cannot be used, or has another architecture.
     """
     path = Path(str(config.init))
-    weights = read_weights(path)
+    weights = read_weights(path, config.arch)
     if weights.arch != config.arch:
         raise InputError(
             f"holds a {weights.arch}, not a {config.arch}", path, f"give --arch {weights.arch}"
@@ -327,9 +328,21 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Path
     device = resolve_device(config.device)
     with joined(device) as ranks:
         with one_voice():
+            config = with_optimizer(config)
             trainer = Trainer(_adopted(resolve_pretrain(config, ranks.size), config), ranks, device)
             trainer.callbacks = callbacks
         return trainer.run()
+
+
+def with_optimizer(config: PretrainConfig) -> PretrainConfig:
+    """Choose AdamW, as in MoCo v3, for a backbone without BatchNorm unless another is given.
+
+    Raises:
+        InputError: no backbone has this name.
+    """
+    if config.optimizer != "auto" or backbone_shape(config.arch).has_batchnorm:
+        return config
+    return dataclasses.replace(config, optimizer="adamw")
 
 
 def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
@@ -386,6 +399,7 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
             self._say(f"{self.stream.left_out} videos have fewer than 3 frames and are left out")
         self.steps_per_epoch = self.stream.steps_per_epoch
         self.images_per_step = config.batch_size * VIEWS
+        require_size(config.arch, config.crop_size)
         torch.manual_seed(config.seed)
         model = SeCo(config)
         if config.init and checkpoint is None:

@@ -203,11 +203,13 @@ def _momenta(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if not set(state) <= set(range(len(parameters))):
         raise ValueError("other parameters")
     for number, values in state.items():
-        for value in values.values():
+        for name, value in values.items():
+            # AdamW counts its steps, by a number of float32 for each parameter.
+            like = torch.empty(()) if name == "step" else parameters[number]
             if value is not None and (
                 not isinstance(value, Tensor)
-                or value.shape != parameters[number].shape
-                or value.dtype != parameters[number].dtype
+                or value.shape != like.shape
+                or value.dtype != like.dtype
             ):
                 raise ValueError("a momentum of another shape or type")
     return {**own, "state": state}

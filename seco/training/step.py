@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from seco.config import PretrainConfig, peak_lr
+from seco.config import PretrainConfig
 from seco.data.loader import DeviceViews
 from seco.data.transforms import VIEW_DRAWS, ViewConfig, draw_views
 from seco.models.seco import KeyShuffle, Negatives, SeCo, SeCoOutput, mean_output
 from seco.processes.device import compile_faults, compiler_works, to_device, uses_bf16
 from seco.processes.ranks import Ranks, distributed, synchronised
+from seco.training.optimizers import optimizer_for
 
 _BACKEND = "inductor"
 
@@ -88,13 +89,7 @@ class TrainingStep:
                 encoder.compile(backend=_BACKEND, dynamic=False)  # their forward is shared code
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # a group's shape never changes
-        self.optimizer = torch.optim.SGD(
-            model.trained_parameters(),
-            lr=peak_lr(config),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = optimizer_for(model.trained_parameters(), config)
         self._losses = distributed(_Losses(model), ranks, device)
 
     def run(self, crops: Tensor, known: GlobalRows, step: int, lr: float) -> SeCoOutput:
@@ -129,11 +124,14 @@ class TrainingStep:
     def _keys(self, crops: Tensor, known: GlobalRows, step: int) -> dict[str, Tensor]:
         """The keys of the global batch, (3, N, D) per head."""
         config, ranks = self._config, self._ranks
+        shuffled = self.model.shuffles_keys
         generator = torch.Generator().manual_seed(step_seed(config.seed, step))
-        shuffle = KeyShuffle(config.batch_size, ranks.rank, ranks.size, generator)
+        shuffle = KeyShuffle(
+            config.batch_size, ranks.rank, ranks.size, generator if shuffled else None
+        )
         own = crops[1:].flatten(0, 1)
-        if ranks.size == 1:
-            places = shuffle.wanted
+        if ranks.size == 1 or not shuffled:
+            places = shuffle.sent  # all to this rank
         else:
             leaving = own[_index(shuffle.sent, self._device)]
             own = ranks.exchange(leaving, shuffle.sent_counts, shuffle.received_counts)

@@ -18,12 +18,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
-from seco.checkpoints.convert import backbone_shapes, read_weights
+from seco.checkpoints.convert import read_weights
 from seco.checkpoints.weights import load_backbone, random_backbone
 from seco.config import FinetuneConfig
 from seco.evaluation.query import encode_frames
 from seco.features.store import read_features
-from seco.models.backbones import build_backbone, feature_dim, known_archs
+from seco.models.backbones import (
+    RESNETS,
+    backbone_shape,
+    backbone_spec,
+    build_backbone,
+    feature_dim,
+    known_archs,
+)
 from seco.models.siamfc import DilatedBackbone
 from seco.training.finetune import finetune
 from shards.errors import InputError
@@ -36,7 +43,7 @@ SMALL = [
     *("resnet10_w16", "resnet10_w32", "resnet10_w64"),
     *("resnet18_cifar", "resnet34_cifar", "resnet50_cifar"),
 ]
-TORCHVISION = [arch for arch in known_archs() if arch not in SMALL]
+TORCHVISION = [arch for arch in known_archs() if backbone_spec(arch).family == RESNETS]
 SHRINKING = {arch: 16 if arch.startswith("resnet10") else 8 for arch in SMALL}
 # torchvision's network with the same stages.
 SAME_STAGES: dict[str, Callable[[], nn.Module]] = {
@@ -61,7 +68,7 @@ def last_stage(network: Any, images: Tensor) -> Tensor:
 
 
 def test_names_and_widths() -> None:
-    assert set(known_archs()) == {*SMALL, *TORCHVISION}
+    assert set(known_archs()) > {*SMALL, *TORCHVISION}
     assert len(TORCHVISION) == 10
     for arch in TORCHVISION:
         with torch.device("meta"):
@@ -159,9 +166,11 @@ def test_unknown_names_list_the_choices(arch: str, make: Callable[[str], object]
     with pytest.raises(InputError) as caught:
         make(arch)
     said = str(caught.value)
-    assert said.startswith(f"--arch: unknown architecture {arch!r} — give one of torchvision: ")
-    torchvisions, small = said.split("; for small images: ")
-    assert small.split(", ") == SMALL
+    beginning = f"--arch: unknown architecture {arch!r} — give one of torchvision's ResNets: "
+    assert said.startswith(beginning)
+    torchvisions, small = said.split("; ResNets for small images: ")
+    assert small.split("; ")[0].split(", ") == SMALL
+    assert said.endswith("; timm's: timm:NAME")
     assert all(f" {name}" in torchvisions for name in TORCHVISION)
 
 
@@ -170,7 +179,10 @@ def test_unknown_names_list_the_choices(arch: str, make: Callable[[str], object]
 
 def test_no_two_have_the_same_tensors() -> None:
     """Strides do not show in a file: a file without a name could be either."""
-    shapes = {tuple(sorted(backbone_shapes(arch).items())) for arch in known_archs()}
+    shapes = {
+        tuple((name, *tensor.shape) for name, tensor in backbone_shape(arch).tensors.items())
+        for arch in known_archs()
+    }
     assert len(shapes) == len(known_archs())
 
 
@@ -316,7 +328,7 @@ def test_a_run_starts_from_another_and_is_exported(
         f" --init {tmp_path}/f --workers 0 --device cpu"
     )
     assert cli.run(shlex.split(again)) == 0
-    assert "a ResNet state dict, resnet10_w32: loaded the backbone" in capsys.readouterr().err
+    assert "a state dict, resnet10_w32: loaded the backbone" in capsys.readouterr().err
     found = load_backbone(str(tmp_path / "run/last.pt")).network.state_dict()
     for name, tensor in trained.network.state_dict().items():
         moves = "running" in name or "tracked" in name

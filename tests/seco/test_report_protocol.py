@@ -42,7 +42,7 @@ def test_the_papers_own_settings_differ_in_nothing_but_the_start(tmp_path: Path)
     run = write_paper_run(tmp_path / "run", TASKS, init="moco.pt")
     write_probe(tmp_path, str(run / "last.pt"), tolerance=0.01)
     found = protocol(tmp_path)
-    assert len(found) == 34
+    assert len(found) == 36
     unknown = {name: s.here for name, s in found.items() if s.state != SAME}
     assert unknown == {"pre-training: start from": "moco.pt, by its name"}
 
