@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import LAST
+from seco.checkpoints.named import is_named, weights_file
 from seco.checkpoints.weights import RANDOM
 from seco.config import CompareConfig, ExtractConfig, check_compare, fractions_of, values_of_c
 from seco.data.splits import UNLABELLED, held_out
@@ -67,11 +68,11 @@ Extract = Callable[[ExtractConfig], object]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder named by the user; ``source`` is a file or ``random``."""
+    """An encoder named by the user; ``source`` is a file, a name of weights, or ``random``."""
 
     name: str
     source: str
-    arch: str | None = None  # of random weights
+    arch: str | None = None  # of random weights, and of those given by name
     seed: int = 0
 
 
@@ -109,7 +110,8 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
 
     Args:
         given: strings ``[NAME=]SOURCE``.
-        arch: architecture of a ``random`` that names none; by default that of the first file.
+        arch: architecture of a source that names none: of ``random`` (by default that of the first
+            file) and of weights given by name.
 
     Raises:
         InputError: a file is missing or is not an encoder, random weights have no architecture, or
@@ -120,12 +122,17 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
         name, source = _named(text)
         if source.split(":")[0] == RANDOM:
             specs.append(_random(name, source))
+        elif is_named(source):
+            own = None if ":" in source else arch
+            specs.append(EncoderSpec(name or _as_name(source), source, own))
         else:
-            path = _checkpoint(Path(source))
-            usual = real_path(path.parent).name if path.name == LAST else path.stem
-            specs.append(EncoderSpec(name or _as_name(usual), str(path)))
+            path = _checkpoint(source)
+            file = Path(path)
+            usual = real_path(file.parent).name if file.name == LAST else file.stem
+            specs.append(EncoderSpec(name or _as_name(usual), path))
     _require_different([spec.name for spec in specs], "--encoder")
-    archs = [read_weights(Path(spec.source)).arch for spec in specs if spec.source != RANDOM]
+    files = [weights_file(spec.source, spec.arch)[0] for spec in specs if spec.source != RANDOM]
+    archs = [read_weights(file).arch for file in files]
     usual_arch = arch or next(iter(archs), None)
     return [_with_arch(spec, usual_arch) if spec.source == RANDOM else spec for spec in specs]
 
@@ -231,14 +238,16 @@ def _with_arch(spec: EncoderSpec, usual: str | None) -> EncoderSpec:
     return dataclasses.replace(spec, arch=arch)
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(source: str) -> str:
+    """A run's newest checkpoint, or the file as given: ``./moco-v2`` is one, ``moco-v2`` is not."""
+    path = Path(source)
     if not path.exists():
         raise InputError("run folder or checkpoint not found", path)
     if not path.is_dir():
-        return path
+        return source
     if not (path / LAST).is_file():
         raise InputError(f"holds no {LAST}", path, "give a run folder or a checkpoint file")
-    return path / LAST
+    return str(path / LAST)
 
 
 def _require_different(names: Sequence[str], option: str) -> None:
