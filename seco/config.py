@@ -102,7 +102,10 @@ class PretrainConfig(TrainingConfig):
         source="paper §5.2",
     )
     init: str | None = setting(
-        None, "initial weights: a checkpoint or a ResNet state dict", resumable=True
+        None,
+        "initial weights: a checkpoint, a ResNet state dict, or a name: moco-v2, imagenet-v1, "
+        "imagenet-v2, vclr",
+        resumable=True,
     )
     epochs: int = setting(400, "training epochs", source="paper §5.2")
     batch_size: int = setting(512, "global batch size, in videos", source="paper §5.2")
@@ -319,7 +322,9 @@ EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors")
 class ImportConfig:
     """``seco import``: convert a file of any known layout to a checkpoint of this toolkit."""
 
-    file: str = setting("", "file of MoCo or of SeCo's authors, ResNet state dict, or safetensors")
+    file: str = setting(
+        "", "file of MoCo or of SeCo's authors, ResNet state dict, safetensors, or a name"
+    )
     out: str = setting("", "checkpoint to write")
 
 
@@ -343,14 +348,17 @@ class ExtractConfig:
     """``seco extract-features``: one frozen feature per video (paper §5.2)."""
 
     shards: tuple[str, ...] = setting((), "shards: manifest, pattern, glob, folder or address")
-    checkpoint: str = setting("", "weights: a checkpoint, a ResNet state dict, or 'random'")
+    checkpoint: str = setting(
+        "", "weights: a checkpoint, a ResNet state dict, a name such as imagenet-v1, or 'random'"
+    )
     out: str | None = setting(None, "feature folder [default: features/DATASET]")
     overwrite: bool = setting(
         False,
         "replace features in --out that have another encoder or other settings, and their results",
     )
     arch: str | None = setting(
-        None, "backbone for --checkpoint random [default: resnet50]; else the checkpoint's"
+        None,
+        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
     )
     frames: int | None = setting(
         None,
@@ -523,7 +531,10 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
         resumable=True,
     )
     checkpoint: str = setting(
-        "", "pre-trained weights: a checkpoint, a ResNet state dict, or 'random'", resumable=True
+        "",
+        "pre-trained weights: a checkpoint, a ResNet state dict, a name such as imagenet-v1, or "
+        "'random'",
+        resumable=True,
     )
     out: str | None = setting(
         None, "run folder [default: runs/DATASET-finetune-SPLIT]", resumable=True
@@ -531,7 +542,7 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
     split: str = setting("1", "official split")
     arch: str | None = setting(
         None,
-        "backbone for --checkpoint random [default: resnet50]; else the checkpoint's",
+        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
         resumable=True,
     )
     epochs: int = setting(_EPOCHS, "training epochs", source="authors' code")
@@ -716,11 +727,15 @@ class TrackTrainConfig(TrainingConfig):
         (), "tracking shards to train on, for example GOT-10k", resumable=True
     )
     checkpoint: str = setting(
-        "", "backbone weights: a checkpoint, a ResNet state dict, or 'random'", resumable=True
+        "",
+        "backbone weights: a checkpoint, a ResNet state dict, a name such as imagenet-v1, or "
+        "'random'",
+        resumable=True,
     )
     out: str | None = setting(None, "run folder [default: runs/track-DATASET]", resumable=True)
     arch: str | None = setting(
-        None, "backbone for --checkpoint random [default: resnet50]; else the checkpoint's"
+        None,
+        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
     )
     feature_layer: str = setting(
         "layer4", "ResNet stage to take features from", source="paper §5.2", choices=FEATURE_LAYERS
@@ -981,8 +996,8 @@ class CompareConfig:
     test_shards: tuple[str, ...] = setting((), "shards of the test videos, if separate")
     encoder: tuple[str, ...] = setting(
         (),
-        "[NAME=]SOURCE: a run folder, a checkpoint file, random, random:ARCH or random:ARCH:SEED; "
-        "repeat for each encoder",
+        "[NAME=]SOURCE: a run folder, a checkpoint file, a name such as imagenet-v1, random, "
+        "random:ARCH or random:ARCH:SEED; repeat for each encoder",
     )
     features: tuple[str, ...] = setting(
         (), "[NAME=]FOLDER: a feature folder, instead of --shards and --encoder; repeat for each"

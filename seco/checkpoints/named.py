@@ -1,4 +1,4 @@
-"""Weights by name, such as ``moco-v2``: where they are, whose they are, and their copy in the cache.
+"""Weights by name, such as ``moco-v2``: their address, licence, and checked copy in the cache.
 
 The table is also in ``docs/checkpoints.md``. torchvision's addresses come from torchvision itself.
 """
@@ -64,7 +64,7 @@ class NamedWeights:
 
 
 # torchvision's README: "may have their own licenses or terms and conditions derived from the
-# dataset used for training". Its weights' classes are named after their training: V2 is a newer one.
+# dataset used for training". V2 is trained by a newer recipe than V1.
 _IMAGENET = {"imagenet-v1": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}
 _IMAGENET_LICENCE = "not stated; torchvision is BSD-3-Clause, the data is ImageNet"
 _IMAGENET_CITATION = "TorchVision maintainers and contributors, 2016, github.com/pytorch/vision"
@@ -154,8 +154,13 @@ def is_named(source: str) -> bool:
     return source.partition(":")[0] in NAMES
 
 
+def has_architectures(source: str) -> bool:
+    """Whether ``source`` is a name with weights for several architectures, and names none."""
+    return source in _IMAGENET
+
+
 def weights_file(source: str | Path, arch: str | None = None) -> tuple[Path, NamedWeights | None]:
-    """Return the file of weights that the user means: a path, or a name's file, fetched and checked.
+    """Return the file that the user means: a path, or that of a name, fetched and checked.
 
     Args:
         source: a string may be a name; a ``Path`` is always a path.

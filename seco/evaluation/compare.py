@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import LAST
-from seco.checkpoints.named import is_named, weights_file
+from seco.checkpoints.named import has_architectures, is_named, weights_file
 from seco.checkpoints.weights import RANDOM
 from seco.config import CompareConfig, ExtractConfig, check_compare, fractions_of, values_of_c
 from seco.data.splits import UNLABELLED, held_out
@@ -72,7 +72,7 @@ class EncoderSpec:
 
     name: str
     source: str
-    arch: str | None = None  # of random weights, and of those given by name
+    arch: str | None = None  # of random weights, and of names with weights for several
     seed: int = 0
 
 
@@ -111,7 +111,7 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
     Args:
         given: strings ``[NAME=]SOURCE``.
         arch: architecture of a source that names none: of ``random`` (by default that of the first
-            file) and of weights given by name.
+            file) and of ``imagenet-v1`` and ``imagenet-v2``.
 
     Raises:
         InputError: a file is missing or is not an encoder, random weights have no architecture, or
@@ -123,7 +123,7 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
         if source.split(":")[0] == RANDOM:
             specs.append(_random(name, source))
         elif is_named(source):
-            own = None if ":" in source else arch
+            own = arch if has_architectures(source) else None
             specs.append(EncoderSpec(name or _as_name(source), source, own))
         else:
             path = _checkpoint(source)
