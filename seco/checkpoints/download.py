@@ -102,6 +102,8 @@ def _fetch(
             elif error.code < 500 and error.code not in _BUSY:
                 raise InputError(f"cannot be fetched (HTTP {error.code} {error.reason})") from error
             raise
+    except urllib.error.URLError as error:  # a wrapper that says nothing more
+        raise (error.reason if isinstance(error.reason, Exception) else error) from None
     with answer:
         if answer.status == 206:
             if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):

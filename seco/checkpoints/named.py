@@ -236,7 +236,7 @@ def _check(weights: NamedWeights, found: Path) -> None:
     if recorded is not None:
         if recorded[1] != sha256:
             raise _refused(
-                f"is not the file of the first time: sha256 {sha256}, then {recorded[1]}",
+                f"is not the file of the first download: sha256 {sha256}, recorded {recorded[1]}",
                 found,
                 f"try again; if its publisher has replaced the file, delete {record}",
             )

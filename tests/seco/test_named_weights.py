@@ -27,6 +27,7 @@ from seco.checkpoints.weights import load_backbone
 from seco.evaluation.compare import parse_encoders
 from seco.evaluation.query import encode_frames
 from seco.features.store import read_features
+from seco.report.results import run_of
 from shards import storage
 from shards.errors import InputError
 from tests import commands
@@ -45,6 +46,7 @@ class Site:
     tags: bool = True  # send an ETag
     ranges: bool = True  # answer ranges
     lengths: bool = True  # send Content-Length
+    shift: int = 0  # say that a range begins this much later
     drops: list[int] = field(default_factory=list)  # of each answer in turn, close after n bytes
     codes: list[int] = field(default_factory=list)  # of each answer in turn, the HTTP code
     redirects: dict[str, str] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         if site.tags:
             self.send_header("ETag", tag)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start + site.shift}-{len(data) - 1}/*")
         if site.lengths:
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -192,11 +194,12 @@ def test_a_later_call_continues_what_an_earlier_one_left(site: Site, cache: Path
     assert site.ranges_asked == ["bytes=2000000-"]
 
 
-@pytest.mark.parametrize("how", ["another version", "no ranges", "no tag"])
+@pytest.mark.parametrize("how", ["another version", "no ranges", "another range", "no tag"])
 def test_a_part_that_cannot_be_continued_is_fetched_again(
     how: str, site: Site, cache: Path
 ) -> None:
     site.tags, site.ranges = how != "no tag", how != "no ranges"
+    site.shift = int(how == "another range")
     site.drops, site.codes = [2_000_000], [200, 503, 503, 503, 503]
     refused(entry(site))
     if how == "another version":
@@ -352,6 +355,41 @@ def test_of_two_processes_one_fetches(site: Site, cache: Path) -> None:
     assert Path(out.strip()).read_bytes() == site.files[PATH]
 
 
+INTERRUPTED = """
+import dataclasses
+import cli
+from seco.checkpoints import named
+named._OTHERS = (dataclasses.replace(named._OTHERS[0], name="moco-v2", url={url!r} + {path!r},
+                                     published=None),)
+cli.main(["import", "moco-v2", "--out", "out.pt"])
+"""
+
+
+def test_a_download_stopped_by_a_signal_is_continued(
+    site: Site, cache: Path, tmp_path: Path
+) -> None:
+    asked, stopped = threading.Event(), threading.Event()
+
+    def before(path: str) -> None:
+        if len(site.asked) == 2:
+            asked.set()
+            assert stopped.wait(600)
+
+    site.before, site.drops = before, [1_000_000]
+    code = INTERRUPTED.format(url=site.url, path=PATH)
+    process = commands.start("-c", code, cwd=tmp_path)
+    assert asked.wait(600)
+    process.terminate()
+    _, err = process.communicate(timeout=600)
+    stopped.set()
+    assert process.returncode == 75, err
+    assert "Traceback" not in err
+    assert (cache / "file-of.weights.pth.part").stat().st_size == 1_000_000
+    site.drops, site.before = [], lambda path: None
+    assert fetch_weights(entry(site)).read_bytes() == site.files[PATH]
+    assert site.ranges_asked[-1] == "bytes=1000000-"
+
+
 # Names.
 
 
@@ -401,6 +439,18 @@ def test_a_name_is_no_path_and_a_path_is_no_name(
     (spec,) = parse_encoders(["./moco-v2"], None)
     assert (spec.name, spec.source) == ("moco-v2", "./moco-v2")
     assert named_weights("moco-v2.pth") is None
+
+
+def test_weights_given_by_name_are_of_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report in a run's folder does not take them for the run's."""
+    monkeypatch.chdir(tmp_path)
+    runs: Any = [SimpleNamespace(folder=Path("."))]
+    assert run_of({"checkpoint": "last.pt"}, runs) is runs[0]
+    found = named_weights("moco-v2")
+    assert found is not None
+    assert run_of({"checkpoint": "moco-v2", **found.record()}, runs) is None
 
 
 def test_the_cache_is_where_it_is_said_to_be(
