@@ -29,6 +29,7 @@ from shards.untrusted import open_regular, read_regular
 CACHE_VARIABLE = "SECO_CACHE"
 DEFAULT_ARCH = "resnet50"
 _MOST_BYTES = 4 << 30  # torchvision's largest file has 2.4 GiB
+_TORCH_FILES = (b"PK\3\4", b"\x80")  # how files of torch.save begin: a zip, a pickle
 _RECORD = re.compile(r"([0-9a-f]{64})  ")  # a line of sha256sum
 
 
@@ -224,6 +225,8 @@ def _check(weights: NamedWeights, found: Path) -> None:
         sha256 = sha256_of(found)
         algorithm, start = weights.published or ("sha256", "")
         digest = sha256 if algorithm == "sha256" else _digest(found, algorithm)
+        with open_regular(found) as file:
+            begins = file.read(4)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})", found) from error
     if not digest.startswith(start):
@@ -232,6 +235,8 @@ def _check(weights: NamedWeights, found: Path) -> None:
             found,
             f"try again, or get it from {weights.url} yourself",
         )
+    if not begins.startswith(_TORCH_FILES):  # a login page must not become what is compared with
+        raise _refused("is not a file of torch", found, f"get it from {weights.url} yourself")
     recorded = _RECORD.match(read_regular(record).decode("ascii", "replace")) if there else None
     if recorded is not None:
         if recorded[1] != sha256:

@@ -111,7 +111,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.001)
     monkeypatch.setattr(storage, "_LONGEST_WAIT_SECONDS", 0.001)
     monkeypatch.setenv("no_proxy", "*")
-    made = Site(files={PATH: np.random.default_rng(0).bytes(3_000_000)})
+    made = Site(files={PATH: b"PK\3\4" + np.random.default_rng(0).bytes(2_999_996)})
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (Handler,), {"site": made}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     made.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -203,7 +203,7 @@ def test_a_part_that_cannot_be_continued_is_fetched_again(
     site.drops, site.codes = [2_000_000], [200, 503, 503, 503, 503]
     refused(entry(site))
     if how == "another version":
-        site.files[PATH] = site.files[PATH][::-1]
+        site.files[PATH] = b"PK\3\4" + site.files[PATH][:3:-1]
     assert fetch_weights(entry(site)).read_bytes() == site.files[PATH]
 
 
@@ -296,6 +296,13 @@ def test_a_wrong_digest_is_refused_and_the_file_deleted(site: Site, cache: Path)
     assert not [p for p in cache.iterdir() if p.suffix != ".lock"]
 
 
+def test_a_page_instead_of_a_file_is_not_recorded(site: Site, cache: Path) -> None:
+    whole, site.files[PATH] = site.files[PATH], b"<html>Please log in</html>"
+    assert "is not a file of torch; it was deleted" in refused(entry(site))
+    site.files[PATH] = whole
+    assert fetch_weights(entry(site)).read_bytes() == whole
+
+
 @pytest.mark.parametrize("published", [True, False])
 def test_a_file_is_compared_with_the_first_download_ever_after(
     published: bool, site: Site, cache: Path
@@ -308,7 +315,7 @@ def test_a_file_is_compared_with_the_first_download_ever_after(
     assert not path.exists()
     assert fetch_weights(weights).read_bytes() == data
     path.unlink()
-    site.files[PATH] = b"its publisher has replaced it"
+    site.files[PATH] = b"\x80 its publisher has replaced it"
     message = refused(weights)
     assert not path.exists()
     if not published:
