@@ -360,8 +360,8 @@ def import_(**settings: Any) -> None:
     """Convert FILE to a checkpoint of this toolkit.
 
     FILE is a checkpoint of MoCo v1 or v2 or of SeCo's authors, or a ResNet state dict (.pth or
-    safetensors). All tensor names must match. --init and --checkpoint also read such files
-    directly.
+    safetensors), or a name: imagenet-v1:ARCH, imagenet-v2:ARCH, moco-v2, vclr. All tensor names
+    must match. --init and --checkpoint also read such files and names directly.
 
     \b
     Example: seco import moco_v2_200ep_pretrain.pth.tar --out moco.pt

@@ -111,7 +111,10 @@ class PretrainConfig(TrainingConfig):
         source="paper §5.2",
     )
     init: str | None = setting(
-        None, "initial weights: a checkpoint or a state dict", resumable=True
+        None,
+        "initial weights: a checkpoint, a state dict, or a name: moco-v2, imagenet-v1, "
+        "imagenet-v2, vclr",
+        resumable=True,
     )
     epochs: int = setting(400, "training epochs", source="paper §5.2")
     batch_size: int = setting(512, "global batch size, in videos", source="paper §5.2")
@@ -351,7 +354,7 @@ EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors")
 class ImportConfig:
     """``seco import``: convert a file of any known layout to a checkpoint of this toolkit."""
 
-    file: str = setting("", "file of MoCo or of SeCo's authors, state dict, or safetensors")
+    file: str = setting("", "file of MoCo or of SeCo's authors, state dict, safetensors, or a name")
     out: str = setting("", "checkpoint to write")
 
 
@@ -376,7 +379,8 @@ class ExtractConfig:
 
     shards: tuple[str, ...] = setting((), "shards: manifest, pattern, glob, folder or address")
     checkpoint: str = setting(
-        "", "weights: a checkpoint, a state dict, timm:NAME (timm's own), or 'random'"
+        "",
+        "weights: a checkpoint, a state dict, a name such as imagenet-v1, timm:NAME, or 'random'",
     )
     out: str | None = setting(None, "feature folder [default: features/DATASET]")
     overwrite: bool = setting(
@@ -384,7 +388,8 @@ class ExtractConfig:
         "replace features in --out that have another encoder or other settings, and their results",
     )
     arch: str | None = setting(
-        None, "backbone for --checkpoint random [default: resnet50]; else the checkpoint's"
+        None,
+        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
     )
     frames: int | None = setting(
         None,
@@ -558,7 +563,8 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
     )
     checkpoint: str = setting(
         "",
-        "pre-trained weights: a checkpoint, a state dict, timm:NAME, or 'random'",
+        "pre-trained weights: a checkpoint, a state dict, a name such as imagenet-v1, timm:NAME, "
+        "or 'random'",
         resumable=True,
     )
     out: str | None = setting(
@@ -567,7 +573,7 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
     split: str = setting("1", "official split")
     arch: str | None = setting(
         None,
-        "backbone for --checkpoint random [default: resnet50]; else the checkpoint's",
+        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
         resumable=True,
     )
     epochs: int = setting(_EPOCHS, "training epochs", source="authors' code")
@@ -752,11 +758,15 @@ class TrackTrainConfig(TrainingConfig):
         (), "tracking shards to train on, for example GOT-10k", resumable=True
     )
     checkpoint: str = setting(
-        "", "backbone weights: a checkpoint, a ResNet's state dict, or 'random'", resumable=True
+        "",
+        "backbone weights: a checkpoint, a ResNet's state dict, a name such as imagenet-v1, or "
+        "'random'",
+        resumable=True,
     )
     out: str | None = setting(None, "run folder [default: runs/track-DATASET]", resumable=True)
     arch: str | None = setting(
-        None, "backbone for --checkpoint random [default: resnet50]; else the checkpoint's"
+        None,
+        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
     )
     feature_layer: str = setting(
         "layer4", "ResNet stage to take features from", source="paper §5.2", choices=FEATURE_LAYERS
@@ -1017,8 +1027,8 @@ class CompareConfig:
     test_shards: tuple[str, ...] = setting((), "shards of the test videos, if separate")
     encoder: tuple[str, ...] = setting(
         (),
-        "[NAME=]SOURCE: a run folder, a checkpoint file, random, random:ARCH or random:ARCH:SEED; "
-        "repeat for each encoder",
+        "[NAME=]SOURCE: a run folder, a checkpoint file, a name such as imagenet-v1, random, "
+        "random:ARCH or random:ARCH:SEED; repeat for each encoder",
     )
     features: tuple[str, ...] = setting(
         (), "[NAME=]FOLDER: a feature folder, instead of --shards and --encoder; repeat for each"

@@ -1,8 +1,9 @@
 """Checkpoints of every known layout: recognised, and read tensor by tensor under our names.
 
 Layouts: MoCo v1 and v2 (``facebookresearch/moco``), SeCo by its authors and the networks they
-fine-tuned (``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), state dicts with torchvision's
-names (torch files and safetensors), and the toolkit's own. A missing or extra tensor is an error.
+fine-tuned (``YihengZhang-CV/SeCo-Sequence-Contrastive-Learning``), VCLR
+(``amazon-science/video-contrastive-learning``), state dicts with torchvision's names (torch files
+and safetensors), and the toolkit's own. A missing or extra tensor is an error.
 Nothing in a file is ever executed.
 """
 
@@ -252,6 +253,7 @@ def _text(shape: Shape) -> str:
 SECO, MOCO_V1, MOCO_V2, STATE_DICT = "seco", "moco-v1", "moco-v2", "torchvision"
 AUTHORS, AUTHORS_FINETUNED = "seco-authors", "seco-authors-finetuned"
 SECO_FINETUNED = "seco-finetuned"
+VCLR = "vclr"
 SHARED = "shared"  # head of a model that has one for all tasks
 
 DESCRIPTIONS = {
@@ -261,6 +263,7 @@ DESCRIPTIONS = {
     AUTHORS: "SeCo by its authors",
     AUTHORS_FINETUNED: "SeCo as fine-tuned by its authors",
     SECO_FINETUNED: "fine-tuned by this toolkit",
+    VCLR: "VCLR",
     STATE_DICT: "a state dict",
 }
 
@@ -328,8 +331,8 @@ def read_weights(path: Path, arch: str | None = None) -> Weights:
             another shape or contains NaN.
     """
     if _is_safetensors(path):
-        content, stated = _read_safetensors(path)
-        return _torchvision(content, stated or _assumed(arch), path)
+        tensors, stated = _read_safetensors(path)
+        return _torchvision(tensors, stated or _assumed(arch), path)
     content = load_torch_file(path)
     if not isinstance(content, Mapping):
         raise _unknown(path)
@@ -337,6 +340,9 @@ def read_weights(path: Path, arch: str | None = None) -> Weights:
         return _own(checked_checkpoint(content, path), path)
     if "state_dict" in content:
         return _moco(content, path)
+    model = content.get("model")
+    if isinstance(model, Mapping) and any("fc_tsn." in str(name) for name in model):
+        return _vclr(content, path)
     if "model" in content and "opt" in content:
         return _authors(content, path)
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
@@ -445,6 +451,29 @@ def _authors(content: Mapping[str, Any], path: Path) -> Weights:
         queue=queue,
         tasks=",".join(TASKS),
         epoch=_epoch(content),
+    )
+
+
+def _vclr(content: Mapping[str, Any], path: Path) -> Weights:
+    """Read a file of VCLR's code, which is that of SeCo's authors with one head more.
+
+    Its order classifier has four classes, of the features of two sequences of three frames.
+    """
+    tensors = NamedTensors(content["model"], path).unwrapped()
+    arch, backbone = take_backbone(tensors)
+    heads = {t: take_mlp(tensors.under(f"fc_{t}."), feature_dim(arch)) for t in (*TASKS, "tsn")}
+    del heads["tsn"]
+    sequence = 6 * len(heads["order"]["2.bias"])
+    take_linear(tensors.under("fc_order_classifier."), sequence, rows=4)
+    tensors.require_empty()
+    others = {"model_ema": "key encoder", "contrast": "queue", "contrast_tsn": "queue of clips"}
+    left = [said for name, said in others.items() if name in content]
+    return Weights(
+        layout=VCLR,
+        arch=arch,
+        query=EncoderWeights(backbone=backbone, heads=heads),
+        epoch=_epoch(content),
+        left=("head tsn", "order classifier", *left),
     )
 
 

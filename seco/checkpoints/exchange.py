@@ -12,6 +12,7 @@ from torch import Tensor
 from seco import __version__
 from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
 from seco.checkpoints.io import save_checkpoint, save_torch_file
+from seco.checkpoints.named import NamedWeights, weights_file
 from seco.config import TASKS, ExportConfig, ImportConfig
 from seco.models.backbones import RESNETS, backbone_spec
 from shards.atomic import atomic_path
@@ -25,7 +26,7 @@ def import_checkpoint(config: ImportConfig) -> str:
     Raises:
         InputError: the file cannot be used, or the output cannot be written.
     """
-    source, out = _paths(config.file, config.out)
+    source, named, out = _paths(config.file, config.out)
     weights = read_weights(source)
     heads = weights.query.heads
     settings = {
@@ -40,6 +41,7 @@ def import_checkpoint(config: ImportConfig) -> str:
         "sha256": sha256_of(source),
         "left": list(weights.left),
         "toolkit": __version__,
+        **({"name": named.name, **named.record()} if named else {}),
     }
     if weights.epoch is not None:
         imported["epoch"] = weights.epoch
@@ -47,7 +49,8 @@ def import_checkpoint(config: ImportConfig) -> str:
         out, {"config": settings, "step": 0, "model": _own_state(weights), "imported": imported}
     )
     left = f"; not used: {', '.join(weights.left)}" if weights.left else ""
-    return f"{out}: {_contents(weights)} of {source.name} ({weights.description()}){left}"
+    whose = f" (licence: {named.licence})" if named else ""
+    return f"{out}: {_contents(weights)} of {source.name} ({weights.description()}){left}{whose}"
 
 
 def export_checkpoint(config: ExportConfig) -> str:
@@ -57,7 +60,7 @@ def export_checkpoint(config: ExportConfig) -> str:
         InputError: the checkpoint cannot be used or lacks a part that the layout needs, or the
             output cannot be written.
     """
-    source, out = _paths(config.file, config.out)
+    source, _, out = _paths(config.file, config.out)
     weights = read_weights(source)
     family = backbone_spec(weights.arch).family
     if config.format == "safetensors":
@@ -85,13 +88,14 @@ def export_checkpoint(config: ExportConfig) -> str:
     return f"{said}; build the network with seco.models.backbones.build_backbone({weights.arch!r})"
 
 
-def _paths(file: str, out: str) -> tuple[Path, Path]:
-    source, target = Path(file), Path(out)
+def _paths(file: str, out: str) -> tuple[Path, NamedWeights | None, Path]:
+    target = Path(out)
     if target.is_dir():
         raise InputError("is a folder", target, "name the file to write")
+    source, named = weights_file(file)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError("is the input file, which would be lost", target, "choose another --out")
-    return source, target
+    return source, named, target
 
 
 def _own_state(weights: Weights) -> Layer:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import FINETUNED, epochs_reached, load_checkpoint
+from seco.checkpoints.named import NamedWeights, weights_file
 from seco.config import IMAGENET_MEAN, IMAGENET_STD, TrackTrainConfig
 from seco.models.backbones import (
     TIMM_PREFIX,
@@ -39,21 +40,29 @@ class Backbone(nn.Module):
     Args:
         network: set to evaluation mode.
         arch: its name.
-        source: a file, ``timm:NAME``, ``random``, or ``memory``.
+        source: a file, a name of :mod:`seco.checkpoints.named`, ``timm:NAME``, ``random``, or
+            ``memory``.
         tasks: tasks it was pre-trained on, if the file says.
+        named: the origin of weights that were given by name.
 
     Attributes:
         sha256: digest of the tensors.
     """
 
     def __init__(
-        self, network: nn.Module, arch: str, source: str, tasks: str | None = None
+        self,
+        network: nn.Module,
+        arch: str,
+        source: str,
+        tasks: str | None = None,
+        named: NamedWeights | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.arch = arch
         self.source = source
         self.tasks = tasks
+        self.named = named
         self.sha256 = tensors_sha256(network.state_dict())
         self.eval()
 
@@ -86,37 +95,41 @@ class Backbone(nn.Module):
             "sha256": self.sha256,
             "seed": seed if self.source == RANDOM else None,
             "tasks": self.tasks,
+            **(self.named.record() if self.named else {}),
         }
 
 
 def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) -> Backbone:
-    """Load the query backbone from a file, or initialise a random one.
+    """Load the query backbone from a file or by name, or initialise a random one.
 
     Args:
-        source: a file of any layout of :mod:`seco.checkpoints.convert`; ``random``; or
-            ``timm:NAME``, the weights timm has for this model.
-        arch: architecture for ``random`` (default: resnet50); for a file, checked if given.
+        source: a file of any layout of :mod:`seco.checkpoints.convert`; a name such as
+            ``imagenet-v1`` (:mod:`seco.checkpoints.named`; a ``Path`` is always a file);
+            ``timm:NAME``, the weights timm has for this model; or ``random``.
+        arch: architecture for ``random`` and ``imagenet-…`` (default: resnet50); else checked if
+            given.
         seed: for random weights.
 
     Raises:
-        InputError: unknown layout, or a tensor is missing, has another shape or is left over:
-            features of partly loaded weights look plausible and are worthless.
+        InputError: named weights cannot be fetched; unknown layout; or a tensor is missing, has
+            another shape or is left over: features of partly loaded weights look plausible and
+            are worthless.
     """
-    source = str(source)
-    if source.startswith(TIMM_PREFIX):
-        if arch not in (None, source):
-            raise InputError(f"is not a {arch}", source, "leave --arch out")
-        return Backbone(pretrained_timm(source), source, source)
-    if source == RANDOM:
+    if str(source) == RANDOM:
         arch = arch or "resnet50"
         network = random_backbone(arch, seed)
         return Backbone(network, arch, RANDOM)
-    weights = read_weights(Path(source), arch)
+    if isinstance(source, str) and source.startswith(TIMM_PREFIX):
+        if arch not in (None, source):
+            raise InputError(f"is not a {arch}", source, "leave --arch out")
+        return Backbone(pretrained_timm(source), source, source)
+    path, named = weights_file(source, arch)
+    weights = read_weights(path, arch)
     if arch is not None and arch != weights.arch:
         raise InputError(f"holds a {weights.arch}, not a {arch}", source, "leave --arch out")
     network = build_backbone(weights.arch)
     network.load_state_dict(weights.query.backbone, strict=True)
-    return Backbone(network, weights.arch, source, weights.tasks)
+    return Backbone(network, weights.arch, str(source), weights.tasks, named)
 
 
 def random_backbone(arch: str, seed: int) -> nn.Module:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from seco.checkpoints.convert import read_weights
 from seco.checkpoints.io import LAST
+from seco.checkpoints.named import has_architectures, is_named, weights_file
 from seco.checkpoints.weights import RANDOM
 from seco.config import CompareConfig, ExtractConfig, check_compare, fractions_of, values_of_c
 from seco.data.splits import UNLABELLED, held_out
@@ -67,11 +68,11 @@ Extract = Callable[[ExtractConfig], object]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder named by the user; ``source`` is a file, ``timm:NAME`` or ``random``."""
+    """An encoder named by the user; ``source`` is a file, a name, ``timm:NAME`` or ``random``."""
 
     name: str
     source: str
-    arch: str | None = None  # of random weights
+    arch: str | None = None  # of random weights, and of names with weights for several
     seed: int = 0
 
 
@@ -109,7 +110,8 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
 
     Args:
         given: strings ``[NAME=]SOURCE``.
-        arch: architecture of a ``random`` that names none; by default that of the first file.
+        arch: architecture of a source that names none: of ``random`` (by default that of the first
+            file) and of ``imagenet-v1`` and ``imagenet-v2``.
 
     Raises:
         InputError: a file is missing or is not an encoder, random weights have no architecture, or
@@ -123,16 +125,24 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
         elif source.startswith(TIMM_PREFIX):
             feature_dim(source)  # raises if timm has no such model
             specs.append(EncoderSpec(name or _as_name(source), source, source))
+        elif is_named(source):
+            own = arch if has_architectures(source) else None
+            specs.append(EncoderSpec(name or _as_name(source), source, own))
         else:
-            path = _checkpoint(Path(source))
-            usual = real_path(path.parent).name if path.name == LAST else path.stem
-            specs.append(EncoderSpec(name or _as_name(usual), str(path)))
+            path = _checkpoint(source)
+            file = Path(path)
+            usual = real_path(file.parent).name if file.name == LAST else file.stem
+            specs.append(EncoderSpec(name or _as_name(usual), path))
     _require_different([spec.name for spec in specs], "--encoder")
-    archs = [
-        spec.arch or read_weights(Path(spec.source)).arch for spec in specs if spec.source != RANDOM
-    ]
+    archs = [_arch_of(spec) for spec in specs if spec.source != RANDOM]
     usual_arch = arch or next(iter(archs), None)
     return [_with_arch(spec, usual_arch) if spec.source == RANDOM else spec for spec in specs]
+
+
+def _arch_of(spec: EncoderSpec) -> str:
+    if spec.source.startswith(TIMM_PREFIX):
+        return spec.source
+    return read_weights(weights_file(spec.source, spec.arch)[0], spec.arch).arch
 
 
 def extract_missing(
@@ -239,14 +249,16 @@ def _with_arch(spec: EncoderSpec, usual: str | None) -> EncoderSpec:
     return dataclasses.replace(spec, arch=arch)
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(source: str) -> str:
+    """A run's newest checkpoint, or the file as given: ``./moco-v2`` is one, ``moco-v2`` is not."""
+    path = Path(source)
     if not path.exists():
         raise InputError("run folder or checkpoint not found", path)
     if not path.is_dir():
-        return path
+        return source
     if not (path / LAST).is_file():
         raise InputError(f"holds no {LAST}", path, "give a run folder or a checkpoint file")
-    return path / LAST
+    return str(path / LAST)
 
 
 def _require_different(names: Sequence[str], option: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from seco.checkpoints.named import is_named
 from seco.checkpoints.weights import RANDOM, load_backbone
 from seco.config import QueryConfig
 from seco.data.crops import BrokenJpeg, center_crop, decode_jpeg
@@ -158,11 +159,11 @@ def encode_frames(
     """
     encoder = features.encoder
     source = str(checkpoint or encoder.get("checkpoint"))
-    named = source == RANDOM or source.startswith(TIMM_PREFIX)
-    if checkpoint is None and not named and not Path(source).is_file():
+    without_file = source == RANDOM or is_named(source) or source.startswith(TIMM_PREFIX)
+    if checkpoint is None and not without_file and not Path(source).is_file():
         raise InputError("not found", source, "give the encoder's file with --checkpoint")
     seed = encoder.get("seed")
-    arch = str(encoder["arch"]) if source == RANDOM else None
+    arch = str(encoder["arch"]) if without_file else None
     backbone = load_backbone(source, arch, seed if isinstance(seed, int) else 0)
     if backbone.sha256 != encoder["sha256"]:
         own = {"arch": backbone.arch, "checkpoint": source, "sha256": backbone.sha256}

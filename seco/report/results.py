@@ -530,8 +530,8 @@ def tasks_of(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 def run_of(encoder: Mapping[str, Any], runs: Sequence[Run]) -> Run | None:
     """The run in the report that trained the encoder, by the folder of its checkpoint."""
     checkpoint = encoder.get("checkpoint")
-    if not isinstance(checkpoint, str) or not checkpoint:
-        return None
+    if not isinstance(checkpoint, str) or not checkpoint or "url" in encoder:
+        return None  # weights given by name are of no run
     folder = Path(checkpoint).parent
     for run in runs:
         if run.folder.absolute() == folder.absolute():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from seco.checkpoints.convert import AUTHORS, SHARED, EncoderWeights, Layer, Weights, read_weights
+from seco.checkpoints.named import weights_file
 from seco.config import TASKS, PretrainConfig, negative_count, peak_lr, resolve_pretrain
 from seco.data.frames import VideoFrames
 from seco.data.loader import Batch, DeviceViews, TripletLoader
@@ -243,9 +244,11 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
     the authors' code leaves at their defaults; training does not read them.
 
     Raises:
-        InputError: the file cannot be used, or has another architecture.
+        InputError: the file cannot be used, or has another architecture; weights given by name
+            cannot be fetched.
     """
-    path = Path(str(config.init))
+    assert config.init is not None
+    path, named = weights_file(config.init, config.arch)
     weights = read_weights(path, config.arch)
     if weights.arch != config.arch:
         raise InputError(
@@ -261,7 +264,8 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
     )
     if os.environ.get("RANK", "0") == "0":  # once per run
         said = _summary(weights, model, heads, classified, own_key=key is not query)
-        say(f"seco pretrain: --init {path}: {said}")
+        licence = f" (licence: {named.licence})" if named else ""
+        say(f"seco pretrain: --init {config.init}{licence}: {said}")
 
 
 def _take_head(model: SeCo, name: str, query: EncoderWeights, key: EncoderWeights) -> bool:

@@ -124,6 +124,15 @@ def authors(arch: str, size: int = 131_072) -> dict[str, Any]:
     }
 
 
+def vclr(arch: str, size: int = 96) -> dict[str, Any]:
+    """As train_vclr.py of amazon-science/video-contrastive-learning writes it."""
+    content, c = authors(arch, size), width(arch)
+    model = {n.replace("module.", ""): t for n, t in content["model"].items()}
+    model |= linear("fc_order_classifier.", 6 * 128, 4, 9) | mlp("fc_tsn.", c, 4)
+    content |= {"model": prefixed("module.", model), "model_ema": other(model)}
+    return content | {"contrast_tsn": dict(content["contrast"])}
+
+
 def finetuned(arch: str) -> dict[str, Any]:
     model = backbone(arch) | linear("fc.", width(arch), 101, 3)
     steps = {"after_scheduler": {"milestones": collections.Counter({500: 1}), "gamma": 0.1}}
@@ -144,11 +153,12 @@ LAYOUTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "moco v1": lambda arch: moco(arch, 1, 4, 96),
     "moco v2": lambda arch: moco(arch, 2, 3, 96),
     "authors": lambda arch: authors(arch, 96),
+    "vclr": vclr,
     "finetuned": finetuned,
     "torchvision": whole_network,
 }
 STATE_OF = {"moco v1": "state_dict", "moco v2": "state_dict", "authors": "model"}
-STATE_OF |= {"finetuned": "model"}
+STATE_OF |= {"vclr": "model", "finetuned": "model"}
 
 
 def saved(path: Path, content: object, zipped: bool = True) -> Path:
@@ -317,6 +327,8 @@ def test_one_wrong_tensor_is_named(layout: str, damage: str, folder: Path) -> No
         ("authors", "model_ema", "fc_order.2.bias"),
         ("authors", "model_ema", "layer4.1.bn2.weight"),
         ("authors", "contrast", "memory"),
+        ("vclr", "model", "module.fc_tsn.2.bias"),
+        ("vclr", "model", "module.fc_order_classifier.weight"),
         ("finetuned", "model", "module.fc.bias"),
         ("torchvision", None, "fc.weight"),
         ("torchvision", None, "bn1.num_batches_tracked"),
@@ -347,6 +359,7 @@ def test_every_part_is_checked(
         ("authors", "model", "module.fc_extra.bias"),
         ("authors", "model_ema", "fc_inter.4.bias"),
         ("authors", "contrast", "index"),
+        ("vclr", "model", "module.fc_tsn.4.bias"),
         ("finetuned", "model", "module.fc.0.bias"),
         ("torchvision", None, "fc2.weight"),
         ("torchvision", None, "fc.0.weight"),
@@ -566,6 +579,13 @@ def test_init_takes_exactly_what_it_says(
         else:
             assert "not loaded: heads inter/intra/order, order classifier" in said
             assert "new: head shared" in said
+    elif layout == "vclr" and heads == "separate":
+        taken |= expected_heads({task: mlp("", 512, seed) for seed, task in enumerate(TASKS)})
+        assert "loaded the backbone, heads inter/intra/order" in said
+        if not through_import:
+            assert "VCLR, resnet18, epoch 400" in said
+            left = "head tsn, order classifier, key encoder, queue, queue of clips"
+            assert f"not loaded: {left}" in said
     else:
         assert f"new: head{'s' * (heads == 'separate')} {'/'.join(names)}" in said
     assert_exactly(before, after, taken)
