@@ -339,7 +339,7 @@ class PublishConfig:
     run: str = setting("", "folder of a `seco pretrain` run")
     out: str = setting("", "folder to write: a new or empty one, or one of an earlier publish")
     results: tuple[str, ...] = setting(
-        (), "results for the card: files such as probe.json, or folders [default: those in RUN]"
+        (), "more results for the card than those in RUN: files such as probe.json, or folders"
     )
     shards: tuple[str, ...] = setting(
         (), "the shards of the run, for the card; refused if the run was trained on others"
@@ -354,7 +354,7 @@ class PublishConfig:
     )
     private: bool = setting(
         True,
-        "visibility of a new repository; an existing one must have it",
+        "visibility of a new repository; an existing one must have it already",
         flag="--private/--public",
     )
 

@@ -34,7 +34,7 @@ _DROPPED = re.compile(
 _NUMBERED_ID = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
 _SVG_TAG = re.compile(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>")
 # Also what makes a link of a bare address: the slash of https:// and the dot of www.
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$@]|(?<=:)/|(?<=www)\.", re.IGNORECASE)
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]|(?<=:)/|(?<=www)\.", re.IGNORECASE)
 _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
@@ -89,7 +89,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def render_markdown(template: str, **values: Any) -> str:
-    """Fill a template of ``templates/``; every value is escaped to text, unless it is ``Markup``."""
+    """Fill a template of ``templates/``; every value is escaped to text unless it is ``Markup``."""
     environment = _environment(autoescape=False, finalize=_markdown_text)
     return environment.get_template(template).render(**values)
 

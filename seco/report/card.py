@@ -31,6 +31,7 @@ _LONGEST_TEXT = 300  # characters of a value
 _MOST_ROWS = 60  # of a table
 _MOST_COLUMNS = 8  # encoders of a comparison
 _MOST_NOTES = 5  # of a result
+_MOST_METRICS = 20
 _SHARDS_LISTED = 12
 _COLLAPSED = 0.1  # feature std; 1 for embeddings spread evenly over the sphere
 _MAIN = (
@@ -308,7 +309,7 @@ def limits(
         said.append("Training was not finished: these are the weights of an intermediate step.")
     epochs, full = run.config.epochs, PretrainConfig().epochs
     if epochs < full:
-        said.append(f"Training was planned for {epochs:,} epochs; the paper's was {full:,}.")
+        said.append(f"The run is {epochs:,} of the paper's {full:,} epochs long.")
     whole = TRAIN_VIDEOS["kinetics400"]
     if data is None:
         said.append("The number of training videos is not recorded here.")
@@ -357,7 +358,7 @@ def _last_logged(log: LoggedRun | None) -> str:
     if log is None:
         return ""
     shown = [(n, c.last) for n, c in log.curves.items() if n not in ("epoch", "lr", "unreadable")]
-    values = ", ".join(f"{_text(name)} {value:.4g}" for name, value in shown[:_MOST_ROWS])
+    values = ", ".join(f"{_text(name)} {value:.4g}" for name, value in shown[:_MOST_METRICS])
     return f"at step {log.last_step:,g}: {values}" if values else ""
 
 
@@ -376,7 +377,7 @@ def _result_rows(
             protocol += [item.extraction, *found.notes[:_MOST_NOTES]]
             recalls = [f"R@{k} {percent(value)}" for k, value in found.label.items()]
             recalls += [f"same video R@{k} {percent(v)}" for k, v in found.same_video.items()]
-            row = ("retrieval", dataset, _joined(protocol), _joined(recalls[:_MOST_ROWS]))
+            row = ("retrieval", dataset, _joined(protocol), _joined(recalls[:_MOST_METRICS]))
             rows.append(ResultRow(*row))
     for one in evaluations:
         tuned = one.item.kind == "finetune"

@@ -115,7 +115,7 @@ def publish(config: PublishConfig) -> Published:
         write_json(stage / RECORD, dataclasses.asdict(_Record(digests, __version__)))
     if run.unfinished:
         say(f"seco publish: {folder}: the run has not ended, and the card says so")
-    return Published(out, hub.upload(out) if hub is not None else None)
+    return Published(Path(config.out), hub.upload(out) if hub is not None else None)
 
 
 def write_model(checkpoint: Path, folder: Path, crop_px: int) -> Model:
