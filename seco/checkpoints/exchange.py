@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from seco import __version__
 from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
-from seco.checkpoints.io import save_checkpoint, save_torch_file
+from seco.checkpoints.io import save_checkpoint, save_safetensors, save_torch_file
 from seco.config import TASKS, ExportConfig, ImportConfig
 from seco.models.backbones import TORCHVISION, backbone_spec
-from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import sha256_of
 
@@ -62,9 +60,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     torchvisions = backbone_spec(weights.arch).family == TORCHVISION
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
-        whole = safetensors.torch.save(weights.query.backbone, metadata)
-        with atomic_path(out) as temporary:
-            temporary.write_bytes(whole)
+        save_safetensors(out, weights.query.backbone, metadata)
     elif config.format == "torchvision":
         save_torch_file(out, weights.query.backbone)
     elif not torchvisions:

@@ -6,6 +6,7 @@ this machine are left out, and results count only if they name the very weights 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,8 @@ def of_encoder(found: Found, sha256: str) -> tuple[Found, list[tuple[Path, str]]
 
     for item in found.features:
         if is_ours(item.folder, [item.encoder.get("sha256")]):
-            kept.features.append(item)
+            stale = item.retrieval and item.retrieval.encoder.get("sha256", sha256) != sha256
+            kept.features.append(dataclasses.replace(item, retrieval=None) if stale else item)
     for folder, evaluation in found.evaluations:
         where = folder / f"{evaluation.kind}.json"
         if is_ours(where, [evaluation.encoder.get("sha256")]):
@@ -267,11 +269,7 @@ def loading_code(model: Model, repository: str | None) -> list[tuple[str, str]]:
                 'model.load_state_dict(load_file("model.safetensors"))\nmodel.eval()',
             ),
         ]
-    toolkit = (
-        "import seco\n\n"
-        'model = seco.load_backbone("model.safetensors")  # in evaluation mode\n'
-        "model.transform  # of a picture to such an input"
-    )
+    toolkit = 'import seco\n\nmodel = seco.load_backbone("model.safetensors")'
     return [*found, ("With the toolkit", toolkit)]
 
 

@@ -343,6 +343,9 @@ def test_results_and_shards_of_others(
     (copy / "probe.json").unlink()
     shutil.copy(mine, copy / "probe.json")
     assert "zz" in publish(copy, tmp_path / "linked")
+    stale = {"label": {"1": 0.123}, "encoder": other}  # of features that were extracted again
+    (copy / "retrieval.json").write_text(json.dumps(stale))
+    assert "12.3" not in publish(copy, tmp_path / "linked")
     others = make_set(tmp_path / "others", videos=17, frames=4, name="others")
     line = complaint([copy, "--out", tmp_path / "new", "--shards", others], capsys)
     assert "these are not the videos that the run was trained on" in line
