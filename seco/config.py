@@ -346,7 +346,7 @@ class PublishConfig:
     )
     name: str | None = setting(None, "name of the model [default: of the folder RUN]")
     license: str | None = setting(
-        None, "licence of the weights, as the Hub names it: apache-2.0, cc-by-nc-4.0, other, …"
+        None, "licence of the weights, as the Hub names it, such as apache-2.0 or cc-by-nc-4.0"
     )
     data_license: str | None = setting(None, "licence of the training data, in words")
     push: str | None = setting(
