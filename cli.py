@@ -31,6 +31,7 @@ from seco.config import (
     ImportConfig,
     PretrainConfig,
     ProbeConfig,
+    PublishConfig,
     QueryConfig,
     TrackEvalConfig,
     TrackRunConfig,
@@ -141,7 +142,8 @@ def _option(field: dataclasses.Field[Any], required: bool) -> Callable[[_Command
         # An explicit default, even None, would count as a given value.
         arguments |= {"required": True}
         del arguments["default"], arguments["show_default"]
-    names = [flag] + ([meta["flag"]] if meta.get("flag") else []) + [field.name]
+    other = [meta["flag"]] if meta.get("flag") else []
+    names = [*([] if "/" in "".join(other) else [flag]), *other, field.name]
     return click.option(*dict.fromkeys(names), **arguments)
 
 
@@ -386,6 +388,29 @@ def export(**settings: Any) -> None:
     from seco.checkpoints.exchange import export_checkpoint
 
     show(export_checkpoint(ExportConfig(**settings)))
+
+
+@seco.command()
+@click.argument("run")
+@settings_options(PublishConfig, required=("out",), arguments=("run",))
+def publish(**settings: Any) -> None:
+    """Write a folder to share: the encoder of RUN and its model card.
+
+    RUN is a folder of `seco pretrain`. The folder holds model.safetensors, config.json and
+    README.md, a card of what is known: data, recipe, results and their protocols, limits. timm and
+    transformers load torchvision's ResNets from it.
+
+    \b
+    Example: seco publish runs/k400 --out publish/k400 --license apache-2.0 \\
+               --shards shards/k400.json --results features/k400-val
+    Example: seco publish runs/k400 --out publish/k400 --push me/seco-k400
+    """
+    from seco.report.publish import publish as publish_run
+
+    found = publish_run(PublishConfig(**settings))
+    show(found.folder)
+    if found.url:
+        show(found.url)
 
 
 @seco.command()

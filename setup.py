@@ -55,10 +55,12 @@ setup(
         "parquet": ["pyarrow"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny>=2"],
+        "hub": ["huggingface_hub>=1"],
         "docs": ["mkdocs-material>=9.5"],
         "dev": [
             "av",
             "got10k",
+            "huggingface_hub>=1",
             "hypothesis",
             "ipykernel",
             "mkdocs-material>=9.5",

@@ -66,6 +66,9 @@ if TYPE_CHECKING:
         probe as probe,
     )
     from seco.api import (
+        publish as publish,
+    )
+    from seco.api import (
         read_features as read_features,
     )
     from seco.api import (
@@ -78,7 +81,7 @@ if TYPE_CHECKING:
 __all__ = (
     "Backbone", "Callback", "Features", "InputError", "ProbeResult", "Run", "SeCo", "SeCoOutput",
     "Triplet", "TripletBatch", "TripletDataset", "extract", "load_backbone", "prepare", "pretrain",
-    "probe", "read_features", "recall_at_k", "triplet_loader",
+    "probe", "publish", "read_features", "recall_at_k", "triplet_loader",
 )  # fmt: skip
 
 

@@ -21,7 +21,13 @@ import numpy as np
 from torch import nn
 
 from seco.checkpoints.weights import Backbone, load_backbone
-from seco.config import ExtractConfig, PretrainConfig, ProbeConfig, resolve_pretrain
+from seco.config import (
+    ExtractConfig,
+    PretrainConfig,
+    ProbeConfig,
+    PublishConfig,
+    resolve_pretrain,
+)
 from seco.data.loader import EpochLoader, TripletBatch
 from seco.data.transforms import view_config
 from seco.data.triplets import Triplet, TripletDataset
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from pipelines._prepare import PrepareReport
+    from seco.report.publish import Published
 
 __all__ = [
     "Backbone",
@@ -56,6 +63,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "probe",
+    "publish",
     "read_features",
     "recall_at_k",
     "triplet_loader",
@@ -307,6 +315,31 @@ def recall_at_k(
     _, found = index.search(queries, min(k, len(rows.train_rows)))
     right = (rows.train_labels[found] == rows.test_labels[:, None]) & (found >= 0)
     return float(right.any(axis=1).mean())
+
+
+def publish(run: Run | str | Path, out: str | Path, **settings: Any) -> Published:
+    """Write a folder to share, with weights and model card: ``seco publish``.
+
+    Args:
+        run: of :func:`pretrain`, or the folder of a run.
+        out: folder to write.
+        settings: options of the command, for example ``results="features/mine"``,
+            ``license="apache-2.0"``, ``push="me/seco-mine"``, ``private=False``.
+
+    Returns:
+        The folder, and the address on the Hub if ``push`` is given.
+
+    Raises:
+        InputError: the run, the shards or a result cannot be used, ``out`` holds other files, or
+            the Hub refuses the upload.
+    """
+    from seco.report.publish import publish as run_publish
+
+    for name in ("shards", "results"):
+        if name in settings:
+            settings[name] = _specification(settings[name])
+    folder = run.folder if isinstance(run, Run) else run
+    return run_publish(_given(PublishConfig, run=str(folder), out=str(out), **settings))
 
 
 def _given(kind: type[_Config], **settings: Any) -> _Config:

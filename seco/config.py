@@ -367,6 +367,33 @@ class ExportConfig:
     out: str = setting("", "file to write")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """``seco publish``: a run's encoder as a folder to share, with a model card."""
+
+    run: str = setting("", "folder of a `seco pretrain` run")
+    out: str = setting("", "folder to write: a new or empty one, or one of an earlier publish")
+    results: tuple[str, ...] = setting(
+        (), "more results for the card than those in RUN: files such as probe.json, or folders"
+    )
+    shards: tuple[str, ...] = setting(
+        (), "the shards of the run, for the card; refused if the run was trained on others"
+    )
+    name: str | None = setting(None, "name of the model [default: of the folder RUN]")
+    license: str | None = setting(
+        None, "licence of the weights, as the Hub names it, such as apache-2.0 or cc-by-nc-4.0"
+    )
+    data_license: str | None = setting(None, "licence of the training data, in words")
+    push: str | None = setting(
+        None, "also upload the files to this repository of the Hugging Face Hub: OWNER/NAME"
+    )
+    private: bool = setting(
+        True,
+        "visibility of a new repository; an existing one must have it already",
+        flag="--private/--public",
+    )
+
+
 ENGINES = ("local", "ray")
 LAYOUTS = ("channels_last", "contiguous")
 _FRAMES = 30  # paper §5.2

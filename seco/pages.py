@@ -33,7 +33,8 @@ _DROPPED = re.compile(
 )
 _NUMBERED_ID = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
 _SVG_TAG = re.compile(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>")
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]")
+# Also what makes a link of a bare address: the slash of https:// and the dot of www.
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$]|(?<=:)/|(?<=www)\.", re.IGNORECASE)
 _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
@@ -88,7 +89,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def render_markdown(template: str, **values: Any) -> str:
-    """Fill a template of ``templates/``; every value is escaped to plain text."""
+    """Fill a template of ``templates/``; every value is escaped to text unless it is ``Markup``."""
     environment = _environment(autoescape=False, finalize=_markdown_text)
     return environment.get_template(template).render(**values)
 
@@ -112,6 +113,8 @@ def _shown(value: Any) -> Any:
 
 
 def _markdown_text(value: Any) -> str:
+    if isinstance(value, Markup):
+        return str(value)
     return _MARKDOWN.sub(r"\\\g<0>", printable(value))
 
 

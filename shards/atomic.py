@@ -42,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         # Only faults of the location are for the user to fix; other errors keep their type.
         if error.errno in _DISK_FAULTS or str(error.filename) == str(temporary):
@@ -95,7 +95,8 @@ def unwritable(path: Path, error: OSError) -> InputError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names of files in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

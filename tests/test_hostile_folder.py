@@ -77,6 +77,7 @@ def test_no_command_runs_a_file_of_the_current_folder(hostile: Path, tmp_path: P
                       tmp_path / "boxes.csv", "--video", query),
         "export": (run, "--format=torchvision", "--out", tmp_path / "out.pth"),
         "import": (run, "--out", tmp_path / "in.pt"),
+        "publish": (run.parent, "--out", tmp_path / "published", "--results", features),
         "report": (run.parent, features, "--out", tmp_path / "report.html"),
         "render-demo": (tmp_path / "demo", "--clips-per-class=5"),
         "doctor": (),

@@ -57,6 +57,7 @@ COMMANDS: dict[str, tuple[str, dict[str, object]]] = {
     "track run": ("", {"--video": (), "--box": (), "--tracker": ()}),
     "import": ("file", {"--out": ()}),
     "export": ("file", {"--format": (), "--out": ()}),
+    "publish": ("run", {"--out": (), "--results": None, "--push": None, "--private": True}),
     "report": ("runs", {"--out": None}),
     "demo": ("", {}),
     "doctor": ("", {}),

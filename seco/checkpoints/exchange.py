@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from seco import __version__
 from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
-from seco.checkpoints.io import save_checkpoint, save_torch_file
+from seco.checkpoints.io import save_checkpoint, save_safetensors, save_torch_file
 from seco.checkpoints.named import NamedWeights, weights_file
 from seco.config import TASKS, ExportConfig, ImportConfig
 from seco.models.backbones import RESNETS, backbone_spec
-from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import sha256_of
 
@@ -65,9 +63,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     family = backbone_spec(weights.arch).family
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
-        whole = safetensors.torch.save(weights.query.backbone, metadata)
-        with atomic_path(out) as temporary:
-            temporary.write_bytes(whole)
+        save_safetensors(out, weights.query.backbone, metadata)
     elif config.format == "torchvision":
         save_torch_file(out, weights.query.backbone)
     elif family != RESNETS:

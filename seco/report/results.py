@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from seco.config import TASKS
 from seco.evaluation.comparison import Measure, shown_value
 from seco.evaluation.intervals import Interval
+from seco.features.store import META as _META
 from seco.features.store import PROBES
 from seco.training.logging import LoggedRun, read_log
 from shards.errors import InputError
@@ -62,6 +63,9 @@ class Retrieval:
     same_video: dict[int, float]
     queries: int | None
     gallery: int | None
+    split: str
+    encoder: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,11 @@ class Comparison:
     """The content of ``compare.json``: encoders measured on the same videos."""
 
     dataset: str
+    train_split: str
+    test_split: str
     groups: str  # what was resampled for the intervals
     encoders: list[str]
+    sha256: dict[str, str]  # of the encoders' weights, where recorded
     rows: list[tuple[str, dict[str, str]]]  # (measure, value and interval by encoder)
     sentences: list[str]
 
@@ -138,6 +145,9 @@ def parse_retrieval(raw: Mapping[str, Any]) -> Retrieval:
         same_video=recalls("same_video"),
         queries=count(raw.get("queries")),
         gallery=count(raw.get("gallery")),
+        split=words(raw.get("split")),
+        encoder=mapping(raw.get("encoder")),
+        notes=_notes(raw),
     )
     if not retrieval.label and not retrieval.same_video:
         raise ValueError("has no recall")
@@ -194,8 +204,14 @@ def parse_comparison(raw: Mapping[str, Any]) -> Comparison:
         raise ValueError("has no measures")
     return Comparison(
         dataset=words(raw.get("dataset")),
+        train_split=words(raw.get("train_split")),
+        test_split=words(raw.get("test_split")),
         groups=words(raw.get("groups")),
         encoders=list(dict.fromkeys(name for _, values in rows for name in values)),
+        sha256={
+            name: words(mapping(encoder).get("sha256"))
+            for name, encoder in mapping(raw.get("encoders")).items()
+        },
         rows=rows,
         sentences=[words(row.get("sentence")) for row in _rows(raw, "comparisons")],
     )
@@ -298,6 +314,7 @@ def _number(value: Any) -> float | None:
 _TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"
 
 DEFAULT_FOLDERS = ("runs", "features")
+RESULT_FILES = ("probe.json", "retrieval.json", "finetune.json", "track.json", "compare.json")
 _MAX_PICTURE_BYTES = 16 << 20
 _MAX_RESULT_BYTES = 64 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -377,6 +394,28 @@ def find_results(folders: Sequence[str | Path] = ()) -> Found:
     return found
 
 
+def read_results(folders: Sequence[Path] = (), files: Sequence[Path] = ()) -> Found:
+    """Read the results under the folders and in the files, and nothing outside of these folders.
+
+    Links below a folder are not followed: whoever made it may have let one lead to another file of
+    the reader's.
+
+    Args:
+        folders: of runs or features, with everything below them; there may be nothing.
+        files: each named as in ``RESULT_FILES``. Of the features that it is of, the description
+            beside it is read as well.
+    """
+    found = Found()
+    for folder, names in _walk(folders, found):
+        own = {name for name in names if not (folder / name).is_symlink()}
+        above = folder not in folders and not (folder.parent / _META).is_symlink()
+        _Folder(folder, own, found, above).read()
+    for file in files:
+        own = {file.name} if (file.parent / _META).is_symlink() else {file.name, _META}
+        _Folder(file.parent, own & set(os.listdir(file.parent)), found).read()
+    return found
+
+
 def _walk(roots: Iterable[Path], found: Found) -> Iterator[tuple[Path, set[str]]]:
     def refused(error: OSError) -> None:
         found.unread.append(Unread(Path(error.filename or ""), error.strerror or str(error)))
@@ -392,12 +431,17 @@ def _walk(roots: Iterable[Path], found: Found) -> Iterator[tuple[Path, set[str]]
 
 
 class _Folder:
-    """Reads the results directly in one folder."""
+    """Reads the results directly in one folder.
 
-    def __init__(self, folder: Path, names: set[str], found: Found) -> None:
+    Args:
+        above: whether features that the folder's parent describes may be read there.
+    """
+
+    def __init__(self, folder: Path, names: set[str], found: Found, above: bool = True) -> None:
         self._folder = folder
         self._names = names
         self._found = found
+        self._above = above
 
     def read(self) -> None:
         self._read_run()
@@ -424,16 +468,18 @@ class _Folder:
         retrieval = self._try("retrieval.json", lambda path: parse_retrieval(_read_object(path)))
         if probe is None and retrieval is None:
             return
-        meta = self._try("meta.json", _read_object) or {}
-        if not meta and self._folder.name.startswith(PROBES):
+        meta = self._try(_META, _read_object) or {}
+        if not meta and self._above and self._folder.name.startswith(PROBES):
             # Results of another method or split: the features are in the parent folder.
             with contextlib.suppress(OSError, ValueError, RecursionError):
-                meta = _read_object(self._folder.parent / "meta.json")
+                meta = _read_object(self._folder.parent / _META)
         self._found.features.append(
             Features(
                 folder=self._folder,
                 dataset=words(meta.get("dataset")) or (probe.dataset if probe else ""),
-                encoder=(probe.encoder if probe else {}) or mapping(meta.get("encoder")),
+                encoder=(probe.encoder if probe else {})
+                or (retrieval.encoder if retrieval else {})
+                or mapping(meta.get("encoder")),
                 meta=meta,
                 probe=probe,
                 retrieval=retrieval,

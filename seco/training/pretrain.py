@@ -427,6 +427,7 @@ class Trainer(TrainingRun[Batch, SeCoOutput]):
             self.step.optimizer,
             self.stream.digest(),
             writes=ranks.first,
+            about={"steps_per_epoch": self.steps_per_epoch},
         )
         if checkpoint is not None:
             self.state.restore(checkpoint)
