@@ -137,8 +137,8 @@ class PretrainConfig(TrainingConfig):
         "weight decay [default: sgd 1e-4; adamw 0.1; lars 1e-6]",
         source="authors' code",
     )
-    decay_norms: bool = setting(
-        True, "apply it to norms and biases, too; lars never does", source="authors' code"
+    decay_weights_only: bool = setting(
+        False, "no weight decay on norms and biases; always so with lars", source="authors' code"
     )
     warmup_epochs: int | None = setting(
         None, "epochs of linear warm-up from lr / 100 [default: the preset's]"

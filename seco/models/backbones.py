@@ -91,6 +91,8 @@ class _AnySizeViT(VisionTransformer):  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) to (N, C), the class token."""
+        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
+            raise ValueError(f"the patches of {self.patch_size} px do not divide the images")
         patches = self.conv_proj(images)
         tokens = patches.flatten(2).transpose(1, 2)
         first = self.class_token.expand(len(images), -1, -1)
@@ -311,14 +313,19 @@ def pretrained_timm(arch: str) -> nn.Module:
     return _adapted(network, spec)
 
 
+# Where modules of torchvision, torch and timm keep a probability of dropping something.
+_PROBABILITIES = ("dropout", "attention_dropout", "drop_prob")
+
+
 def _adapted(network: nn.Module, spec: BackboneSpec) -> nn.Module:
     if spec.family in (RESNETS, SMALL_IMAGES):
         return network
     for module in network.modules():
         if isinstance(module, (_DropoutNd, StochasticDepth)):
             module.p = 0.0
-        elif type(module).__name__ == "DropPath":  # timm's
-            setattr(module, "drop_prob", 0.0)  # noqa: B010  # no type declares it
+        for name in _PROBABILITIES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     if (spec.mean, spec.std) != (IMAGENET_MEAN, IMAGENET_STD):
         # A hook: a module around the network would change the names of its tensors.
         network.register_forward_pre_hook(_Renormalise(spec))

@@ -337,7 +337,7 @@ _UNRECORDED = {
     "negatives": "all",
     "max_gap_seconds": "any",
     "optimizer": "auto",
-    "decay_norms": "True",
+    "decay_weights_only": "False",
 }
 _OF_PAPER = PRESETS["paper"]
 PRETRAINING = _references(

@@ -63,7 +63,7 @@ def optimizer_for(parameters: list[nn.Parameter], config: PretrainConfig) -> tor
     if kind == "lars":
         return LARS(parameters, lr, config.momentum, decay)
     groups: Any = parameters
-    if not config.decay_norms:
+    if config.decay_weights_only:
         groups = [
             {"params": [p for p in parameters if p.ndim > 1]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

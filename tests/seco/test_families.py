@@ -1,0 +1,424 @@
+"""Backbones other than ResNets: every family from pre-training to use elsewhere, and each name."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
+
+import cli
+from seco.checkpoints.io import load_checkpoint
+from seco.checkpoints.weights import load_backbone, random_backbone
+from seco.config import PretrainConfig, resolve_pretrain
+from seco.data.transforms import normalise
+from seco.features.store import read_features
+from seco.models import backbones
+from seco.models.backbones import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    backbone_shape,
+    backbone_spec,
+    build_backbone,
+    feature_dim,
+    known_archs,
+    require_size,
+)
+from seco.models.seco import KEYS, KeyShuffle, SeCo
+from seco.training.optimizers import LARS, optimizer_for
+from seco.training.pretrain import with_optimizer
+from shards.errors import InputError
+from tests.made_shards import make_set
+
+# One of each family, with fewer and narrower blocks than any that torchvision names.
+SMALLER: dict[str, Callable[[], nn.Module]] = {
+    "convnext_tiny": lambda: ConvNeXt(
+        [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], stochastic_depth_prob=0.5
+    ),
+    "vit_b_32": lambda: VisionTransformer(64, 16, 2, 2, 32, 64, dropout=0.1),
+    "swin_t": lambda: SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4], dropout=0.1),
+}
+FAMILIES = [
+    *("regnet_y_400mf", "mobilenet_v3_small", "efficientnet_b0", *SMALLER),
+    *("timm:test_vit", "timm:test_convnext", "timm:test_efficientnet"),
+]
+CACHES = (backbone_spec, backbone_shape, backbones._plugins)
+
+
+@pytest.fixture(autouse=True)
+def smaller(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made = torchvision.models.get_model
+
+    def get_model(name: str, **given: object) -> nn.Module:
+        found: nn.Module = SMALLER[name]() if name in SMALLER else made(name, **given)
+        return found
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_set(tmp_path_factory.mktemp("made"), videos=24, frames=4, size=(64, 80))
+
+
+def run(command: str) -> None:
+    assert cli.run(shlex.split(command)) == 0
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = load_checkpoint(one), load_checkpoint(other)
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_from_pretraining_to_use_elsewhere(
+    arch: str, shards: str, tmp_path: Path
+) -> None:
+    pretrain = (
+        f"pretrain --arch {arch} --shards {shards} --epochs 2 --batch-size 8 --bn-group 4"
+        " --queue-size 16 --crop-size 32 --workers 0 --device cpu --log-every 1 --loggers none"
+        f" --keep-every-epochs 1 --out {tmp_path}"
+    )
+    run(f"{pretrain}/run")
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "run/epoch-0001.pt", tmp_path / "again/last.pt")
+    shutil.copy(tmp_path / "run/metrics.jsonl", tmp_path / "again")
+    run(f"{pretrain}/again --resume auto")
+    same_tensors(tmp_path / "run/last.pt", tmp_path / "again/last.pt")
+    logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again")]
+    assert logged[0] == logged[1]
+
+    run(
+        f"extract-features --shards {shards} --checkpoint {tmp_path}/run/last.pt --frames 2"
+        f" --short-edge 40 --crop-size 32 --workers 0 --device cpu --out {tmp_path}/features"
+    )
+    features = read_features(tmp_path / "features")
+    assert features.features.shape == (24, feature_dim(arch))
+    assert features.encoder["arch"] == arch
+    run(f"probe --features {tmp_path}/features --split 1")
+
+    run(f"export {tmp_path}/run/last.pt --format safetensors --out {tmp_path}/exported")
+    ours = load_backbone(str(tmp_path / "run/last.pt"))
+    assert load_backbone(str(tmp_path / "exported"), arch).sha256 == ours.sha256
+    tensors = safetensors.torch.load_file(tmp_path / "exported")
+    px = 64 if arch in SMALLER else backbone_spec(arch).size
+    images = torch.rand(2, 3, px, px, generator=torch.Generator().manual_seed(0))
+    if arch.startswith("timm:"):
+        theirs = timm.create_model(arch.removeprefix("timm:"), num_classes=0)
+        theirs.load_state_dict(tensors, strict=True)
+    else:
+        theirs = torchvision.models.get_model(arch, weights=None)
+        heads = backbone_spec(arch).classifier
+        found = theirs.load_state_dict(tensors, strict=False)
+        assert not found.unexpected_keys
+        assert all(name.startswith(heads) for name in found.missing_keys)
+        parent, _, last = heads[0].rstrip(".").rpartition(".")
+        setattr(theirs.get_submodule(parent), last, nn.Identity())
+    spec = backbone_spec(arch)
+    given = [(images - _channels(mean)) / _channels(std) for mean, std in (IMAGENET, of(spec))]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(given[0]), theirs.eval()(given[1]), rtol=1e-4, atol=1e-5)
+
+
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def of(spec: backbones.BackboneSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return spec.mean, spec.std
+
+
+def _channels(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+# Names
+
+
+def test_every_name_of_torchvision() -> None:
+    names = torchvision.models.list_models(module=torchvision.models)
+    refused = [name for name in names if name not in known_archs()]
+    assert len(names) - len(refused) > 45
+    for name in refused:
+        with pytest.raises(InputError, match=r"^--arch: unknown architecture .*timm:NAME$") as told:
+            backbone_spec(name)
+        assert "\n" not in str(told.value)
+    for name in set(names) - set(refused):
+        shape = backbone_shape(name)
+        assert shape.width >= 32
+        assert all(tensor.device.type == "meta" for tensor in shape.tensors.values())
+
+
+@pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.soak)])
+def test_every_name_of_timm(step: int) -> None:
+    names = timm.list_models()[::step]
+    accepted, refused = 0, list[str]()
+    for name in names:
+        try:
+            accepted += backbone_shape(f"timm:{name}").width > 0
+        except InputError as error:
+            refused.append(f"{name} {error}")
+        for cache in (backbone_spec, backbone_shape):
+            cache.cache_clear()
+    assert accepted > 0.95 * len(names)
+    assert all("\n" not in told and f" timm:{told.split()[0]}: " in told for told in refused)
+
+
+@pytest.mark.parametrize(
+    ("arch", "what"),
+    [
+        ("timm:nonsense", "timm has no such model"),
+        ("timm:hf-hub:timm/test_vit", "timm has no such model"),
+        ("timm:local-dir:/tmp", "timm has no such model"),
+        ("timm:", "timm has no such model"),
+        ("timm:gemma4_vit_167m_enc", "does not make one feature of each image"),
+    ],
+)
+def test_names_that_are_refused(arch: str, what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        backbone_shape(arch)
+
+
+def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(InputError, match=r"timm:test_vit: timm is not installed — pip install"):
+        backbone_spec("timm:test_vit")
+
+
+def test_backbones_of_another_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
+    (tmp_path / "their_networks.py").write_text(
+        "from torch import nn\n"
+        "def flat():\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))\n"
+        "broken = 1 / 0 if False else None\n"
+    )
+    about = tmp_path / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[seco.backbones]\nflat = their_networks:flat\nlost = their_networks:lost\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    backbones._plugins.cache_clear()
+    assert {"flat", "lost"} < set(known_archs())
+    assert backbone_shape("flat")[:2] == (8, False)
+    with pytest.raises(InputError, match=r"lost: its plug-in fails \(AttributeError: "):
+        backbone_spec("lost")
+    run(
+        f"pretrain --arch flat --shards {shards} --epochs 1 --batch-size 8 --queue-size 0"
+        f" --crop-size 32 --workers 0 --device cpu --out {tmp_path}/run"
+    )
+    assert load_backbone(str(tmp_path / "run/last.pt")).arch == "flat"
+    assert 'optimizer = "adamw"' in (tmp_path / "run/config.toml").read_text()
+
+
+# What they compute
+
+
+def test_a_vit_of_another_size_is_torchvisions_with_interpolated_places() -> None:
+    ours = random_backbone("vit_b_32", 3).eval()
+    theirs = torchvision.models.get_model("vit_b_32")
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    theirs.heads = nn.Identity()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.eval()(images))
+        places = theirs.encoder.pos_embedding
+        resized = timm.layers.resample_abs_pos_embed(places, [6, 5], num_prefix_tokens=1)
+        torch.testing.assert_close(backbones._resized(places, 6, 5), resized)
+        assert ours(images[..., :48, :32]).shape == (2, 32)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_training_forward_draws_no_random_numbers(arch: str) -> None:
+    network = random_backbone(arch, 0).train()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(network(images), network(images))
+
+
+def test_images_are_normalised_as_a_network_was_made_for() -> None:
+    spec = backbone_spec("timm:vit_tiny_patch16_224")
+    assert of(spec) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    (given,) = backbones._Renormalise(spec)(nn.Identity(), (normalise(pixels),))
+    torch.testing.assert_close(given, normalise(pixels, spec.mean, spec.std))
+
+
+def test_sizes_that_do_not_fit(shards: str, tmp_path: Path) -> None:
+    require_size("vit_b_32", 48)
+    require_size("resnet18", 1)
+    with pytest.raises(InputError, match=r"^--crop-size: vit_b_32 takes no images of 50 px"):
+        require_size("vit_b_32", 50)
+    shared = f"--shards {shards} --out {tmp_path}/out --crop-size 50 --workers 0 --device cpu"
+    assert cli.run(shlex.split(f"pretrain --arch vit_b_32 --batch-size 8 {shared}")) == 1
+    features = f"extract-features --checkpoint random --arch timm:test_vit {shared}"
+    assert cli.run(shlex.split(features)) == 1
+
+
+def test_files_of_timm_need_a_name(tmp_path: Path) -> None:
+    network = timm.create_model("test_vit")
+    torch.save(network.state_dict(), tmp_path / "t.pt")
+    with pytest.raises(InputError, match="not a network that is recognised by its tensors"):
+        load_backbone(str(tmp_path / "t.pt"))
+    found = load_backbone(str(tmp_path / "t.pt"), "timm:test_vit")
+    network.reset_classifier(0)
+    assert found.network.state_dict().keys() == network.state_dict().keys()
+    with pytest.raises(InputError, match="compared with a timm:test_vit2"):
+        load_backbone(str(tmp_path / "t.pt"), "timm:test_vit2")
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", *SMALLER])
+def test_files_of_torchvision_are_recognised(arch: str, tmp_path: Path) -> None:
+    network = torchvision.models.get_model(arch, weights=None)
+    torch.save(network.state_dict(), tmp_path / "t.pt")
+    assert load_backbone(str(tmp_path / "t.pt")).arch == arch
+
+
+def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = timm.create_model
+    weights = made("test_vit").state_dict()
+
+    def with_weights(name: str, pretrained: bool = False, **given: object) -> nn.Module:
+        if not pretrained:
+            return made(name, **given)
+        overlay = {"file": str(tmp_path / "t.safetensors"), "source": "file"}
+        return made(name, pretrained=True, pretrained_cfg_overlay=overlay, **given)
+
+    safetensors.torch.save_file(weights, tmp_path / "t.safetensors")
+    monkeypatch.setattr(timm, "create_model", with_weights)
+    found = load_backbone("timm:test_vit")
+    assert torch.equal(found.network.state_dict()["pos_embed"], weights["pos_embed"])
+    assert found.record(0)["checkpoint"] == "timm:test_vit"
+    (tmp_path / "t.safetensors").unlink()
+    with pytest.raises(InputError, match=r"timm:test_vit: timm cannot load its weights") as told:
+        load_backbone("timm:test_vit")
+    assert "\n" not in str(told.value)
+
+
+def test_trackers_need_a_resnet() -> None:
+    from seco.models.siamfc import DilatedBackbone
+
+    with pytest.raises(InputError, match="is not a ResNet"):
+        DilatedBackbone(build_backbone("timm:test_vit"), "layer4")
+
+
+# Without BatchNorm
+
+
+def test_keys_are_shuffled_only_where_batchnorm_could_tell() -> None:
+    assert SeCo("resnet10_w16", queue_size=8).shuffles_keys
+    assert not SeCo("timm:test_vit", queue_size=8).shuffles_keys
+    for size in (1, 2, 4):
+        for rank in range(size):
+            plan = KeyShuffle(8, rank, size, None)
+            assert plan.sent.tolist() == list(range(KEYS * 8 // size))
+            assert plan.sent_counts[rank] == KEYS * 8 // size
+    vectors = torch.arange(2 * KEYS * 4).view(-1, 1)  # of two ranks with four rows each
+    by_row = KeyShuffle(8, 0, 2, None).by_row(vectors)[..., 0]
+    assert by_row[0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+
+
+def test_two_ranks_of_a_vit_are_one_and_exchange_no_images(shards: str, tmp_path: Path) -> None:
+    from tests import commands
+
+    for processes in (1, 2):
+        command = commands.start(
+            *("pretrain", "--arch", "timm:test_vit", "--shards", shards, "--epochs", 2),
+            *("--batch-size", 8, "--queue-size", 16, "--crop-size", 32, "--workers", 0),
+            *("--device", "cpu", "--log-every", 1, "--processes", processes),
+            *("--out", tmp_path / f"{processes}"),
+        )
+        _, said = command.communicate(timeout=600)
+        assert command.returncode == 0, said
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in "12"
+    )
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def given(**settings: object) -> PretrainConfig:
+    return PretrainConfig(**{"batch_size": 512, **settings})  # type: ignore[arg-type]
+
+
+def test_defaults_of_each_optimizer() -> None:
+    resolve = functools.partial(resolve_pretrain)
+    plain = resolve(with_optimizer(given()))
+    assert (plain.optimizer, plain.lr, plain.weight_decay) == ("auto", 0.2, 1e-4)
+    vit = resolve(with_optimizer(given(arch="timm:test_vit")))
+    assert (vit.optimizer, vit.lr, vit.weight_decay) == ("adamw", 3e-4, 0.1)
+    lars = resolve(with_optimizer(given(optimizer="lars")))
+    assert (lars.lr, lars.weight_decay) == (0.6, 1e-6)
+    sgd = resolve(with_optimizer(given(arch="timm:test_vit", optimizer="sgd")))
+    assert (sgd.optimizer, sgd.lr) == ("sgd", 0.2)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_norms_and_biases_are_not_decayed_if_asked(kind: str) -> None:
+    layer = nn.Linear(3, 3)
+    config = resolve_pretrain(
+        given(optimizer=kind, decay_weights_only=True, weight_decay=0.5, lr=0.1)
+    )
+    optimizer = optimizer_for(list(layer.parameters()), config)
+    before = layer.weight.clone(), layer.bias.clone()
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight, before[0] * 0.95)
+    assert torch.equal(layer.bias, before[1])
+
+
+def test_lars_is_as_its_formula_says() -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(3, 2)), rng.normal(size=3)
+    parameters = [nn.Parameter(torch.tensor(value)) for value in (weight, bias)]
+    optimizer = LARS(parameters, lr=0.5, momentum=0.9, weight_decay=0.01)
+    moved: list[np.ndarray] = [np.zeros((3, 2)), np.zeros(3)]
+    for _ in range(3):
+        gradients = rng.normal(size=(3, 2)), rng.normal(size=3)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        change = gradients[0] + 0.01 * weight
+        change *= 0.001 * np.linalg.norm(weight) / np.linalg.norm(change)
+        moved = [0.9 * moved[0] + change, 0.9 * moved[1] + gradients[1]]
+        weight, bias = weight - 0.5 * moved[0], bias - 0.5 * moved[1]
+    np.testing.assert_allclose(parameters[0].detach().numpy(), weight, rtol=1e-12)
+    np.testing.assert_allclose(parameters[1].detach().numpy(), bias, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["lars", "adamw"])
+def test_runs_with_other_optimizers_resume_to_the_bit(
+    kind: str, shards: str, tmp_path: Path
+) -> None:
+    pretrain = (
+        f"pretrain --arch resnet10_w16 --optimizer {kind} --decay-weights-only --shards {shards}"
+        " --epochs 2 --batch-size 8 --bn-group 4 --queue-size 16 --crop-size 32 --workers 0"
+        f" --device cpu --keep-every-epochs 1 --loggers none --out {tmp_path}"
+    )
+    run(f"{pretrain}/run")
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "run/epoch-0001.pt", tmp_path / "again/last.pt")
+    run(f"{pretrain}/again --resume auto")
+    same_tensors(tmp_path / "run/last.pt", tmp_path / "again/last.pt")
