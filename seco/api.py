@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from seco.checkpoints.weights import Backbone, load_backbone
-from seco.config import ExtractConfig, PretrainConfig, ProbeConfig, resolve_pretrain
+from seco.config import ExportConfig, ExtractConfig, PretrainConfig, ProbeConfig, resolve_pretrain
 from seco.data.loader import EpochLoader, TripletBatch
 from seco.data.transforms import view_config
 from seco.data.triplets import Triplet, TripletDataset
@@ -51,6 +51,7 @@ __all__ = [
     "Triplet",
     "TripletBatch",
     "TripletDataset",
+    "export",
     "extract",
     "load_backbone",
     "prepare",
@@ -255,6 +256,29 @@ def extract(
             halves=np.array(found.halves),
             all_frames=None if found.all_frames is None else np.array(found.all_frames),
         )
+
+
+def export(checkpoint: str | Path, out: str | Path, format: str, **settings: Any) -> Path:
+    """Write the backbone in a format that other programs read: ``seco export``.
+
+    Args:
+        checkpoint: any file that :func:`load_backbone` takes.
+        out: file to write; for ``huggingface`` a new folder.
+        format: ``onnx``, ``torch-export``, ``huggingface``, ``safetensors``, ``torchvision``,
+            ``moco`` or ``seco-authors``.
+        settings: other options of the command, for example ``size=112``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: something given cannot be used, or a package is missing.
+    """
+    from seco.checkpoints.exchange import export_checkpoint
+
+    given = {"file": str(checkpoint), "out": str(out), "format": format, **settings}
+    export_checkpoint(_given(ExportConfig, **given))
+    return Path(out)
 
 
 def probe(features: Features | str | Path, **settings: Any) -> ProbeResult:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from seco import __version__
 from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
-from seco.checkpoints.io import save_checkpoint, save_torch_file
-from seco.config import TASKS, ExportConfig, ImportConfig
+from seco.checkpoints.deploy import deploy
+from seco.checkpoints.io import save_checkpoint, save_safetensors, save_torch_file
+from seco.config import DEPLOY_FORMATS, TASKS, ExportConfig, ImportConfig, check_export
 from seco.models.backbones import TORCHVISION, backbone_spec
-from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.index import sha256_of
 
@@ -54,17 +53,18 @@ def export_checkpoint(config: ExportConfig) -> str:
     """Convert a checkpoint to the layout ``config.format``; returns a one-line summary.
 
     Raises:
-        InputError: the checkpoint cannot be used or lacks a part that the layout needs, or the
-            output cannot be written.
+        InputError: the checkpoint cannot be used or lacks a part that the layout needs, a package
+            is missing, or the output cannot be written.
     """
-    source, out = _paths(config.file, config.out)
+    check_export(config)
+    source, out = _paths(config.file, config.out, folder=config.format == "huggingface")
+    if config.format in DEPLOY_FORMATS:
+        return deploy(config, source, out)
     weights = read_weights(source)
     torchvisions = backbone_spec(weights.arch).family == TORCHVISION
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
-        whole = safetensors.torch.save(weights.query.backbone, metadata)
-        with atomic_path(out) as temporary:
-            temporary.write_bytes(whole)
+        save_safetensors(out, weights.query.backbone, metadata)
     elif config.format == "torchvision":
         save_torch_file(out, weights.query.backbone)
     elif not torchvisions:
@@ -85,8 +85,10 @@ def export_checkpoint(config: ExportConfig) -> str:
     return f"{said}; build the network with seco.models.backbones.build_backbone({weights.arch!r})"
 
 
-def _paths(file: str, out: str) -> tuple[Path, Path]:
+def _paths(file: str, out: str, folder: bool = False) -> tuple[Path, Path]:
     source, target = Path(file), Path(out)
+    if folder and target.exists():
+        raise InputError("already exists", target, "remove it or name another folder")
     if target.is_dir():
         raise InputError("is a folder", target, "name the file to write")
     if target.exists() and source.exists() and target.samefile(source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import msgspec
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -42,6 +44,19 @@ def save_torch_file(path: Path, content: dict[str, Any]) -> None:
     torch.save(content, whole)
     with atomic_path(path) as temporary:
         temporary.write_bytes(whole.getbuffer())
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors to ``path`` atomically; the same tensors and metadata give the same bytes."""
+    whole = safetensors.torch.save(tensors, metadata)
+    # The library writes the metadata in random order.
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header["__metadata__"] = metadata
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(whole[:8] + text + whole[8 + size :])
 
 
 def load_torch_file(path: Path) -> Any:
