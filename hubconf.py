@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-dependencies = ["torch", "torchvision", "safetensors", "msgspec", "simplejpeg"]
+dependencies = ["torch", "torchvision", "msgspec", "safetensors", "simplejpeg"]
 
 
 def seco_backbone(weights: str, arch: str | None = None) -> nn.Module:

@@ -29,6 +29,8 @@ from shards.errors import InputError
 OPSET = 18  # the one that torch's exporter is written for; it converts to others
 _CROP_SHARE = 0.875  # of the short edge: 224 of 256, as `seco extract-features` crops
 _LARGEST_MESSAGE = 2**31 - 1  # bytes; protobuf's limit
+# What a format needs; the extra that installs it has the name of the first.
+_PACKAGES = {"onnx": ("onnx", "onnxscript"), "torch-export": (), "huggingface": ("timm",)}
 
 
 def deploy(config: ExportConfig, source: Path, out: Path) -> str:
@@ -39,6 +41,8 @@ def deploy(config: ExportConfig, source: Path, out: Path) -> str:
             backbone, or the output cannot be written.
     """
     write = {"onnx": _write_onnx, "torch-export": _write_program, "huggingface": _write_folder}
+    for package in _PACKAGES[config.format]:
+        _imported(package, config.format)
     backbone = load_backbone(source)
     model = Deployed(backbone, preprocessing(backbone.arch, config.size))
     write[config.format](model, out)
@@ -154,8 +158,7 @@ def _write_program(model: Deployed, out: Path) -> None:
 
 
 def _write_onnx(model: Deployed, out: Path) -> None:
-    onnx = _imported("onnx", "onnx", "onnx")
-    _imported("onnxscript", "onnx", "onnx")
+    onnx = _imported("onnx", "onnx")
     tensors = model.backbone.network.state_dict().values()
     if sum(tensor.nbytes for tensor in tensors) > _LARGEST_MESSAGE:
         raise InputError("has more weights than the 2 GiB of an ONNX file", model.backbone.source)
@@ -211,7 +214,7 @@ def timm_model(arch: str) -> TimmModel | None:
 
 
 def _write_folder(model: Deployed, out: Path) -> None:
-    timm = _imported("timm", "huggingface", "timm")
+    timm = _imported("timm", "huggingface")
     backbone = model.backbone
     theirs = timm_model(backbone.arch)
     if theirs is None or not timm.is_model(theirs.name):
@@ -321,12 +324,12 @@ def _write(out: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def _imported(module: str, layout: str, extra: str) -> Any:
+def _imported(module: str, layout: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
             f"{module} is not installed",
             f"--format {layout}",
-            f'pip install "seco-video[{extra}]"',
+            f'pip install "seco-video[{_PACKAGES[layout][0]}]"',
         ) from error
