@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cli
 import seco.api
@@ -119,13 +121,17 @@ def test_python_examples_of_exporting_run(
 ) -> None:
     text = (ROOT / "docs/export.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     (tmp_path / "runs/k400").mkdir(parents=True)
     torch.save(random_backbone("resnet18", 0).state_dict(), tmp_path / "runs/k400/last.pt")
+    (tmp_path / "frames").mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (80, 90, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"frames/{number}.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    code = "\n".join(blocks).replace("path/to/clone", str(ROOT)).replace("224", "64")
+    code = "\n".join(blocks).replace("path/to/clone", str(ROOT))
     given: dict[str, Any] = {}
     exec(compile(code, "docs/export.md", "exec"), given)
     assert given["features"].shape == (1, 512)

@@ -85,7 +85,7 @@ def preprocessing(arch: str, size_px: int | None = None) -> Preprocessing:
     """
     spec = backbone_spec(arch)
     # A spec without these fields is of a ResNet, which takes ImageNet's.
-    side: int = size_px or getattr(spec, "size", 224)
+    side: int = getattr(spec, "size", 224) if size_px is None else size_px
     return Preprocessing(
         side,
         int(side / _CROP_SHARE),

@@ -373,7 +373,7 @@ def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (made / "file").write_text("whole")
         assert not (tmp_path / "b" / "a").exists()
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["a"]
-    with pytest.raises(InputError, match="cannot be written"):
-        with atomic.atomic_folder(tmp_path / "b") as made:
-            (made / "file").write_text("not over another")
+    refused = pytest.raises(InputError, match="cannot be written")
+    with refused, atomic.atomic_folder(tmp_path / "b") as made:
+        (made / "file").write_text("not over another")
     assert (tmp_path / "b" / "a" / "file").read_text() == "whole"
