@@ -382,8 +382,12 @@ def export(**settings: Any) -> None:
     torchvision and safetensors hold the query backbone. moco (v2) and seco-authors also hold the
     heads, the key encoder and the queue; they support only torchvision's ResNets.
 
+    onnx, torch-export and huggingface (a folder for timm and transformers) run without this
+    toolkit: images (N, 3, --size, --size) to features (N, C).
+
     \b
     Example: seco export runs/k400/last.pt --format torchvision --out k400-resnet50.pth
+    Example: seco export runs/k400/last.pt --format onnx --out k400-resnet50.onnx
     """
     from seco.checkpoints.exchange import export_checkpoint
 

@@ -56,6 +56,8 @@ setup(
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny>=2"],
         "hub": ["huggingface_hub>=1"],
+        "onnx": ["onnx>=1.16", "onnxscript>=0.5"],
+        "timm": ["timm>=1.0.16"],
         "docs": ["mkdocs-material>=9.5"],
         "dev": [
             "av",
@@ -68,6 +70,9 @@ setup(
             "moto[server]",
             "mypy",
             "nbclient",
+            "onnx>=1.16",
+            "onnxruntime",
+            "onnxscript>=0.5",
             "pyarrow",
             "pytest",
             "pytest-cov",
@@ -78,6 +83,8 @@ setup(
             "s3fs",
             "scikit-learn",
             "six",  # which got10k needs and does not name
+            "timm>=1.0.16",
+            "transformers>=4.49",
             "wandb",
         ],
     },

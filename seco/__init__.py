@@ -51,6 +51,9 @@ if TYPE_CHECKING:
         TripletDataset as TripletDataset,
     )
     from seco.api import (
+        export as export,
+    )
+    from seco.api import (
         extract as extract,
     )
     from seco.api import (
@@ -80,8 +83,8 @@ if TYPE_CHECKING:
 
 __all__ = (
     "Backbone", "Callback", "Features", "InputError", "ProbeResult", "Run", "SeCo", "SeCoOutput",
-    "Triplet", "TripletBatch", "TripletDataset", "extract", "load_backbone", "prepare", "pretrain",
-    "probe", "publish", "read_features", "recall_at_k", "triplet_loader",
+    "Triplet", "TripletBatch", "TripletDataset", "export", "extract", "load_backbone", "prepare",
+    "pretrain", "probe", "publish", "read_features", "recall_at_k", "triplet_loader",
 )  # fmt: skip
 
 

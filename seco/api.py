@@ -22,6 +22,7 @@ from torch import nn
 
 from seco.checkpoints.weights import Backbone, load_backbone
 from seco.config import (
+    ExportConfig,
     ExtractConfig,
     PretrainConfig,
     ProbeConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "Triplet",
     "TripletBatch",
     "TripletDataset",
+    "export",
     "extract",
     "load_backbone",
     "prepare",
@@ -263,6 +265,29 @@ def extract(
             halves=np.array(found.halves),
             all_frames=None if found.all_frames is None else np.array(found.all_frames),
         )
+
+
+def export(checkpoint: str | Path, out: str | Path, format: str, **settings: Any) -> Path:
+    """Write the backbone in a format that other programs read: ``seco export``.
+
+    Args:
+        checkpoint: any file that :func:`load_backbone` takes.
+        out: file to write; for ``huggingface`` a new folder.
+        format: ``onnx``, ``torch-export``, ``huggingface``, ``safetensors``, ``torchvision``,
+            ``moco`` or ``seco-authors``.
+        settings: other options of the command, for example ``size=112``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: something given cannot be used, or a package is missing.
+    """
+    from seco.checkpoints.exchange import export_checkpoint
+
+    given = {"file": str(checkpoint), "out": str(out), "format": format, **settings}
+    export_checkpoint(_given(ExportConfig, **given))
+    return Path(out)
 
 
 def probe(features: Features | str | Path, **settings: Any) -> ProbeResult:

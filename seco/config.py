@@ -347,7 +347,8 @@ def _require_ranges(config: PretrainConfig, share: int) -> None:
     _require(0 <= warmup <= config.epochs, "warmup_epochs", "must be from 0 to --epochs")
 
 
-EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors")
+DEPLOY_FORMATS = ("onnx", "torch-export", "huggingface")  # run without this toolkit
+EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors", *DEPLOY_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +365,23 @@ class ExportConfig:
 
     file: str = setting("", "checkpoint, for example a run's last.pt")
     format: str = setting("", "layout to write", choices=EXPORT_FORMATS)
-    out: str = setting("", "file to write")
+    out: str = setting("", "file to write; for huggingface a new folder")
+    size: int | None = setting(
+        None, "side of the images for onnx, torch-export and huggingface, in px [default: 224]"
+    )
+
+
+def check_export(config: ExportConfig) -> None:
+    """Check the values of the options.
+
+    Raises:
+        InputError: a value is invalid; names the option.
+    """
+    if config.size is not None:
+        formats = f"has no effect with --format {config.format}"
+        require(config.format in DEPLOY_FORMATS, "size", formats)
+        # An example of this size is traced: two images in memory.
+        require(16 <= config.size <= 2048, "size", "must be from 16 to 2048")
 
 
 @dataclass(frozen=True, kw_only=True)

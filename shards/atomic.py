@@ -8,6 +8,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,6 +53,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # If the parent is unwritable or not a folder, there is nothing to remove.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder under a temporary name; rename it to ``path`` as :func:`atomic_path` does.
+
+    Args:
+        path: must not exist, or be an empty folder.
+
+    Raises:
+        InputError: the parent folder cannot be written to, or the disk is full.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        sync_folder(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _DISK_FAULTS or str(error.filename).startswith(str(temporary)):
+            raise unwritable(path, error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def default_folder() -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import cli
 import seco.api
+from seco.checkpoints.weights import random_backbone
 from tests.data import ROOT
 from tests.pipelines.made_videos import draw_video
 
@@ -109,3 +114,28 @@ def test_python_examples_run(
         code = code.replace(full, smaller)
     exec(compile(code, document, "exec"), {"__name__": "__main__"})
     assert list((tmp_path / "runs").glob("*/last.pt"))
+
+
+def test_python_examples_of_exporting_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/export.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 6
+    (tmp_path / "runs/k400").mkdir(parents=True)
+    torch.save(random_backbone("resnet18", 0).state_dict(), tmp_path / "runs/k400/last.pt")
+    (tmp_path / "frames").mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (80, 90, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"frames/{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    code = "\n".join(blocks).replace("path/to/clone", str(ROOT))
+    given: dict[str, Any] = {}
+    exec(compile(code, "docs/export.md", "exec"), given)
+    assert given["features"].shape == (1, 512)
+    shown = capsys.readouterr().out
+    difference = re.search(r"^\d\S*$", shown, re.M)
+    assert difference and float(difference[0]) <= 1e-4
+    assert '"weights_sha256"' in shown

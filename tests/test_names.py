@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, dict[str, object]]] = {
     "track eval": ("", {"--shards": (), "--tracker": ()}),
     "track run": ("", {"--video": (), "--box": (), "--tracker": ()}),
     "import": ("file", {"--out": ()}),
-    "export": ("file", {"--format": (), "--out": ()}),
+    "export": ("file", {"--format": (), "--out": (), "--size": None}),
     "publish": ("run", {"--out": (), "--results": None, "--push": None, "--private": True}),
     "report": ("runs", {"--out": None}),
     "demo": ("", {}),

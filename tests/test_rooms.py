@@ -98,7 +98,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     source = out / "source"  # a copy: setuptools would take stale files from the checkout's build/
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("cli.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    # hubconf.py is at the root because PyTorch Hub looks there; it must not join the wheel.
+    for name in ("cli.py", "hubconf.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(out), str(source)], check=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from seco import __version__
 from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
+from seco.checkpoints.deploy import deploy
 from seco.checkpoints.io import save_checkpoint, save_safetensors, save_torch_file
 from seco.checkpoints.named import NamedWeights, weights_file
-from seco.config import TASKS, ExportConfig, ImportConfig
+from seco.config import DEPLOY_FORMATS, TASKS, ExportConfig, ImportConfig, check_export
 from seco.models.backbones import RESNETS, backbone_spec
 from shards.errors import InputError
 from shards.index import sha256_of
@@ -55,10 +56,13 @@ def export_checkpoint(config: ExportConfig) -> str:
     """Convert a checkpoint to the layout ``config.format``; returns a one-line summary.
 
     Raises:
-        InputError: the checkpoint cannot be used or lacks a part that the layout needs, or the
-            output cannot be written.
+        InputError: the checkpoint cannot be used or lacks a part that the layout needs, a package
+            is missing, or the output cannot be written.
     """
-    source, _, out = _paths(config.file, config.out)
+    check_export(config)
+    source, _, out = _paths(config.file, config.out, folder=config.format == "huggingface")
+    if config.format in DEPLOY_FORMATS:
+        return deploy(config, source, out)
     weights = read_weights(source)
     family = backbone_spec(weights.arch).family
     if config.format == "safetensors":
@@ -84,8 +88,10 @@ def export_checkpoint(config: ExportConfig) -> str:
     return f"{said}; build the network with seco.models.backbones.build_backbone({weights.arch!r})"
 
 
-def _paths(file: str, out: str) -> tuple[Path, NamedWeights | None, Path]:
+def _paths(file: str, out: str, folder: bool = False) -> tuple[Path, NamedWeights | None, Path]:
     target = Path(out)
+    if folder and target.exists():
+        raise InputError("already exists", target, "remove it or name another folder")
     if target.is_dir():
         raise InputError("is a folder", target, "name the file to write")
     source, named = weights_file(file)

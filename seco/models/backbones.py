@@ -95,7 +95,7 @@ class _AnySizeViT(VisionTransformer):  # type: ignore[misc]
             raise ValueError(f"the patches of {self.patch_size} px do not divide the images")
         patches = self.conv_proj(images)
         tokens = patches.flatten(2).transpose(1, 2)
-        first = self.class_token.expand(len(images), -1, -1)
+        first = self.class_token.expand(images.shape[0], -1, -1)
         encoder = self.encoder
         places = _resized(encoder.pos_embedding, *patches.shape[2:])
         hidden = encoder.dropout(torch.cat([first, tokens], dim=1) + places)
@@ -330,6 +330,13 @@ def _adapted(network: nn.Module, spec: BackboneSpec) -> nn.Module:
         # A hook: a module around the network would change the names of its tensors.
         network.register_forward_pre_hook(_Renormalise(spec))
     return network
+
+
+def with_own_normalisation(network: nn.Module) -> None:
+    """From now on, let a network take images normalised by its spec's ``mean`` and ``std``."""
+    for number, hook in list(network._forward_pre_hooks.items()):
+        if isinstance(hook, _Renormalise):
+            del network._forward_pre_hooks[number]
 
 
 class _Renormalise:

@@ -23,18 +23,18 @@ import safetensors
 import safetensors.torch
 
 from seco import __version__
+from seco.checkpoints.deploy import Deployed, preprocessing, write_for_timm
 from seco.checkpoints.exchange import export_checkpoint
 from seco.checkpoints.io import FINETUNED, LAST, epochs_reached, load_checkpoint
+from seco.checkpoints.weights import load_backbone
 from seco.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PRESETS,
     ExportConfig,
     PretrainConfig,
     PublishConfig,
     resolve_pretrain,
 )
-from seco.models.backbones import RESNETS, backbone_spec, feature_dim, tensors_sha256
+from seco.models.backbones import RESNETS, TIMM, backbone_spec, feature_dim, tensors_sha256
 from seco.models.siamfc import TRACKER
 from seco.report.card import Model, PretrainedRun, TrainingData, of_encoder, render_card
 from seco.report.results import RESULT_FILES, Found, read_results
@@ -128,8 +128,9 @@ def publish(config: PublishConfig) -> Published:
 def write_model(checkpoint: Path, folder: Path, crop_px: int) -> Model:
     """Write the encoder's weights and their description: the one place that knows their layout.
 
-    torchvision's ResNets are described in timm's words, which ``timm.create_model`` and the
-    ``AutoModel`` of transformers understand. The others can be built by this toolkit only.
+    torchvision's ResNets and timm's networks are described in timm's words, which
+    ``timm.create_model`` and the ``AutoModel`` of transformers understand. The others can be built
+    by this toolkit only.
 
     Args:
         checkpoint: of a run.
@@ -144,25 +145,27 @@ def write_model(checkpoint: Path, folder: Path, crop_px: int) -> Model:
     with safetensors.safe_open(weights, framework="pt") as opened:
         arch = opened.metadata()["arch"]
     spec = backbone_spec(arch)
-    timm = spec.family == RESNETS
-    mean, std = tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)
+    timm = spec.family in (RESNETS, TIMM)
     images = {
         "input_size": [3, crop_px, crop_px],
         "interpolation": "bilinear",
         "crop_pct": _CROP_OF_EDGE,
         "crop_mode": "center",
-        "mean": mean,
-        "std": std,
+        "mean": spec.mean,
+        "std": spec.std,
     }
     description: dict[str, Any] = {"architecture": arch, "num_classes": 0}
     description["num_features"] = feature_dim(arch)
-    if timm:
+    if spec.family == RESNETS:
         layers = {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}
         description["global_pool"] = "avg"
         description["pretrained_cfg"] = {"tag": "seco", "custom_load": False, **images, **layers}
     else:
         description |= {"library": "seco-video", "images": images}
-    write_json(folder / DESCRIPTION, description)
+    if spec.family == TIMM:
+        write_for_timm(Deployed(load_backbone(checkpoint), preprocessing(arch, crop_px)), folder)
+    else:
+        write_json(folder / DESCRIPTION, description)
     return Model(
         arch=arch,
         width=feature_dim(arch),
@@ -170,8 +173,8 @@ def write_model(checkpoint: Path, folder: Path, crop_px: int) -> Model:
         file_sha256=sha256_of(weights),
         file_bytes=weights.stat().st_size,
         crop_px=crop_px,
-        mean=mean,
-        std=std,
+        mean=spec.mean,
+        std=spec.std,
         timm=timm,
     )
 

@@ -16,8 +16,16 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
+from torchvision.models import (
+    ConvNeXt,
+    EfficientNet,
+    RegNet,
+    SwinTransformer,
+    VisionTransformer,
+)
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.regnet import BlockParams
 
 import cli
 from seco.checkpoints.io import load_checkpoint
@@ -44,6 +52,12 @@ from tests.made_shards import make_set
 
 # One of each family, with fewer and narrower blocks than any that torchvision names.
 SMALLER: dict[str, Callable[[], nn.Module]] = {
+    "regnet_y_400mf": lambda: RegNet(
+        BlockParams.from_init_params(4, 16, 8.0, 2.0, 8, se_ratio=0.25)
+    ),
+    "efficientnet_b0": lambda: EfficientNet(
+        [MBConvConfig(1, 3, 1, 8, 8, 1, 1, 1), MBConvConfig(4, 3, 2, 8, 16, 2, 1, 1)], 0.2
+    ),
     "convnext_tiny": lambda: ConvNeXt(
         [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], stochastic_depth_prob=0.5
     ),
@@ -51,7 +65,7 @@ SMALLER: dict[str, Callable[[], nn.Module]] = {
     "swin_t": lambda: SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4], dropout=0.1),
 }
 FAMILIES = [
-    *("regnet_y_400mf", "mobilenet_v3_small", "efficientnet_b0", *SMALLER),
+    *("mobilenet_v3_small", *SMALLER),
     *("timm:test_vit", "timm:test_convnext", "timm:test_efficientnet"),
 ]
 CACHES = (backbone_spec, backbone_shape, backbones._plugins)
@@ -132,6 +146,12 @@ def test_every_family_from_pretraining_to_use_elsewhere(
         parent, _, last = heads[0].rstrip(".").rpartition(".")
         setattr(theirs.get_submodule(parent), last, nn.Identity())
     spec = backbone_spec(arch)
+    if arch.startswith("timm:"):
+        run(
+            f"export {tmp_path}/run/last.pt --format huggingface --out {tmp_path}/folder"
+            f" --size {px}"
+        )
+        theirs = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True)
     given = [(images - _channels(mean)) / _channels(std) for mean, std in (IMAGENET, of(spec))]
     with torch.no_grad():
         torch.testing.assert_close(ours(given[0]), theirs.eval()(given[1]), rtol=1e-4, atol=1e-5)
@@ -286,7 +306,7 @@ def test_files_of_timm_need_a_name(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "t.pt"), "timm:test_vit2")
 
 
-@pytest.mark.parametrize("arch", ["efficientnet_b0", *SMALLER])
+@pytest.mark.parametrize("arch", SMALLER)
 def test_files_of_torchvision_are_recognised(arch: str, tmp_path: Path) -> None:
     network = torchvision.models.get_model(arch, weights=None)
     torch.save(network.state_dict(), tmp_path / "t.pt")
