@@ -34,6 +34,7 @@ RESNETS, SMALL_IMAGES = "torchvision's ResNets", "ResNets for small images"  # f
 TORCHVISION, TIMM, PLUGINS = "torchvision's others", "timm's", "plug-ins"
 TIMM_PREFIX = "timm:"
 _ENTRY_POINTS = "seco.backbones"
+_HALF = (0.5, 0.5, 0.5)
 
 
 class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
@@ -125,7 +126,6 @@ class BackboneSpec:
         mean: of the images it takes, RGB in 0 … 1.
         std: divides them after that.
         size: side of the images it is made for, px.
-        transformer: whether it is trained as in MoCo v3, by AdamW.
     """
 
     family: str
@@ -134,10 +134,9 @@ class BackboneSpec:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     size: int = 224
-    transformer: bool = False
 
 
-def _torchvision(name: str, family: str, head: str, transformer: bool = False) -> BackboneSpec:
+def _torchvision(name: str, family: str, head: str) -> BackboneSpec:
     def build() -> nn.Module:
         network: nn.Module = torchvision.models.get_model(name, weights=None)
         parent, _, last = head.rpartition(".")
@@ -146,7 +145,9 @@ def _torchvision(name: str, family: str, head: str, transformer: bool = False) -
             network.__class__ = _AnySizeViT  # torchvision's functions build no other class
         return network
 
-    return BackboneSpec(family, build, (f"{head}.",), transformer=transformer)
+    if name == "efficientnet_v2_l":  # the only one of them made for other images
+        return BackboneSpec(family, build, (f"{head}.",), mean=_HALF, std=_HALF)
+    return BackboneSpec(family, build, (f"{head}.",))
 
 
 def _small(
@@ -162,12 +163,12 @@ def _small(
 
 # Names of torchvision begin with these; the last part of each network becomes nn.Identity.
 _HEADS = {
-    "regnet": ("fc", False),
-    "convnext": ("classifier.2", True),
-    "efficientnet": ("classifier", False),
-    "mobilenet_v3": ("classifier", False),
-    "vit": ("heads", True),
-    "swin": ("head", True),
+    "regnet": "fc",
+    "convnext": "classifier.2",
+    "efficientnet": "classifier",
+    "mobilenet_v3": "classifier",
+    "vit": "heads",
+    "swin": "head",
 }
 # A file that does not name its architecture is recognised by the shapes of its tensors: no two of
 # these may differ only in strides. Files are compared in this order, the likeliest first.
@@ -189,8 +190,8 @@ _SPECS: dict[str, BackboneSpec] = {
     "resnet34_cifar": _small(BasicBlock, (3, 4, 6, 3), width=64, stem_stride=1),
     "resnet50_cifar": _small(Bottleneck, (3, 4, 6, 3), width=64, stem_stride=1),
     **{
-        name: _torchvision(name, TORCHVISION, head, transformer)
-        for prefix, (head, transformer) in _HEADS.items()
+        name: _torchvision(name, TORCHVISION, head)
+        for prefix, head in _HEADS.items()
         for name in torchvision.models.list_models(module=torchvision.models)
         if name.startswith(prefix)
     },
