@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,9 @@ class RunState:
         writes: whether this process writes checkpoints.
         about: plain values and tensors to add to every checkpoint.
 
+    Raises:
+        InputError: another process writes to the folder.
+
     Attributes:
         step: steps done, over all epochs.
         unreadable: samples replaced so far, on all ranks.
@@ -68,6 +73,7 @@ class RunState:
         self._videos = videos
         self._may_differ = resumable_settings(config)
         self._about = dict(about or {})
+        self._lock = _locked(folder) if writes else None
         self._writer = CheckpointWriter() if writes else None
 
     @property
@@ -184,6 +190,26 @@ class RunState:
         kept = sorted(self._folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name))
         for old in kept[: -self._config.keep]:
             old.unlink()
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """Lock a run's folder until the file that is returned is closed, or the process has ended.
+
+    Raises:
+        InputError: another process has locked it.
+    """
+    lock = open(folder / ".lock", "wb")  # noqa: SIM115
+    try:
+        # Not flock: the workers that are forked later would hold it, too.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            raise InputError(
+                "another process is training here", folder, "wait for it, or choose another --out"
+            ) from None
+        # Else a file system without locks.
+    return lock
 
 
 def _momenta(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

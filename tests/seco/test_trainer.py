@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,28 @@ def test_the_same_settings_give_the_same_run_with_loader_processes(
     one = load_checkpoint(tmp_path / "last.pt")["model"]
     other = load_checkpoint(undisturbed / "last.pt")["model"]
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    hold += "; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        config = PretrainConfig(shards=(shards,), out=str(tmp_path), **SMALL)
+        with pytest.raises(InputError, match="another process is training here — wait for it"):
+            pretrain(config)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        assert other.stdin is not None
+        other.stdin.close()
+        other.wait(timeout=600)
+    assert pretrain(config).checkpoint.is_file()
 
 
 def test_killed_at_a_random_step_and_resumed(
