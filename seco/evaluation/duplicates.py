@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from PIL import Image
 from seco.config import DuplicatesConfig
 from seco.data.splits import choose_split
 from seco.evaluation.nearest import ExactIndex, NearestIndex
+from seco.evaluation.splits import video_groups
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, read_features, require_same_encoder
 from seco.pages import frames_of, render_page, small_picture, thumbnail
@@ -234,7 +235,7 @@ def _gray(jpeg: bytes) -> NDArray[np.float32] | None:
 
 COLUMNS = (
     *("key", "split", "near_key", "near_split", "kind", "mirrored", "similarity"),
-    *("appearance", "motion", "shift_seconds"),
+    *("appearance", "motion", "shift_seconds", "same_group"),
 )
 _UNVERIFIED = "unverified"
 _LINES_SHOWN = 50
@@ -250,6 +251,7 @@ class Pair:
     near_split: str
     similarity: float  # cosine of the features
     match: Match | None  # None if the frames were not compared
+    same_group: bool = False  # such as two clips of one recording
 
     @property
     def kind(self) -> str:
@@ -265,10 +267,11 @@ class Pair:
         """The values of ``COLUMNS``."""
         told = [self.key, self.split, self.near_key, self.near_split, self.kind]
         told += ["yes" if self.mirrored else "", f"{self.similarity:.6f}"]
-        if self.match is None:
-            return [*told, "", "", ""]
-        numbers = (self.match.appearance, self.match.motion, self.match.shift_seconds)
-        return [*told, *(f"{number:.4f}" for number in numbers)]
+        numbers = [""] * 3
+        if self.match is not None:
+            measured = (self.match.appearance, self.match.motion, self.match.shift_seconds)
+            numbers = [f"{number:.4f}" for number in measured]
+        return [*told, *numbers, "yes" if self.same_group else ""]
 
 
 @dataclass(frozen=True)
@@ -290,8 +293,15 @@ class Duplicates:
                 f"{len(self.pairs)} pairs across splits show the same or nearly the same video "
                 f"({self.compared} compared frame by frame)"
             )
+        together = sum(pair.same_group for pair in self.pairs)
+        if together:
+            head += (
+                f"; {together} of them are of one group, such as clips of one recording: "
+                "a split by groups, such as held-out, keeps these together"
+            )
         lines = [
-            f"  {pair.kind}{', mirrored' if pair.mirrored else ''}  "
+            f"  {pair.kind}{', mirrored' if pair.mirrored else ''}"
+            f"{', same group' if pair.same_group else ''}  "
             f"{pair.split}: {pair.key}   {pair.near_split}: {pair.near_key}"
             for pair in self.pairs[:_LINES_SHOWN]
         ]
@@ -333,6 +343,14 @@ class Group:
     def key(self, position: int) -> str:
         """The key of the video at a position."""
         return self.features.keys[int(self.rows[position])]
+
+    def group(self, position: int) -> str:
+        """The group of the video at a position, its key if it has none."""
+        return self._groups[int(self.rows[position])]
+
+    @cached_property
+    def _groups(self) -> list[str]:
+        return video_groups(self.features)[0]
 
 
 class FrameReader:
@@ -432,6 +450,7 @@ def render_duplicates_page(found: Duplicates, frames_of: FramesOfGroup) -> str:
         {
             "kind": pair.kind,
             "mirrored": pair.mirrored,
+            "same_group": pair.same_group,
             "similarity": f"{pair.similarity:.3f}",
             "appearance": f"{pair.match.appearance:.3f}" if pair.match else "–",
             "motion": f"{pair.match.motion:.3f}" if pair.match else "–",
@@ -554,7 +573,10 @@ def _by_features_alone(config: DuplicatesConfig, a: Group, b: Group) -> list[Pai
     index = ExactIndex(a.vectors(), config.device)
     cosines, found = index.search(b.vectors(), config.candidates, "duplicates")
     return [
-        Pair(b.key(i), b.name, a.key(found[i, j]), a.name, float(cosines[i, j]), None)
+        Pair(
+            *(b.key(i), b.name, a.key(found[i, j]), a.name, float(cosines[i, j]), None),
+            same_group=b.group(i) == a.group(found[i, j]),
+        )
         for i, j in np.argwhere(cosines >= config.threshold).tolist()
     ]
 
@@ -564,7 +586,10 @@ def _pair(a: Group, b: Group, pair: tuple[int, int], match: Match) -> Pair:
         group.vectors().take(np.array([position]))[0]
         for group, position in ((b, pair[0]), (a, pair[1]))
     )
-    return Pair(b.key(pair[0]), b.name, a.key(pair[1]), a.name, float(of_b @ of_a), match)
+    return Pair(
+        *(b.key(pair[0]), b.name, a.key(pair[1]), a.name, float(of_b @ of_a), match),
+        same_group=b.group(pair[0]) == a.group(pair[1]),
+    )
 
 
 def _surest_first(pair: Pair) -> tuple[float, str, str]:

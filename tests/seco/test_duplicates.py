@@ -270,3 +270,31 @@ def test_a_frame_that_is_no_picture_is_left_out() -> None:
     assert len(made.frames) == 5
     assert made.times[0] == 0
     assert fingerprint([b""], [0.0]) is None
+
+
+@pytest.mark.parametrize("features_only", [True, False])
+def test_clips_of_one_recording_on_both_sides_are_told(
+    features_only: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Videos 0 and 3 are of one recording; every third is a test video, whatever its recording.
+    shards = make_set(tmp_path, videos=6, group=lambda video: "tape" if video in (0, 3) else None)
+    features = tmp_path / "f"
+    size = ["--frames", "4", "--short-edge", "32", "--crop-size", "32", "--workers", "0"]
+    extract = ["extract-features", "--shards", shards, *size, "--out", str(features)]
+    assert run([*extract, "--checkpoint", "random", "--arch", "resnet10_w16"]) == 0
+    command = ["retrieve", "duplicates", "--features", str(features), "--split", "1"]
+    if features_only:
+        command += ["--features-only", "--threshold", "-1", "--candidates", "3"]
+    assert run(command) == 0
+    with open(features / "duplicates.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    together = [row for row in rows if row["same_group"]]
+    if features_only:
+        assert len(rows) == 9
+        (pair,) = together
+        assert {pair["key"], pair["near_key"]} == {"video_0000", "video_0003"}
+        said = capsys.readouterr().out
+        assert "1 of them are of one group, such as clips of one recording" in said
+        assert "unverified, same group  " in said
+    else:
+        assert len(rows) == len(together) == 0  # they show different things
