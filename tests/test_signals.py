@@ -275,6 +275,34 @@ threading.Event().wait()  # as torch does
     assert (tmp_path / "0").read_text() == "at its end"
 
 
+def test_a_signal_while_processes_are_started_waits_until_all_are(tmp_path: Path) -> None:
+    text = """
+import os, signal
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import api
+from seco.processes.launch import _orderly_signals
+
+def start(agent, group):  # as torch does
+    signal.signal(signal.SIGTERM, api._terminate_process_handler)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("started", flush=True)
+
+LocalElasticAgent._start_workers = start
+with _orderly_signals() as started:
+    assert not started
+    try:
+        LocalElasticAgent._start_workers(None, None)
+    except api.SignalException as error:
+        print(int(error.sigval), started)
+    os.kill(os.getpid(), signal.SIGTERM)  # a second one raises nothing
+assert LocalElasticAgent._start_workers is start
+"""
+    found = _outcome_of("stops", text, tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == "started\n15 ['processes']\n"
+
+
 def test_a_parent_that_leaves_while_a_tensor_is_handed_over(tmp_path: Path) -> None:
     text = """
 import os, socket, struct, sys

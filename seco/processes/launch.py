@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from shards.errors import (
     EXIT_FAILED,
@@ -110,7 +110,7 @@ def _launched(
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     try:
-        with protected_children(held_back=True), _one_exception():
+        with protected_children(held_back=True), _orderly_signals() as started:
             elastic_launch(launched, _run_and_exit)(config, run)
     except ChildFailedError as error:
         if _all_stopped(scratch, processes):
@@ -126,7 +126,7 @@ def _launched(
         return EXIT_FAILED
     except SignalException as error:
         name = signal.Signals(error.sigval).name
-        endings = {_mark(scratch, rank) for rank in range(processes)}
+        endings = {_mark(scratch, rank) for rank in range(processes)} if started else {_STOPPED}
         if endings == {_ENDED}:
             return 0  # it came too late
         if endings <= {_STOPPED, _ENDED}:
@@ -136,24 +136,52 @@ def _launched(
 
 
 @contextlib.contextmanager
-def _one_exception() -> Iterator[None]:
-    """Let torch's launcher raise for the first signal only: a second would disturb its cleaning."""
+def _orderly_signals() -> Iterator[list[str]]:
+    """Let torch's launcher raise for one signal, and not while it starts the processes.
+
+    A second would disturb its cleaning. One in the middle of a start would leave a process without
+    its first instructions, and another that nobody stops.
+
+    Yields:
+        What has been started: empty until then.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
 
-    handler = api._terminate_process_handler
-    raised = False
+    handler, start = api._terminate_process_handler, LocalElasticAgent._start_workers
+    raised = starting = False
+    started: list[str] = []
+    early: list[tuple[int, FrameType | None]] = []
+
+    def whole(agent: Any, group: Any) -> Any:
+        nonlocal starting
+        started.append("processes")
+        starting = True
+        try:
+            ids = start(agent, group)
+        finally:
+            starting = False
+        if early:
+            handler(*early[0])
+        return ids
 
     def once(signum: int, frame: FrameType | None) -> None:
         nonlocal raised
-        if not raised:
-            raised = True
+        if raised:
+            return
+        raised = True
+        if starting:
+            early.append((signum, frame))
+        else:
             handler(signum, frame)
 
     api._terminate_process_handler = once
+    LocalElasticAgent._start_workers = whole  # type: ignore[method-assign]
     try:
-        yield
+        yield started
     finally:
         api._terminate_process_handler = handler
+        LocalElasticAgent._start_workers = start  # type: ignore[method-assign]
 
 
 def _wait_until_all_have_stopped() -> None:
