@@ -289,9 +289,19 @@ class ShardSet:
     @cached_property
     def splits(self) -> dict[str, list[str | None]]:
         """(V,) values by split name ("train", "test", …), None where a video has none."""
-        rows = [row for index in self.indexes for row in index.splits]
+        rows = self._details[0]
         names = sorted({name for row in rows for name in row})
         return {name: [row.get(name) for row in rows] for name in names}
+
+    @cached_property
+    def _details(self) -> tuple[list[dict[str, str]], list[str | None]]:
+        """(V,) splits and (V,) groups, in one pass over the indexes."""
+        splits: list[dict[str, str]] = []
+        groups: list[str | None] = []
+        for index in self.indexes:
+            splits += index.splits
+            groups += index.groups
+        return splits, groups
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
@@ -299,7 +309,7 @@ class ShardSet:
         numbers: dict[str, int] = {}
         names = (
             name if name is not None else f"\0{video}"
-            for video, name in enumerate(itertools.chain(*(i.groups for i in self.indexes)))
+            for video, name in enumerate(self._details[1])
         )
         return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 

@@ -443,7 +443,7 @@ def parse_index(content: bytes, where: object) -> ShardIndex:
         )
     except InputError:
         raise
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, OverflowError, msgspec.MsgspecError, RecursionError) as error:
         raise InputError(
             f"is not a complete index ({fault(error)})",
             where,

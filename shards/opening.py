@@ -392,7 +392,7 @@ def open_shards(spec: str | Iterable[str], cache: CacheSettings | None = None) -
             if videos is None:
                 indexes = list(readers.map(_index_of, map(Path, addresses)))
             else:
-                indexes = IndexesOnDisk(addresses, videos, _index_of)
+                indexes = IndexesOnDisk(addresses, videos)
     else:
         indexes = _remote_indexes(addresses)
         access = RangeAccess()

@@ -6,6 +6,7 @@ The tar is the truth: the index and the manifest are compared with what is reall
 from __future__ import annotations
 
 import csv
+import glob
 import os
 import re
 from collections import Counter
@@ -79,7 +80,7 @@ def reindex(spec: str | Iterable[str], force: bool = False) -> str:
 
 
 def _list_videos(tars: Sequence[Path]) -> None:
-    """Write the list of videos of each large dataset.
+    """Write the list of videos of each large dataset of which all shards are given.
 
     Raises:
         InputError: some videos occur twice.
@@ -87,11 +88,21 @@ def _list_videos(tars: Sequence[Path]) -> None:
     datasets: dict[Path, list[Path]] = {}
     for tar in tars:
         datasets.setdefault(tar.with_name(f"{set_name(str(tar))}.videos"), []).append(tar)
-    for path, shards in datasets.items():
-        if len(shards) >= MANY_SHARDS:
+    for path, given in datasets.items():
+        shards = sorted(given, key=lambda tar: (len(tar.name), tar.name))
+        whole = len(shards) == sum(1 for _ in path.parent.glob(f"{glob.escape(path.stem)}-*.tar"))
+        if len(shards) >= MANY_SHARDS and whole and _is_older(path, shards):
             videos = VideoList.of(read_index(tar.with_suffix(".idx")) for tar in shards)
             videos.require_distinct(str(path.with_suffix("")))
             write_videos(path, videos)
+
+
+def _is_older(path: Path, tars: Iterable[Path]) -> bool:
+    """Whether a list is missing, or not younger than all indexes."""
+    if not path.is_file():
+        return True
+    written = path.stat().st_mtime_ns
+    return any(tar.with_suffix(".idx").stat().st_mtime_ns >= written for tar in tars)
 
 
 def _readable(path: Path) -> ShardIndex | None:

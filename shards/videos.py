@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from shards.atomic import atomic_path
 from shards.errors import InputError
 from shards.format import ShardInfo
-from shards.index import MAX_INDEX_BYTES, NO_LABEL, ShardIndex, key_at, keys_of
+from shards.index import MAX_INDEX_BYTES, NO_LABEL, ShardIndex, key_at, keys_of, read_index
 from shards.untrusted import Count, fault, read_regular
 
 MANY_SHARDS = 2_000  # all indexes of fewer are read in two seconds
@@ -36,6 +37,8 @@ _ARRAYS = {
     "key_text": "u1",
 }
 _MOST_INDEXES = 256  # in memory, about 120 kB each
+_READERS = 16  # indexes read at a time
+_OVERHEAD = 64  # bytes, at most, of lengths and padding
 _ADVICE = "run `seco index` on the whole dataset"
 
 
@@ -111,13 +114,20 @@ class VideoList:
 
 
 def write_videos(path: Path, videos: VideoList) -> None:
-    """Write ``NAME.videos`` atomically; the same videos give the same bytes."""
+    """Write ``NAME.videos`` atomically; the same videos give the same bytes.
+
+    One that would be too large to be read is left out, and an old one is removed.
+    """
     header = {
         "infos": [asdict(info) for info in videos.infos],
         "text_bytes": len(videos.key_text),
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the arrays, for use in place
+    size = len(text) + sum(getattr(videos, name).nbytes for name in _ARRAYS) + _OVERHEAD
+    if size > MAX_INDEX_BYTES:
+        path.unlink(missing_ok=True)
+        return
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         out.write(_MAGIC + len(text).to_bytes(8, "little") + text)
         for name, dtype in _ARRAYS.items():
@@ -149,7 +159,7 @@ def read_videos(path: Path) -> VideoList:
         videos = VideoList(infos=header.infos, **arrays)
         _require_whole(videos)
         return videos
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, OverflowError, msgspec.MsgspecError, RecursionError) as error:
         raise InputError(f"is not a complete list of videos ({fault(error)})", path, _ADVICE) from (
             error
         )
@@ -185,15 +195,11 @@ class IndexesOnDisk(Sequence[ShardIndex]):
     Args:
         tars: (S,) paths of the shards.
         videos: their videos.
-        read: returns the index of a tar.
     """
 
-    def __init__(
-        self, tars: Sequence[str], videos: VideoList, read: Callable[[Path], ShardIndex]
-    ) -> None:
+    def __init__(self, tars: Sequence[str], videos: VideoList) -> None:
         self._tars = tars
         self._videos = videos
-        self._read = read
         self._held: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
@@ -216,11 +222,26 @@ class IndexesOnDisk(Sequence[ShardIndex]):
             return [self[number] for number in range(*shard.indices(len(self)))]
         index = self._held.get(shard)
         if index is None:
-            index = self._read(Path(self._tars[shard]))
-            self._require_same(shard, index)
+            index = self._load(shard)
             self._held[shard] = index
             if len(self._held) > _MOST_INDEXES:
                 self._held.popitem(last=False)
+        return index
+
+    def __iter__(self) -> Iterator[ShardIndex]:
+        """Yield all, read many at a time; none is kept."""
+        with ThreadPoolExecutor(_READERS) as readers:
+            for first in range(0, len(self), _MOST_INDEXES):
+                last = min(first + _MOST_INDEXES, len(self))
+                yield from readers.map(self._load, range(first, last))
+
+    def _load(self, shard: int) -> ShardIndex:
+        tar = Path(self._tars[shard])
+        try:
+            index = read_index(tar.with_suffix(".idx"))
+        except InputError as error:
+            raise InputError(error.what, error.where, _ADVICE) from error
+        self._require_same(shard, index)
         return index
 
     def _require_same(self, shard: int, index: ShardIndex) -> None:

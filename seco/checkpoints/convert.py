@@ -33,8 +33,10 @@ from seco.models.backbones import (
     SMALL_IMAGES,
     TIMM_PREFIX,
     TORCHVISION,
-    backbone_shape,
+    archs_of,
     backbone_spec,
+    backbone_tensors,
+    build_backbone,
     feature_dim,
     known_archs,
 )
@@ -155,7 +157,7 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
     for arch in candidates:
         others = _classifier(arch)
         shapes = {n: shape for n, shape in all_shapes.items() if not n.startswith(others)}
-        expected = {n: tuple(t.shape) for n, t in backbone_shape(arch).tensors.items()}
+        expected = {n: tuple(t.shape) for n, t in backbone_tensors(arch).items()}
         if uncounted:
             expected = {n: shape for n, shape in expected.items() if not n.endswith(_COUNTER)}
         differing = _differences(shapes, expected)
@@ -163,7 +165,7 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
             closest, least, first = arch, len(differing), next(iter(differing), "")
         if not differing:
             break
-    if least > len(backbone_shape(closest).tensors) // 2:
+    if least > len(backbone_tensors(closest)) // 2:
         held = f"{tensors.prefix}* is" if tensors.prefix else "is"
         kind = closest if len(candidates) == 1 else "network that is recognised by its tensors"
         raise InputError(f"{held} not a {kind}", tensors.path)
@@ -174,9 +176,27 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
         name: torch.zeros((), dtype=torch.long)
         if uncounted and name.endswith(_COUNTER)
         else tensors.take(name, tuple(like.shape), whole_numbers=not like.is_floating_point())
-        for name, like in backbone_shape(closest).tensors.items()
+        for name, like in backbone_tensors(closest).items()
     }
+    _require_constants(closest, backbone, tensors)
     return closest, backbone
+
+
+def _require_constants(arch: str, backbone: dict[str, Tensor], tensors: NamedTensors) -> None:
+    """Check the tensors of places, such as Swin's, by which a forward looks up others.
+
+    Raises:
+        InputError: one is not that of this architecture.
+    """
+    names = [
+        name
+        for name, tensor in backbone.items()
+        if not tensor.is_floating_point() and not name.endswith(_COUNTER)
+    ]
+    own = build_backbone(arch).state_dict() if names else {}
+    for name in names:
+        if not torch.equal(backbone[name], own[name].long()):
+            raise InputError(f"{tensors.prefix}{name} is not that of a {arch}", tensors.path)
 
 
 def _candidates(shapes: Mapping[str, object], stated: object) -> tuple[str, ...]:
@@ -185,7 +205,7 @@ def _candidates(shapes: Mapping[str, object], stated: object) -> tuple[str, ...]
         return (str(stated),)
     resnets = not any(name.startswith(_OTHERS) for name in shapes)
     kinds = (RESNETS, SMALL_IMAGES) if resnets else (TORCHVISION,)
-    return tuple(arch for arch in known_archs() if backbone_spec(arch).family in kinds)
+    return archs_of(*kinds)
 
 
 _OTHERS = ("features.", "stem.", "class_token")  # in all of torchvision's but ResNets

@@ -24,8 +24,9 @@ from seco.config import ExportConfig
 from seco.models.backbones import (
     RESNETS,
     TIMM_PREFIX,
+    archs_of,
     backbone_spec,
-    known_archs,
+    timm_freedom,
     with_own_normalisation,
 )
 from shards.atomic import atomic_folder, atomic_path, json_text
@@ -200,7 +201,7 @@ class TimmModel(NamedTuple):
 
 
 # timm's ResNets have the names and shapes of torchvision's.
-_TIMM = {arch: TimmModel(arch) for arch in known_archs() if backbone_spec(arch).family == RESNETS}
+_TIMM = {arch: TimmModel(arch) for arch in archs_of(RESNETS)}
 
 
 def timm_model(arch: str) -> TimmModel | None:
@@ -232,12 +233,17 @@ def write_for_timm(model: Deployed, folder: Path) -> None:
             "export it as onnx, torch-export or safetensors",
         )
     tensors = theirs.tensors(backbone.network.state_dict())
-    network = timm.create_model(theirs.name, pretrained=False, num_classes=0)
+    arguments: dict[str, Any] = {}
+    if backbone.arch.startswith(TIMM_PREFIX) and (freedom := timm_freedom(theirs.name)):
+        arguments = {**freedom, "img_size": backbone_spec(backbone.arch).size}
+    network = timm.create_model(theirs.name, pretrained=False, num_classes=0, **arguments)
     _require_same(model, network, tensors)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     named = {"format": "pt", "arch": backbone.arch}  # "format" as in transformers
     save_safetensors(folder / "model.safetensors", tensors, named)
     settings = _timm_settings(model, theirs.name, network)
+    if arguments:
+        settings["model_args"] = arguments
     (folder / "config.json").write_text(json_text(settings), "utf-8")
 
 

@@ -46,7 +46,10 @@ class VideoFrames:
 
     def counts(self, shard: int) -> NDArray[np.int64]:
         """Number of frames taken from each video of a shard, (v,)."""
-        return np.minimum(self.shards.indexes[shard].frame_counts, self._frames)
+        end = int(self.shards.counts[: shard + 1].sum())
+        rows = slice(end - int(self.shards.counts[shard]), end)
+        counts = self.shards.videos.frame_counts[rows].astype(np.int64)
+        return np.minimum(counts, self._frames)
 
     def numbers(self, video: int) -> list[int]:
         """Numbers of the stored frames to take."""

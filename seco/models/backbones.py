@@ -203,6 +203,11 @@ def known_archs() -> tuple[str, ...]:
     return (*_SPECS, *_plugins())
 
 
+def archs_of(*families: str) -> tuple[str, ...]:
+    """Names of these families, which must be torchvision's or ours, the likeliest first."""
+    return tuple(arch for arch, spec in _SPECS.items() if spec.family in families)
+
+
 @functools.cache
 def backbone_spec(arch: str) -> BackboneSpec:
     """Look up a backbone.
@@ -231,7 +236,12 @@ def _timm(arch: str) -> BackboneSpec:
     # Not "hf-hub:…" or "local-dir:…", which name files.
     if ":" in name or not timm.is_model(name):
         raise InputError("timm has no such model", arch, "timm.list_models() lists all")
-    said = timm.get_pretrained_cfg(name)
+    try:
+        said = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the part after the dot
+        raise InputError(
+            "timm has no such weights", arch, f"for example {name.split('.')[0]}"
+        ) from (error)
     settings = {} if said is None else said.to_dict()
     heads = settings.get("classifier") or ()
     return BackboneSpec(
@@ -253,20 +263,25 @@ def _timm_package(arch: str) -> Any:
 
 
 def _timm_network(arch: str, pretrained: bool = False) -> nn.Module:
-    create = functools.partial(
-        _timm_package(arch).create_model, arch.removeprefix(TIMM_PREFIX), num_classes=0
+    name = arch.removeprefix(TIMM_PREFIX)
+    network: nn.Module = _timm_package(arch).create_model(
+        name, num_classes=0, pretrained=pretrained, **timm_freedom(name)
     )
-    # Where the size of the images is free, these say so; other models refuse the word.
+    return network
+
+
+@functools.cache
+def timm_freedom(name: str) -> dict[str, bool]:
+    """The arguments by which a model of timm takes images of any size, if it has such."""
+    create = _timm_package(TIMM_PREFIX + name).create_model
     for freedom in ({"dynamic_img_size": True}, {"strict_img_size": False}):
         try:
             with without_values():
-                create(**freedom)
+                create(name, num_classes=0, **freedom)
         except (TypeError, ValueError, AttributeError):
             continue
-        network: nn.Module = create(**freedom, pretrained=pretrained)
-        return network
-    network = create(pretrained=pretrained)
-    return network
+        return freedom
+    return {}
 
 
 @functools.cache
@@ -315,7 +330,7 @@ def pretrained_timm(arch: str) -> nn.Module:
 
 
 # Where modules of torchvision, torch and timm keep a probability of dropping something.
-_PROBABILITIES = ("dropout", "attention_dropout", "drop_prob")
+_PROBABILITIES = ("dropout", "attention_dropout", "drop_prob", "drop_rate")
 
 
 def _adapted(network: nn.Module, spec: BackboneSpec) -> nn.Module:
@@ -387,12 +402,11 @@ class BackboneShape(NamedTuple):
 
     width: int  # C, of the pooled feature
     has_batchnorm: bool
-    tensors: Mapping[str, Tensor]  # on the meta device
 
 
 @functools.cache
 def backbone_shape(arch: str) -> BackboneShape:
-    """Return the width of the pooled feature, and the shapes of the tensors, of a backbone.
+    """Return the width of a backbone's pooled feature, and whether it has BatchNorm.
 
     Raises:
         InputError: no backbone has this name, or it does not make one feature of an image.
@@ -402,7 +416,17 @@ def backbone_shape(arch: str) -> BackboneShape:
     if not isinstance(feature, Tensor) or feature.ndim != 2:
         raise InputError("does not make one feature of each image", arch, "choose another --arch")
     layers = any(isinstance(module, _BatchNorm) for module in network.modules())
-    return BackboneShape(feature.shape[1], layers, network.state_dict())
+    return BackboneShape(feature.shape[1], layers)
+
+
+@functools.cache
+def backbone_tensors(arch: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a backbone by name, on the meta device.
+
+    Raises:
+        InputError: no backbone has this name.
+    """
+    return _empty(arch).state_dict()
 
 
 def _empty(arch: str) -> nn.Module:

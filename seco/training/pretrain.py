@@ -344,9 +344,10 @@ def with_optimizer(config: PretrainConfig) -> PretrainConfig:
     Raises:
         InputError: no backbone has this name.
     """
-    if config.optimizer != "auto" or backbone_shape(config.arch).has_batchnorm:
-        return config
-    return dataclasses.replace(config, optimizer="adamw")
+    if backbone_shape(config.arch).has_batchnorm:
+        # What auto means: a run made with either is resumed with the other.
+        return dataclasses.replace(config, optimizer=config.optimizer.replace("sgd", "auto"))
+    return dataclasses.replace(config, optimizer=config.optimizer.replace("auto", "adamw"))
 
 
 def _adopted(resolved: PretrainConfig, given: PretrainConfig) -> PretrainConfig:

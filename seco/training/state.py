@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from seco.checkpoints.io import LAST, CheckpointWriter, load_checkpoint
+from shards.atomic import unwritable
 from shards.errors import InputError, PeerLost
 from shards.settings import as_settings, default_settings, resumable_settings
 
@@ -192,13 +195,19 @@ class RunState:
             old.unlink()
 
 
-def _locked(folder: Path) -> BinaryIO:
+def _locked(folder: Path) -> FileIO:
     """Lock a run's folder until the file that is returned is closed, or the process has ended.
 
     Raises:
         InputError: another process has locked it.
     """
-    lock = open(folder / ".lock", "wb")  # noqa: SIM115
+    path = folder / ".lock"
+    try:
+        # Neither a link nor a pipe that somebody has put there.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = open(os.open(path, flags, 0o666), "wb", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise unwritable(path, error) from error
     try:
         # Not flock: the workers that are forked later would hold it, too.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,6 +219,13 @@ def _locked(folder: Path) -> BinaryIO:
             ) from None
         # Else a file system without locks.
     return lock
+
+
+_PARTS = {  # of the state of a parameter
+    "SGD": {"momentum_buffer"},
+    "LARS": {"momentum_buffer"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+}
 
 
 def _momenta(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -229,10 +245,13 @@ def _momenta(saved: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if not set(state) <= set(range(len(parameters))):
         raise ValueError("other parameters")
     for number, values in state.items():
+        if values.keys() != _PARTS[type(optimizer).__name__]:
+            raise ValueError("other parts")
         for name, value in values.items():
             # AdamW counts its steps, by a number of float32 for each parameter.
             like = torch.empty(()) if name == "step" else parameters[number]
-            if value is not None and (
+            # SGD's is None before the first step.
+            if (value is not None or name != "momentum_buffer") and (
                 not isinstance(value, Tensor)
                 or value.shape != like.shape
                 or value.dtype != like.dtype

@@ -25,8 +25,8 @@ from seco.evaluation.query import encode_frames
 from seco.features.store import read_features
 from seco.models.backbones import (
     RESNETS,
-    backbone_shape,
     backbone_spec,
+    backbone_tensors,
     build_backbone,
     feature_dim,
     known_archs,
@@ -180,7 +180,7 @@ def test_unknown_names_list_the_choices(arch: str, make: Callable[[str], object]
 def test_no_two_have_the_same_tensors() -> None:
     """Strides do not show in a file: a file without a name could be either."""
     shapes = {
-        tuple((name, *tensor.shape) for name, tensor in backbone_shape(arch).tensors.items())
+        tuple((name, *tensor.shape) for name, tensor in backbone_tensors(arch).items())
         for arch in known_archs()
     }
     assert len(shapes) == len(known_archs())

@@ -24,7 +24,7 @@ import seco
 from seco.checkpoints import deploy
 from seco.checkpoints.deploy import OPSET, Deployed, preprocessing, timm_model, traced
 from seco.checkpoints.weights import Backbone, load_backbone, random_backbone
-from seco.models.backbones import backbone_shape, known_archs
+from seco.models.backbones import backbone_tensors, known_archs
 from shards import atomic
 from shards.errors import InputError
 from tests.data import ROOT
@@ -260,7 +260,7 @@ def test_timm_has_the_tensors_of_every_torchvision_resnet() -> None:
         if found is not None:
             with torch.device("meta"):
                 state = timm.create_model(found.name, num_classes=0).state_dict()
-            ours = backbone_shape(arch).tensors
+            ours = backbone_tensors(arch)
             assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in ours.items()}
     named = timm_model("timm:vit_tiny_patch16_224")
     assert named is not None

@@ -39,6 +39,7 @@ from seco.models.backbones import (
     IMAGENET_STD,
     backbone_shape,
     backbone_spec,
+    backbone_tensors,
     build_backbone,
     feature_dim,
     known_archs,
@@ -182,7 +183,7 @@ def test_every_name_of_torchvision() -> None:
     for name in set(names) - set(refused):
         shape = backbone_shape(name)
         assert shape.width >= 32
-        assert all(tensor.device.type == "meta" for tensor in shape.tensors.values())
+        assert all(tensor.device.type == "meta" for tensor in backbone_tensors(name).values())
 
 
 @pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.soak)])
@@ -207,6 +208,7 @@ def test_every_name_of_timm(step: int) -> None:
         ("timm:hf-hub:timm/test_vit", "timm has no such model"),
         ("timm:local-dir:/tmp", "timm has no such model"),
         ("timm:", "timm has no such model"),
+        ("timm:resnet18.bogus", "timm has no such weights"),
         ("timm:gemma4_vit_167m_enc", "does not make one feature of each image"),
     ],
 )
@@ -242,6 +244,8 @@ def test_backbones_of_another_package(
     assert backbone_shape("flat")[:2] == (8, False)
     with pytest.raises(InputError, match=r"lost: its plug-in fails \(AttributeError: "):
         backbone_spec("lost")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "t.pt")
+    assert load_backbone(str(tmp_path / "t.pt")).arch == "resnet18"
     run(
         f"pretrain --arch flat --shards {shards} --epochs 1 --batch-size 8 --queue-size 0"
         f" --crop-size 32 --workers 0 --device cpu --out {tmp_path}/run"
@@ -267,7 +271,7 @@ def test_a_vit_of_another_size_is_torchvisions_with_interpolated_places() -> Non
         assert ours(images[..., :48, :32]).shape == (2, 32)
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", [*FAMILIES, "timm:repghostnet_050", "timm:legacy_seresnet18"])
 def test_a_training_forward_draws_no_random_numbers(arch: str) -> None:
     network = random_backbone(arch, 0).train()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -334,6 +338,28 @@ def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert "\n" not in str(told.value)
 
 
+def test_places_of_a_swin_are_its_own(tmp_path: Path) -> None:
+    tensors = torchvision.models.get_model("swin_t").state_dict()
+    name = next(name for name in tensors if name.endswith("relative_position_index"))
+    tensors[name] = tensors[name] + 10**9
+    torch.save(tensors, tmp_path / "t.pt")
+    with pytest.raises(InputError, match=f"{name} is not that of a swin_t"):
+        load_backbone(str(tmp_path / "t.pt"))
+
+
+def test_a_vit_is_exported_for_the_size_it_was_trained_with(tmp_path: Path) -> None:
+    network = random_backbone("timm:vit_tiny_patch16_224", 0).eval()
+    metadata = {"arch": "timm:vit_tiny_patch16_224"}
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "w", metadata)
+    run(f"export {tmp_path}/w --format huggingface --size 112 --out {tmp_path}/folder")
+    theirs = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True).eval()
+    spec = backbone_spec("timm:vit_tiny_patch16_224")
+    pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    with torch.no_grad():
+        ours = network(normalise(pixels))
+        torch.testing.assert_close(theirs(normalise(pixels, *of(spec))), ours, rtol=1e-4, atol=1e-5)
+
+
 def test_trackers_need_a_resnet() -> None:
     from seco.models.siamfc import DilatedBackbone
 
@@ -392,6 +418,7 @@ def test_defaults_of_each_optimizer() -> None:
     assert (lars.lr, lars.weight_decay) == (0.6, 1e-6)
     sgd = resolve(with_optimizer(given(arch="timm:test_vit", optimizer="sgd")))
     assert (sgd.optimizer, sgd.lr) == ("sgd", 0.2)
+    assert resolve(with_optimizer(given(optimizer="sgd"))) == plain  # resumes it, and is resumed
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -442,3 +469,14 @@ def test_runs_with_other_optimizers_resume_to_the_bit(
     shutil.copy(tmp_path / "run/epoch-0001.pt", tmp_path / "again/last.pt")
     run(f"{pretrain}/again --resume auto")
     same_tensors(tmp_path / "run/last.pt", tmp_path / "again/last.pt")
+    damaged = load_checkpoint(tmp_path / "again/last.pt")
+    state = damaged["optimizer"]["state"]
+    for values in (
+        {},
+        {"step": torch.ones(())},
+        {**state[0], "exp_avg": None},
+        {**state[0], "x": 1},
+    ):
+        state[0] = values
+        torch.save(damaged, tmp_path / "again/last.pt")
+        assert cli.run(shlex.split(f"{pretrain}/again --resume auto")) == 1

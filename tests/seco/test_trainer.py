@@ -118,6 +118,24 @@ def test_two_runs_do_not_write_to_one_folder(
     assert pretrain(config).checkpoint.is_file()
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_something_else_is_left_alone(
+    kind: str, shards: str, tmp_path: Path
+) -> None:
+    precious, out = tmp_path / "precious", tmp_path / "out"
+    precious.write_text("kept")
+    out.mkdir()
+    make = {"link": lambda at: at.symlink_to(precious), "pipe": os.mkfifo, "folder": Path.mkdir}
+    make[kind](out / ".lock")
+    config = PretrainConfig(shards=(shards,), out=str(out), **{**SMALL, "epochs": 1})
+    if kind == "pipe":  # locked like any other
+        pretrain(config)
+    else:
+        with pytest.raises(InputError, match=r"\.lock"):
+            pretrain(config)
+    assert precious.read_text() == "kept"
+
+
 def test_killed_at_a_random_step_and_resumed(
     shards: str, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -90,7 +91,7 @@ def test_only_the_indexes_of_frames_that_are_read_are_read(spec: str) -> None:
     assert good == drawn_frame(8, 0)
     assert isinstance(damaged, UnreadableFrame)
     assert "made-000.idx" in str(damaged)
-    assert "delete it" in str(damaged)
+    assert "seco index" in str(damaged)
     unknown, known = found.records([0, 8])
     assert isinstance(unknown, UnreadableFrame)
     assert not isinstance(known, UnreadableFrame)
@@ -199,3 +200,48 @@ def test_prepare_writes_the_list(tmp_path: Path) -> None:
     listed = read_videos(tmp_path / "out" / "raw.videos")
     assert sorted(listed.keys) == ["0", "1", "2", "3"]
     assert isinstance(opened(str(tmp_path / "out" / "raw.json")), ShardSet)
+
+
+def test_a_file_that_is_gone_makes_its_frames_unreadable(spec: str, tmp_path: Path) -> None:
+    found = opened(spec)
+    (tmp_path / "made-000.idx").unlink()
+    (tmp_path / "made-001.tar").unlink()
+    (tmp_path / "made-001.idx").unlink()
+    for read in (found.read_frames([(0, 0), (4, 0), (8, 0)]), found.records([0, 4, 8])):
+        assert [isinstance(one, UnreadableFrame) for one in read] == [True, True, False]
+        assert "made-000.idx: cannot be read (No such file or directory)" in str(read[0])
+
+
+def test_numbers_too_large_for_anything(spec: str, tmp_path: Path) -> None:
+    path = tmp_path / "made.videos"
+    for length in (2**63 - 1, 2**64 - 1):
+        path.write_bytes(b"SECOSET1" + length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(InputError, match="is not a complete list of videos"):
+            read_videos(path)
+    huge = {"file": "a.tar", "bytes": 1, "sha256": "", "videos": 2**53 - 1, "frames": 1}
+    text = json.dumps({"infos": [huge] * 1100, "text_bytes": 1}).encode()
+    path.write_bytes(b"SECOSET1" + len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match="is not a complete list of videos"):
+        read_videos(path)
+
+
+def test_a_list_that_could_not_be_read_is_not_written(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.videos, "MAX_INDEX_BYTES", 500)
+    reindex(spec, force=True)
+    assert not (tmp_path / "made.videos").exists()
+    assert isinstance(open_shards(spec).indexes, list)
+
+
+def test_indexing_a_part_keeps_the_list_of_the_whole(spec: str, tmp_path: Path) -> None:
+    before = (tmp_path / "made.videos").stat().st_mtime_ns
+    reindex([str(tmp_path / f"made-{number:03d}.tar") for number in (3, 2, 1, 0)], force=True)
+    assert (tmp_path / "made.videos").stat().st_mtime_ns == before
+    reindex(spec)
+    before = (tmp_path / "made.videos").stat().st_mtime_ns
+    reindex(spec)  # nothing has changed
+    assert (tmp_path / "made.videos").stat().st_mtime_ns == before
+    reindex(sorted(map(str, tmp_path.glob("*.tar")), reverse=True), force=True)
+    assert (tmp_path / "made.videos").stat().st_mtime_ns > before
+    opened(spec)
