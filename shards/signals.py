@@ -25,6 +25,7 @@ STOPPING = tuple(
 )
 _AGAIN_SECONDS = 1.0
 _received = False
+_watched = False  # by the thread of quiet_exit
 _holding = 0  # blocks of blocked() in this process
 _held: StopRequest | None = None  # it would have raised within them
 
@@ -60,6 +61,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            if _watched:
+                signal.set_wakeup_fd(-1)  # from now on, everything can be saved
             for number in STOPPING:
                 # Under nohup, SIGHUP must stay ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -238,7 +241,27 @@ def quiet_exit(code: int, before: Callable[[], None]) -> None:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave)
+    _watch(leave)
     unblock()
+
+
+def _watch(leave: Callable[[int, FrameType | None], None]) -> None:
+    """Call the handler, while it is one, although the main thread is not in Python code.
+
+    In a wait for other processes, which have left already, it would be called minutes later.
+    """
+    global _watched
+    _watched = True
+    come, note = os.pipe()
+    os.set_blocking(note, False)
+    signal.set_wakeup_fd(note, warn_on_full_buffer=False)
+
+    def look() -> None:
+        while number := os.read(come, 1):
+            if signal.getsignal(number[0]) is leave:
+                leave(number[0], None)
+
+    threading.Thread(target=look, name="signals", daemon=True).start()
 
 
 # multiprocessing starts children as `python -c`, for which Python searches the current folder

@@ -303,6 +303,32 @@ assert LocalElasticAgent._start_workers is start
     assert found.stdout == "started\n15 ['processes']\n"
 
 
+def test_a_process_that_cannot_save_yet_ends_although_it_waits_outside_python(
+    tmp_path: Path,
+) -> None:
+    text = """
+import hashlib
+from shards.signals import StopRequest, quiet_exit
+
+quiet_exit(75, lambda: print("marked", flush=True))
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # many minutes, without a look at signals
+"""
+    (tmp_path / "waits.py").write_text(text)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "waits.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=_hear_ctrl_c,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        said, _ = process.communicate(timeout=LONGEST)
+    assert (process.returncode, said) == (75, "marked\n")
+
+
 def test_a_parent_that_leaves_while_a_tensor_is_handed_over(tmp_path: Path) -> None:
     text = """
 import os, socket, struct, sys
