@@ -234,9 +234,12 @@ def quiet_exit(code: int, before: Callable[[], None]) -> None:
         before: called before the exit.
     """
 
+    leaving = threading.Lock()  # two signals, or two threads that hear of one
+
     def leave(number: int, frame: FrameType | None) -> None:
-        before()
-        os._exit(code)
+        if leaving.acquire(blocking=False):
+            before()
+            os._exit(code)
 
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
