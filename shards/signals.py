@@ -143,10 +143,11 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _raise_after_imports(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, but not within an import.
+    """Raise KeyboardInterrupt, but not within an import, nor where signals are held back.
 
-    Some packages take any exception there for a missing part and go on without it, so that the
-    command would go on as well, with half a NumPy.
+    Some packages take any exception in an import for a missing part and go on without it, so that
+    the command would go on as well, with half a NumPy. Held back, a signal may still have come to
+    another thread.
     """
 
     def look() -> None:
@@ -155,7 +156,7 @@ def _raise_after_imports(number: int, frame: FrameType | None) -> None:
         else:  # somebody else is to be told by now
             os.kill(os.getpid(), number)
 
-    if _within_import(frame):
+    if _holding or _within_import(frame):
         _later(look)
     else:
         _remember(look)

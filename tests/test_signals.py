@@ -192,6 +192,32 @@ def _outcome_of(
     )
 
 
+def test_a_signal_does_not_disturb_the_building_of_a_network_without_values(
+    tmp_path: Path,
+) -> None:
+    # In the middle of torch's own handling of modes, an exception would leave these unbalanced.
+    text = """
+import os, signal, threading, time, torch
+from seco.models.backbones import without_values
+from shards.signals import interrupt
+
+signal.signal(signal.SIGINT, interrupt)
+end = threading.Event()
+threading.Thread(target=end.wait, daemon=True).start()  # receives what this thread does not
+try:
+    with without_values():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10_000):
+            made = torch.zeros(3)
+    while True:
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    print(made.device, torch.zeros(1).device)
+"""
+    found = _outcome_of("stops", text, tmp_path)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "meta cpu\n", "")
+
+
 def test_a_signal_does_not_disturb_an_import(tmp_path: Path) -> None:
     # As torch does for NumPy: whatever happens, it is not there.
     (tmp_path / "greedy.py").write_text(
