@@ -407,6 +407,11 @@ class ShardSet:
         offset, size = int(index.record_offset[row]), int(index.record_size[row])
         return ByteRange(self.addresses[shard], offset, size)
 
+    def rows_of(self, shard: int) -> slice:
+        """Return which of the V videos a shard holds."""
+        end = self._ends[shard]
+        return slice(end - int(self.counts[shard]), end)
+
     def _require_there(self, video: int) -> None:
         if not 0 <= video < len(self):
             raise IndexError(f"no video {video} in a dataset of {len(self)}")

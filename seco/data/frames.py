@@ -46,10 +46,8 @@ class VideoFrames:
 
     def counts(self, shard: int) -> NDArray[np.int64]:
         """Number of frames taken from each video of a shard, (v,)."""
-        end = int(self.shards.counts[: shard + 1].sum())
-        rows = slice(end - int(self.shards.counts[shard]), end)
-        counts = self.shards.videos.frame_counts[rows].astype(np.int64)
-        return np.minimum(counts, self._frames)
+        counts = self.shards.videos.frame_counts[self.shards.rows_of(shard)]
+        return np.minimum(counts.astype(np.int64), self._frames)
 
     def numbers(self, video: int) -> list[int]:
         """Numbers of the stored frames to take."""

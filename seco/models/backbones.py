@@ -239,9 +239,8 @@ def _timm(arch: str) -> BackboneSpec:
     try:
         said = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the part after the dot
-        raise InputError(
-            "timm has no such weights", arch, f"for example {name.split('.')[0]}"
-        ) from (error)
+        advice = f"give {TIMM_PREFIX}{name.partition('.')[0]}"
+        raise InputError("timm has no such weights", arch, advice) from error
     settings = {} if said is None else said.to_dict()
     heads = settings.get("classifier") or ()
     return BackboneSpec(
@@ -371,9 +370,10 @@ class _Renormalise:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Creates tensors that have a shape but no memory, except those that count or are lists.
+    """Creates parameters and buffers that have a shape but take no memory.
 
-    ``torch.device("meta")`` also takes the values that some networks compute their sizes from.
+    Not ``torch.device("meta")``: it would also take the values of ``torch.arange`` and the like,
+    from which some networks compute their sizes.
     """
 
     _MADE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)

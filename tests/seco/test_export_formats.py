@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -216,7 +218,6 @@ def test_the_folder_is_complete_and_reproducible(
 
 
 def test_timm_loads_the_folder(folder: Path, checkpoints: dict[str, Path]) -> None:
-    timm = pytest.importorskip("timm")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     ours = load_backbone(checkpoints[FULL])
     given = images(3)
@@ -227,7 +228,6 @@ def test_timm_loads_the_folder(folder: Path, checkpoints: dict[str, Path]) -> No
 
 
 def test_transformers_load_the_folder(folder: Path, checkpoints: dict[str, Path]) -> None:
-    transformers = pytest.importorskip("transformers")
     model, loaded = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(model).__name__ == "TimmWrapperModel"
     assert not any(loaded.values())
@@ -240,7 +240,6 @@ def test_transformers_load_the_folder(folder: Path, checkpoints: dict[str, Path]
 
 def test_its_image_processor_makes_our_input(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """PIL resizes in another way than torchvision: by at most one of 255 grey levels."""
-    transformers = pytest.importorskip("transformers")
     out = seco.export(checkpoints[FULL], tmp_path / "backbone", "huggingface")
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     (found,) = processor(photograph())["pixel_values"]
@@ -250,7 +249,6 @@ def test_its_image_processor_makes_our_input(checkpoints: dict[str, Path], tmp_p
 
 
 def test_timm_has_the_tensors_of_every_torchvision_resnet() -> None:
-    timm = pytest.importorskip("timm")
     theirs = {arch: timm_model(arch) for arch in known_archs()}
     assert {arch for arch, found in theirs.items() if found} == {
         *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"),

@@ -97,28 +97,33 @@ def run(command: str) -> None:
     assert cli.run(shlex.split(command)) == 0
 
 
-def same_tensors(one: Path, other: Path) -> None:
-    ours, theirs = load_checkpoint(one), load_checkpoint(other)
+def pretrain_and_resume(options: str, shards: str, folder: Path) -> str:
+    """Pre-train into ``run``, resume its half into ``again`` to the same bits; return a command.
+
+    It lacks only the name of the run's folder.
+    """
+    pretrain = (
+        f"pretrain {options} --shards {shards} --epochs 2 --batch-size 8 --bn-group 4"
+        " --queue-size 16 --crop-size 32 --workers 0 --device cpu --log-every 1 --loggers none"
+        f" --keep-every-epochs 1 --out {folder}"
+    )
+    run(f"{pretrain}/run")
+    (folder / "again").mkdir()
+    shutil.copy(folder / "run/epoch-0001.pt", folder / "again/last.pt")
+    shutil.copy(folder / "run/metrics.jsonl", folder / "again")
+    run(f"{pretrain}/again --resume auto")
+    ours, theirs = (load_checkpoint(folder / name / "last.pt") for name in ("run", "again"))
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    logged = [(folder / name / "metrics.jsonl").read_text() for name in ("run", "again")]
+    assert logged[0] == logged[1]
+    return pretrain
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_family_from_pretraining_to_use_elsewhere(
     arch: str, shards: str, tmp_path: Path
 ) -> None:
-    pretrain = (
-        f"pretrain --arch {arch} --shards {shards} --epochs 2 --batch-size 8 --bn-group 4"
-        " --queue-size 16 --crop-size 32 --workers 0 --device cpu --log-every 1 --loggers none"
-        f" --keep-every-epochs 1 --out {tmp_path}"
-    )
-    run(f"{pretrain}/run")
-    (tmp_path / "again").mkdir()
-    shutil.copy(tmp_path / "run/epoch-0001.pt", tmp_path / "again/last.pt")
-    shutil.copy(tmp_path / "run/metrics.jsonl", tmp_path / "again")
-    run(f"{pretrain}/again --resume auto")
-    same_tensors(tmp_path / "run/last.pt", tmp_path / "again/last.pt")
-    logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again")]
-    assert logged[0] == logged[1]
+    pretrain_and_resume(f"--arch {arch}", shards, tmp_path)
 
     run(
         f"extract-features --shards {shards} --checkpoint {tmp_path}/run/last.pt --frames 2"
@@ -230,7 +235,6 @@ def test_backbones_of_another_package(
         "from torch import nn\n"
         "def flat():\n"
         "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))\n"
-        "broken = 1 / 0 if False else None\n"
     )
     about = tmp_path / "theirs-1.0.dist-info"
     about.mkdir()
@@ -360,6 +364,16 @@ def test_a_vit_is_exported_for_the_size_it_was_trained_with(tmp_path: Path) -> N
         torch.testing.assert_close(theirs(normalise(pixels, *of(spec))), ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["timm:test_vit", "mobilenet_v3_small"])
+def test_fine_tuning(arch: str, shards: str, tmp_path: Path) -> None:
+    run(
+        f"finetune --shards {shards} --split 1 --checkpoint random --arch {arch} --epochs 1"
+        " --batch-size 4 --segments 2 --crop-size 32 --test-size 32 --workers 0 --device cpu"
+        f" --freeze-bn none --out {tmp_path}/run"
+    )
+    assert load_backbone(str(tmp_path / "run/last.pt")).arch == arch
+
+
 def test_trackers_need_a_resnet() -> None:
     from seco.models.siamfc import DilatedBackbone
 
@@ -383,7 +397,7 @@ def test_keys_are_shuffled_only_where_batchnorm_could_tell() -> None:
     assert by_row[0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
 
 
-def test_two_ranks_of_a_vit_are_one_and_exchange_no_images(shards: str, tmp_path: Path) -> None:
+def test_two_ranks_of_a_vit_are_one(shards: str, tmp_path: Path) -> None:
     from tests import commands
 
     for processes in (1, 2):
@@ -459,16 +473,9 @@ def test_lars_is_as_its_formula_says() -> None:
 def test_runs_with_other_optimizers_resume_to_the_bit(
     kind: str, shards: str, tmp_path: Path
 ) -> None:
-    pretrain = (
-        f"pretrain --arch resnet10_w16 --optimizer {kind} --decay-weights-only --shards {shards}"
-        " --epochs 2 --batch-size 8 --bn-group 4 --queue-size 16 --crop-size 32 --workers 0"
-        f" --device cpu --keep-every-epochs 1 --loggers none --out {tmp_path}"
-    )
-    run(f"{pretrain}/run")
-    (tmp_path / "again").mkdir()
-    shutil.copy(tmp_path / "run/epoch-0001.pt", tmp_path / "again/last.pt")
-    run(f"{pretrain}/again --resume auto")
-    same_tensors(tmp_path / "run/last.pt", tmp_path / "again/last.pt")
+    options = f"--arch resnet10_w16 --optimizer {kind} --decay-weights-only"
+    again = f"{pretrain_and_resume(options, shards, tmp_path)}/again --resume auto"
+    run(again)  # nothing is left to do
     damaged = load_checkpoint(tmp_path / "again/last.pt")
     state = damaged["optimizer"]["state"]
     for values in (
@@ -479,4 +486,4 @@ def test_runs_with_other_optimizers_resume_to_the_bit(
     ):
         state[0] = values
         torch.save(damaged, tmp_path / "again/last.pt")
-        assert cli.run(shlex.split(f"{pretrain}/again --resume auto")) == 1
+        assert cli.run(shlex.split(again)) == 1

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
+import transformers
 import yaml
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
@@ -192,12 +194,10 @@ def test_other_programs_load_it(shards: str, tmp_path: Path) -> None:
         expected = seco.load_backbone(run / "last.pt")(images)
         assert torch.equal(network.eval()(images), expected)
         assert torch.equal(seco.load_backbone(out / "model.safetensors")(images), expected)
-        timm = pytest.importorskip("timm")
         model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         assert torch.allclose(model(images), expected, atol=1e-6)
         sizes = timm.data.resolve_model_data_config(model)
         assert sizes["input_size"] == [3, 32, 32] and sizes["mean"] == [0.485, 0.456, 0.406]
-        transformers = pytest.importorskip("transformers")
         auto = transformers.AutoModel.from_pretrained(str(out)).eval()
         pooled = auto(pixel_values=images).pooler_output.flatten(1)
         assert torch.allclose(pooled, expected, atol=1e-6)
