@@ -31,11 +31,7 @@ def stored_planes(path: Path, short_edge: int, choice: FrameChoice, binary: str)
     with decoding(path, short_edge=short_edge, timeout_seconds=600, binary=binary) as decoded:
         frames = [kept for frame in decoded for kept in chooser.offer(frame)] + chooser.finish()
         for frame in frames:
-            planes.append(
-                jpeg_planes(
-                    frame.planes, decoded.width, decoded.height, decoded.matrix, decoded.full_range
-                )
-            )
+            planes.append(jpeg_planes(frame.planes, decoded.width, decoded.height, *frame.colour))
     return planes
 
 

@@ -390,6 +390,7 @@ def finished_shard(storage: Storage, plan: ShardPlan) -> Iterator[FinishedShard]
 
 LONG_SECONDS = 60.0
 _JPEG_MOST_PX = 65_500
+_GATE_SECONDS = 0.5
 _MOST_ATTEMPTS = 3  # for a video whose ffmpeg was killed from outside
 
 
@@ -434,8 +435,14 @@ Outcome = StoredVideo | Exclusion
 _T = TypeVar("_T")
 
 
+def _one() -> int:
+    return 1
+
+
 def build_shard(
-    plan: ShardPlan, threads: int = 1, on_progress: Callable[[Tally], None] | None = None
+    plan: ShardPlan,
+    threads: Callable[[], int] = _one,
+    on_progress: Callable[[Tally], None] | None = None,
 ) -> ShardResult:
     """Decode the plan's videos and write their tar and index.
 
@@ -443,7 +450,8 @@ def build_shard(
     be stored this time either, it stays as it is. The bytes equal those of a shard built anew.
 
     Args:
-        threads: videos decoded at once; does not affect the bytes.
+        threads: how many videos, or pieces of recordings, to decode at once; may grow meanwhile;
+            does not affect the bytes.
         on_progress: called for each finished video, stored or not.
 
     Raises:
@@ -563,7 +571,7 @@ def _jpegs(plan: ShardPlan, decoded: Decoding) -> Callable[[Frame], bytes]:
         if max(decoded.width, decoded.height) > _JPEG_MOST_PX:
             raise DecodeError("unreadable", "the picture is too large for JPEG")
         width, height = decoded.width, decoded.height
-        exact = jpeg_planes(frame.planes, width, height, decoded.matrix, decoded.full_range)
+        exact = jpeg_planes(frame.planes, width, height, *frame.colour)
         return encode_jpeg(exact, plan.quality)
 
     return encode
@@ -684,8 +692,29 @@ def _tried(store: Callable[[], _T], stopping: threading.Event) -> _T | DecodeErr
     raise AssertionError("unreachable")
 
 
+class _Gate:
+    """Lets as many threads through at once as ``most`` says at that moment."""
+
+    def __init__(self, most: Callable[[], int], stopping: threading.Event) -> None:
+        self._most = most
+        self._stopping = stopping
+        self._inside = 0
+        self._left = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._left:
+            while self._inside >= self._most() and not self._stopping.is_set():
+                self._left.wait(_GATE_SECONDS)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._left:
+            self._inside -= 1
+            self._left.notify()
+
+
 def _in_order(
-    videos: Sequence[Video], plan: ShardPlan, threads: int
+    videos: Sequence[Video], plan: ShardPlan, threads: Callable[[], int]
 ) -> Generator[Outcome, None, None]:
     """Yield the outcome of every given video of the plan, in order, decoding a few pieces ahead."""
     stopping = threading.Event()
@@ -695,19 +724,23 @@ def _in_order(
         for piece in pieces(plan.videos)
         if (wanted := [video for video in piece if video.key in todo])
     ]
-    if any(piece[0].address is not None for piece, _ in work):
-        threads *= 2  # one is fetched while another is decoded
-    if threads == 1:
-        for piece, wanted in work:
-            yield from _outcomes(piece, wanted, plan, stopping)
-        return
+    # Of remote ones, one is fetched while another is decoded.
+    each = 2 if any(piece[0].address is not None for piece, _ in work) else 1
+    gate = _Gate(lambda: each * threads(), stopping)
+    # Stored videos wait in memory: only as far ahead as keeps the threads busy. Pieces of
+    # recordings are large, and take equally long.
+    further = 1 if any(piece[0].span is not None for piece, _ in work) else 2
+
+    def outcomes(piece: Sequence[Video], wanted: Sequence[Video]) -> list[Outcome]:
+        with gate:
+            return _fetched_outcomes(piece, wanted, plan, stopping)
+
     ahead: deque[Future[list[Outcome]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(1, len(work))) as pool:  # a thread is started when one is needed
         try:
             for piece, wanted in work:
-                ahead.append(pool.submit(_fetched_outcomes, piece, wanted, plan, stopping))
-                # Stored videos wait in memory: only as far ahead as keeps the threads busy.
-                if len(ahead) > 2 * threads:
+                ahead.append(pool.submit(outcomes, piece, wanted))
+                while len(ahead) > further * each * threads():
                     yield from ahead.popleft().result()
             while ahead:
                 yield from ahead.popleft().result()

@@ -195,6 +195,13 @@ _COMPLAINTS = (
 )
 
 
+class Colour(NamedTuple):
+    """How a picture's planes are to be read."""
+
+    matrix: str = "unknown"  # ffmpeg's name
+    full_range: bool = False  # whether black is 0 rather than 16
+
+
 class Shown(NamedTuple):
     """A frame that has passed the filters."""
 
@@ -208,6 +215,7 @@ class FfmpegLog:
 
     Attributes:
         shown: the frames so far.
+        coloured: of how many of them the colour is known, too.
         fps, duration: from the container, in frames per second and seconds; None if unknown.
         opened: whether the container could be opened.
         no_video_stream: whether it is known to have none.
@@ -219,7 +227,9 @@ class FfmpegLog:
         self.duration: float | None = None
         self.opened = False
         self.no_video_stream = False
-        self._matrix: str | None = None
+        self.coloured = 0
+        self._colours: list[tuple[int, Colour]] = []  # from which frame on
+        self._colour_line = b""
         self._full_range: bool | None = None
         self._time_base = 0.0
         self._faults: dict[bytes, bytes] = {}
@@ -232,9 +242,11 @@ class FfmpegLog:
         # Searching the whole piece for parts of words is cheap; searching every line is not.
         complaints = any(part in piece or part in lines[0] for part in _COMPLAINTS) if lines else 0
         for line in lines:
-            if self._matrix is not None and not complaints:
-                # Almost every line: a frame, or its colour, which is already known.
-                if b"pts_time" in line:
+            if self._colours and not complaints:
+                # Almost every line: a frame, or its colour, which is that of the frame before.
+                if line == self._colour_line:
+                    self.coloured = len(self.shown)
+                else:
                     self._read_showinfo(line)
                 continue
             if _METADATA.match(line):
@@ -255,11 +267,19 @@ class FfmpegLog:
             size = (int(picture[2]), int(picture[3]))
             time = math.nan if ticks == b"NOPTS" else round(int(ticks) * self._time_base, 6)
             self.shown.append(Shown(time, size, tuple(picture)))
-        if self._matrix is None and self.shown:
-            if found := _RANGE.search(line):
-                self._full_range = found[1] is not None
-            if found := _MATRIX.search(line):
-                self._matrix = (found[1] or b"unknown").decode("ascii")
+        elif self.shown:
+            self._read_colour(line)
+
+    def _read_colour(self, line: bytes) -> None:
+        if found := _RANGE.search(line):
+            self._full_range = found[1] is not None
+        if (found := _MATRIX.search(line)) is None or self._full_range is None:
+            return
+        colour = Colour((found[1] or b"unknown").decode("ascii"), self._full_range)
+        if not self._colours or colour != self._colours[-1][1]:
+            self._colours.append((max(0, len(self.shown) - 1), colour))
+        self.coloured = len(self.shown)
+        self._colour_line = line if _RANGE.search(line) else b""
 
     def _read_banner(self, line: bytes) -> None:
         if line.startswith(b"Input #0"):
@@ -272,15 +292,22 @@ class FfmpegLog:
         elif self.fps is None and (found := _FPS.match(line)):
             self.fps = float(found[1]) * (1000 if found[2] else 1) or None
 
-    def colour(self) -> tuple[str, bool]:
-        """Return matrix (ffmpeg's name) and whether the range is full, of the first frame.
+    def colour(self, number: int) -> Colour:
+        """Return the colour of a frame.
 
         Raises:
-            ValueError: the log does not report them.
+            ValueError: the log does not report it.
         """
-        if self._matrix is None or self._full_range is None:
+        if not self._colours:
             raise ValueError("ffmpeg did not report the colour space")
-        return self._matrix, self._full_range
+        return next(
+            (colour for first, colour in reversed(self._colours) if first <= number),
+            self._colours[0][1],
+        )
+
+    def changes_colour(self) -> bool:
+        """Whether not all frames are of one colour."""
+        return len(self._colours) > 1
 
     def damage(self) -> str | None:
         """Return a sign that part of the video does not decode, or None."""
@@ -332,10 +359,11 @@ class DecodeError(Exception):
 
 
 class Frame(NamedTuple):
-    """One decoded picture, in the source's own matrix and range."""
+    """One decoded picture."""
 
     time: float  # seconds from the video's start
     planes: NDArray[np.uint8]  # Y (H, W), then U and V (H/2, W/2), flat
+    colour: Colour = Colour()
 
 
 _INPUT = "file:"  # stands for the file: ffmpeg-python takes no names that are not UTF-8
@@ -447,7 +475,6 @@ class Decoding:
 
     Attributes:
         width, height: px, of the frames yielded; known from the first frame on.
-        matrix, full_range: of the frames yielded, in ffmpeg's names; known from the first on.
         source_fps, source_duration: according to the container; None if unknown.
         times: seconds of the frames decoded so far, not decreasing; at the end, of all.
         damage: ffmpeg's message about a packet or frame that does not decode, if any; known
@@ -462,8 +489,6 @@ class Decoding:
         inside: Inside = None,
     ) -> None:
         self.width = self.height = 0
-        self.matrix = ""
-        self.full_range = False
         self.source_fps: float | None = None
         self.source_duration: float | None = None
         self.times: list[float] = []
@@ -504,19 +529,21 @@ class Decoding:
                 raise ValueError("ffmpeg's output cannot be read")
             if received != size:
                 raise EOFError("ffmpeg's output ends in the middle of a frame")
-            number = next(numbers)
-            # A frame's log line is written before the frame, so it is already there.
-            if len(self.times) <= number:
+            number = next(numbers, None)
+            if number is None:
+                raise WrongForecast
+            # A frame's log lines are written before the frame, so they are already there.
+            if self._log.coloured <= number:
                 self._read_log()
             if len(self.times) <= number:
                 raise ValueError("ffmpeg did not report a frame's time")
-            if not self.matrix:
-                self.matrix, self.full_range = self._log.colour()
-            yield Frame(self.times[number], data[len(_MARKER) :])
+            yield Frame(self.times[number], data[len(_MARKER) :], self._log.colour(number))
 
     def _read_log(self) -> None:
         self._log.update(self._stream.read_log())
         self.source_fps, self.source_duration = self._log.fps, self._log.duration
+        if self._only is not None and self._log.changes_colour():
+            raise WrongForecast  # ffmpeg has begun to count anew
         latest = self.times[-1] if self.times else 0.0
         for shown in self._log.shown[len(self.times) :]:
             self._require_same_picture(shown)

@@ -105,7 +105,7 @@ def _build_on_node(plan: ShardPlan, threads: int) -> ShardResult:
     # A node cannot know when the last of its shards is done: each clears up after itself.
     with tempfile.TemporaryDirectory(prefix="seco-spool-") as folder:
         spool = replace(plan.spool, folder=folder)
-        return build_shard(replace(plan, binary=binary, spool=spool), threads)
+        return build_shard(replace(plan, binary=binary, spool=spool), lambda: threads)
 
 
 def _tally(plan: ShardPlan, result: ShardResult) -> Tally:
@@ -149,16 +149,15 @@ def build_shards(
         while left := len(plans) - len(done):
             before = len(done)
             processes = min(workers, left)
-            threads = math.ceil(workers / processes)
             todo = (plan for plan in plans if plan.name not in done)
             try:
                 if processes == 1:
                     for plan in todo:
-                        finished(plan, build_shard(plan, threads, on_progress))
+                        finished(plan, build_shard(plan, lambda: workers, on_progress))
                         if stop:
                             raise Interrupted
                 else:
-                    _build_in_processes(todo, processes, threads, finished, on_progress, stop)
+                    _build_in_processes(todo, processes, workers, finished, on_progress, stop)
             except BrokenProcessPool as error:
                 if stop:
                     raise Interrupted from error
@@ -175,7 +174,7 @@ def build_shards(
 def _build_in_processes(
     plans: Iterable[ShardPlan],
     processes: int,
-    threads: int,
+    workers: int,
     on_shard: Callable[[ShardPlan, ShardResult], None],
     on_progress: Callable[[Tally], None],
     stop: StopRequest,
@@ -189,6 +188,7 @@ def _build_in_processes(
     with protected_children(), _ignoring():  # inherited by all workers
         forkserver.ensure_running()
     counters: Any = context.Array("Q", len(astuple(Tally())))
+    threads: Any = context.Value("i", math.ceil(workers / processes))  # of each process
     others = set(multiprocessing.active_children())
     told = list(counters)
 
@@ -199,7 +199,7 @@ def _build_in_processes(
             told[:] = now
 
     executor = ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(counters,)
+        processes, mp_context=context, initializer=_start_worker, initargs=(counters, threads)
     )
     try:
         # Submit no more than there are processes: a waiting one could not be withdrawn.
@@ -210,9 +210,11 @@ def _build_in_processes(
                 raise Interrupted
             for plan in itertools.islice(queue, processes - len(running)):
                 with protected_children():
-                    running[executor.submit(_work, plan, threads)] = plan
+                    running[executor.submit(_work, plan)] = plan
             if not running:
                 break
+            # The last shards share the processors of those that are finished.
+            threads.value = math.ceil(workers / len(running))
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
             tell()
             for future in done:
@@ -233,12 +235,13 @@ def _end(children: list[Any]) -> None:
 
 
 _counters: Any = None
+_threads: Any = None
 _busy = False
 
 
-def _start_worker(counters: Any) -> None:
-    global _counters
-    _counters = counters
+def _start_worker(counters: Any, threads: Any) -> None:
+    global _counters, _threads
+    _counters, _threads = counters, threads
     # The driver ends its workers; only SIGTERM reaches them, and is its word.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -247,11 +250,11 @@ def _start_worker(counters: Any) -> None:
     unblock()
 
 
-def _work(plan: ShardPlan, threads: int) -> ShardResult:
+def _work(plan: ShardPlan) -> ShardResult:
     global _busy
     _busy = True
     try:
-        return build_shard(plan, threads, _count)
+        return build_shard(plan, lambda: int(_threads.value), _count)
     except Interrupted:
         # The shard's temporary file and its ffmpeg are gone by now.
         os._exit(128 + signal.SIGTERM)

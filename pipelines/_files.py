@@ -47,11 +47,10 @@ class VideoFile:
         """
         given = 0
         try:
-            for time, planes in self._decoded:
+            for frame in self._decoded:
                 width, height = self._decoded.width, self._decoded.height
-                matrix, full_range = self._decoded.matrix, self._decoded.full_range
-                exact = jpeg_planes(planes, width, height, matrix, full_range)
-                yield time, encode_jpeg(exact, _QUALITY)
+                exact = jpeg_planes(frame.planes, width, height, *frame.colour)
+                yield frame.time, encode_jpeg(exact, _QUALITY)
                 given += 1
             self.damage = self._decoded.damage
         except DecodeError as error:

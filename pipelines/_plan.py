@@ -340,12 +340,12 @@ def _continues(piece: list[Video], video: Video) -> bool:
     first, last = piece[0], piece[-1]
     if first.span is None or last.span is None or video.span is None:
         return False
-    start, end = video.span
+    start = video.span[0]
     near = last.span[0] <= start <= last.span[1] + _SKIPPED_SECONDS
     return (
         (video.path, video.inside) == (first.path, first.inside)
         and near
-        and end - first.span[0] <= 2 * PIECE_SECONDS
+        and start // PIECE_SECONDS == first.span[0] // PIECE_SECONDS
     )
 
 

@@ -54,9 +54,7 @@ def stored_pictures(
         path, short_edge=short_edge, timeout_seconds=60, binary=ffmpeg_binary()
     ) as decoded:
         for frame in decoded:
-            planes = jpeg_planes(
-                frame.planes, decoded.width, decoded.height, decoded.matrix, decoded.full_range
-            )
+            planes = jpeg_planes(frame.planes, decoded.width, decoded.height, *frame.colour)
             pictures.append(simplejpeg.decode_jpeg(encode_jpeg(planes, quality), "RGB"))
             if len(pictures) == most:
                 break

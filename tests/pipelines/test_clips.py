@@ -155,6 +155,14 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert hashes(tmp_path) == hashes(divided)
 
 
+def test_pieces_do_not_change_the_bytes(
+    raw: Path, divided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines._build.pieces", lambda videos: [(video,) for video in videos])
+    run(raw, tmp_path, cut_scenes=True, videos_per_shard=3, **SETTINGS)
+    assert hashes(tmp_path) == hashes(divided)
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(raw: Path, divided: Path, tmp_path: Path, kills: int) -> None:
     settings = {**SETTINGS, "cut_scenes": True, "videos_per_shard": 3}

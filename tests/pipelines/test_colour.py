@@ -11,6 +11,7 @@ So pictures are compared with the reference at 4:2:0, and the bias with the unto
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 
 from pipelines._colour import full_range_chroma, full_range_luma, jpeg_planes
 from pipelines._config import PrepareConfig
+from pipelines._ffmpeg import local_url, run_ffmpeg
 from pipelines._prepare import prepare
 from shards.opening import open_shards
 from tests.data import shared
 from tests.pipelines.made_videos import draw_video, link_into, stored_pictures
+from tests.pipelines.running import run
 
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -211,3 +214,41 @@ def test_matrices_against_floats(matrix: str, kr: float, kb: float, full_range: 
         assert np.abs(difference).max() <= 1
         assert (difference != 0).mean() < 0.02
         assert abs(difference.mean()) < 0.005
+
+
+@pytest.fixture(scope="module")
+def two_colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file whose first 100 frames are BT.709, and the next 100 full-range BT.601."""
+    folder = tmp_path_factory.mktemp("colours")
+    for name, given in (("a", ("bt709", "tv")), ("b", ("smpte170m", "pc"))):
+        tagged = ("-colorspace", given[0], "-color_range", given[1])
+        encoded = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "25", *tagged)
+        draw_video(folder / f"{name}.mp4", frames=100, options=encoded)
+    (folder / "both.txt").write_text("file a.mp4\nfile b.mp4\n")
+    path = folder / "raw" / "both.mp4"
+    path.parent.mkdir()
+    both = ("-f", "concat", "-i", str(folder / "both.txt"), "-c", "copy")
+    run_ffmpeg([*both, local_url(path)])
+    return path
+
+
+@pytest.mark.parametrize(
+    "settings", [{"frames": 8}, {"frames": None, "fps": 5.0}, {"clip_seconds": 3, "frames": 9}]
+)
+def test_every_frame_has_its_own_colour(
+    two_colours: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Also if the frames to store were forecast: a change of colour makes ffmpeg count anew."""
+    run(two_colours.parent, tmp_path, **settings)
+    shards = open_shards(str(tmp_path))
+    expected = np.concatenate(
+        [stored_pictures(two_colours.parent.parent / f"{name}.mp4", most=100) for name in "ab"]
+    )
+    numbers = []
+    for video in range(len(shards)):
+        record = shards.record(video)
+        for place, time in enumerate(record.frame_times):
+            numbers.append(round(25 * (time + (record.start or 0.0))))
+            stored = simplejpeg.decode_jpeg(shards.read_frame(video, place), "RGB")
+            assert np.array_equal(stored, expected[numbers[-1]]), numbers[-1]
+    assert min(numbers) < 50 and max(numbers) > 150 and len(set(numbers)) == len(numbers) >= 8
