@@ -1,10 +1,12 @@
-"""Millions of videos: planning a list of them, and opening tens of thousands of shards.
+"""Millions of videos: planning a list, handing its shards to Ray, opening tens of thousands.
 
     python benchmarks/scale.py plan --rows 10000000 --work /tmp/scale    # 300 MB of disk
+    python benchmarks/scale.py ray --rows 10000000 --shards 5000 --work /tmp/scale
     python benchmarks/scale.py open --shards 40000 --work /tmp/scale     # 6 GB of disk
 
-The list's videos do not exist: nothing is decoded. The shards are empty files of the right size;
-their indexes, of 250 videos of 30 frames each, are real.
+The list's videos do not exist: nothing is decoded, and what Ray's workers return is made up. The
+shards that are opened are empty files of the right size; their indexes, of 250 videos of 30 frames
+each, are real.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines import _engine
 from pipelines._adapter import adapter
+from pipelines._build import ShardResult
 from pipelines._config import PrepareConfig
-from pipelines._plan import FrameChoice, plan_set
+from pipelines._plan import FrameChoice, SetPlan, ShardPlan, Todo, plan_set
 from pipelines._remote import NO_SPOOL
 from shards.atomic import write_json
 from shards.format import Manifest, ShardInfo
@@ -37,7 +41,7 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def plan(rows: int, work: Path) -> None:
+def plan_list(rows: int, work: Path) -> SetPlan:
     """Plan the shards of a list of videos in a bucket."""
     listed = work / f"list-{rows}.csv"
     if not listed.exists():
@@ -68,6 +72,26 @@ def plan(rows: int, work: Path) -> None:
         f"{len(planned.shards)} shards, peak {peak_mib()} MiB; the plans of {len(names)} shards, "
         f"{videos} videos: {time.monotonic() - ended:.1f} s"
     )
+    return planned
+
+
+def _pretended(plan: ShardPlan, threads: int) -> ShardResult:
+    """What a worker returns for a shard, without the work."""
+    info = ShardInfo(file=plan.tar, bytes=1, sha256="", videos=len(plan.videos), frames=0)
+    return ShardResult(info=info, exclusions=[])
+
+
+def schedule(planned: SetPlan, shards: int) -> None:
+    """Have a Ray cluster on this machine pretend to build some shards of a plan."""
+    todo = Todo(planned.shards, list(planned.shards)[:shards], set())
+    done: list[float] = []
+    _engine._build_on_node = _pretended
+    build = _engine.ray_engine(None, limited=False)
+    build(todo, 1, lambda plan, result: done.append(time.monotonic()), lambda tally: None)
+    # The first ones wait for Ray and its workers to start.
+    half = len(done) // 2
+    rate = (len(done) - half) / (done[-1] - done[half - 1])
+    print(f"{len(done)} shards handed to Ray and back: {rate:.0f} shards/s, peak {peak_mib()} MiB")
 
 
 def make_shards(count: int, folder: Path) -> None:
@@ -148,14 +172,16 @@ def opened(count: int, work: Path, steps: int = 20) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=("plan", "open"))
+    parser.add_argument("what", choices=("plan", "ray", "open"))
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--shards", type=int, default=40_000)
     parser.add_argument("--work", type=Path, required=True)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     if given.what == "plan":
-        plan(given.rows, given.work)
+        plan_list(given.rows, given.work)
+    elif given.what == "ray":
+        schedule(plan_list(given.rows, given.work), given.shards)
     else:
         opened(given.shards, given.work)
 
