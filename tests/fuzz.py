@@ -27,11 +27,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
 import torch
 from PIL import Image
 
 import cli
 from shards.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_TOO_MANY_EXCLUDED, EXIT_USAGE
+from shards.index import read_index
+from shards.videos import VideoList, write_videos
 from tests.commands import import_everything
 from tests.made_sequences import make_sequences
 from tests.made_shards import make_set
@@ -88,6 +91,10 @@ def attacks(tree: Path) -> list[Attack]:
         ("export", str(run / "last.pt"), "--format=safetensors", "--out",
          str(tree / "r.safetensors")),
     ]  # fmt: skip
+    folder = Path(shards).parent
+    indexes = (read_index(path) for path in sorted(folder.glob("*.idx")))
+    write_videos(folder / "made.videos", VideoList.of(indexes))
+    torch.save(timm.create_model("test_vit").state_dict(), tree / "timm.pth")
     # Not in this process: its threads would not survive the forks.
     for arguments in good:
         ending = run_in_fork(arguments, tree)
@@ -98,6 +105,7 @@ def attacks(tree: Path) -> list[Attack]:
     found: dict[str, list[tuple[str, ...]]] = {
         "set/made.json": [random_features, ("verify", "set/made.json"), ("inspect", "set")],
         "set/made-000.idx": [random_features, pretrain, ("verify", "set"), ("index", "set")],
+        "set/made.videos": [random_features, pretrain],
         "set/made-001.tar": [random_features, pretrain, ("verify", "set"), ("inspect", "set"),
                              ("index", "--force", "set")],
         "features/meta.json": [("probe", "--features", "features"), random_features],
@@ -109,16 +117,19 @@ def attacks(tree: Path) -> list[Attack]:
         "features/halves.npy": [("retrieve", "evaluate", "--features", "features")],
         "features/retrieval.faiss.json": [("retrieve", "query", "--features", "features",
                                            "--video", "video_0003", "--html", "out/q.html")],
-        "features/probe.json": [("report", "features", "--out", "out/r.html")],
+        "features/probe.json": [("report", "features", "--out", "out/r.html"),
+                                ("publish", "run", "--results", "features", "--out", "out/p")],
         "features/retrieval.json": [("report", "features", "--out", "out/r.html")],
         "run/metrics.jsonl": [("report", "run", "--out", "out/r.html")],
         "run/config.toml": [("report", "run", "--out", "out/r.html"),
-                            ("pretrain", "--config", "run/config.toml", "--out", "out")],
+                            ("pretrain", "--config", "run/config.toml", "--out", "out"),
+                            ("publish", "run", "--out", "out/p")],
         "run/last.pt": [(*extract, "--checkpoint", "run/last.pt"), (*pretrain, "--init",
                         "run/last.pt"), ("pretrain", "--shards", "set/made.json", "--out", "run",
                         *TRAINING, "--resume=auto")],
         "r.pth": [("import", "r.pth", "--out", "out/i.pt")],
         "r.safetensors": [("import", "r.safetensors", "--out", "out/i.pt")],
+        "timm.pth": [(*extract, "--checkpoint", "timm.pth", "--arch=timm:test_vit")],
         "tuned/last.pt": [("finetune-eval", "--shards", "set/made.json", "--checkpoint",
                            "tuned/last.pt", "--device=cpu", "--workers=0", "--out", "out")],
         "tuned/finetune.json": [("report", "tuned", "--out", "out/r.html")],
