@@ -113,7 +113,7 @@ class PretrainConfig(TrainingConfig):
     init: str | None = setting(
         None,
         "initial weights: a checkpoint, a state dict, or a name: moco-v2, imagenet-v1, "
-        "imagenet-v2, vclr",
+        "imagenet-v2, vclr, timm:NAME",
         resumable=True,
     )
     epochs: int = setting(400, "training epochs", source="paper §5.2")

@@ -15,7 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from seco.checkpoints.convert import AUTHORS, SHARED, EncoderWeights, Layer, Weights, read_weights
+from seco.checkpoints.convert import (
+    AUTHORS,
+    SHARED,
+    STATE_DICT,
+    EncoderWeights,
+    Layer,
+    Weights,
+    read_weights,
+)
 from seco.checkpoints.named import weights_file
 from seco.config import TASKS, PretrainConfig, negative_count, peak_lr, resolve_pretrain
 from seco.data.frames import VideoFrames
@@ -23,7 +31,7 @@ from seco.data.loader import Batch, DeviceViews, TripletLoader
 from seco.data.transforms import VIEW_DRAWS, normalise, view_config
 from seco.data.triplets import VIEWS
 from seco.evaluation.knn import knn_scores
-from seco.models.backbones import backbone_shape, require_size
+from seco.models.backbones import TIMM_PREFIX, backbone_shape, pretrained_timm, require_size
 from seco.models.seco import SeCo, SeCoOutput, spread
 from seco.processes.device import loader_workers, resolve_device
 from seco.processes.ranks import Ranks, joined, one_voice
@@ -245,14 +253,22 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
 
     Raises:
         InputError: the file cannot be used, or has another architecture; weights given by name
-            cannot be fetched.
+            cannot be had.
     """
     assert config.init is not None
-    path, named = weights_file(config.init, config.arch)
-    weights = read_weights(path, config.arch)
+    named = None
+    if config.init.startswith(TIMM_PREFIX):
+        backbone = pretrained_timm(config.init).state_dict()
+        query = EncoderWeights(backbone=backbone, heads={})
+        weights = Weights(layout=STATE_DICT, arch=config.init, query=query)
+    else:
+        path, named = weights_file(config.init, config.arch)
+        weights = read_weights(path, config.arch)
     if weights.arch != config.arch:
         raise InputError(
-            f"holds a {weights.arch}, not a {config.arch}", path, f"give --arch {weights.arch}"
+            f"holds a {weights.arch}, not a {config.arch}",
+            config.init,
+            f"give --arch {weights.arch}",
         )
     query = weights.query
     key = weights.key if weights.layout == AUTHORS and weights.key is not None else query

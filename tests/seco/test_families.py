@@ -322,7 +322,12 @@ def test_files_of_torchvision_are_recognised(arch: str, tmp_path: Path) -> None:
     assert load_backbone(str(tmp_path / "t.pt")).arch == arch
 
 
-def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_timms_own_weights(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    shards: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     made = timm.create_model
     weights = made("test_vit").state_dict()
 
@@ -337,6 +342,16 @@ def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     found = load_backbone("timm:test_vit")
     assert torch.equal(found.network.state_dict()["pos_embed"], weights["pos_embed"])
     assert found.record(0)["checkpoint"] == "timm:test_vit"
+    start = (
+        f"pretrain --shards {shards} --epochs 1 --batch-size 8 --queue-size 0 --crop-size 32"
+        f" --workers 0 --device cpu --lr 1e-12 --init timm:test_vit --out {tmp_path}/"
+    )
+    run(f"{start}run --arch timm:test_vit")
+    assert "timm:test_vit: loaded the backbone" in capsys.readouterr().err
+    trained = load_backbone(str(tmp_path / "run/last.pt")).network.state_dict()
+    torch.testing.assert_close(trained["pos_embed"], weights["pos_embed"])
+    assert cli.run(shlex.split(f"{start}other --arch resnet18")) == 1
+    assert "give --arch timm:test_vit" in capsys.readouterr().err
     (tmp_path / "t.safetensors").unlink()
     with pytest.raises(InputError, match=r"timm:test_vit: timm cannot load its weights") as told:
         load_backbone("timm:test_vit")
