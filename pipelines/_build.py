@@ -733,7 +733,7 @@ def _in_order(
 
     def outcomes(piece: Sequence[Video], wanted: Sequence[Video]) -> list[Outcome]:
         with gate:
-            return _fetched_outcomes(piece, wanted, plan, stopping)
+            return [] if stopping.is_set() else _fetched_outcomes(piece, wanted, plan, stopping)
 
     ahead: deque[Future[list[Outcome]]] = deque()
     with ThreadPoolExecutor(max(1, len(work))) as pool:  # a thread is started when one is needed

@@ -188,7 +188,8 @@ def _build_in_processes(
     with protected_children(), _ignoring():  # inherited by all workers
         forkserver.ensure_running()
     counters: Any = context.Array("Q", len(astuple(Tally())))
-    threads: Any = context.Value("i", math.ceil(workers / processes))  # of each process
+    # Threads of each process. Without a lock, which a killed worker would keep.
+    threads: Any = context.Value("i", math.ceil(workers / processes), lock=False)
     others = set(multiprocessing.active_children())
     told = list(counters)
 

@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import pytest
 import simplejpeg
 import webdataset
 
-from pipelines import _engine, _prepare
-from pipelines._build import ShardResult
+from pipelines import _build, _engine, _prepare
+from pipelines._adapter import Video
+from pipelines._build import ShardResult, StoredVideo, Tally, build_shard
 from pipelines._plan import ShardPlan
 from shards.errors import InputError, Stopped, TooManyExcluded
 from shards.format import read_manifest
@@ -45,6 +48,28 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw_video(root / "b" / f"w{number}.avi", frames=3 + number)
     (root / "b" / "broken.mp4").write_bytes(b"not a video at all")
     return root
+
+
+def test_more_threads_may_work_on_a_shard_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the other shards are finished: each of two videos waits for the other here."""
+    for number in range(2):
+        draw_video(tmp_path / "raw" / f"{number}.mp4")
+    allowed, together, store = 1, threading.Barrier(2), _build.store_video
+
+    def stored(video: Video, plan: ShardPlan) -> StoredVideo:
+        nonlocal allowed
+        allowed = 2
+        together.wait(120)
+        return store(video, plan)
+
+    def build(plan: ShardPlan, threads: object, tell: Callable[[Tally], None]) -> ShardResult:
+        return build_shard(plan, lambda: allowed, tell)
+
+    monkeypatch.setattr(_build, "store_video", stored)
+    monkeypatch.setattr(_engine, "build_shard", build)
+    assert run(tmp_path / "raw", tmp_path / "out").sets[0].videos == 2
 
 
 def test_a_set_is_what_the_format_says(raw: Path, tmp_path: Path) -> None:
