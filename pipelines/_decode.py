@@ -407,9 +407,13 @@ def scaled(stream: Any, short_edge: int) -> Any:
 
 
 def _told(stream: Any) -> Any:
-    """Return the stream with a filter that logs a line per frame."""
+    """Return the stream with a filter that logs a line per frame, and leaves it without colour.
+
+    Where colours change within a file, ffmpeg 7 and later convert all frames to the first one's.
+    """
     # Side data may contain anything, of any length, and showinfo would print it.
-    return stream.filter("sidedata", mode="delete").filter("showinfo", checksum=0)
+    told = stream.filter("sidedata", mode="delete").filter("showinfo", checksum=0)
+    return told.filter("setparams", range="unknown", colorspace="unknown")
 
 
 def scaled_size(short_edge: int) -> tuple[str, str]:

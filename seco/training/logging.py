@@ -13,7 +13,8 @@ import io
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -88,9 +89,10 @@ class WandbLogger(Callback):
         wandb = _imported("wandb", "wandb")
         known = folder / "wandb-run.txt"
         number = known.read_text("utf-8").strip() if step and known.is_file() else None
-        self._run = wandb.init(
-            name=folder.name, dir=str(folder), config=dict(config), id=number, resume="allow"
-        )
+        with _starting("wandb", "log in with `wandb login`, or set WANDB_MODE=offline"):
+            self._run = wandb.init(
+                name=folder.name, dir=str(folder), config=dict(config), id=number, resume="allow"
+            )
         write_text(known, f"{self._run.id}\n")
 
     def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
@@ -107,9 +109,11 @@ class MLflowLogger(Callback):
         self._mlflow = _imported("mlflow", "mlflow")
         known = folder / "mlflow-run.txt"
         number = known.read_text("utf-8").strip() if step and known.is_file() else None
-        run = self._mlflow.start_run(run_id=number, run_name=None if number else folder.name)
-        if number is None:
-            self._mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
+        settings = {name: str(value)[:500] for name, value in config.items()}
+        with _starting("mlflow", "set MLFLOW_TRACKING_URI to a server, such as http://host:5000"):
+            run = self._mlflow.start_run(run_id=number, run_name=None if number else folder.name)
+            if number is None:
+                self._mlflow.log_params(settings)
         write_text(known, f"{run.info.run_id}\n")
 
     def on_step(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
@@ -148,6 +152,17 @@ def _imported(module: str, extra: str) -> Any:
         raise InputError(
             f"{module} is not installed", "--loggers", f'pip install "seco-video[{extra}]"'
         ) from error
+
+
+@contextmanager
+def _starting(name: str, advice: str) -> Iterator[None]:
+    """Turn whatever another package raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        told = f"{name} does not start ({type(error).__name__}: {said})"
+        raise InputError(told, "--loggers", advice) from error
 
 
 class RunLog:
