@@ -337,7 +337,8 @@ def compare(**settings: Any) -> None:
     """Compare encoders on one dataset.
 
     Prints 95 % intervals and verdicts. Missing features are extracted into --out; finished ones are
-    reused. The options from --arch on are those of extract-features.
+    reused. The options from --arch on are those of extract-features; --arch is of encoders that do
+    not tell it, and random without it is of the first other encoder's.
 
     \b
     Example: seco compare --shards shards/mine.json --encoder runs/mine --encoder random

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines._adapter import (
     PICTURE_FORMATS,
@@ -248,6 +248,8 @@ def _read_jpeg(path: Path, quality: int) -> bytes:
                 pixels, quality=quality, colorspace="RGB", colorsubsampling="420"
             )
         )
+    except UnidentifiedImageError as error:  # its text names an object in memory
+        raise DecodeError("unreadable", f"{path.name} is not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError("unreadable", f"{path.name} cannot be stored ({error})") from error
 

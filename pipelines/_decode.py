@@ -455,15 +455,18 @@ def decode_argv(
     more: tuple[str, ...] = ()
     options |= {"skip_frame": "nokey"} if keyframes else {}
     if span is not None:
-        start, end = span
+        start = span[0]
         options |= {"ss": f"{start:.6f}"} if start else {}
-        options |= {"t": f"{end - start:.6f}"} if end < math.inf else {}
         more = ("-copyts", "-start_at_zero")  # the times of all frames as without a seek
+    source = pictures(**options)
+    if span is not None and span[1] < math.inf:
+        # Not the option -t: after a change of size or colour, ffmpeg counts it from there.
+        source = source.filter("trim", end=f"{span[1]:.6f}")
     if only is None:
-        stream = _told(scaled(pictures(**options), short_edge))
+        stream = _told(scaled(source, short_edge))
     else:
         wanted = "+".join(f"eq(n,{number})" for number in only)
-        stream = scaled(_told(pictures(**options)).filter("select", wanted), short_edge)
+        stream = scaled(_told(source).filter("select", wanted), short_edge)
     output = stream.output(
         "pipe:1", format="yuv4mpegpipe", strict=-1, fps_mode="passthrough", filter_threads=1
     )

@@ -144,7 +144,7 @@ def _cost(video: Video, shard: ShardPlan) -> tuple[float, float, float] | None:
     if header is None or shard.short_edge is None:
         return None
     if video.span is not None and header.seconds:
-        seconds = min(video.span[1], header.seconds) - video.span[0]
+        seconds = max(0.0, min(video.span[1], header.seconds) - video.span[0])
         part = seconds / header.seconds
         header = replace(header, frames=header.frames * part, seconds=seconds)
     pixels = header.width * header.height

@@ -275,9 +275,13 @@ def _csv(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
         try:
             header = [name.strip() for name in next(rows, [])]
             if "path" not in header:
-                raise InputError(
-                    "has no column path", where, "the first line must name the columns"
+                others = any(mark in name for name in header for mark in ";\t")
+                fix = (
+                    "separate columns by commas"
+                    if others
+                    else "the first line must name the columns"
                 )
+                raise InputError("has no column path", where, fix)
             if len(set(header)) < len(header):
                 raise InputError("has two columns of the same name", where)
             for cells in rows:

@@ -351,12 +351,16 @@ DEPLOY_FORMATS = ("onnx", "torch-export", "huggingface")  # run without this too
 EXPORT_FORMATS = ("torchvision", "safetensors", "moco", "seco-authors", *DEPLOY_FORMATS)
 
 
+_ARCH_OF_FILE = "backbone of a state dict that does not tell it: timm:NAME or a plug-in's"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """``seco import``: convert a file of any known layout to a checkpoint of this toolkit."""
 
     file: str = setting("", "file of MoCo or of SeCo's authors, state dict, safetensors, or a name")
     out: str = setting("", "checkpoint to write")
+    arch: str | None = setting(None, _ARCH_OF_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +370,7 @@ class ExportConfig:
     file: str = setting("", "checkpoint, for example a run's last.pt")
     format: str = setting("", "layout to write", choices=EXPORT_FORMATS)
     out: str = setting("", "file to write; for huggingface a new folder")
+    arch: str | None = setting(None, _ARCH_OF_FILE)
     size: int | None = setting(
         None, "side of the images for onnx, torch-export and huggingface, in px [default: 224]"
     )

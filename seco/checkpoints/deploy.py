@@ -26,6 +26,7 @@ from seco.models.backbones import (
     TIMM_PREFIX,
     archs_of,
     backbone_spec,
+    require_size,
     timm_freedom,
     with_own_normalisation,
 )
@@ -49,7 +50,7 @@ def deploy(config: ExportConfig, source: Path, out: Path) -> str:
     write = {"onnx": _write_onnx, "torch-export": _write_program, "huggingface": _write_folder}
     for package in _PACKAGES[config.format]:
         _imported(package, config.format)
-    backbone = load_backbone(source)
+    backbone = load_backbone(source, config.arch)
     model = Deployed(backbone, preprocessing(backbone.arch, config.size))
     write[config.format](model, out)
     detail = f" (opset {OPSET})" if config.format == "onnx" else ""
@@ -119,6 +120,7 @@ class Deployed:
             with torch.no_grad():
                 self.features: Tensor = backbone(self.images)
         except (AssertionError, RuntimeError, ValueError) as error:
+            require_size(backbone.arch, given.size_px, "--size")
             raise InputError(
                 f"{backbone.arch} does not take images of {given.size_px} px",
                 "--size",
@@ -228,7 +230,7 @@ def write_for_timm(model: Deployed, folder: Path) -> None:
     theirs = timm_model(backbone.arch)
     if theirs is None or not timm.is_model(theirs.name):
         raise InputError(
-            f"holds a {backbone.arch}, which timm cannot build",
+            f"holds a {backbone.arch}, whose tensors have other names in timm, if it has it",
             backbone.source,
             "export it as onnx, torch-export or safetensors",
         )

@@ -26,7 +26,7 @@ def import_checkpoint(config: ImportConfig) -> str:
         InputError: the file cannot be used, or the output cannot be written.
     """
     source, named, out = _paths(config.file, config.out)
-    weights = read_weights(source)
+    weights = _read(source, config.arch)
     heads = weights.query.heads
     settings = {
         "arch": weights.arch,
@@ -63,7 +63,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     source, _, out = _paths(config.file, config.out, folder=config.format == "huggingface")
     if config.format in DEPLOY_FORMATS:
         return deploy(config, source, out)
-    weights = read_weights(source)
+    weights = _read(source, config.arch)
     family = backbone_spec(weights.arch).family
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
@@ -86,6 +86,13 @@ def export_checkpoint(config: ExportConfig) -> str:
     if family == RESNETS:
         return said
     return f"{said}; build the network with seco.models.backbones.build_backbone({weights.arch!r})"
+
+
+def _read(source: Path, arch: str | None) -> Weights:
+    weights = read_weights(source, arch)
+    if arch not in (None, weights.arch):
+        raise InputError(f"holds a {weights.arch}, not a {arch}", source, "leave --arch out")
+    return weights
 
 
 def _paths(file: str, out: str, folder: bool = False) -> tuple[Path, NamedWeights | None, Path]:

@@ -18,7 +18,8 @@ from typing import Any
 from torchvision.models import get_model_weights
 
 from seco.checkpoints.download import download, forget
-from seco.models.backbones import backbone_spec, known_archs
+from seco.checkpoints.io import LAST
+from seco.models.backbones import TIMM_PREFIX, backbone_spec, known_archs
 from shards.atomic import atomic_path, unwritable, write_text
 from shards.errors import InputError
 from shards.index import sha256_of
@@ -175,6 +176,10 @@ def weights_file(source: str | Path, arch: str | None = None) -> tuple[Path, Nam
     if weights is not None:
         return fetch_weights(weights), weights
     path = Path(source)
+    if str(source).startswith(TIMM_PREFIX) and not path.exists():
+        raise InputError("is a name of timm, where a file is needed", source, "name the file")
+    if (path / LAST).is_file():
+        raise InputError("is a folder", path, f"give {path / LAST}")
     if not path.exists() and not path.suffix and not {os.sep, ":"} & set(str(source)):
         raise InputError("no such file", path, f"give a path, or a name: {', '.join(NAMES)}")
     return path, None

@@ -125,6 +125,10 @@ def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) ->
         return Backbone(pretrained_timm(source), source, source)
     path, named = weights_file(source, arch)
     weights = read_weights(path, arch)
+    if named is not None and named.arch != weights.arch:
+        raise InputError(
+            f"holds a {weights.arch}, not the {named.arch} of {source}", path, "delete it"
+        )
     if arch is not None and arch != weights.arch:
         raise InputError(f"holds a {weights.arch}, not a {arch}", source, "leave --arch out")
     network = build_backbone(weights.arch)

@@ -111,7 +111,7 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
     Args:
         given: strings ``[NAME=]SOURCE``.
         arch: architecture of a source that names none: of ``random`` (by default that of the first
-            file) and of ``imagenet-v1`` and ``imagenet-v2``.
+            file), of ``imagenet-v1`` and ``imagenet-v2``, and of state dicts of timm or a plug-in.
 
     Raises:
         InputError: a file is missing or is not an encoder, random weights have no architecture, or
@@ -132,7 +132,8 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
             path = _checkpoint(source)
             file = Path(path)
             usual = real_path(file.parent).name if file.name == LAST else file.stem
-            specs.append(EncoderSpec(name or _as_name(usual), path))
+            own = arch if arch and read_weights(file, arch).arch == arch else None
+            specs.append(EncoderSpec(name or _as_name(usual), path, own))
     _require_different([spec.name for spec in specs], "--encoder")
     archs = [_arch_of(spec) for spec in specs if spec.source != RANDOM]
     usual_arch = arch or next(iter(archs), None)

@@ -36,6 +36,7 @@ from seco.evaluation.metrics import (
     draw_confusion,
     predictions_of,
 )
+from seco.models.backbones import require_size
 from seco.models.classifier import Classes, VideoClassifier
 from seco.processes.device import loader_workers, resolve_device, to_device, uses_bf16
 from seco.processes.ranks import Ranks, joined, one_voice
@@ -362,6 +363,7 @@ def finetune_eval(config: FinetuneTestConfig) -> str:
             path = Path(config.checkpoint)
             model, classes, said, settings = load_finetuned(path)
             config = _as_its_run(config, settings)
+            require_size(settings["arch"], _protocol(config).size, "--test-size")
             videos = LabelledVideos(config.shards, settings.get("split"))
             videos.require("test")
             _require_same_classes(videos, classes, path)

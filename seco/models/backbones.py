@@ -7,6 +7,7 @@ Another package adds backbones by the entry point ``seco.backbones``.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ TORCHVISION, TIMM, PLUGINS = "torchvision's others", "timm's", "plug-ins"
 TIMM_PREFIX = "timm:"
 _ENTRY_POINTS = "seco.backbones"
 _HALF = (0.5, 0.5, 0.5)
+_NEAR_PX = 17  # patches have 14, 16 or 32 px
 
 
 class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
@@ -227,15 +229,33 @@ def backbone_spec(arch: str) -> BackboneSpec:
         for family in families
     )
     choices += f"; timm's: {TIMM_PREFIX}NAME"
-    raise InputError(f"unknown architecture {arch!r}", "--arch", f"give one of {choices}")
+    close = difflib.get_close_matches(arch, known_archs(), n=2) + _of_timm(arch)
+    meant = f"did you mean {' or '.join(close)}? Give " if close else "give "
+    raise InputError(f"unknown architecture {arch!r}", "--arch", f"{meant}one of {choices}")
+
+
+def _of_timm(name: str) -> list[str]:
+    """The backbone of timm that has this name, if timm is there."""
+    try:
+        import timm
+    except ImportError:
+        return []
+    return [TIMM_PREFIX + name] if timm.is_model(name) else []
 
 
 def _timm(arch: str) -> BackboneSpec:
     name = arch.removeprefix(TIMM_PREFIX)
     timm = _timm_package(arch)
-    # Not "hf-hub:…" or "local-dir:…", which name files.
-    if ":" in name or not timm.is_model(name):
-        raise InputError("timm has no such model", arch, "timm.list_models() lists all")
+    if ":" in name:
+        raise InputError(
+            "names a file rather than a model",
+            arch,
+            f"download it, and give it as a file with --arch {TIMM_PREFIX}NAME",
+        )
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        advice = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
+        raise InputError("timm has no such model", arch, advice)
     try:
         said = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the part after the dot
@@ -323,7 +343,7 @@ def pretrained_timm(arch: str) -> nn.Module:
         raise InputError(
             f"timm cannot load its weights ({type(error).__name__}: {str(error)[:200]})",
             arch,
-            "check its name and the network; timm keeps weights in the cache of Hugging Face",
+            f"check its name and the network, or give a file of them with --arch {arch}",
         ) from error
     return _adapted(network, spec)
 
@@ -460,9 +480,17 @@ def require_size(arch: str, size: int, option: str = "--crop-size") -> None:
         InputError: it does not.
     """
     spec = backbone_spec(arch)
-    if spec.family not in (RESNETS, SMALL_IMAGES) and _features(_empty(arch), size) is None:
+    if spec.family in (RESNETS, SMALL_IMAGES):
+        return
+    network = _empty(arch)
+    if _features(network, size) is None:
+        near = (size + by * sign for by in range(1, _NEAR_PX) for sign in (-1, 1))
+        taken = next((px for px in near if px > 0 and _features(network, px) is not None), None)
+        also = f"; {taken} px would do" if taken is not None else ""
         raise InputError(
-            f"{arch} takes no images of {size} px", option, f"it is made for {spec.size} px"
+            f"{arch} takes no images of {size} px",
+            option,
+            f"it is made for {spec.size} px{also}",
         )
 
 

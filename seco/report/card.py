@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from seco import __version__
 from seco.config import PretrainConfig, resolve_pretrain, task_list
+from seco.models.backbones import RESNETS, TORCHVISION, backbone_spec
 from seco.pages import render_markdown
 from seco.report.report import EvaluationRow, FeatureRow, report_content
 from seco.report.results import Comparison, Found, words
@@ -36,7 +37,7 @@ _MOST_METRICS = 20
 _SHARDS_LISTED = 12
 _COLLAPSED = 0.1  # feature std; 1 for embeddings spread evenly over the sphere
 _MAIN = (
-    *("tasks", "epochs", "batch_size", "lr", "momentum", "weight_decay", "queue_size"),
+    *("tasks", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "queue_size"),
     *("temperature", "ema", "crop_size", "precision", "split", "seed"),
 )
 _OF_FINETUNING = ("epochs", "segments", "batch_size", "lr", "freeze_bn")
@@ -261,14 +262,20 @@ def loading_code(model: Model, repository: str | None) -> list[tuple[str, str]]:
                 "from transformers import AutoModel\n\n"
                 f'model = AutoModel.from_pretrained("{repository or "."}").eval()',
             ),
+        ]
+    spec = backbone_spec(model.arch)
+    if spec.family in (RESNETS, TORCHVISION):
+        first, *others = spec.classifier[0].rstrip(".").split(".")
+        head = first + "".join(f"[{name}]" for name in others)
+        found.append(
             (
                 "With torchvision",
                 "import torch\nimport torchvision\nfrom safetensors.torch import load_file\n\n"
                 f"model = torchvision.models.{model.arch}()\n"
-                "model.fc = torch.nn.Identity()\n"
+                f"model.{head} = torch.nn.Identity()\n"
                 'model.load_state_dict(load_file("model.safetensors"))\nmodel.eval()',
-            ),
-        ]
+            )
+        )
     toolkit = 'import seco\n\nmodel = seco.load_backbone("model.safetensors")'
     return [*found, ("With the toolkit", toolkit)]
 

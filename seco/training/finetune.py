@@ -246,6 +246,7 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
             return self._fine_tuned(config, model, classes, said["encoder"])
         backbone = load_backbone(config.checkpoint, config.arch, config.seed)
         require_size(backbone.arch, config.crop_size)
+        require_size(backbone.arch, config.test_size, "--test-size")
         labels = np.unique(self.videos.labels[self.videos.train]).tolist()
         classes = Classes(labels, [self.videos.class_name(label) for label in labels])
         model = VideoClassifier(backbone.arch, len(labels), config.freeze_bn, config.dropout)

@@ -92,7 +92,11 @@ class Health:
         self._order: float | None = None
         self._looks = 0
         chance = chance_levels(config)
-        levels = ", ".join(f"{t} {chance[t]:.3f}" for t in TASKS if t in config.tasks.split(","))
+        # Fewer where queued keys are masked, which depends on the batch.
+        masks = config.mask_same_video or config.negatives != "all"
+        about = {"inter": "at most "} if masks else {}
+        tasks = [task for task in TASKS if task in config.tasks.split(",")]
+        levels = ", ".join(f"{task} {about.get(task, '')}{chance[task]:.3f}" for task in tasks)
         say(f"loss at chance: {levels}")
 
     def look(self, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:

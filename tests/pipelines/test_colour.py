@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from pipelines._colour import full_range_chroma, full_range_luma, jpeg_planes
 from pipelines._config import PrepareConfig
-from pipelines._ffmpeg import local_url, run_ffmpeg
+from pipelines._decode import decoding
+from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
 from pipelines._prepare import prepare
 from shards.opening import open_shards
 from tests.data import shared
@@ -252,3 +253,16 @@ def test_every_frame_has_its_own_colour(
             stored = simplejpeg.decode_jpeg(shards.read_frame(video, place), "RGB")
             assert np.array_equal(stored, expected[numbers[-1]]), numbers[-1]
     assert min(numbers) < 50 and max(numbers) > 150 and len(set(numbers)) == len(numbers) >= 8
+
+
+@pytest.mark.parametrize(("span", "frames"), [((0.0, 2.0), 50), ((1.0, 5.0), 100)])
+def test_a_part_ends_where_it_should_after_a_change_of_colour(
+    two_colours: Path, span: tuple[float, float], frames: int
+) -> None:
+    """ffmpeg's option -t would count again from the change, or decode to the end of the file."""
+    with decoding(
+        two_colours, short_edge=48, timeout_seconds=60, binary=ffmpeg_binary(), span=span
+    ) as decoded:
+        times = [frame.time for frame in decoded]
+    assert len(times) == frames
+    assert times == pytest.approx([span[0] + number / 25 for number in range(frames)])

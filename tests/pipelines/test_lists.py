@@ -288,6 +288,7 @@ def test_frames_that_cannot_be_stored(tmp_path: Path) -> None:
     assert sorted(found) == [
         *((name, "unreadable") for name in ("cut", "deep", "mixed sizes", "text", "wide")),
     ]
+    assert "3.png is not a picture" in (tmp_path / "out" / "raw.errors.csv").read_text()
     with pytest.raises(InputError, match="holds no pictures"):
         (tmp_path / "empty").mkdir()
         find("frames", tmp_path / "empty")

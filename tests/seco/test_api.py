@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,19 @@ def test_loggers_write_offline_and_go_on_in_the_same_run(
     again = {**RUN, "loggers": name, "resume": "auto", "shards": shards, "out": out}
     seco.pretrain(**again)  # nothing is left to do
     assert (out / f"{name}-run.txt").read_text().strip() == number
+
+
+@pytest.mark.parametrize(("name", "start"), [("wandb", "init"), ("mlflow", "start_run")])
+def test_a_logger_that_does_not_start_is_one_line(
+    name: str, start: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**given: object) -> None:
+        raise RuntimeError("no key\n  was found")
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{start: refuse}))
+    told = rf"--loggers: {name} does not start \(RuntimeError: no key was found\) — "
+    with pytest.raises(seco.InputError, match=told):
+        seco.pretrain(shards=shards, out=tmp_path / "run", **{**RUN, "loggers": name})
 
 
 def test_an_unknown_logger_is_one_line(shards: str, tmp_path: Path) -> None:

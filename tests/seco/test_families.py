@@ -32,6 +32,7 @@ from seco.checkpoints.io import load_checkpoint
 from seco.checkpoints.weights import load_backbone, random_backbone
 from seco.config import PretrainConfig, resolve_pretrain
 from seco.data.transforms import normalise
+from seco.evaluation.compare import parse_encoders
 from seco.features.store import read_features
 from seco.models import backbones
 from seco.models.backbones import (
@@ -211,8 +212,11 @@ def test_every_name_of_timm(step: int) -> None:
     ("arch", "what"),
     [
         ("timm:nonsense", "timm has no such model"),
-        ("timm:hf-hub:timm/test_vit", "timm has no such model"),
-        ("timm:local-dir:/tmp", "timm has no such model"),
+        ("timm:hf-hub:timm/test_vit", "names a file rather than a model — download it"),
+        ("timm:local-dir:/tmp", "names a file rather than a model — download it"),
+        ("timm:test_vitt", "timm has no such model — did you mean test_vit"),
+        ("test_vit", "unknown architecture 'test_vit' — did you mean timm:test_vit. Give one of"),
+        ("convnext_tny", "did you mean convnext_tiny"),
         ("timm:", "timm has no such model"),
         ("timm:resnet18.bogus", "timm has no such weights"),
         ("timm:gemma4_vit_167m_enc", "does not make one feature of each image"),
@@ -292,7 +296,16 @@ def test_images_are_normalised_as_a_network_was_made_for() -> None:
     torch.testing.assert_close(given, normalise(pixels, spec.mean, spec.std))
 
 
-def test_sizes_that_do_not_fit(shards: str, tmp_path: Path) -> None:
+FINE_TUNING = (
+    "finetune --shards {shards} --split 1 --checkpoint random --arch {arch} --epochs 1"
+    " --batch-size 4 --segments 2 --crop-size 32 --workers 0 --device cpu --freeze-bn none"
+    " --out {out}"
+)
+
+
+def test_sizes_that_do_not_fit(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     require_size("vit_b_32", 48)
     require_size("resnet18", 1)
     with pytest.raises(InputError, match=r"^--crop-size: vit_b_32 takes no images of 50 px"):
@@ -301,6 +314,15 @@ def test_sizes_that_do_not_fit(shards: str, tmp_path: Path) -> None:
     assert cli.run(shlex.split(f"pretrain --arch vit_b_32 --batch-size 8 {shared}")) == 1
     features = f"extract-features --checkpoint random --arch timm:test_vit {shared}"
     assert cli.run(shlex.split(features)) == 1
+    with pytest.raises(InputError, match=r"it is made for 224 px; 64 px would do$"):
+        require_size("vit_b_32", 60)
+    tuned = FINE_TUNING.format(shards=shards, arch="timm:test_vit", out=tmp_path / "tuned")
+    assert cli.run(shlex.split(f"{tuned} --test-size 40")) == 1
+    assert "--test-size: timm:test_vit takes no images of 40 px" in capsys.readouterr().err
+    run(f"{tuned} --test-size 32")
+    command = f"finetune-eval --shards {shards} --checkpoint {tmp_path}/tuned/last.pt --device cpu"
+    assert cli.run(shlex.split(f"{command} --test-size 40 --out {tmp_path}/tested")) == 1
+    assert "--test-size: timm:test_vit takes no images of 40 px" in capsys.readouterr().err
 
 
 def test_files_of_timm_need_a_name(tmp_path: Path) -> None:
@@ -313,6 +335,13 @@ def test_files_of_timm_need_a_name(tmp_path: Path) -> None:
     assert found.network.state_dict().keys() == network.state_dict().keys()
     with pytest.raises(InputError, match="compared with a timm:test_vit2"):
         load_backbone(str(tmp_path / "t.pt"), "timm:test_vit2")
+    (spec,) = parse_encoders([f"ref={tmp_path}/t.pt"], "timm:test_vit")
+    assert spec.arch == "timm:test_vit"
+    for command in ("import", "export --format torchvision"):
+        run(f"{command} {tmp_path}/t.pt --arch timm:test_vit --out {tmp_path}/{command[:2]}.pt")
+    assert load_backbone(str(tmp_path / "im.pt")).sha256 == found.sha256
+    assert load_backbone(str(tmp_path / "ex.pt"), "timm:test_vit").sha256 == found.sha256
+    assert cli.run(shlex.split(f"import {tmp_path}/im.pt --arch resnet18 --out {tmp_path}/n")) == 1
 
 
 @pytest.mark.parametrize("arch", SMALLER)
@@ -382,11 +411,8 @@ def test_a_vit_is_exported_for_the_size_it_was_trained_with(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("arch", ["timm:test_vit", "mobilenet_v3_small"])
 def test_fine_tuning(arch: str, shards: str, tmp_path: Path) -> None:
-    run(
-        f"finetune --shards {shards} --split 1 --checkpoint random --arch {arch} --epochs 1"
-        " --batch-size 4 --segments 2 --crop-size 32 --test-size 32 --workers 0 --device cpu"
-        f" --freeze-bn none --out {tmp_path}/run"
-    )
+    tuned = FINE_TUNING.format(shards=shards, arch=arch, out=tmp_path / "run")
+    run(f"{tuned} --test-size 32")
     assert load_backbone(str(tmp_path / "run/last.pt")).arch == arch
 
 

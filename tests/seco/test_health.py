@@ -45,6 +45,9 @@ def test_chance_levels_are_those_of_guessing() -> None:
     assert levels == pytest.approx({"inter": 4.60517, "intra": 1.098612, "order": 0.693147})
     pairs = chance_levels(resolve_pretrain(PretrainConfig(preset="authors")))
     assert pairs["intra"] == pytest.approx(0.693147)
+    said: list[str] = []
+    Health(resolve_pretrain(PretrainConfig(queue_size=99, negatives="other-groups")), said.append)
+    assert said == ["loss at chance: inter at most 4.605, intra 1.099, order 0.693"]
 
 
 def test_the_status_shows_the_panel() -> None:

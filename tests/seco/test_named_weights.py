@@ -511,6 +511,16 @@ def published(site: Site, cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return site
 
 
+def test_a_file_of_another_architecture_is_not_taken(published: Site, tmp_path: Path) -> None:
+    there = named.fetch_weights(named._OTHERS[0])
+    other = saved(tmp_path / "w", moco("resnet34", size=96))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(named, "fetch_weights", lambda weights: other)
+        with pytest.raises(InputError, match="holds a resnet34, not the resnet18 of moco-v2"):
+            load_backbone("moco-v2")
+    assert load_backbone("moco-v2").arch == "resnet18" and there.is_file()
+
+
 @pytest.mark.parametrize("name", ["imagenet-v1", "moco-v2"])
 def test_pretrain_starts_from_a_name(
     name: str, published: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 
 import cli
 import seco
+from seco.checkpoints.deploy import timm_model
 from seco.checkpoints.io import load_checkpoint, save_torch_file
+from seco.models.backbones import IMAGENET_MEAN, IMAGENET_STD, build_backbone
 from seco.report import publish as publishing
-from seco.report.card import PAPER, TOOLKIT
+from seco.report.card import PAPER, TOOLKIT, Model, loading_code
 from tests import commands
 from tests.data import ROOT
 from tests.hub_server import READ_ONLY, TOKEN, hub_server
@@ -67,6 +69,23 @@ def results(run: Path, shards: str, tmp_path_factory: pytest.TempPathFactory) ->
     given = ["--shards", shards, *encoders, "--out", str(folder / "compared"), "--svm-c", "0.01"]
     assert cli.run(["compare", *given, *SMALL]) == 0
     return folder
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "vit_b_16", "timm:test_vit"])
+def test_the_code_of_a_card_is_code(arch: str) -> None:
+    model = Model(
+        arch=arch, width=8, sha256="", file_sha256="", file_bytes=1, crop_px=64,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, timm=timm_model(arch) is not None,
+    )  # fmt: skip
+    found = dict(loading_code(model, None))
+    for code in found.values():
+        compile(code, arch, "exec")
+    assert ("With torchvision" in found) == (not arch.startswith("timm:"))
+    if code := found.get("With torchvision"):
+        lines = [line for line in code.splitlines() if line.startswith("model")][:2]
+        there: dict[str, Any] = {"torchvision": torchvision, "torch": torch}
+        exec("\n".join(lines), there)
+        assert there["model"].state_dict().keys() == build_backbone(arch).state_dict().keys()
 
 
 @pytest.fixture
