@@ -56,7 +56,8 @@ def decode(path: Path, scale: bool) -> None:
     half = duration_of(path, binary) / WORKERS
     running = []
     for number in range(WORKERS):
-        stream = pictures(ss=f"{number * half:.3f}", t=f"{half:.3f}")
+        # Not the option -t, see pipelines/_decode.py.
+        stream = pictures(ss=f"{number * half:.3f}").filter("trim", end=f"{half:.3f}")
         stream = scaled(stream, 256) if scale else stream
         words = stream.output("-", format="null", fps_mode="passthrough").compile(cmd=binary)
         words = [local_url(path) if word == "file:" else word for word in words]
