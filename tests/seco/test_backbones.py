@@ -166,7 +166,10 @@ def test_unknown_names_list_the_choices(arch: str, make: Callable[[str], object]
     with pytest.raises(InputError) as caught:
         make(arch)
     said = str(caught.value)
-    beginning = f"--arch: unknown architecture {arch!r} — give one of torchvision's ResNets: "
+    meant = {"resnet19": "resnet18 or resnet152", "vgg16": "timm:vgg16"}
+    meant |= {"resnet10_w33": "resnet10_w32 or resnet10_w16"}
+    asked = f"did you mean {meant[arch]}? Give" if arch in meant else "give"
+    beginning = f"--arch: unknown architecture {arch!r} — {asked} one of torchvision's ResNets: "
     assert said.startswith(beginning)
     torchvisions, small = said.split("; ResNets for small images: ")
     assert small.split("; ")[0].split(", ") == SMALL
