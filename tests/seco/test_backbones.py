@@ -167,7 +167,7 @@ def test_unknown_names_list_the_choices(arch: str, make: Callable[[str], object]
         make(arch)
     said = str(caught.value)
     meant = {"resnet19": "resnet18 or resnet152", "vgg16": "timm:vgg16"}
-    meant |= {"resnet10_w33": "resnet10_w32 or resnet10_w16"}
+    meant |= {"resnet10_w33": "resnet10_w32 or resnet10_w64"}
     asked = f"did you mean {meant[arch]}? Give" if arch in meant else "give"
     beginning = f"--arch: unknown architecture {arch!r} — {asked} one of torchvision's ResNets: "
     assert said.startswith(beginning)
