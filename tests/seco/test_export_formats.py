@@ -308,7 +308,7 @@ def test_the_hub_sees_what_a_backbone_needs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--format huggingface", "holds a resnet10_w16, which timm cannot build"),
+        ("--format huggingface", "holds a resnet10_w16, whose tensors have other names in timm"),
         ("--format torchvision --size 64", "--size: has no effect with --format torchvision"),
         ("--format onnx --size 15", "--size: must be from 16 to 2048"),
         ("--format onnx --size 4000", "--size: must be from 16 to 2048"),
