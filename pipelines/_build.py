@@ -437,13 +437,9 @@ Outcome = StoredVideo | Exclusion
 _T = TypeVar("_T")
 
 
-def _one() -> int:
-    return 1
-
-
 def build_shard(
     plan: ShardPlan,
-    threads: Callable[[], int] = _one,
+    threads: Callable[[], int] = lambda: 1,
     on_progress: Callable[[Tally], None] | None = None,
 ) -> ShardResult:
     """Decode the plan's videos and write their tar and index.
