@@ -1,6 +1,6 @@
 """Clips of a long 1080p recording: seconds, CPU seconds and memory beside what decoding takes.
 
-    python benchmarks/long_recording.py --work /tmp/long --hours 2 --src CLIPS    # 2.6 GB of disk
+    python benchmarks/long_recording.py --work /tmp/long --hours 2 --src CLIPS    # 2 GB of disk
 
 The recording is made of clips, each fitted into 1920x1080 and encoded as H.264, one after the
 other, and all of that again until it is long enough. The limits are two ffmpeg processes of one

@@ -132,18 +132,25 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
             path = _checkpoint(source)
             file = Path(path)
             usual = real_path(file.parent).name if file.name == LAST else file.stem
-            own = arch if arch and read_weights(file, arch).arch == arch else None
-            specs.append(EncoderSpec(name or _as_name(usual), path, own))
+            specs.append(EncoderSpec(name or _as_name(usual), path))
     _require_different([spec.name for spec in specs], "--encoder")
-    archs = [_arch_of(spec) for spec in specs if spec.source != RANDOM]
-    usual_arch = arch or next(iter(archs), None)
-    return [_with_arch(spec, usual_arch) if spec.source == RANDOM else spec for spec in specs]
+    archs = {spec.name: _arch_of(spec, arch) for spec in specs if spec.source != RANDOM}
+    usual_arch = arch or next(iter(archs.values()), None)
+
+    def complete(spec: EncoderSpec) -> EncoderSpec:
+        if spec.source == RANDOM:
+            return _with_arch(spec, usual_arch)
+        told = is_named(spec.source) or archs[spec.name] != arch
+        return spec if told else dataclasses.replace(spec, arch=arch)
+
+    return [complete(spec) for spec in specs]
 
 
-def _arch_of(spec: EncoderSpec) -> str:
+def _arch_of(spec: EncoderSpec, usual_arch: str | None) -> str:
     if spec.source.startswith(TIMM_PREFIX):
         return spec.source
-    return read_weights(weights_file(spec.source, spec.arch)[0], spec.arch).arch
+    path, named = weights_file(spec.source, spec.arch)
+    return read_weights(path, None if named else usual_arch).arch
 
 
 def extract_missing(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import simplejpeg
@@ -231,6 +232,10 @@ def test_a_dry_run_writes_nothing(
     run(raw, tmp_path / "out", dry_run=True, videos_per_shard=4)
     assert "raw: 9 videos, 2 labels, 4 frames per video" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+    (tmp_path / "list.csv").write_text("path,start,end\na/v0.mp4,900,901\n")  # after its end
+    given: dict[str, Any] = {"dataset": "list", "root": str(raw), "dry_run": True}
+    run(tmp_path / "list.csv", tmp_path / "out", **given)
+    assert "list: about 0 frames, 0 kB and 1 seconds" in capfd.readouterr().err
 
 
 def test_by_default_shards_go_where_no_code_is(
