@@ -372,7 +372,9 @@ class ExportConfig:
     out: str = setting("", "file to write; for huggingface a new folder")
     arch: str | None = setting(None, _ARCH_OF_FILE)
     size: int | None = setting(
-        None, "side of the images for onnx, torch-export and huggingface, in px [default: 224]"
+        None,
+        "side of the images for onnx, torch-export and huggingface, in px [default: that the "
+        "network was made for, 224 of ResNets]",
     )
 
 

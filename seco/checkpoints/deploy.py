@@ -240,7 +240,6 @@ def write_for_timm(model: Deployed, folder: Path) -> None:
         arguments = {**freedom, "img_size": backbone_spec(backbone.arch).size}
     network = timm.create_model(theirs.name, pretrained=False, num_classes=0, **arguments)
     _require_same(model, network, tensors)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     named = {"format": "pt", "arch": backbone.arch}  # "format" as in transformers
     save_safetensors(folder / "model.safetensors", tensors, named)
     settings = _timm_settings(model, theirs.name, network)

@@ -48,7 +48,9 @@ def save_torch_file(path: Path, content: dict[str, Any]) -> None:
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors to ``path`` atomically; the same tensors and metadata give the same bytes."""
-    whole = safetensors.torch.save(tensors, metadata)
+    # The library refuses channels_last, the layout after training on a GPU, and shared memory.
+    copied = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    whole = safetensors.torch.save(copied, metadata)
     # The library writes the metadata in random order.
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])

@@ -23,6 +23,7 @@ from seco.models.backbones import (
     build_backbone,
     pretrained_timm,
     tensors_sha256,
+    timm_origin,
     without_values,
 )
 from seco.models.classifier import Classes, VideoClassifier
@@ -89,13 +90,16 @@ class Backbone(nn.Module):
 
     def record(self, seed: int) -> dict[str, Any]:
         """Describe the encoder, for the results measured with it; ``seed`` is of random weights."""
+        origin = self.named.record() if self.named else {}
+        if self.source.startswith(TIMM_PREFIX):
+            origin = timm_origin(self.source)
         return {
             "arch": self.arch,
             "checkpoint": self.source,
             "sha256": self.sha256,
             "seed": seed if self.source == RANDOM else None,
             "tasks": self.tasks,
-            **(self.named.record() if self.named else {}),
+            **origin,
         }
 
 

@@ -50,7 +50,12 @@ from seco.evaluation.splits import (
 from seco.evaluation.svm import LinearSVM, fit_svm
 from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_scaling, unit_vectors
 from seco.features.store import Features, read_features
-from seco.models.backbones import TIMM_PREFIX, feature_dim
+from seco.models.backbones import (
+    TIMM_PREFIX,
+    feature_dim,
+    require_size,
+    require_timm_weights,
+)
 from seco.processes.device import resolve_device
 from shards.atomic import atomic_path, require_writable, write_json, write_text
 from shards.errors import InputError
@@ -123,7 +128,7 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
         if source.split(":")[0] == RANDOM:
             specs.append(_random(name, source))
         elif source.startswith(TIMM_PREFIX):
-            feature_dim(source)  # raises if timm has no such model
+            require_timm_weights(source)
             specs.append(EncoderSpec(name or _as_name(source), source, source))
         elif is_named(source):
             own = arch if has_architectures(source) else None
@@ -166,7 +171,12 @@ def extract_missing(
     """
     below = Path(config.out, FEATURES)
     found = []
-    for spec in parse_encoders(config.encoder, extraction.arch):
+    specs = parse_encoders(config.encoder, extraction.arch)
+    for spec in specs:  # before anything slow starts
+        arch = spec.source if spec.source.startswith(TIMM_PREFIX) else spec.arch
+        if arch is not None:
+            require_size(arch, extraction.crop_size)
+    for spec in specs:
         test = below / f"{spec.name}.test" if config.test_shards else None
         found.append(NamedFolders(spec.name, below / spec.name, test))
         for shards, folder in ((config.shards, found[-1].train), (config.test_shards, test)):

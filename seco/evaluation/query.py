@@ -21,7 +21,7 @@ from seco.evaluation.index import INDEX, open_index
 from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, encoder_name, read_features
-from seco.models.backbones import TIMM_PREFIX
+from seco.models.backbones import RESNETS, SMALL_IMAGES, TIMM_PREFIX, TORCHVISION, archs_of
 from seco.pages import FramesOf, frames_of, render_page, thumbnail
 from seco.processes.device import resolve_device
 from seco.text import percent
@@ -163,8 +163,10 @@ def encode_frames(
     if checkpoint is None and not without_file and not Path(source).is_file():
         raise InputError("not found", source, "give the encoder's file with --checkpoint")
     seed = encoder.get("seed")
-    arch = str(encoder["arch"]) if without_file else None
-    backbone = load_backbone(source, arch, seed if isinstance(seed, int) else 0)
+    arch = str(encoder["arch"])
+    told = without_file or arch not in archs_of(RESNETS, SMALL_IMAGES, TORCHVISION)
+    own_seed = seed if isinstance(seed, int) else 0
+    backbone = load_backbone(source, arch if told else None, own_seed)
     if backbone.sha256 != encoder["sha256"]:
         own = {"arch": backbone.arch, "checkpoint": source, "sha256": backbone.sha256}
         raise InputError(

@@ -35,7 +35,6 @@ RESNETS, SMALL_IMAGES = "torchvision's ResNets", "ResNets for small images"  # f
 TORCHVISION, TIMM, PLUGINS = "torchvision's others", "timm's", "plug-ins"
 TIMM_PREFIX = "timm:"
 _ENTRY_POINTS = "seco.backbones"
-_HALF = (0.5, 0.5, 0.5)
 _NEAR_PX = 17  # patches have 14, 16 or 32 px
 
 
@@ -147,9 +146,12 @@ def _torchvision(name: str, family: str, head: str) -> BackboneSpec:
             network.__class__ = _AnySizeViT  # torchvision's functions build no other class
         return network
 
-    if name == "efficientnet_v2_l":  # the only one of them made for other images
-        return BackboneSpec(family, build, (f"{head}.",), mean=_HALF, std=_HALF)
-    return BackboneSpec(family, build, (f"{head}.",))
+    weights = torchvision.models.get_model_weights(name)
+    if not hasattr(weights, "IMAGENET1K_V1"):  # only weights for larger images than it is built for
+        return BackboneSpec(family, build, (f"{head}.",))
+    made_for = weights["IMAGENET1K_V1"].transforms()
+    mean, std = tuple(made_for.mean), tuple(made_for.std)
+    return BackboneSpec(family, build, (f"{head}.",), mean, std, made_for.crop_size[0])
 
 
 def _small(
@@ -312,10 +314,16 @@ def _plugin(arch: str) -> BackboneSpec:
     try:
         made = _plugins()[arch].load()
     except Exception as error:  # another package's code
-        raise InputError(
-            f"its plug-in fails ({type(error).__name__}: {error})", arch, "repair or remove it"
-        ) from error
+        raise _plugin_fails(arch, error) from error
     return made if isinstance(made, BackboneSpec) else BackboneSpec(PLUGINS, made, classifier=())
+
+
+def _plugin_fails(arch: str, error: Exception) -> InputError:
+    return InputError(
+        f"its plug-in fails ({type(error).__name__}: {str(error)[:200]})",
+        arch,
+        "repair or remove it",
+    )
 
 
 def build_backbone(arch: str) -> nn.Module:
@@ -325,9 +333,29 @@ def build_backbone(arch: str) -> nn.Module:
     are off, as in MoCo v3: a step depends on nothing but the weights and the batch.
 
     Raises:
-        InputError: no backbone has this name, or its package is missing.
+        InputError: no backbone has this name, or its package is missing or fails.
     """
-    return _adapted(backbone_spec(arch).build(), backbone_spec(arch))
+    spec = backbone_spec(arch)
+    if arch not in _plugins() or arch in _SPECS:
+        return _adapted(spec.build(), spec)
+    try:
+        return _adapted(spec.build(), spec)
+    except Exception as error:  # another package's code
+        raise _plugin_fails(arch, error) from error
+
+
+def require_timm_weights(arch: str) -> None:
+    """Check that timm has a model and weights for it, which may still have to be fetched.
+
+    Raises:
+        InputError: it has not, or the model is no backbone.
+    """
+    feature_dim(arch)
+    name = arch.removeprefix(TIMM_PREFIX)
+    said = _timm_package(arch).get_pretrained_cfg(name)
+    if said is None or not said.has_weights:
+        advice = f"give a file of them with --arch {arch}, or random:{arch}"
+        raise InputError("timm has no weights for it", arch, advice)
 
 
 def pretrained_timm(arch: str) -> nn.Module:
@@ -346,6 +374,13 @@ def pretrained_timm(arch: str) -> nn.Module:
             f"check its name and the network, or give a file of them with --arch {arch}",
         ) from error
     return _adapted(network, spec)
+
+
+def timm_origin(arch: str) -> dict[str, str]:
+    """The weights that timm has for a model, by their full name, and their licence."""
+    said = _timm_package(arch).get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
+    weights = f"{said.architecture}.{said.tag}" if said.tag else said.architecture
+    return {"weights": weights, "licence": said.license or "not stated"}
 
 
 # Where modules of torchvision, torch and timm keep a probability of dropping something.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from seco.models.backbones import build_backbone, feature_dim, tensors_sha256
 from seco.models.batchnorm import running_statistics
@@ -40,7 +41,7 @@ class VideoClassifier(nn.Module):
         self.backbone = build_backbone(arch)
         self.classifier = nn.Linear(feature_dim(arch), classes)
         self.dropout = dropout
-        layers = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        layers = [m for m in self.backbone.modules() if isinstance(m, _BatchNorm)]
         self.frozen = {"all": layers, "all-but-first": layers[1:], "none": []}[frozen]
         for layer in self.frozen:
             layer.requires_grad_(False)

@@ -17,7 +17,13 @@ import tomli_w
 from markupsafe import Markup
 
 from seco import __version__
-from seco.config import PretrainConfig, resolve_pretrain, task_list
+from seco.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PretrainConfig,
+    resolve_pretrain,
+    task_list,
+)
 from seco.models.backbones import RESNETS, TORCHVISION, backbone_spec
 from seco.pages import render_markdown
 from seco.report.report import EvaluationRow, FeatureRow, report_content
@@ -264,7 +270,9 @@ def loading_code(model: Model, repository: str | None) -> list[tuple[str, str]]:
             ),
         ]
     spec = backbone_spec(model.arch)
-    if spec.family in (RESNETS, TORCHVISION):
+    # torchvision's ViTs take images of one size.
+    takes_them = not model.arch.startswith("vit_") or model.crop_px == spec.size
+    if spec.family in (RESNETS, TORCHVISION) and takes_them:
         first, *others = spec.classifier[0].rstrip(".").split(".")
         head = first + "".join(f"[{name}]" for name in others)
         found.append(
@@ -277,7 +285,11 @@ def loading_code(model: Model, repository: str | None) -> list[tuple[str, str]]:
             )
         )
     toolkit = 'import seco\n\nmodel = seco.load_backbone("model.safetensors")'
-    return [*found, ("With the toolkit", toolkit)]
+    title = "With the toolkit"
+    if (model.mean, model.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        mean, std = (", ".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        title += f", whose input is minus ({mean}) and divided by ({std}) instead"
+    return [*found, (title, toolkit)]
 
 
 def main_settings(config: PretrainConfig) -> list[tuple[str, str]]:

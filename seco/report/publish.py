@@ -51,7 +51,7 @@ from shards.untrusted import convert, decode_json, read_regular, real_path
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 RECORD = "seco.json"  # marks a folder as made by this command
-FILES = (WEIGHTS, DESCRIPTION, CARD, RECORD)
+FILES = (WEIGHTS, DESCRIPTION, RECORD, CARD)
 _MAX_RECORD_BYTES = 1 << 20
 _RECORDS_SAMPLED = 20  # videos whose records are asked for the dataset's name
 _CROP_OF_EDGE = 0.875  # 224 / 256, as for extraction
@@ -368,6 +368,8 @@ def _staged(out: Path, replacing: bool) -> Iterator[Path]:
         stage.mkdir()
         yield stage
         if replacing:
+            # If this is interrupted, no card describes other weights, or seems edited.
+            (out / CARD).unlink(missing_ok=True)
             for name in FILES:
                 os.replace(stage / name, out / name)
         else:

@@ -192,10 +192,11 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
         checkpoint = checkpoint_to_resume(self.out, config.resume)
         torch.manual_seed(config.seed)
         self.fine_tuned = self._model(config, checkpoint)
+        arch = self.fine_tuned.encoder["arch"]
+        require_size(arch, config.crop_size)
+        require_size(arch, config.test_size, "--test-size")
         self.model = model = self.fine_tuned.model.to(device)
-        self.config = config = dataclasses.replace(
-            config, out=str(self.out), arch=self.fine_tuned.encoder["arch"]
-        )
+        self.config = config = dataclasses.replace(config, out=str(self.out), arch=arch)
         self.views = view_config(config)
         self.stream = ClipStream(
             videos.shards,
@@ -245,14 +246,12 @@ class Finetuning(TrainingRun[ClipBatch, Tensor]):
             model.dropout = config.dropout
             return self._fine_tuned(config, model, classes, said["encoder"])
         backbone = load_backbone(config.checkpoint, config.arch, config.seed)
-        require_size(backbone.arch, config.crop_size)
-        require_size(backbone.arch, config.test_size, "--test-size")
         labels = np.unique(self.videos.labels[self.videos.train]).tolist()
         classes = Classes(labels, [self.videos.class_name(label) for label in labels])
         model = VideoClassifier(backbone.arch, len(labels), config.freeze_bn, config.dropout)
         model.backbone.load_state_dict(backbone.network.state_dict(), strict=True)
         encoder = backbone.record(config.seed)
-        if backbone.source == RANDOM and config.freeze_bn != "none":
+        if backbone.source == RANDOM and model.frozen:
             self._say("random weights with frozen BatchNorm hardly learn: use --freeze-bn none")
         return self._fine_tuned(config, model, classes, encoder)
 

@@ -33,6 +33,7 @@ from seco.checkpoints.weights import load_backbone, random_backbone
 from seco.config import PretrainConfig, resolve_pretrain
 from seco.data.transforms import normalise
 from seco.evaluation.compare import parse_encoders
+from seco.evaluation.query import encode_frames
 from seco.features.store import read_features
 from seco.models import backbones
 from seco.models.backbones import (
@@ -46,10 +47,12 @@ from seco.models.backbones import (
     known_archs,
     require_size,
 )
+from seco.models.classifier import VideoClassifier
 from seco.models.seco import KEYS, KeyShuffle, SeCo
 from seco.training.optimizers import LARS, optimizer_for
 from seco.training.pretrain import with_optimizer
 from shards.errors import InputError
+from shards.opening import open_shards
 from tests.made_shards import make_set
 
 # One of each family, with fewer and narrower blocks than any that torchvision names.
@@ -125,7 +128,7 @@ def pretrain_and_resume(options: str, shards: str, folder: Path) -> str:
 def test_every_family_from_pretraining_to_use_elsewhere(
     arch: str, shards: str, tmp_path: Path
 ) -> None:
-    pretrain_and_resume(f"--arch {arch}", shards, tmp_path)
+    pretrain_and_resume(f"--arch {arch} --channels-last", shards, tmp_path)
 
     run(
         f"extract-features --shards {shards} --checkpoint {tmp_path}/run/last.pt --frames 2"
@@ -153,6 +156,8 @@ def test_every_family_from_pretraining_to_use_elsewhere(
         assert all(name.startswith(heads) for name in found.missing_keys)
         parent, _, last = heads[0].rstrip(".").rpartition(".")
         setattr(theirs.get_submodule(parent), last, nn.Identity())
+    run(f"publish {tmp_path}/run --out {tmp_path}/published")
+    assert load_backbone(str(tmp_path / "published/model.safetensors")).sha256 == ours.sha256
     spec = backbone_spec(arch)
     if arch.startswith("timm:"):
         run(
@@ -176,7 +181,36 @@ def _channels(values: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
+@pytest.mark.parametrize("arch", ["vit_b_32", "convnext_tiny", "timm:test_efficientnet"])
+def test_onnxruntime_computes_the_same(arch: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    network = random_backbone(arch, 1).eval()
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "w", {"arch": arch})
+    for layout in ("onnx", "torch-export"):
+        run(f"export {tmp_path}/w --format {layout} --size 96 --out {tmp_path}/{layout}")
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx"), providers=providers)
+    program = torch.export.load(tmp_path / "torch-export").module()
+    spec = backbone_spec(arch)
+    for count in (1, 3):
+        pixels = torch.randint(0, 256, (count, 3, 96, 96), dtype=torch.uint8)
+        given = normalise(pixels, spec.mean, spec.std)
+        with torch.no_grad():
+            wanted = network(normalise(pixels))
+        (found,) = session.run(["features"], {"images": given.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(program(given), wanted, rtol=0, atol=1e-4)
+
+
 # Names
+
+
+def test_what_torchvisions_networks_are_made_for() -> None:
+    sizes = {"resnet50": 224, "vit_h_14": 224, "swin_v2_t": 256, "efficientnet_b4": 380}
+    assert {arch: backbone_spec(arch).size for arch in sizes} == sizes
+    assert of(backbone_spec("efficientnet_v2_l")) == ((0.5,) * 3, (0.5,) * 3)
+    assert of(backbone_spec("efficientnet_v2_m")) == IMAGENET
 
 
 def test_every_name_of_torchvision() -> None:
@@ -234,18 +268,24 @@ def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backbones_of_another_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "their_networks.py").write_text(
         "from torch import nn\n"
         "def flat():\n"
         "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))\n"
+        "def sized(width):\n"
+        "    return flat()\n"
     )
     about = tmp_path / "theirs-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[seco.backbones]\nflat = their_networks:flat\nlost = their_networks:lost\n"
+        "sized = their_networks:sized\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     backbones._plugins.cache_clear()
@@ -253,6 +293,8 @@ def test_backbones_of_another_package(
     assert backbone_shape("flat")[:2] == (8, False)
     with pytest.raises(InputError, match=r"lost: its plug-in fails \(AttributeError: "):
         backbone_spec("lost")
+    assert cli.run(shlex.split(f"pretrain --arch sized --shards {shards} --out {tmp_path}/no")) == 1
+    assert "sized: its plug-in fails (TypeError: " in capsys.readouterr().err
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "t.pt")
     assert load_backbone(str(tmp_path / "t.pt")).arch == "resnet18"
     run(
@@ -320,6 +362,8 @@ def test_sizes_that_do_not_fit(
     assert cli.run(shlex.split(f"{tuned} --test-size 40")) == 1
     assert "--test-size: timm:test_vit takes no images of 40 px" in capsys.readouterr().err
     run(f"{tuned} --test-size 32")
+    assert cli.run(shlex.split(f"{tuned} --test-size 40 --resume auto")) == 1
+    assert "--test-size: timm:test_vit takes no images of 40 px" in capsys.readouterr().err
     command = f"finetune-eval --shards {shards} --checkpoint {tmp_path}/tuned/last.pt --device cpu"
     assert cli.run(shlex.split(f"{command} --test-size 40 --out {tmp_path}/tested")) == 1
     assert "--test-size: timm:test_vit takes no images of 40 px" in capsys.readouterr().err
@@ -342,6 +386,18 @@ def test_files_of_timm_need_a_name(tmp_path: Path) -> None:
     assert load_backbone(str(tmp_path / "im.pt")).sha256 == found.sha256
     assert load_backbone(str(tmp_path / "ex.pt"), "timm:test_vit").sha256 == found.sha256
     assert cli.run(shlex.split(f"import {tmp_path}/im.pt --arch resnet18 --out {tmp_path}/n")) == 1
+
+
+def test_queries_know_the_network_of_a_timm_file(shards: str, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "t.pt")
+    run(
+        f"extract-features --shards {shards} --checkpoint {tmp_path}/t.pt --arch timm:test_vit"
+        f" --frames 4 --short-edge 40 --crop-size 32 --workers 0 --device cpu --out {tmp_path}/out"
+    )
+    features, opened = read_features(tmp_path / "out"), open_shards(shards)
+    frames = [opened.read_frame(opened.find("video_0003"), frame) for frame in range(4)]
+    found = encode_frames(frames, features, None, "cpu")
+    np.testing.assert_allclose(found, features.features[features.find("video_0003")], atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", SMALLER)
@@ -370,7 +426,9 @@ def test_timms_own_weights(
     monkeypatch.setattr(timm, "create_model", with_weights)
     found = load_backbone("timm:test_vit")
     assert torch.equal(found.network.state_dict()["pos_embed"], weights["pos_embed"])
-    assert found.record(0)["checkpoint"] == "timm:test_vit"
+    record = found.record(0)
+    assert record["checkpoint"] == "timm:test_vit"
+    assert (record["weights"], record["licence"]) == ("test_vit.r160_in1k", "apache-2.0")
     start = (
         f"pretrain --shards {shards} --epochs 1 --batch-size 8 --queue-size 0 --crop-size 32"
         f" --workers 0 --device cpu --lr 1e-12 --init timm:test_vit --out {tmp_path}/"
@@ -414,6 +472,25 @@ def test_fine_tuning(arch: str, shards: str, tmp_path: Path) -> None:
     tuned = FINE_TUNING.format(shards=shards, arch=arch, out=tmp_path / "run")
     run(f"{tuned} --test-size 32")
     assert load_backbone(str(tmp_path / "run/last.pt")).arch == arch
+
+
+def test_every_kind_of_batchnorm_is_frozen() -> None:
+    model = VideoClassifier("timm:levit_128s", 2, "all")
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert layers
+    assert not any(layer.training or layer.weight.requires_grad for layer in layers)
+
+
+def test_comparisons_refuse_what_timm_has_no_weights_for(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match=r"timm:vovnet57a: timm has no weights for it — give a fi"):
+        parse_encoders(["timm:vovnet57a"], None)
+    command = f"compare --shards {shards} --out {tmp_path}/out --encoder random:resnet10_w16"
+    command += " --encoder timm:test_vit --crop-size 50 --device cpu"
+    assert cli.run(shlex.split(command)) == 1
+    assert "--crop-size: timm:test_vit takes no images of 50 px" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "features").exists()
 
 
 def test_trackers_need_a_resnet() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -74,13 +76,17 @@ def results(run: Path, shards: str, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "vit_b_16", "timm:test_vit"])
 def test_the_code_of_a_card_is_code(arch: str) -> None:
     model = Model(
-        arch=arch, width=8, sha256="", file_sha256="", file_bytes=1, crop_px=64,
+        arch=arch, width=8, sha256="", file_sha256="", file_bytes=1, crop_px=224,
         mean=IMAGENET_MEAN, std=IMAGENET_STD, timm=timm_model(arch) is not None,
     )  # fmt: skip
     found = dict(loading_code(model, None))
     for code in found.values():
         compile(code, arch, "exec")
     assert ("With torchvision" in found) == (not arch.startswith("timm:"))
+    smaller = dict(loading_code(dataclasses.replace(model, crop_px=96), None))
+    assert ("With torchvision" in smaller) == (arch in ("resnet18", "convnext_tiny"))
+    other = dict(loading_code(dataclasses.replace(model, mean=(0.5, 0.5, 0.5)), None))
+    assert any(title.startswith("With the toolkit, whose input is minus (0.4") for title in other)
     if code := found.get("With torchvision"):
         lines = [line for line in code.splitlines() if line.startswith("model")][:2]
         there: dict[str, Any] = {"torchvision": torchvision, "torch": torch}
@@ -389,6 +395,24 @@ def test_a_folder_is_made_whole_or_not_at_all(
     (out / "README.md").write_text("my own words")
     assert "was edited since it was written — rename it" in complaint(arguments, capsys)
     (out / "README.md").rename(out / "mine.md")
+    assert publish(run, out) == first
+    move = os.replace
+    for stops in range(4):  # interrupted between two files
+        moved = []
+
+        def replace(source: Path, target: Path, moved: Any = moved, stops: int = stops) -> None:
+            if Path(target).parent == out:
+                if len(moved) == stops:
+                    raise KeyboardInterrupt
+                moved.append(target)
+            move(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            assert cli.run(["publish", *map(str, arguments), "--license", "mit"]) == 75
+        assert len(moved) == stops
+        assert not (out / "README.md").exists()
+        assert "mit" in publish(run, out, "--license", "mit")
     assert publish(run, out) == first
     (out / "seco.json").unlink()
     assert "is not empty, and not of `seco publish`" in complaint(arguments, capsys)
