@@ -211,8 +211,14 @@ def source_bytes(video: Video) -> int:
             return video.path.stat().st_size
         if video.frames.only is not None:
             return (video.path / video.frames.only).stat().st_size
+        tracking = video.frames.ground_truth is not None
         with os.scandir(video.path / video.frames.images) as entries:
-            size = sum(entry.stat().st_size for entry in entries if entry.is_file())
+            # File managers put files of their own beside pictures, and change them.
+            size = sum(
+                entry.stat().st_size
+                for entry in entries
+                if entry.is_file() and (tracking or is_picture(entry.name))
+            )
         if video.frames.ground_truth is not None:
             size += (video.path / video.frames.ground_truth).stat().st_size
         return size

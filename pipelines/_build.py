@@ -36,7 +36,7 @@ from pipelines._adapter import (
     read_text,
     source_bytes,
 )
-from pipelines._clips import Stored, decode_clips
+from pipelines._clips import NothingThere, Stored, decode_clips
 from pipelines._colour import encode_jpeg, jpeg_planes
 from pipelines._decode import (
     DecodeError,
@@ -658,9 +658,14 @@ def _outcomes(
         return [found] * len(some) if isinstance(found, DecodeError) else found
 
     found = clips(piece, wanted)
-    if len(piece) > 1 and all(isinstance(one, DecodeError) for one in found):
+    failed = all(isinstance(one, DecodeError) for one in found)
+    if len(piece) > 1 and failed and not isinstance(found[0], NothingThere):
         # Damage in one place must not exclude minutes of video.
-        found = [clips([video], [video])[0] for video in wanted]
+        found = []
+        for video in wanted:
+            if stopping.is_set():
+                return []  # nobody waits for them
+            found += clips([video], [video])
     return [
         _excluded(video, one) if isinstance(one, DecodeError) else StoredVideo(*one)
         for video, one in zip(wanted, found, strict=True)

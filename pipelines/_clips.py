@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,12 @@ _BUDGET_BYTES = 48 << 20  # of frames that wait for the end of their clip
 # ffmpeg's scdet: a cut scores 8 to 14 or more, and its default is 10.
 _CUT_SCORE = 10.0
 _PROGRESS = re.compile(rb"out_time_us=(\d+)")
+# ffmpeg's framecrc: number of the stream, dts, pts; key frames have no flags.
+_TIME_BASE = re.compile(rb"#tb 0: (\d+)/(\d+)")
+_PACKET = re.compile(rb"0, *(-?\d+), *(-?\d+),")
+_NO_TIME = -(1 << 63)
+_MOST_PACKETS = 20_000_000  # a week at 30 a second
+_NEAR_SECONDS = 1.0  # by which a container's times may differ from those of the decoded frames
 
 
 def with_clips(
@@ -274,17 +282,97 @@ def decode_clips(
     """
     spans = [video.span for video in piece if video.span is not None]
     start, end = spans[0][0], max(end for _, end in spans)
-    for margin in _MARGINS:
+
+    def attempt(margin: float, first: float) -> list[Stored | DecodeError] | None:
         begin = max(0.0, start - margin)
         try:
-            found = _pass(piece[0], wanted, plan, encoder, begin=begin, start=start, end=end)
+            return _pass(piece[0], wanted, plan, encoder, begin=begin, first=first, end=end)
         except DecodeError as error:
             if error.kind != "zero-frames" or not begin:
                 raise
-            found = None  # near the end there may be no other key frame
+            return None  # near the end there may be no other key frame
+
+    found = attempt(_MARGINS[0], start)
+    if found is not None:
+        return found
+    # Was it sought too far, or is there no frame at the start? Decoding would tell too slowly.
+    times = packet_times(piece[0], plan.binary, plan.timeout_seconds, plan.keyframes)
+    if not np.any((times >= start - _NEAR_SECONDS) & (times < end + _NEAR_SECONDS)):
+        return [_nothing_there(times, start)] * len(wanted)
+    later = times[times >= start]
+    first = float(later[0]) if len(later) else start
+    for margin in _MARGINS:
+        found = attempt(margin, first)
         if found is not None:
             return found
     raise AssertionError("unreachable: nothing comes before the beginning")
+
+
+class NothingThere(DecodeError):
+    """No frame is shown in the seconds of these clips; decoding them singly finds none either."""
+
+
+def _nothing_there(times: NDArray[np.float64], start: float) -> NothingThere:
+    if not len(times):
+        said = "no frame could be decoded"
+    elif times[-1] < start:
+        said = f"the last frame of the recording is at {times[-1]:.1f} s"
+    else:
+        said = f"no frame is shown there; the next is at {times[times >= start][0]:.1f} s"
+    return NothingThere("zero-frames", said)
+
+
+def packet_times(
+    video: Video, binary: str, timeout_seconds: float, keyframes: bool = False
+) -> NDArray[np.float64]:
+    """Return (F,) seconds of the frames, sorted, after reading the file without decoding it.
+
+    Args:
+        timeout_seconds: for reading; at least ten minutes.
+        keyframes: of key frames only.
+
+    Raises:
+        DecodeError: it takes too long, or there are more frames than a recording has.
+    """
+    try:
+        status = video.path.stat()
+    except OSError as error:
+        raise DecodeError("unreadable", error.strerror or "cannot be read") from error
+    version = (status.st_size, status.st_mtime_ns)
+    patience = max(_READING_SECONDS, timeout_seconds)
+    return _packet_times(video.path, video.inside, binary, patience, keyframes, version)
+
+
+@lru_cache(maxsize=2)  # for the pieces of a recording
+def _packet_times(
+    path: Path,
+    inside: Inside,
+    binary: str,
+    patience: float,
+    keyframes: bool,
+    version: tuple[int, int],
+) -> NDArray[np.float64]:
+    copied = ("-map", "0:V:0", "-c", "copy", "-copyts", "-start_at_zero", "-f", "framecrc")
+    times = array("d")
+    scale = math.nan
+    buffer, rest = bytearray(1 << 16), b""
+    argv = _opening(path, binary, inside)
+    with FfmpegStream([*argv, *copied, "pipe:1"], patience, reads=path) as stream:
+        while size := stream.read_into(memoryview(buffer)):
+            *lines, rest = (rest + buffer[:size]).split(b"\n")
+            for line in lines:
+                if found := _PACKET.match(line):
+                    shown = [tick for tick in map(int, found.groups()) if tick != _NO_TIME]
+                    if shown and not (keyframes and b"F=" in line):
+                        times.append(shown[-1] * scale)
+                elif found := _TIME_BASE.match(line):
+                    scale = int(found[1]) / int(found[2])
+            if len(times) > _MOST_PACKETS:
+                raise DecodeError("unreadable", f"it has more than {_MOST_PACKETS:,} frames")
+        stream.wait()
+    if stream.timed_out:
+        raise DecodeError("timeout", f"reading it took more than {patience:.0f} s")
+    return np.sort(np.array(times))
 
 
 def _pass(
@@ -294,15 +382,15 @@ def _pass(
     encoder: Callable[[Decoding], Encode],
     *,
     begin: float,
-    start: float,
+    first: float,
     end: float,
 ) -> list[Stored | DecodeError] | None:
-    """Decode from ``begin``; None if the first frame to come lies after ``start``."""
+    """Decode from ``begin``; None if the first frame to come lies after ``first``."""
     assert plan.short_edge is not None, "only folders of frames are stored as they are"
     with decoding(
         video.path,
         short_edge=plan.short_edge,
-        timeout_seconds=plan.timeout_seconds,
+        timeout_seconds=plan.timeout_seconds * _minutes(begin, end),
         binary=plan.binary,
         span=(begin, end),
         keyframes=plan.keyframes,
@@ -313,7 +401,7 @@ def _pass(
         upcoming = deque(enumerate(_Clip(video, plan) for video in wanted))  # by their start
         active: dict[int, _Clip] = {}
         for count, frame in enumerate(decoded):
-            if not count and begin and frame.time > start + 1.5 / (decoded.source_fps or 25.0):
+            if not count and begin and frame.time > first + 1.5 / (decoded.source_fps or 25.0):
                 return None
             while upcoming and upcoming[0][1].start <= frame.time:
                 number, clip = upcoming.popleft()
@@ -328,3 +416,8 @@ def _pass(
     if decoded.damage is not None and not plan.keep_damaged:
         raise DecodeError("damaged", decoded.damage)
     return [outcomes[number] for number in range(len(wanted))]
+
+
+def _minutes(begin: float, end: float) -> int:
+    """Return how often the time limit is granted: for every minute that has begun."""
+    return max(1, math.ceil((end - begin) / 60)) if end < math.inf else 1

@@ -77,7 +77,10 @@ class PrepareConfig:
         None,
         "address of the Ray cluster [default: RAY_ADDRESS, else this machine's, else a new one]",
     )
-    timeout: float = setting(300.0, "time limit per video, in seconds; slower videos are excluded")
+    timeout: float = setting(
+        300.0,
+        "time limit per video (of recordings, per minute), in seconds; slower videos fail",
+    )
     max_failures: float = setting(
         5.0, "exit with code 3 if more than this percentage of the videos fails"
     )

@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -37,6 +36,7 @@ from pipelines._ffmpeg import (
     stop_running,
 )
 from pipelines._plan import ShardPlan
+from pipelines._remote import spool_folder
 from shards.errors import InputError
 from shards.ray_cluster import MOST_RETRIES, connection, node_options, require_ray, run_tasks
 from shards.signals import STOPPING, StopRequest, protected_children, unblock
@@ -103,7 +103,7 @@ def _build_on_node(plan: ShardPlan, threads: int) -> ShardResult:
             "install the same imageio-ffmpeg everywhere",
         )
     # A node cannot know when the last of its shards is done: each clears up after itself.
-    with tempfile.TemporaryDirectory(prefix="seco-spool-") as folder:
+    with spool_folder() as folder:
         spool = replace(plan.spool, folder=folder)
         return build_shard(replace(plan, binary=binary, spool=spool), lambda: threads)
 

@@ -287,6 +287,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     dataset = adapter(config.dataset)
     _require_whole(config, dataset)
     _require_clips_make_sense(config, dataset)
+    _require_used(config, dataset)
     binary = ffmpeg_binary(config.ffmpeg)
     sandbox(binary)
     with brought_here(config, whole=not dataset.reads_addresses) as (local, addressed):
@@ -368,6 +369,19 @@ def _require_clips_make_sense(config: PrepareConfig, dataset: Adapter) -> None:
             "--clip-seconds",
             "prepare them as dataset folder or list",
         )
+
+
+def _require_used(config: PrepareConfig, dataset: Adapter) -> None:
+    """Raises InputError for an option that does nothing for this dataset."""
+    pictures = dataset.default_short_edge is None
+    for option, idle in (
+        ("--keyframes", config.keyframes and pictures),
+        ("--frame-rate", config.frame_rate is not None and config.dataset != "frames"),
+        ("--root", config.root is not None and config.dataset != "list"),
+        ("--allow-outside", config.allow_outside and config.dataset != "list"),
+    ):
+        if idle:
+            raise InputError(f"does nothing for dataset {config.dataset}", option, "leave it out")
 
 
 def _choice(config: PrepareConfig, dataset: Adapter) -> FrameChoice:

@@ -489,14 +489,21 @@ NO_SPOOL = Spool()  # where all videos are here
 
 
 @contextmanager
-def spooled(config: PrepareConfig) -> Iterator[Spool]:
-    """Yield the spool of a run, and remove it; also those of runs that were killed."""
+def spool_folder() -> Iterator[str]:
+    """Yield a folder, and remove it; also those of processes that were killed."""
     for left in Path(tempfile.gettempdir()).glob("seco-spool-*"):
         if left.is_dir() and not left.is_symlink() and not _in_use(left):
             shutil.rmtree(left, ignore_errors=True)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="seco-spool-"))
         stack.enter_context(_held(Path(folder)))
+        yield folder
+
+
+@contextmanager
+def spooled(config: PrepareConfig) -> Iterator[Spool]:
+    """Yield the spool of a run."""
+    with spool_folder() as folder:
         yield Spool(folder, int(config.spool_gb * 1e9))
 
 

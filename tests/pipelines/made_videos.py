@@ -15,11 +15,16 @@ from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
 
 
 def draw_video(
-    path: Path, *, size: str = "64x48", frames: int = 8, options: Iterable[str] = ()
+    path: Path,
+    *,
+    size: str = "64x48",
+    frames: int = 8,
+    options: Iterable[str] = (),
+    rate: int = 25,
 ) -> Path:
-    """A moving test picture at 25 frames a second; ``options`` stand before the output."""
+    """A moving test picture, ``rate`` frames a second; ``options`` stand before the output."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    source = f"testsrc2=size={size}:rate=25"
+    source = f"testsrc2=size={size}:rate={rate}"
     run_ffmpeg(
         [
             *("-f", "lavfi", "-i", source, "-frames:v", str(frames), "-threads", "1"),

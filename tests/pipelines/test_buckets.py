@@ -67,6 +67,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = raw / f"frames/{'xy'[number % 2]}/{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(path)
+    (raw / "frames/y/Thumbs.db").write_bytes(b"of a file manager")
     rows = ["path,label,start,end,note", "videos/a/0.mp4,x,,,n", "videos/b/2.mkv,y,0,0.2,m"]
     rows += [f"recordings/two.ts,{label},{at},{at + 1},{label}" for at, label in enumerate("zxy")]
     (raw / "list.csv").write_text("\n".join([*rows, "videos/b/3.mp4,y,,,", ""]))
@@ -190,6 +191,8 @@ def test_a_node_of_a_cluster_has_a_spool_of_its_own(
             there = replace(plan, spool=replace(plan.spool, folder="/not/on/this/node"))
             on_shard(plan, _engine._build_on_node(there, 1))
 
+    (scratch / "seco-spool-killed").mkdir()
+    (scratch / "seco-spool-killed/.lock").touch()
     monkeypatch.setattr(_prepare, "build_shards", on_nodes)
     run(f"{bucket}/{CASES['folder'][0]}", tmp_path / "out", **settings("folder"))
     assert hashes(tmp_path / "out") == whole["folder"]

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines._clips import CutDetector, clip_spans, duration_of
+from pipelines import _clips
+from pipelines._adapter import Video
+from pipelines._clips import CutDetector, clip_spans, duration_of, packet_times
 from pipelines._decode import decoding
 from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
 from pipelines._plan import FrameChoice
@@ -254,6 +256,107 @@ def test_clips_begin_where_they_should_in_every_container(tmp_path: Path, suffix
     assert sorted(found) == [(0.0, 25), (4.0, 50), (4.52, 25), (11.0, 25)]
     (alone,) = records(tmp_path / "alone")
     assert alone == found[4.52, 25]
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "mkv", "avi", "mp4"])
+@pytest.mark.parametrize("keyframes", [False, True])
+def test_times_without_decoding_are_those_of_decoding(
+    tmp_path: Path, suffix: str, keyframes: bool
+) -> None:
+    encoder = ("-c:v", "mpeg2video" if suffix in ("ts", "mpg") else "mpeg4")
+    path = tmp_path / f"0.{suffix}"
+    draw_video(path, frames=60, options=(*encoder, "-g", "12", "-bf", "0", "-qscale:v", "4"))
+    binary = ffmpeg_binary()
+    settings: dict[str, Any] = {"timeout_seconds": 60, "binary": binary, "span": (0.0, 60.0)}
+    with decoding(path, short_edge=16, keyframes=keyframes, **settings) as decoded:
+        times = [frame.time for frame in decoded]
+    assert len(times) == (5 if keyframes else 60)
+    video = Video(key="", source=path.name, path=path)
+    # MPEG-PS tells the times of some frames only.
+    near = 0.5 if suffix == "mpg" else 0.01
+    np.testing.assert_allclose(packet_times(video, binary, 60.0, keyframes), times, atol=near)
+
+
+@pytest.fixture
+def begins(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Where passes have begun to decode, in seconds."""
+    found: list[float] = []
+    made = _clips._pass
+
+    def watched(*given: Any, begin: float, **more: Any) -> Any:
+        found.append(begin)
+        return made(*given, begin=begin, **more)
+
+    monkeypatch.setattr(_clips, "_pass", watched)
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_what_a_recording_lacks_costs_little(
+    tmp_path: Path, begins: list[float], suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted copy: its header tells of ten minutes, and some of them are there."""
+    path = tmp_path / "raw" / f"0.{suffix}"
+    options = ("-movflags", "+faststart") if suffix == "mp4" else ()
+    draw_video(path, frames=6000, size="32x32", rate=10, options=("-g", "50", *options))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 5])
+    settings = {"clip_seconds": 10, "frames": 3, "keep_damaged": True, "max_failures": 90}
+    run(tmp_path / "raw", tmp_path / "out", **settings)
+    assert begins == [0.0, 300.0]
+    left_out = errors(tmp_path / "out" / "raw.errors.csv")
+    assert 30 <= len(left_out) <= 50
+    assert {kind for _, kind in left_out} == {"zero-frames"}
+    assert "the last frame of the recording is at " in (
+        tmp_path / "out" / "raw.errors.csv"
+    ).read_text("utf-8")
+
+
+def test_the_time_limit_is_granted_for_every_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+    made = _clips.decoding
+
+    def watched(*given: Any, timeout_seconds: float, **more: Any) -> Any:
+        limits.append(timeout_seconds)
+        return made(*given, timeout_seconds=timeout_seconds, **more)
+
+    monkeypatch.setattr(_clips, "decoding", watched)
+    draw_video(tmp_path / "raw" / "0.mp4", frames=150, size="32x32", rate=1)
+    run(tmp_path / "raw", tmp_path / "out", clip_seconds=10, frames=3, timeout=50)
+    assert limits == [150.0]
+
+
+def test_rows_beyond_the_end_are_named(tmp_path: Path, begins: list[float]) -> None:
+    draw_video(tmp_path / "0.mp4", frames=100)
+    (tmp_path / "rows.csv").write_text("path,start,end\n0.mp4,1,3\n0.mp4,12500,20000\n")
+    run(tmp_path / "rows.csv", tmp_path / "out", dataset="list", frames=3, max_failures=60)
+    assert begins == [1.0, 12500.0]
+    told = (tmp_path / "out" / "rows.errors.csv").read_text("utf-8")
+    assert "zero-frames,the last frame of the recording is at 4.0 s" in told
+
+
+@pytest.mark.parametrize("keyframes", [False, True])
+def test_long_times_without_a_frame_are_not_decoded_again(
+    tmp_path: Path, begins: list[float], keyframes: bool
+) -> None:
+    """Of a camera that records where something moves, or with key frames that are far apart."""
+    options = ["-g", "100000", "-force_key_frames", "0,190,380,570,700,760"]
+    if not keyframes:  # nothing is shown from 250 to 340 s and from 560 to 650 s
+        options += ["-vf", "select='not(between(t,250,340)+between(t,560,650))'"]
+        options += ["-fps_mode", "passthrough"]
+    draw_video(tmp_path / "raw" / "0.mp4", frames=4500, size="32x32", rate=5, options=options)
+    settings: dict[str, Any] = {"clip_seconds": 20, "frames": None, "max_failures": 90}
+    settings |= {"min_frames": 1, "keyframes": keyframes, "all_frames": not keyframes}
+    run(tmp_path / "raw", tmp_path / "out", **settings)
+    assert begins.count(0.0) == 1
+    stored = {record.start: record.source_frames for record in records(tmp_path / "out")}
+    if keyframes:
+        assert stored == {0.0: 1, 190.0: 1, 380.0: 1, 570.0: 1, 700.0: 1, 760.0: 1}
+    else:
+        assert {start for start in stored if 240 <= start < 360} == {240.0, 340.2}
+        assert stored[340.2] == 99 and stored[600.2 + 50] == 49
 
 
 def test_a_clip_that_fails_again_is_named_itself(raw: Path, tmp_path: Path) -> None:

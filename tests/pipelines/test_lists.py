@@ -265,6 +265,25 @@ def test_folders_of_frames(tmp_path: Path) -> None:
     run(src, tmp_path / "two", dataset="frames", frames=None, all_frames=True, frame_rate=10.0,
         workers=2)  # fmt: skip
     assert hashes(tmp_path / "two") == hashes(out)
+    (src / "run" / "v1" / ".DS_Store").write_bytes(b"of a file manager")
+    run(src, tmp_path / "three", dataset="frames", frames=None, all_frames=True, frame_rate=10.0)
+    assert hashes(tmp_path / "three") == hashes(out)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "option", "settings"),
+    [
+        ("frames", "--keyframes", {"keyframes": True}),
+        ("folder", "--frame-rate", {"frame_rate": 10.0}),
+        ("wds", "--root", {"root": "/data"}),
+        ("folder", "--allow-outside", {"allow_outside": True}),
+    ],
+)
+def test_options_that_would_do_nothing(
+    tmp_path: Path, dataset: str, option: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=f"^{option}: does nothing for dataset {dataset} — leave"):
+        run(tmp_path, tmp_path / "out", dataset=dataset, **settings)
 
 
 def test_frames_that_cannot_be_stored(tmp_path: Path) -> None:
