@@ -322,7 +322,12 @@ def _fault(error: Exception, address: str) -> Exception:
         return DecodeError("unreadable", f"may not be read ({in_words(cause or error)})")
     if isinstance(error, FileNotFoundError) and (cause is None or status in (404, 410)):
         return DecodeError("missing", "is not at its address")
+    if isinstance(status, int) and 400 <= status < 500 and status not in _WAIT:
+        return DecodeError("unreadable", f"is refused ({in_words(cause or error)})")
     return Unreachable(f"cannot be reached ({in_words(cause or error)})", address, _ADVICE)
+
+
+_WAIT = (408, 425, 429)  # statuses: too slow, too early, too often
 
 
 class _Busy(Exception):

@@ -368,7 +368,8 @@ class Web(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         self.asked.append(self.path)
         path = self.root / unquote(self.path).lstrip("/")
-        status = 200 if path.is_file() else {"403": 403, "503": 503}.get(path.stem, 404)
+        told = int(path.stem) if path.stem in ("403", "429", "451", "503") else 404
+        status = 200 if path.is_file() else told
         data = path.read_bytes() if status == 200 else b""
         size = len(data)
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -403,19 +404,22 @@ def test_a_list_on_the_web(web: str, whole: dict[str, dict[str, str]], tmp_path:
         run(f"{web}/videos", tmp_path / "folder")
     (tmp_path / "list.csv").write_text(
         "path\nvideos/a/1 & ü.avi\nvideos/b/3.mp4\nvideos/403.mp4\nvideos/no.mp4\nvideos/a#b.mp4\n"
+        "videos/451.mp4\n"
     )
     run(tmp_path / "list.csv", tmp_path / "some", dataset="list", root=web, max_failures=80)
     assert sorted(errors(tmp_path / "some/list.errors.csv")) == [
         ("videos/403.mp4", "unreadable"),
+        ("videos/451.mp4", "unreadable"),
         ("videos/a#b.mp4", "missing"),
         ("videos/no.mp4", "missing"),
     ]
 
 
 def test_an_outage_of_a_web_server(web: str, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("path\nvideos/503.mp4\n")
-    with pytest.raises(InputError, match=r"503.mp4: cannot be reached"):
-        run(tmp_path / "list.csv", tmp_path / "out", dataset="list", root=web)
+    for status in (429, 503):
+        (tmp_path / "list.csv").write_text(f"path\nvideos/{status}.mp4\n")
+        with pytest.raises(InputError, match=rf"{status}.mp4: cannot be reached"):
+            run(tmp_path / "list.csv", tmp_path / "out", dataset="list", root=web)
     (tmp_path / "list.csv").write_text("path\nvideos/a/0.mp4\n")
     nobody = "http://127.0.0.1:9/raw"
     with pytest.raises(InputError, match=r"0.mp4: cannot be reached"):
