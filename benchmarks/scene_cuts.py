@@ -20,6 +20,7 @@ from pipelines._clips import CutDetector
 from pipelines._decode import decoding
 from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
 
+Detect = Callable[[Path], tuple[list[int], float]]
 RATE = 25
 SECONDS = 2
 NEAR = 2  # frames
@@ -58,14 +59,13 @@ def ours(path: Path) -> tuple[list[int], float]:
     return found, spent
 
 
-def theirs(name: str) -> Callable[[Path], tuple[list[int], float]]:
-    """The same of a detector of PySceneDetect with its own settings, shortest scenes apart."""
+def theirs(name: str) -> Detect:
+    """The same of a detector of PySceneDetect with its own settings."""
     import scenedetect
     from scenedetect import detectors
 
     def detect(path: Path) -> tuple[list[int], float]:
         video = scenedetect.open_video(str(path))
-        # Its default leaves out scenes of less than 0.6 s; none is as short here.
         detector = getattr(detectors, name)()
         spent, found, number = 0.0, list[int](), 0
         while (picture := video.read()) is not False:
@@ -90,7 +90,7 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     videos = sorted(path for path in given.src.rglob("*") if path.suffix in (".avi", ".mp4"))
-    detectors = {"ours (scdet), 10": ours}
+    detectors: dict[str, Detect] = {"ours (scdet), 10": ours}
     for name in ("ContentDetector", "AdaptiveDetector", "HistogramDetector"):
         detectors[f"PySceneDetect's {name}"] = theirs(name)
     print("| detector | seed | of cuts found | false alarms | ms of a frame |")
