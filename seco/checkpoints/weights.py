@@ -21,10 +21,10 @@ from seco.config import IMAGENET_MEAN, IMAGENET_STD, TrackTrainConfig
 from seco.models.backbones import (
     TIMM_PREFIX,
     build_backbone,
+    built_empty,
     pretrained_timm,
     tensors_sha256,
     timm_origin,
-    without_values,
 )
 from seco.models.classifier import Classes, VideoClassifier
 from seco.models.siamfc import TRACKER, SiamFC
@@ -208,8 +208,7 @@ def _built(make: Callable[[], _Module], tensors: Mapping[str, Tensor]) -> _Modul
     Raises:
         ValueError: a tensor is missing, left over or has another shape.
     """
-    with without_values():
-        expected = {name: tensor.shape for name, tensor in make().state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in built_empty(make).state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("other tensors")
     module = make()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torchvision
@@ -35,6 +35,7 @@ RESNETS, SMALL_IMAGES = "torchvision's ResNets", "ResNets for small images"  # f
 TORCHVISION, TIMM, PLUGINS = "torchvision's others", "timm's", "plug-ins"
 TIMM_PREFIX = "timm:"
 _ENTRY_POINTS = "seco.backbones"
+_Module = TypeVar("_Module", bound=nn.Module)
 _NEAR_PX = 17  # patches have 14, 16 or 32 px
 
 
@@ -297,8 +298,7 @@ def timm_freedom(name: str) -> dict[str, bool]:
     create = _timm_package(TIMM_PREFIX + name).create_model
     for freedom in ({"dynamic_img_size": True}, {"strict_img_size": False}):
         try:
-            with without_values():
-                create(name, num_classes=0, **freedom)
+            built_empty(functools.partial(create, name, num_classes=0, **freedom))
         except (TypeError, ValueError, AttributeError):
             continue
         return freedom
@@ -452,6 +452,16 @@ def without_values() -> Iterator[None]:
         yield
 
 
+def built_empty(make: Callable[[], _Module]) -> _Module:
+    """Build a network whose tensors have a shape but take no memory; ``to("meta")`` it then."""
+    try:
+        with without_values():
+            return make()
+    except RuntimeError:  # some compute with the tensors that they have just made
+        with blocked(), torch.device("meta"):
+            return make()
+
+
 class BackboneShape(NamedTuple):
     """What is known of a backbone without giving it memory."""
 
@@ -485,9 +495,7 @@ def backbone_tensors(arch: str) -> Mapping[str, Tensor]:
 
 
 def _empty(arch: str) -> nn.Module:
-    with without_values():
-        network = build_backbone(arch)
-    return network.to("meta").eval()
+    return built_empty(lambda: build_backbone(arch)).to("meta").eval()
 
 
 def _features(network: nn.Module, size: int) -> object:

@@ -238,8 +238,12 @@ def test_every_name_of_timm(step: int) -> None:
             refused.append(f"{name} {error}")
         for cache in (backbone_spec, backbone_shape):
             cache.cache_clear()
-    assert accepted > 0.95 * len(names)
+    assert accepted > 0.95 * len(names), refused
     assert all("\n" not in told and f" timm:{told.split()[0]}: " in told for told in refused)
+
+
+def test_a_network_that_computes_with_new_tensors() -> None:
+    assert backbone_shape("timm:vit_small_patch16_rope_mixed_224") == (384, False)
 
 
 @pytest.mark.parametrize(
