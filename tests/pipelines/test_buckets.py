@@ -8,10 +8,9 @@ import re
 import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -29,6 +28,7 @@ from shards import storage
 from shards.errors import InputError, TooManyExcluded
 from shards.index import tar_members
 from tests.data import ROOT
+from tests.http_server import serving
 from tests.pipelines.made_videos import draw_video
 from tests.pipelines.running import driver, errors, hashes, programs_naming, run, wait_until
 from tests.pipelines.test_faults import require_done, started
@@ -389,12 +389,8 @@ class Web(BaseHTTPRequestHandler):
 def web(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(storage, "_FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(storage, "_LONGEST_WAIT_SECONDS", 0.01)
-    handler = type("Handler", (Web,), {"root": here, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/raw"
-    server.shutdown()
-    server.server_close()
+    with serving(type("Handler", (Web,), {"root": here, "asked": []})) as url:
+        yield f"{url}/raw"
 
 
 def test_a_list_on_the_web(web: str, whole: dict[str, dict[str, str]], tmp_path: Path) -> None:

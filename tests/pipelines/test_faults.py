@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import random
 import shlex
@@ -10,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,6 +21,7 @@ from pipelines._ffmpeg import ffmpeg_binary
 from shards.errors import InputError
 from shards.index import read_index, sha256_of
 from tests.data import ROOT, lacking, shared
+from tests.http_server import serving
 from tests.pipelines.made_videos import draw_video, link_into
 from tests.pipelines.running import (
     driver,
@@ -286,7 +288,7 @@ def test_damaged_videos_are_stored_or_named(tmp_path: Path, videos: int) -> None
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
 
 
-class _Listener(http.server.BaseHTTPRequestHandler):
+class _Listener(BaseHTTPRequestHandler):
     asked: list[str] = []  # noqa: RUF012 - of the one test below
 
     def do_GET(self) -> None:
@@ -297,10 +299,16 @@ class _Listener(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_addresses_dressed_as_videos_connect_nowhere_and_read_nothing(tmp_path: Path) -> None:
-    server = http.server.HTTPServer(("127.0.0.1", 0), _Listener)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/secret.mp4"
+@pytest.fixture
+def listener() -> Iterator[str]:
+    with serving(_Listener) as url:
+        yield url
+
+
+def test_addresses_dressed_as_videos_connect_nowhere_and_read_nothing(
+    listener: str, tmp_path: Path
+) -> None:
+    url = f"{listener}/secret.mp4"
     raw = tmp_path / "raw"
     secret = draw_video(tmp_path / "secret.ts", options=("-c:v", "mpeg2video"))
     draw_video(raw / "good.mp4")
@@ -316,7 +324,7 @@ def test_addresses_dressed_as_videos_connect_nowhere_and_read_nothing(tmp_path: 
         f'type="static"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1">'
         f"<BaseURL>{url}</BaseURL></Representation></AdaptationSet></Period></MPD>",
         "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nt=0 0\n"
-        f"m=video {server.server_port} RTP/AVP 96\n",
+        f"m=video {urlsplit(url).port} RTP/AVP 96\n",
     }
     for name, text in texts.items():
         (raw / name).write_text(text)
@@ -325,7 +333,6 @@ def test_addresses_dressed_as_videos_connect_nowhere_and_read_nothing(tmp_path: 
     assert made.shards[0].videos == 1
     run(raw, tmp_path / "dry", dry_run=True)  # reads headers, and no more than those
     assert not _Listener.asked
-    server.shutdown()
 
 
 def test_a_raw_folder_that_vanishes_stops_the_run(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from shards.errors import InputError
 from shards.untrusted import SANDBOX_VARIABLE
 from tests import commands
 from tests.data import lacking
+from tests.http_server import serving
 from tests.pipelines.made_videos import draw_video
 from tests.pipelines.running import errors, hashes
 
@@ -70,33 +70,29 @@ def test_it_reaches_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     video = tmp_path / "raw" / "0.mp4"
     draw_video(video, frames=2)
     before = video.read_bytes()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     sleeper = subprocess.Popen(["sleep", "600"])
     spy = tmp_path / "bin" / "ffmpeg"
-    spy.write_text(
-        SPY.format(
-            secret=tmp_path / "secret",
-            video=video,
-            folder=video.parent,
-            port=server.server_address[1],
-            pid=sleeper.pid,
-        )
-    )
-    spy.chmod(0o755)
     try:
-        assert reached(spy, video) == ["64"]
-        assert sleeper.poll() is None
-        monkeypatch.setenv(SANDBOX_VARIABLE, "0")
-        sandbox.cache_clear()
-        # Without it, the spy reaches all of them: it looks in the right places.
-        assert len(reached(spy, video)) == 7
-        assert sleeper.wait(10) == -signal.SIGKILL
+        with serving(BaseHTTPRequestHandler) as url:
+            text = SPY.format(
+                secret=tmp_path / "secret",
+                video=video,
+                folder=video.parent,
+                port=url.rpartition(":")[2],
+                pid=sleeper.pid,
+            )
+            spy.write_text(text)
+            spy.chmod(0o755)
+            assert reached(spy, video) == ["64"]
+            assert sleeper.poll() is None
+            monkeypatch.setenv(SANDBOX_VARIABLE, "0")
+            sandbox.cache_clear()
+            # Without it, the spy reaches all of them: it looks in the right places.
+            assert len(reached(spy, video)) == 7
+            assert sleeper.wait(10) == -signal.SIGKILL
     finally:
         sleeper.kill()
         sleeper.wait()
-        server.shutdown()
-        server.server_close()
     assert before != video.read_bytes()
 
 

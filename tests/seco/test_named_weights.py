@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from shards import storage
 from shards.errors import InputError
 from tests import commands
 from tests.data import ROOT
+from tests.http_server import serving
 from tests.made_shards import drawn_frame, make_set
 from tests.seco.test_foreign_checkpoints import moco, saved, whole_network
 
@@ -112,12 +113,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setattr(storage, "_LONGEST_WAIT_SECONDS", 0.001)
     monkeypatch.setenv("no_proxy", "*")
     made = Site(files={PATH: b"PK\3\4" + np.random.default_rng(0).bytes(2_999_996)})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (Handler,), {"site": made}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    made.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield made
-    server.shutdown()
-    server.server_close()
+    with serving(type("Of", (Handler,), {"site": made})) as made.url:
+        yield made
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import http.server
 import io
 import os
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,6 +19,7 @@ from shards.errors import InputError
 from shards.opening import open_shards, open_stream
 from shards.stream import NothingToRead, Sample, TripletFrames, UnreadableTriplet
 from shards.streaming import SequentialStream
+from tests.http_server import serving
 from tests.made_shards import drawn_frame
 
 SIZE = (16, 16)
@@ -112,10 +112,8 @@ def test_a_buffer_mixes_the_shards(folder: Path, monkeypatch: pytest.MonkeyPatch
 def web(folder: Path) -> Iterator[str]:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     handler.log_message = lambda *given: None  # type: ignore[attr-defined]
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
+    with serving(handler) as url:
+        yield url
 
 
 def test_remote_tars_without_index_are_streamed(web: str) -> None:
