@@ -1,10 +1,11 @@
-"""Clips of a long 1080p recording: seconds, CPU seconds and memory beside what decoding takes.
+"""Clips of a long 1080p recording: seconds and memory beside what decoding takes.
 
     python benchmarks/long_recording.py --work /tmp/long --hours 2 --src CLIPS    # 2 GB of disk
 
 The recording is made of clips, each fitted into 1920x1080 and encoded as H.264, one after the
-other, and all of that again until it is long enough. The limits are two ffmpeg processes of one
-thread with half of it each: decoding, and decoding and scaling with the filters of `seco prepare`.
+other, and all of that again until it is long enough. The limits are ffmpeg processes of one
+thread, one for each worker, with equal parts of it: decoding, and decoding and scaling with the
+filters of `seco prepare`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measuring import cpu_seconds
 from pipelines._clips import duration_of
 from pipelines._decode import pictures, scaled
 from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
@@ -30,7 +30,6 @@ FITTED = (
     "setsar=1,fps=25,format=yuv420p"
 )
 ENCODED = ("-an", "-c:v", "libx264", "-preset", "veryfast", "-crf", "23", "-g", "250")
-WORKERS = 2
 _HIGH_WATER = re.compile(r"VmHWM:\s+(\d+) kB")
 
 
@@ -50,14 +49,14 @@ def make(clips: Sequence[Path], hours: float, path: Path) -> None:
         part.unlink()
 
 
-def decode(path: Path, scale: bool) -> None:
-    """Decode halves with two processes; the frames go nowhere."""
+def decode(path: Path, workers: int, scale: bool) -> None:
+    """Decode equal parts with as many processes; the frames go nowhere."""
     binary = ffmpeg_binary()
-    half = duration_of(path, binary) / WORKERS
+    part = duration_of(path, binary) / workers
     running = []
-    for number in range(WORKERS):
+    for number in range(workers):
         # Not the option -t, see pipelines/_decode.py.
-        stream = pictures(ss=f"{number * half:.3f}").filter("trim", end=f"{half:.3f}")
+        stream = pictures(ss=f"{number * part:.3f}").filter("trim", end=f"{part:.3f}")
         stream = scaled(stream, 256) if scale else stream
         words = stream.output("-", format="null", fps_mode="passthrough").compile(cmd=binary)
         words = [local_url(path) if word == "file:" else word for word in words]
@@ -67,11 +66,11 @@ def decode(path: Path, scale: bool) -> None:
     assert not any(process.wait() for process in running)
 
 
-def prepare(path: Path, out: Path, *options: str) -> int:
+def prepare(path: Path, out: Path, workers: int, *options: str) -> int:
     """Run `seco prepare`; return the most MiB that a worker and its ffmpeg took."""
     shutil.rmtree(out, ignore_errors=True)
     command = [*(sys.executable, "-m", "cli", "prepare", "folder"), "--src", str(path.parent)]
-    command += ["--out", str(out), "--workers", str(WORKERS), "--frames", "30", *options]
+    command += ["--out", str(out), "--workers", str(workers), "--frames", "30", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most: dict[str, int] = {}
     ended = threading.Event()
@@ -108,19 +107,13 @@ def _watch(root: int, most: dict[str, int], ended: threading.Event) -> None:
             most[kind] = max(most.get(kind, 0), int(peak[1]) if peak else 0)
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float, object]:
-    """Return seconds by the clock, CPU seconds of all processes, and what ``work`` returns."""
-    cpu, began = cpu_seconds(), time.monotonic()
-    result = work()
-    return time.monotonic() - began, cpu_seconds() - cpu, result
-
-
 def main() -> None:
     """Parse, make the recording, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--src", type=Path, required=True, help="folder of clips")
     parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
     path = given.work / f"raw-{given.hours:g}h" / "recording.mp4"
@@ -129,19 +122,21 @@ def main() -> None:
         suffixes = (".mp4", ".mkv", ".webm", ".mov", ".avi")
         clips = sorted(clip for clip in given.src.iterdir() if clip.suffix in suffixes)
         make(clips, given.hours, path)
-    out = given.work / "out"
-    clips_of = ("--clip-seconds", "10")
+    out, workers = given.work / "out", given.workers
+    cut = ("--clip-seconds", "10", "--cut-scenes")
+    keyframes = ("--clip-seconds", "60", "--keyframes")
     ways: dict[str, Callable[[], object]] = {
-        "decode": lambda: decode(path, scale=False),
-        "decode and scale": lambda: decode(path, scale=True),
-        "clips, --cut-scenes": lambda: prepare(path, out, *clips_of, "--cut-scenes"),
-        "clips, --keyframes": lambda: prepare(path, out, "--clip-seconds", "60", "--keyframes"),
+        "decode": lambda: decode(path, workers, scale=False),
+        "decode and scale": lambda: decode(path, workers, scale=True),
+        "clips, --cut-scenes": lambda: prepare(path, out, workers, *cut),
+        "clips, --keyframes": lambda: prepare(path, out, workers, *keyframes),
     }
     for _ in range(given.repeats):
         for name, work in ways.items():
-            seconds, cpu, memory = timed(work)
+            began = time.monotonic()
+            memory = work()
             peak = f", a worker and its ffmpeg {memory} MiB" if memory is not None else ""
-            print(f"{name}: {seconds:.1f} s, {cpu:.1f} s of CPU{peak}", flush=True)
+            print(f"{name}: {time.monotonic() - began:.1f} s{peak}", flush=True)
 
 
 if __name__ == "__main__":
