@@ -100,6 +100,7 @@ PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 PICTURE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )
+_ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json", ".parquet", ".ini", ".label", ".tsv"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,8 @@ class VideoSet:
     """The videos that become one dataset of shards.
 
     ``excluded`` are rows of ``NAME.errors.csv`` that are known without decoding: kinds
-    ``missing``, ``not-in-annotations``, ``duplicate``. ``coverage`` counts the videos of the
+    ``missing``, ``not-in-annotations``, ``duplicate``; of recordings, also ``timeout`` and
+    ``crashed``. ``coverage`` counts the videos of the
     official lists; ``notes`` are lines for people.
     """
 
@@ -217,7 +219,8 @@ def source_bytes(video: Video) -> int:
             size = sum(
                 entry.stat().st_size
                 for entry in entries
-                if entry.is_file() and (tracking or is_picture(entry.name))
+                if (is_picture(entry.name) or (tracking and is_annotation(entry.name)))
+                and entry.is_file()
             )
         if video.frames.ground_truth is not None:
             size += (video.path / video.frames.ground_truth).stat().st_size
@@ -395,6 +398,11 @@ def slug(text: str) -> str:
 def is_picture(name: str) -> bool:
     """Whether a file name has the suffix of a picture and is not hidden."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not _is_litter(name)
+
+
+def is_annotation(name: str) -> bool:
+    """Whether a file name has the suffix of something that annotations are written in."""
+    return os.path.splitext(name)[1].lower() in _ANNOTATION_SUFFIXES and not _is_litter(name)
 
 
 def natural(name: str) -> tuple[list[tuple[int, str]], str]:

@@ -651,9 +651,12 @@ def _outcomes(
     if piece[0].span is None:
         return [_outcome(piece[0], lambda: store_video(piece[0], plan), stopping)]
 
-    def clips(of: Sequence[Video], some: Sequence[Video]) -> list[Stored | DecodeError]:
+    def clips(
+        of: Sequence[Video], some: Sequence[Video], again: bool = False
+    ) -> list[Stored | DecodeError]:
         found = _tried(
-            lambda: decode_clips(of, some, plan, lambda decoded: _jpegs(plan, decoded)), stopping
+            lambda: decode_clips(of, some, plan, lambda decoded: _jpegs(plan, decoded), again),
+            stopping,
         )
         return [found] * len(some) if isinstance(found, DecodeError) else found
 
@@ -665,7 +668,7 @@ def _outcomes(
         for video in wanted:
             if stopping.is_set():
                 return []  # nobody waits for them
-            found += clips([video], [video])
+            found += clips([video], [video], again=True)
     return [
         _excluded(video, one) if isinstance(one, DecodeError) else StoredVideo(*one)
         for video, one in zip(wanted, found, strict=True)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from pipelines._adapter import Video, VideoSet, keyed
 from pipelines._config import PrepareConfig
 from pipelines._decode import (
     CONTAINERS,
+    CUT_SHORT,
     DecodeError,
     Decoding,
     FfmpegLog,
@@ -33,10 +35,10 @@ from pipelines._decode import (
     decoding,
     protocols,
 )
-from pipelines._ffmpeg import FfmpegStream, local_url
+from pipelines._ffmpeg import FfmpegStream, local_url, require_going
 from pipelines._plan import Chooser, ShardPlan, described
 from pipelines._remote import Spool, outline
-from shards.format import VideoRecord
+from shards.format import Exclusion, VideoRecord
 
 Encode = Callable[[Frame], bytes]
 Stored = tuple[VideoRecord, list[bytes]]
@@ -45,7 +47,8 @@ _READING_SECONDS = 600.0  # without decoding
 _MOST_CLIPS = 1_000_000  # of a recording; a header may claim any length
 # Seconds before the first clip at which decoding begins. Some containers (MPEG-TS, MPEG-PS) are
 # sought to the next key frame, not to the one before.
-_MARGINS = (0.0, 30.0, math.inf)
+_MARGINS = (0.0, 30.0)
+_BEFORE_KEY_SECONDS = 5.0  # where that key frame is known
 _BUDGET_BYTES = 48 << 20  # of frames that wait for the end of their clip
 # ffmpeg's scdet: a cut scores 8 to 14 or more, and its default is 10.
 _CUT_SCORE = 10.0
@@ -56,6 +59,8 @@ _PACKET = re.compile(rb"0, *(-?\d+), *(-?\d+),")
 _NO_TIME = -(1 << 63)
 _MOST_PACKETS = 20_000_000  # a week at 30 a second
 _NEAR_SECONDS = 1.0  # by which a container's times may differ from those of the decoded frames
+_MOST_MINUTES = 24 * 60  # for which the time limit is granted: a list may name any end
+_MOST_READINGS = 3  # of a recording whose ffmpeg was killed from outside
 
 
 def with_clips(
@@ -63,7 +68,8 @@ def with_clips(
 ) -> VideoSet:
     """Return the set with clips in place of its recordings.
 
-    A recording of unknown length becomes a single clip, which is most likely to fail.
+    A recording of unknown length becomes a single clip, which is most likely to fail. One whose
+    length cannot be read to the end is excluded: another time it may be, and give other clips.
 
     Args:
         workers: headers read at once.
@@ -74,25 +80,36 @@ def with_clips(
     most_seconds = config.clip_seconds + _MOST_CLIPS * stride
     files = {(video.path, video.inside): video for video in videos.videos}
 
-    def length(video: Video) -> float | None:
-        try:
-            found = _duration(video, binary, config.timeout, spool)
-        except DecodeError:
-            return None
-        return found if found <= most_seconds else None
+    def length(video: Video) -> float | DecodeError | None:
+        for attempt in range(1, _MOST_READINGS + 1):
+            try:
+                found = _duration(video, binary, config.timeout, spool)
+                return found if found <= most_seconds else None
+            except DecodeError as error:
+                if error.kind not in CUT_SHORT:
+                    return None
+                if error.kind == "timeout" or attempt == _MOST_READINGS:
+                    return error
+        raise AssertionError("unreachable")
 
     with ThreadPoolExecutor(workers) as pool:
         lengths = dict(zip(files, pool.map(length, files.values()), strict=True))
     clips: list[Video] = []
+    excluded = list(videos.excluded)
     for video in videos.videos:
         first, last = video.span or (0.0, math.inf)
         found = lengths[video.path, video.inside]
+        if isinstance(found, DecodeError):
+            excluded.append(
+                Exclusion(source=video.shown, kind=found.kind, message=f"length: {found.message}")
+            )
+            continue
         spans = [(first, last)]
         if found is not None and first < found:
             spans = clip_spans(first, min(last, found), config.clip_seconds, stride)
         group = video.group or video.source
         clips += [replace(video, key="", group=group, span=span) for span in spans]
-    return replace(videos, videos=keyed(clips))
+    return replace(videos, videos=keyed(clips), excluded=excluded)
 
 
 def clip_spans(
@@ -134,7 +151,7 @@ def duration_of(
         timeout_seconds: for reading it; at least ten minutes.
 
     Raises:
-        DecodeError: it cannot be opened, or holds no video.
+        DecodeError: it cannot be opened, holds no video, or takes too long to read.
     """
     claimed = _claimed_duration(path, binary, inside)
     if claimed is not None:
@@ -147,7 +164,7 @@ def duration_of(
     with FfmpegStream([*argv, *copied], patience, reads=path) as stream:
         while line := stream.read_line(1 << 16):
             said = line if line.startswith(b"out_time_us=") else said
-        stream.wait()
+        _require_whole(stream, patience)
     found = _PROGRESS.match(said)
     if found is None:
         raise DecodeError("no-video-stream", "it has no video stream of known length")
@@ -157,11 +174,26 @@ def duration_of(
 def _claimed_duration(path: Path, binary: str, inside: Inside) -> float | None:
     log = FfmpegLog()
     with FfmpegStream(_opening(path, binary, inside), _HEADER_SECONDS, reads=path) as stream:
-        stream.wait()  # fails: no output is given
+        _require_whole(stream, _HEADER_SECONDS)  # it fails all the same: no output is given
         log.update(stream.read_log() + b"\n")
     if log.duration is None and not log.opened:
         raise DecodeError("unreadable", log.failure(path, inside) or "its header cannot be read")
     return log.duration
+
+
+def _require_whole(stream: FfmpegStream, patience: float | None) -> None:
+    """Wait for the end of a reading; what was cut short says nothing about the file.
+
+    Raises:
+        Interrupted: the run is to stop.
+        DecodeError: the reading took too long (``timeout``), or was killed (``crashed``).
+    """
+    code = stream.wait()
+    require_going()
+    if stream.timed_out:
+        raise DecodeError("timeout", f"reading it took more than {patience or 0.0:.0f} s")
+    if code < 0:
+        raise DecodeError("crashed", f"ffmpeg was killed by signal {-code}")
 
 
 def _opening(path: Path, binary: str, inside: Inside) -> list[str]:
@@ -269,6 +301,7 @@ def decode_clips(
     wanted: Sequence[Video],
     plan: ShardPlan,
     encoder: Callable[[Decoding], Encode],
+    again: bool = False,
 ) -> list[Stored | DecodeError]:
     """Decode a piece of a recording in one pass; return the outcome of every wanted clip, in order.
 
@@ -276,6 +309,8 @@ def decode_clips(
         piece: the neighbouring clips that decide where decoding begins and ends.
         wanted: some of them.
         encoder: given the pass, returns what makes JPEGs of its frames.
+        again: they have failed as part of a larger piece: the recording is not decoded from its
+            beginning once more.
 
     Raises:
         DecodeError: the piece as a whole cannot be decoded.
@@ -292,20 +327,29 @@ def decode_clips(
                 raise
             return None  # near the end there may be no other key frame
 
-    found = attempt(_MARGINS[0], start)
-    if found is not None:
-        return found
-    # Was it sought too far, or is there no frame at the start? Decoding would tell too slowly.
-    times = packet_times(piece[0], plan.binary, plan.timeout_seconds, plan.keyframes)
-    if not np.any((times >= start - _NEAR_SECONDS) & (times < end + _NEAR_SECONDS)):
-        return [_nothing_there(times, start)] * len(wanted)
-    later = times[times >= start]
-    first = float(later[0]) if len(later) else start
     for margin in _MARGINS:
-        found = attempt(margin, first)
+        found = attempt(margin, start)
         if found is not None:
             return found
-    raise AssertionError("unreachable: nothing comes before the beginning")
+    # Was it sought too far, or is there no frame at the start? Decoding would tell too slowly.
+    first = start
+    packets = packets_of(piece[0], plan.binary, plan.timeout_seconds)
+    if packets is not None:
+        times = packets.keys if plan.keyframes else packets.times
+        if not np.any((times >= start - _NEAR_SECONDS) & (times < end + _NEAR_SECONDS)):
+            return [_nothing_there(times, start)] * len(wanted)
+        first = float(next(iter(times[times >= start]), start))
+        before = packets.keys[packets.keys <= first]
+        if len(before):
+            margin = max(0.0, start - float(before[-1]) + _BEFORE_KEY_SECONDS)
+            found = attempt(margin, first)
+            if found is not None:
+                return found
+    if again:
+        return [NothingThere("zero-frames", "no frame could be decoded")] * len(wanted)
+    found = attempt(math.inf, first)
+    assert found is not None, "nothing comes before the beginning"
+    return found
 
 
 class NothingThere(DecodeError):
@@ -322,17 +366,24 @@ def _nothing_there(times: NDArray[np.float64], start: float) -> NothingThere:
     return NothingThere("zero-frames", said)
 
 
-def packet_times(
-    video: Video, binary: str, timeout_seconds: float, keyframes: bool = False
-) -> NDArray[np.float64]:
-    """Return (F,) seconds of the frames, sorted, after reading the file without decoding it.
+class Packets(NamedTuple):
+    """Seconds at which frames are shown, sorted."""
+
+    times: NDArray[np.float64]  # (F,)
+    keys: NDArray[np.float64]  # (K,) of the key frames among them
+
+
+def packets_of(video: Video, binary: str, timeout_seconds: float) -> Packets | None:
+    """Return the times of the frames, after reading the file without decoding it.
 
     Args:
         timeout_seconds: for reading; at least ten minutes.
-        keyframes: of key frames only.
+
+    Returns:
+        None if that takes too long, or the file has no times.
 
     Raises:
-        DecodeError: it takes too long, or there are more frames than a recording has.
+        DecodeError: ffmpeg was killed, or there are more frames than a recording has.
     """
     try:
         status = video.path.stat()
@@ -340,21 +391,17 @@ def packet_times(
         raise DecodeError("unreadable", error.strerror or "cannot be read") from error
     version = (status.st_size, status.st_mtime_ns)
     patience = max(_READING_SECONDS, timeout_seconds)
-    return _packet_times(video.path, video.inside, binary, patience, keyframes, version)
+    return _packets(video.path, video.inside, binary, patience, version)
 
 
 @lru_cache(maxsize=2)  # for the pieces of a recording
-def _packet_times(
-    path: Path,
-    inside: Inside,
-    binary: str,
-    patience: float,
-    keyframes: bool,
-    version: tuple[int, int],
-) -> NDArray[np.float64]:
+def _packets(
+    path: Path, inside: Inside, binary: str, patience: float, version: tuple[int, int]
+) -> Packets | None:
     copied = ("-map", "0:V:0", "-c", "copy", "-copyts", "-start_at_zero", "-f", "framecrc")
-    times = array("d")
+    times, keys = array("d"), array("d")
     scale = math.nan
+    untimed = 0
     buffer, rest = bytearray(1 << 16), b""
     argv = _opening(path, binary, inside)
     with FfmpegStream([*argv, *copied, "pipe:1"], patience, reads=path) as stream:
@@ -363,16 +410,25 @@ def _packet_times(
             for line in lines:
                 if found := _PACKET.match(line):
                     shown = [tick for tick in map(int, found.groups()) if tick != _NO_TIME]
-                    if shown and not (keyframes and b"F=" in line):
-                        times.append(shown[-1] * scale)
+                    if not shown:
+                        untimed += 1
+                        continue
+                    times.append(shown[-1] * scale)
+                    if b"F=" not in line:
+                        keys.append(times[-1])
                 elif found := _TIME_BASE.match(line):
                     scale = int(found[1]) / int(found[2])
             if len(times) > _MOST_PACKETS:
                 raise DecodeError("unreadable", f"it has more than {_MOST_PACKETS:,} frames")
-        stream.wait()
-    if stream.timed_out:
-        raise DecodeError("timeout", f"reading it took more than {patience:.0f} s")
-    return np.sort(np.array(times))
+        try:
+            _require_whole(stream, patience)
+        except DecodeError as error:
+            if error.kind != "timeout":
+                raise
+            return None
+    if untimed > len(times):
+        return None
+    return Packets(np.sort(np.frombuffer(times)), np.sort(np.frombuffer(keys)))
 
 
 def _pass(
@@ -420,4 +476,4 @@ def _pass(
 
 def _minutes(begin: float, end: float) -> int:
     """Return how often the time limit is granted: for every minute that has begun."""
-    return max(1, math.ceil((end - begin) / 60)) if end < math.inf else 1
+    return min(max(1, math.ceil((end - begin) / 60)), _MOST_MINUTES) if end < math.inf else 1

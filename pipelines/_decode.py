@@ -346,6 +346,9 @@ _MAX_RATIO = 64  # of a picture's sides; a file may claim any shape for its pixe
 _MARKER = b"FRAME\n"  # before each picture of YUV4MPEG2
 
 
+CUT_SHORT = ("timeout", "crashed")  # kinds that say nothing about the video itself
+
+
 class DecodeError(Exception):
     """A video that cannot be stored; ``kind`` as in :class:`shards.format.Exclusion`."""
 

@@ -238,7 +238,8 @@ class FfmpegStream:
                 fcntl.fcntl(self._process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._timer: threading.Timer | None = None
         if timeout_seconds is not None:
-            self._timer = threading.Timer(timeout_seconds, self._on_timeout)
+            patience = min(timeout_seconds, threading.TIMEOUT_MAX)
+            self._timer = threading.Timer(patience, self._on_timeout)
             self._timer.daemon = True
             self._timer.start()
 

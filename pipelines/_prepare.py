@@ -31,9 +31,16 @@ from pipelines._adapter import (
 from pipelines._build import LONG_SECONDS, ShardResult, Tally, finished_indexes
 from pipelines._clips import with_clips
 from pipelines._config import PrepareConfig, validate
-from pipelines._decode import CONTAINERS, DecodeError, protocols
+from pipelines._decode import CONTAINERS, CUT_SHORT, DecodeError, protocols
 from pipelines._engine import build_shards, stoppable
-from pipelines._ffmpeg import FfmpegStream, ffmpeg_binary, ffmpeg_version, local_url, sandbox
+from pipelines._ffmpeg import (
+    FfmpegStream,
+    Interrupted,
+    ffmpeg_binary,
+    ffmpeg_version,
+    local_url,
+    sandbox,
+)
 from pipelines._plan import FrameChoice, SetPlan, ShardPlan, Todo, plan_set
 from pipelines._remote import Spool, brought_here, outline, spooled
 from shards.atomic import csv_text, default_folder, json_text
@@ -311,14 +318,26 @@ def _prepare_found(
     choice = _choice(config, dataset)
     version = ffmpeg_version(binary)
     if config.clip_seconds is not None:
-        with stoppable():
-            divided = [
-                with_clips(part, config, binary, workers(config), spool) for part in found.sets
-            ]
+        try:
+            with stoppable() as stop:
+                divided = [
+                    with_clips(part, config, binary, workers(config), spool) for part in found.sets
+                ]
+                if stop:
+                    raise Interrupted
+        except KeyboardInterrupt:
+            raise Stopped("stopped: nothing is written yet; run the same command again") from None
         found = replace(found, sets=divided)
     for videos in found.sets:
         if not videos.videos:
             first = videos.excluded[0].source if videos.excluded else videos.name
+            unread = [row for row in videos.excluded if row.kind in CUT_SHORT]
+            if unread:
+                raise InputError(
+                    f"no recording can be divided into clips, for example {unread[0].source}: "
+                    f"{unread[0].kind}, {unread[0].message}",
+                    config.src,
+                )
             raise InputError(
                 f"no video matches the annotations, for example {first}", config.src, "check --src"
             )
@@ -516,12 +535,13 @@ def _finish_set(
         indexes = (read_index(folder / f"{name}.idx") for name in plan.shards)
         write_videos(folder / f"{plan.name}.videos", VideoList.of(indexes))
     manifest = write_manifest(plan, infos, len(excluded), version, storage)
+    unread = sum(row.kind in CUT_SHORT for row in plan.videos.excluded)  # recordings, to divide
     return PreparedSet(
         manifest=manifest,
         shards=infos,
         excluded=excluded,
-        failed=len(failures),
-        videos=len(plan.ordered),
+        failed=len(failures) + unread,
+        videos=len(plan.ordered) + unread,
     )
 
 

@@ -25,6 +25,7 @@ from pipelines._adapter import (
     Discovery,
     Video,
     VideoSet,
+    is_annotation,
     is_picture,
     is_video,
     shown_name,
@@ -53,8 +54,6 @@ _TEXTS_BYTES = 64 << 20  # of annotations or pictures fetched at a time
 _END_BYTES = 8 << 20  # of a recording, at either end: what ffmpeg reads before it decodes
 _MOST_BOXES = 1000  # of an MP4 file, before the one that describes it
 _ROOM_SECONDS = 0.1  # between looks for room in the spool
-# What annotations are written in. Everything else is not fetched to find videos.
-_ANNOTATIONS = frozenset((".txt", ".csv", ".json", ".parquet", ".ini", ".label", ".tsv"))
 
 _OF_A_NAME = (
     *(errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ),
@@ -177,7 +176,7 @@ def mirror(address: str, here: Path) -> list[str]:
                 raise unwritable(path, error) from error
             odd.append(inside)
             continue
-        if path.suffix.lower() in _ANNOTATIONS and size <= MAX_TEXT_BYTES:
+        if is_annotation(path.name) and size <= MAX_TEXT_BYTES:
             texts.append((url, path, size))
     for path, _ in _fetch_small(texts):
         path.unlink()  # whoever needs it misses it
@@ -317,17 +316,17 @@ def _fault(error: Exception, address: str) -> Exception:
         return error
     # fsspec calls everything that a web server refuses missing, and an outage, too.
     cause = error.__cause__ if is_web(address) else None
-    status = getattr(cause, "status", None)
+    status = getattr(cause or error, "status", None) if is_web(address) else None
     if isinstance(error, PermissionError) or status in (401, 403):
         return DecodeError("unreadable", f"may not be read ({in_words(cause or error)})")
-    if isinstance(error, FileNotFoundError) and (cause is None or status in (404, 410)):
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and cause is None):
         return DecodeError("missing", "is not at its address")
     if isinstance(status, int) and 400 <= status < 500 and status not in _WAIT:
         return DecodeError("unreadable", f"is refused ({in_words(cause or error)})")
     return Unreachable(f"cannot be reached ({in_words(cause or error)})", address, _ADVICE)
 
 
-_WAIT = (408, 425, 429)  # statuses: too slow, too early, too often
+_WAIT = (407, 408, 425, 429)  # statuses: ask a proxy first, too slow, too early, too often
 
 
 class _Busy(Exception):
@@ -616,8 +615,8 @@ def _fetch_folder(address: str, here: Path) -> None:
     here.mkdir()
     wanted = []
     for inside, url, size in _files_below(address):
-        wants = is_picture(inside) or Path(inside).suffix.lower() in _ANNOTATIONS
-        if wants and _plain(inside) and inside.count("/") <= 1:
+        name = Path(inside).name
+        if (is_picture(name) or is_annotation(name)) and _plain(inside) and inside.count("/") <= 1:
             path = here / inside
             path.parent.mkdir(exist_ok=True)
             wanted.append((url, path, size))

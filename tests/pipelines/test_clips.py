@@ -16,7 +16,7 @@ import pytest
 
 from pipelines import _clips
 from pipelines._adapter import Video
-from pipelines._clips import CutDetector, clip_spans, duration_of, packet_times
+from pipelines._clips import CutDetector, clip_spans, duration_of, packets_of
 from pipelines._decode import decoding
 from pipelines._ffmpeg import ffmpeg_binary, local_url, run_ffmpeg
 from pipelines._plan import FrameChoice
@@ -203,20 +203,135 @@ def test_damage_excludes_only_its_clips_and_can_be_repaired(raw: Path, tmp_path:
     assert hashes(out) == hashes(tmp_path / "anew")
 
 
-def test_lengths_that_the_header_does_not_have(tmp_path: Path) -> None:
-    draw_video(tmp_path / "whole.mkv", frames=100)
+def live(whole: Path, path: Path) -> Path:
+    """The same video without a length in its header, as recordings of live streams are."""
     piped = subprocess.run(
         [
-            *(ffmpeg_binary(), "-v", "error", "-i", str(tmp_path / "whole.mkv")),
+            *(ffmpeg_binary(), "-v", "error", "-i", str(whole)),
             *("-c", "copy", "-f", "matroska", "-live", "1", "pipe:1"),
         ],
         capture_output=True,
         check=True,
     ).stdout
-    (tmp_path / "live.mkv").write_bytes(piped)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(piped)
+    return path
+
+
+def test_lengths_that_the_header_does_not_have(tmp_path: Path) -> None:
+    whole = draw_video(tmp_path / "whole.mkv", frames=100)
     binary = ffmpeg_binary()
-    assert duration_of(tmp_path / "whole.mkv", binary) == pytest.approx(4.0, abs=0.05)
-    assert duration_of(tmp_path / "live.mkv", binary) == pytest.approx(4.0, abs=0.05)
+    assert duration_of(whole, binary) == pytest.approx(4.0, abs=0.05)
+    assert duration_of(live(whole, tmp_path / "live.mkv"), binary) == pytest.approx(4.0, abs=0.05)
+
+
+def ffmpeg_that(does: str, word: str, folder: Path) -> str:
+    """An ffmpeg that does something else where ``word`` is among its options."""
+    path = folder / "other-ffmpeg"
+    real = ffmpeg_binary()
+    path.write_text(
+        f'#!/bin/bash\nreal={real}\nif [[ "$*" == *{word}* ]]; then {does}; fi\nexec "$real" "$@"\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+PROGRESS, PACKETS = "-progress", "framecrc"  # how lengths and packets are read
+DIES = "kill -9 $$"
+
+
+def test_a_reading_that_is_killed_does_not_tell_the_length(tmp_path: Path) -> None:
+    here = tmp_path / "raw"
+    live(draw_video(tmp_path / "whole.mkv", frames=300), here / "live.mkv")
+    dies = ffmpeg_that(f'"$real" "$@" | head -n 12; {DIES}', PROGRESS, tmp_path)
+    with pytest.raises(InputError, match=r"divided into clips, for example live.mkv: crashed, len"):
+        run(here, tmp_path / "none", ffmpeg=dies, **SETTINGS)
+    draw_video(here / "other.mp4", frames=100)
+    with pytest.raises(TooManyExcluded, match="1 of 2 videos"):
+        run(here, tmp_path / "some", ffmpeg=dies, **SETTINGS)
+    assert errors(tmp_path / "some/raw.errors.csv") == [("live.mkv", "crashed")]
+    once = f"if mkdir {tmp_path}/once 2>/dev/null; then {DIES}; fi"
+    run(here, tmp_path / "once", ffmpeg=ffmpeg_that(once, PROGRESS, tmp_path), **SETTINGS)
+    assert len(records(tmp_path / "once")) == 4
+
+
+@pytest.fixture
+def far_apart(tmp_path: Path) -> Path:
+    """Rows of a recording whose key frames are 40 s apart, which is found out by its packets."""
+    options = ["-c:v", "libx264", "-g", "100000", "-force_key_frames", "0,40"]
+    draw_video(tmp_path / "rows/0.ts", frames=500, size="32x32", rate=10, options=options)
+    (tmp_path / "rows/rows.csv").write_text("path,start,end\n0.ts,39,39.8\n")
+    return tmp_path / "rows/rows.csv"
+
+
+def test_a_reading_that_is_killed_does_not_tell_the_end(far_apart: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dataset": "list", "frames": 3}
+    run(far_apart, tmp_path / "whole", **settings)
+    assert [record.start for record in records(tmp_path / "whole")] == [39.0]
+    some = f'"$real" "$@" | head -n 60; {DIES}'
+    with pytest.raises(InputError, match="crashed, ffmpeg was killed by signal 9"):
+        run(far_apart, tmp_path / "out", ffmpeg=ffmpeg_that(some, PACKETS, tmp_path), **settings)
+    once = f"if mkdir {tmp_path}/once 2>/dev/null; then {some}; fi"
+    run(far_apart, tmp_path / "once", ffmpeg=ffmpeg_that(once, PACKETS, tmp_path), **settings)
+    assert hashes(tmp_path / "once") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("word", [PROGRESS, PACKETS])
+def test_a_stop_while_reading_loses_nothing(word: str, far_apart: Path, tmp_path: Path) -> None:
+    src, settings = far_apart, dict[str, Any](dataset="list", frames=3)
+    if word == PROGRESS:
+        src, settings = tmp_path / "raw", {**SETTINGS}
+        live(draw_video(tmp_path / "whole.mkv", frames=300), src / "live.mkv")
+    run(src, tmp_path / "whole", **settings)
+    waits = f'"$real" "$@" | head -n 60; mkdir {tmp_path}/waits; sleep 600'
+    other = ffmpeg_that(waits, word, tmp_path)
+    process = started(driver(src, tmp_path / "out", 1, **settings, ffmpeg=other))
+    wait_until((tmp_path / "waits").is_dir, seconds=600)
+    process.terminate()
+    told, said = process.communicate(timeout=600)
+    assert told.startswith("Stopped stopped: "), said
+    run(src, tmp_path / "out", **settings)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_reading_that_takes_too_long_is_replaced_by_decoding(
+    far_apart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"dataset": "list", "frames": 3}
+    run(far_apart, tmp_path / "whole", **settings)
+    monkeypatch.setattr(_clips, "_READING_SECONDS", 0.0)
+    made = _clips.packets_of
+    monkeypatch.setattr(_clips, "packets_of", lambda video, binary, _: made(video, binary, 0.05))
+    waits = ffmpeg_that("sleep 600", PACKETS, tmp_path)
+    run(far_apart, tmp_path / "out", ffmpeg=waits, **settings)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("keep_damaged", [False, True])
+def test_what_does_not_decode_costs_little(
+    tmp_path: Path, begins: list[float], keep_damaged: bool
+) -> None:
+    """An interrupted download into a file of the right size: the rest of it is zeros."""
+    path = tmp_path / "raw" / "0.mp4"
+    options = ("-c:v", "libx264", "-g", "50", "-movflags", "+faststart")
+    draw_video(path, frames=6000, size="32x32", rate=10, options=options)
+    data = bytearray(path.read_bytes())
+    part = len(data) * 2 // 5
+    data[part:] = bytes(len(data) - part)
+    path.write_bytes(data)
+    settings = {"clip_seconds": 30, "frames": 3, "max_failures": 90}
+    run(path.parent, tmp_path / "out", keep_damaged=keep_damaged, **settings)
+    whole = [at for n, at in enumerate(begins) if at == 0.0 and n > 0 and begins[n - 1] >= 300]
+    assert len(whole) <= 1
+    assert len(begins) < 60
+    assert len(records(tmp_path / "out")) >= 3
+
+
+def test_rows_may_name_any_end(tmp_path: Path) -> None:
+    draw_video(tmp_path / "0.mp4", frames=100)
+    (tmp_path / "rows.csv").write_text("path,start,end\n0.mp4,1,1e9\n")
+    run(tmp_path / "rows.csv", tmp_path / "out", dataset="list", frames=3, timeout=1e6)
+    assert [record.frame_times[-1] for record in records(tmp_path / "out")] == [2.96]
 
 
 def test_a_recording_that_cannot_be_read_is_excluded(raw: Path, tmp_path: Path) -> None:
@@ -274,7 +389,9 @@ def test_times_without_decoding_are_those_of_decoding(
     video = Video(key="", source=path.name, path=path)
     # MPEG-PS tells the times of some frames only.
     near = 0.5 if suffix == "mpg" else 0.01
-    np.testing.assert_allclose(packet_times(video, binary, 60.0, keyframes), times, atol=near)
+    found = packets_of(video, binary, 60.0)
+    assert found is not None
+    np.testing.assert_allclose(found.keys if keyframes else found.times, times, atol=near)
 
 
 @pytest.fixture
@@ -303,7 +420,7 @@ def test_what_a_recording_lacks_costs_little(
     path.write_bytes(whole[: len(whole) * 2 // 5])
     settings = {"clip_seconds": 10, "frames": 3, "keep_damaged": True, "max_failures": 90}
     run(tmp_path / "raw", tmp_path / "out", **settings)
-    assert begins == [0.0, 300.0]
+    assert begins == [0.0, 300.0, 270.0]
     left_out = errors(tmp_path / "out" / "raw.errors.csv")
     assert 30 <= len(left_out) <= 50
     assert {kind for _, kind in left_out} == {"zero-frames"}
@@ -332,7 +449,7 @@ def test_rows_beyond_the_end_are_named(tmp_path: Path, begins: list[float]) -> N
     draw_video(tmp_path / "0.mp4", frames=100)
     (tmp_path / "rows.csv").write_text("path,start,end\n0.mp4,1,3\n0.mp4,12500,20000\n")
     run(tmp_path / "rows.csv", tmp_path / "out", dataset="list", frames=3, max_failures=60)
-    assert begins == [1.0, 12500.0]
+    assert begins == [1.0, 12500.0, 12470.0]
     told = (tmp_path / "out" / "rows.errors.csv").read_text("utf-8")
     assert "zero-frames,the last frame of the recording is at 4.0 s" in told
 
