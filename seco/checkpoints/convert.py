@@ -9,7 +9,7 @@ Nothing in a file is ever executed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,17 @@ from seco.config import TASKS
 from seco.models.backbones import (
     RESNETS,
     SMALL_IMAGES,
+    TIMM,
     TIMM_PREFIX,
     TORCHVISION,
     archs_of,
     backbone_spec,
     backbone_tensors,
     build_backbone,
+    classifier_tensors,
     feature_dim,
     known_archs,
+    told_by_tensors,
 )
 from shards.errors import InputError
 from shards.untrusted import open_regular
@@ -124,6 +127,10 @@ class NamedTensors:
             raise InputError(f"{full} holds values that are not finite", self.path)
         return tensor
 
+    def drop(self, name: str) -> None:
+        """Take one tensor, whatever it is, for no use."""
+        del self._tensors[name]
+
     def require_empty(self) -> None:
         """Check that all tensors were taken.
 
@@ -155,8 +162,8 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
     candidates = _candidates(all_shapes, stated)
     closest, least = candidates[0], len(all_shapes) + 1_000
     for arch in candidates:
-        others = _classifier(arch)
-        shapes = {n: shape for n, shape in all_shapes.items() if not n.startswith(others)}
+        others = _behind(arch, all_shapes)
+        shapes = {n: shape for n, shape in all_shapes.items() if n not in others}
         expected = {n: tuple(t.shape) for n, t in backbone_tensors(arch).items()}
         if uncounted:
             expected = {n: shape for n, shape in expected.items() if not n.endswith(_COUNTER)}
@@ -211,10 +218,33 @@ def _candidates(shapes: Mapping[str, object], stated: object) -> tuple[str, ...]
 _OTHERS = ("features.", "stem.", "class_token")  # in all of torchvision's but ResNets
 
 
-def _classifier(arch: str) -> tuple[str, ...]:
-    """What the names of tensors begin with that are behind the backbone in files of others."""
+def _behind(arch: str, names: Iterable[str]) -> set[str]:
+    """Which of these tensors of a file of others are behind the backbone."""
     spec = backbone_spec(arch)
-    return ("fc",) if spec.family in (RESNETS, SMALL_IMAGES) else spec.classifier
+    prefixes = ("fc",) if spec.family in (RESNETS, SMALL_IMAGES) else spec.classifier
+    found = {name for name in names if name.startswith(prefixes)}
+    if spec.family == TIMM:  # its classifiers may have parts of other names
+        found |= classifier_tensors(arch).intersection(names)
+    return found
+
+
+def _built_here(stated: object, path: Path) -> str:
+    """The architecture that a file of this toolkit names; its tensors may not tell it.
+
+    Raises:
+        InputError: it cannot be built here.
+    """
+    arch = str(stated)
+    try:
+        backbone_spec(arch)
+    except InputError as error:
+        known = arch.startswith(TIMM_PREFIX) or arch in known_archs()
+        raise InputError(
+            f"holds a {arch}, which cannot be built here ({error.what})",
+            path,
+            error.fix if known else "install the package that adds it",
+        ) from error
+    return arch
 
 
 def take_mlp(tensors: NamedTensors, width: int, dim: int | None = None) -> dict[str, Tensor]:
@@ -288,6 +318,7 @@ DESCRIPTIONS = {
 }
 
 Layer = dict[str, Tensor]
+TOOLKIT = "toolkit"  # of the metadata, where tensors do not tell the architecture
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors
 
 
@@ -371,8 +402,7 @@ def read_weights(path: Path, arch: str | None = None) -> Weights:
 
 
 def _assumed(arch: str | None) -> str | None:
-    told_by_tensors = (RESNETS, SMALL_IMAGES, TORCHVISION)
-    return None if arch is None or backbone_spec(arch).family in told_by_tensors else arch
+    return None if arch is None or told_by_tensors(arch) else arch
 
 
 def _unknown(path: Path) -> InputError:
@@ -390,7 +420,10 @@ def _torchvision(content: object, stated: object, path: Path) -> Weights:
         if classified:
             take_linear(tensors.under("fc."), feature_dim(arch))
     else:
-        classified = sum(len(tensors.under(prefix)) for prefix in _classifier(arch)) > 0
+        behind = _behind(arch, tensors.names())
+        classified = len(behind) > 0
+        for name in behind:
+            tensors.drop(name)
     tensors.require_empty()
     return Weights(
         layout=STATE_DICT,
@@ -512,12 +545,12 @@ def _own(content: Mapping[str, Any], path: Path) -> Weights:
     """Read a checkpoint of a run or of ``seco import``, where whole parts may be missing."""
     tensors = NamedTensors(content["model"], path)
     if FINETUNED in content:
-        return _own_finetuned(tensors, str(content["config"]["arch"]))
+        return _own_finetuned(tensors, _built_here(content["config"]["arch"], path))
     imported = content.get("imported")
     imported = imported if isinstance(imported, dict) else {}
     classifiers = [tensors.under("order_classifier."), tensors.under("key_order_classifier.")]
     encoders: list[EncoderWeights] = []
-    arch = str(content["config"]["arch"])
+    arch = _built_here(content["config"]["arch"], path)
     for side, classifier in zip(("query_encoder.", "key_encoder."), classifiers, strict=True):
         encoder = tensors.under(side)
         if encoders and imported and not len(encoder):
@@ -587,14 +620,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
         # Through memory: truncating a mapped file while it is read would kill the process.
         with open_regular(path) as file:
             whole = file.read()
-        tensors = safetensors.torch.load(whole)
+        found = safetensors.torch.load(whole)
         header = msgspec.json.decode(
             whole[8 : 8 + int.from_bytes(whole[:8], "little")], type=_SafetensorsHeader
         )
-        return tensors, header.metadata.get("arch")
     except OSError as error:
         raise InputError(
             f"cannot be read ({error.strerror or error})", path, "check the path"
         ) from error
     except Exception as error:  # damaged bytes, or a number type that torch lacks
         raise InputError("is a damaged safetensors file", path) from error
+    stated = header.metadata.get("arch")
+    return found, _built_here(stated, path) if TOOLKIT in header.metadata else stated

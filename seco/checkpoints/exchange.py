@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from seco import __version__
-from seco.checkpoints.convert import SHARED, EncoderWeights, Layer, Weights, read_weights
+from seco.checkpoints.convert import SHARED, TOOLKIT, EncoderWeights, Layer, Weights, read_weights
 from seco.checkpoints.deploy import deploy
 from seco.checkpoints.io import save_checkpoint, save_safetensors, save_torch_file
 from seco.checkpoints.named import NamedWeights, weights_file
 from seco.config import DEPLOY_FORMATS, TASKS, ExportConfig, ImportConfig, check_export
-from seco.models.backbones import RESNETS, backbone_spec
+from seco.models.backbones import PLUGINS, RESNETS, backbone_spec
 from shards.errors import InputError
 from shards.index import sha256_of
 
@@ -67,6 +67,8 @@ def export_checkpoint(config: ExportConfig) -> str:
     family = backbone_spec(weights.arch).family
     if config.format == "safetensors":
         metadata = {"format": "pt", "arch": weights.arch}  # "format" as in transformers
+        if family == PLUGINS:
+            metadata[TOOLKIT] = f"seco-video {__version__}"
         save_safetensors(out, weights.query.backbone, metadata)
     elif config.format == "torchvision":
         save_torch_file(out, weights.query.backbone)

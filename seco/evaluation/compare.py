@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ from seco.models.backbones import (
     feature_dim,
     require_size,
     require_timm_weights,
+    told_by_tensors,
 )
 from seco.processes.device import resolve_device
 from shards.atomic import atomic_path, require_writable, write_json, write_text
@@ -79,6 +80,7 @@ class EncoderSpec:
     source: str
     arch: str | None = None  # of random weights, and of names with weights for several
     seed: int = 0
+    network: str = field(default="", compare=False)  # the architecture, however it is known
 
 
 class NamedFolders(NamedTuple):
@@ -131,7 +133,7 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
             require_timm_weights(source)
             specs.append(EncoderSpec(name or _as_name(source), source, source))
         elif is_named(source):
-            own = arch if has_architectures(source) else None
+            own = arch if has_architectures(source) and told_by_tensors(arch or "") else None
             specs.append(EncoderSpec(name or _as_name(source), source, own))
         else:
             path = _checkpoint(source)
@@ -144,9 +146,11 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
 
     def complete(spec: EncoderSpec) -> EncoderSpec:
         if spec.source == RANDOM:
-            return _with_arch(spec, usual_arch)
-        told = is_named(spec.source) or archs[spec.name] != arch
-        return spec if told else dataclasses.replace(spec, arch=arch)
+            spec = _with_arch(spec, usual_arch)
+            return dataclasses.replace(spec, network=str(spec.arch))
+        network = archs[spec.name]
+        told = is_named(spec.source) or network != arch
+        return dataclasses.replace(spec, arch=spec.arch if told else arch, network=network)
 
     return [complete(spec) for spec in specs]
 
@@ -155,7 +159,16 @@ def _arch_of(spec: EncoderSpec, usual_arch: str | None) -> str:
     if spec.source.startswith(TIMM_PREFIX):
         return spec.source
     path, named = weights_file(spec.source, spec.arch)
-    return read_weights(path, None if named else usual_arch).arch
+    assumed = None if named else usual_arch
+    try:
+        return read_weights(path, assumed).arch
+    except InputError as error:
+        if assumed is None:
+            raise
+        try:
+            return read_weights(path).arch  # --arch is that of another encoder
+        except InputError:
+            raise error from None
 
 
 def extract_missing(
@@ -173,9 +186,7 @@ def extract_missing(
     found = []
     specs = parse_encoders(config.encoder, extraction.arch)
     for spec in specs:  # before anything slow starts
-        arch = spec.source if spec.source.startswith(TIMM_PREFIX) else spec.arch
-        if arch is not None:
-            require_size(arch, extraction.crop_size)
+        require_size(spec.network, extraction.crop_size)
     for spec in specs:
         test = below / f"{spec.name}.test" if config.test_shards else None
         found.append(NamedFolders(spec.name, below / spec.name, test))

@@ -21,7 +21,7 @@ from seco.evaluation.index import INDEX, open_index
 from seco.evaluation.nearest import ExactIndex, NearestIndex
 from seco.features.matrix import FeatureMatrix, unit_vectors
 from seco.features.store import Features, encoder_name, read_features
-from seco.models.backbones import RESNETS, SMALL_IMAGES, TIMM_PREFIX, TORCHVISION, archs_of
+from seco.models.backbones import TIMM_PREFIX, known_archs, told_by_tensors
 from seco.pages import FramesOf, frames_of, render_page, thumbnail
 from seco.processes.device import resolve_device
 from seco.text import percent
@@ -163,10 +163,20 @@ def encode_frames(
     if checkpoint is None and not without_file and not Path(source).is_file():
         raise InputError("not found", source, "give the encoder's file with --checkpoint")
     seed = encoder.get("seed")
-    arch = str(encoder["arch"])
-    told = without_file or arch not in archs_of(RESNETS, SMALL_IMAGES, TORCHVISION)
+    named = encoder.get("arch")  # older features, and those of a module, name none or a class
+    arch = named if isinstance(named, str) else None
+    if not without_file and not _needs_its_name(arch):
+        arch = None
     own_seed = seed if isinstance(seed, int) else 0
-    backbone = load_backbone(source, arch if told else None, own_seed)
+    try:
+        backbone = load_backbone(source, arch, own_seed)
+    except InputError as error:
+        if without_file or arch is None:
+            raise
+        try:
+            backbone = load_backbone(source)  # of another encoder?
+        except InputError:
+            raise error from None
     if backbone.sha256 != encoder["sha256"]:
         own = {"arch": backbone.arch, "checkpoint": source, "sha256": backbone.sha256}
         raise InputError(
@@ -189,6 +199,13 @@ def encode_frames(
         ]
     mean: NDArray[np.float32] = torch.cat(parts).numpy().mean(0)
     return mean
+
+
+def _needs_its_name(arch: str | None) -> bool:
+    """Whether the tensors of this architecture do not tell it."""
+    if arch is None or told_by_tensors(arch):
+        return False
+    return arch.startswith(TIMM_PREFIX) or arch in known_archs()
 
 
 def _neighbours(

@@ -213,6 +213,11 @@ def archs_of(*families: str) -> tuple[str, ...]:
     return tuple(arch for arch, spec in _SPECS.items() if spec.family in families)
 
 
+def told_by_tensors(arch: str) -> bool:
+    """Whether files of this architecture are recognised; others have to name it."""
+    return arch in _SPECS
+
+
 @functools.cache
 def backbone_spec(arch: str) -> BackboneSpec:
     """Look up a backbone.
@@ -264,7 +269,11 @@ def _timm(arch: str) -> BackboneSpec:
     except RuntimeError as error:  # the part after the dot
         advice = f"give {TIMM_PREFIX}{name.partition('.')[0]}"
         raise InputError("timm has no such weights", arch, advice) from error
-    settings = {} if said is None else said.to_dict()
+    if said is None:  # timm builds it under its new name, and knows no settings under this one
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        advice = f"perhaps to {' or '.join(close)}" if close else "timm.list_models() lists all"
+        raise InputError("timm has renamed it", arch, advice)
+    settings = said.to_dict()
     heads = settings.get("classifier") or ()
     return BackboneSpec(
         TIMM,
@@ -353,7 +362,7 @@ def require_timm_weights(arch: str) -> None:
     feature_dim(arch)
     name = arch.removeprefix(TIMM_PREFIX)
     said = _timm_package(arch).get_pretrained_cfg(name)
-    if said is None or not said.has_weights:
+    if not said.has_weights:
         advice = f"give a file of them with --arch {arch}, or random:{arch}"
         raise InputError("timm has no weights for it", arch, advice)
 
@@ -457,7 +466,10 @@ def built_empty(make: Callable[[], _Module]) -> _Module:
     try:
         with without_values():
             return make()
-    except RuntimeError:  # some compute with the tensors that they have just made
+    except (RuntimeError, InputError) as error:
+        # Some compute with the tensors that they have just made. Of a plug-in, that is the cause.
+        if not isinstance(error.__cause__ or error, RuntimeError):
+            raise
         with blocked(), torch.device("meta"):
             return make()
 
@@ -492,6 +504,14 @@ def backbone_tensors(arch: str) -> Mapping[str, Tensor]:
         InputError: no backbone has this name.
     """
     return _empty(arch).state_dict()
+
+
+@functools.cache
+def classifier_tensors(arch: str) -> frozenset[str]:
+    """Names of tensors that timm's model with a classifier has, and the backbone has not."""
+    name = arch.removeprefix(TIMM_PREFIX)
+    make = functools.partial(_timm_package(arch).create_model, name, **timm_freedom(name))
+    return frozenset(built_empty(make).state_dict().keys() - backbone_tensors(arch).keys())
 
 
 def _empty(arch: str) -> nn.Module:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from seco.models import backbones
 from seco.models.backbones import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    BackboneSpec,
     backbone_shape,
     backbone_spec,
     backbone_tensors,
@@ -242,8 +244,13 @@ def test_every_name_of_timm(step: int) -> None:
     assert all("\n" not in told and f" timm:{told.split()[0]}: " in told for told in refused)
 
 
-def test_a_network_that_computes_with_new_tensors() -> None:
-    assert backbone_shape("timm:vit_small_patch16_rope_mixed_224") == (384, False)
+def test_a_network_that_computes_with_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_small_patch16_rope_mixed_224"
+    assert backbone_shape(f"timm:{name}") == (384, False)
+    make = functools.partial(timm.create_model, name, num_classes=0)
+    entry = SimpleNamespace(load=lambda: make)
+    monkeypatch.setattr(backbones, "_plugins", lambda: {"theirs": entry})
+    assert backbone_shape("theirs") == (384, False)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +264,8 @@ def test_a_network_that_computes_with_new_tensors() -> None:
         ("convnext_tny", "did you mean convnext_tiny"),
         ("timm:", "timm has no such model"),
         ("timm:resnet18.bogus", "timm has no such weights"),
+        ("timm:vit_tiny_patch16_224_in21k", "timm has renamed it — perhaps to vit_tiny_patch16_22"),
+        ("timm:vit_base_patch16_224_sam", "timm has renamed it"),
         ("timm:gemma4_vit_167m_enc", "does not make one feature of each image"),
     ],
 )
@@ -307,6 +316,31 @@ def test_backbones_of_another_package(
     )
     assert load_backbone(str(tmp_path / "run/last.pt")).arch == "flat"
     assert 'optimizer = "adamw"' in (tmp_path / "run/config.toml").read_text()
+    backbones._plugins.cache_clear()
+    backbone_spec.cache_clear()
+    (about / "entry_points.txt").unlink()
+    with pytest.raises(InputError, match=r"last.pt: holds a flat, which cannot be built here"):
+        load_backbone(str(tmp_path / "run/last.pt"))
+
+
+def test_a_network_that_is_not_there_is_not_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its tensors are those of a ResNet; what it makes of images is not."""
+    normalised = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    theirs = BackboneSpec(backbones.PLUGINS, backbone_spec("resnet18").build, (), **normalised)
+    with monkeypatch.context() as installed:
+        entry = SimpleNamespace(load=lambda: theirs)
+        installed.setattr(backbones, "_plugins", lambda: {"theirs": entry})
+        torch.save(build_backbone("theirs").state_dict(), tmp_path / "t.pt")
+        run(
+            f"export {tmp_path}/t.pt --arch theirs --format safetensors"
+            f" --out {tmp_path}/t.safetensors"
+        )
+        assert load_backbone(str(tmp_path / "t.safetensors")).arch == "theirs"
+    backbone_spec.cache_clear()
+    with pytest.raises(InputError, match="holds a theirs, which cannot be built here"):
+        load_backbone(str(tmp_path / "t.safetensors"))
 
 
 # What they compute
@@ -404,6 +438,31 @@ def test_queries_know_the_network_of_a_timm_file(shards: str, tmp_path: Path) ->
     np.testing.assert_allclose(found, features.features[features.find("video_0003")], atol=1e-5)
 
 
+def test_queries_of_other_features(shards: str, tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r.pt")
+    run(
+        f"extract-features --shards {shards} --checkpoint {tmp_path}/r.pt --frames 4"
+        f" --short-edge 40 --crop-size 32 --workers 0 --device cpu --out {tmp_path}/out"
+    )
+    features, opened = read_features(tmp_path / "out"), open_shards(shards)
+    frames = [opened.read_frame(opened.find("video_0003"), frame) for frame in range(4)]
+    expected = encode_frames(frames, features, None, "cpu")
+    older = {name: value for name, value in features.encoder.items() if name != "arch"}
+    for encoder in (older, {**older, "arch": None}, {**older, "arch": "ResNet"}):
+        features.meta["encoder"] = encoder
+        assert np.array_equal(encode_frames(frames, features, f"{tmp_path}/r.pt", "cpu"), expected)
+    features.meta["encoder"] = {**older, "arch": "timm:test_vit", "sha256": "0" * 64}
+    with pytest.raises(InputError, match="is another encoder"):
+        encode_frames(frames, features, f"{tmp_path}/r.pt", "cpu")
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "repvit_m0_9"])
+def test_classifiers_of_timm_with_other_parts(name: str, tmp_path: Path) -> None:
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "t.pt")
+    found = load_backbone(str(tmp_path / "t.pt"), f"timm:{name}")
+    assert found.network.state_dict().keys() == backbone_tensors(f"timm:{name}").keys()
+
+
 @pytest.mark.parametrize("arch", SMALLER)
 def test_files_of_torchvision_are_recognised(arch: str, tmp_path: Path) -> None:
     network = torchvision.models.get_model(arch, weights=None)
@@ -494,7 +553,20 @@ def test_comparisons_refuse_what_timm_has_no_weights_for(
     command += " --encoder timm:test_vit --crop-size 50 --device cpu"
     assert cli.run(shlex.split(command)) == 1
     assert "--crop-size: timm:test_vit takes no images of 50 px" in capsys.readouterr().err
+    torch.save(torchvision.models.get_model("vit_b_32").state_dict(), tmp_path / "vit.pt")
+    assert cli.run(shlex.split(command.replace("timm:test_vit", f"{tmp_path}/vit.pt"))) == 1
+    assert "--crop-size: vit_b_32 takes no images of 50 px" in capsys.readouterr().err
     assert not (tmp_path / "out" / "features").exists()
+
+
+def test_comparisons_of_timms_files_with_others(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "t.pt")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r.pt")
+    found = parse_encoders([f"{tmp_path}/t.pt", f"{tmp_path}/r.pt"], "timm:test_vit")
+    assert [(spec.arch, spec.network) for spec in found] == [
+        ("timm:test_vit", "timm:test_vit"),
+        (None, "resnet18"),
+    ]
 
 
 def test_trackers_need_a_resnet() -> None:

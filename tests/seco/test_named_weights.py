@@ -580,3 +580,5 @@ def test_compare_takes_names(published: Site) -> None:
         ("moco-v2", "moco-v2", None),
         ("random", "random", "resnet18"),
     ]
+    (spec,) = parse_encoders(["moco-v2"], "timm:test_vit")
+    assert (spec.arch, spec.network) == (None, "resnet18")
