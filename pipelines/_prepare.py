@@ -326,7 +326,9 @@ def _prepare_found(
                 if stop:
                     raise Interrupted
         except KeyboardInterrupt:
-            raise Stopped("stopped: nothing is written yet; run the same command again") from None
+            raise Stopped(
+                "stopped: nothing has been decoded yet; run the same command again"
+            ) from None
         found = replace(found, sets=divided)
     for videos in found.sets:
         if not videos.videos:
