@@ -98,7 +98,7 @@ class Exclusion:
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # there may be tens of thousands
 class ShardInfo:
     """One row of the manifest."""
 

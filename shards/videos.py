@@ -36,7 +36,7 @@ _ARRAYS = {
     "key_end": "<u8",  # (V,) bytes of key_text up to the end of each key
     "key_text": "u1",
 }
-_MOST_INDEXES = 256  # in memory, about 120 kB each
+_MOST_INDEXES = 64  # in memory, about 120 kB each
 _READERS = 16  # indexes read at a time
 _OVERHEAD = 64  # bytes, at most, of lengths and padding
 _ADVICE = "run `seco index` on the whole dataset"
