@@ -459,6 +459,8 @@ def _pass(
         for count, frame in enumerate(decoded):
             if not count and begin and frame.time > first + 1.5 / (decoded.source_fps or 25.0):
                 return None
+            if count in decoded.strays:
+                continue  # of no known second
             while upcoming and upcoming[0][1].start <= frame.time:
                 number, clip = upcoming.popleft()
                 active[number] = clip

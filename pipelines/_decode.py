@@ -343,6 +343,7 @@ CONTAINERS = (
     *("mxf", "nut", "ivf", "obu", "h264", "hevc", "m4v", "gif", "wtv"),
 )
 _MAX_RATIO = 64  # of a picture's sides; a file may claim any shape for its pixels
+_BACK_SECONDS = 1.0  # by which reordered frames may go back
 _MARKER = b"FRAME\n"  # before each picture of YUV4MPEG2
 
 
@@ -487,6 +488,8 @@ class Decoding:
         width, height: px, of the frames yielded; known from the first frame on.
         source_fps, source_duration: according to the container; None if unknown.
         times: seconds of the frames decoded so far, not decreasing; at the end, of all.
+        strays: numbers of frames from where time goes back by more than a second, as after a clock
+            that began anew, to where it is again what it was.
         damage: ffmpeg's message about a packet or frame that does not decode, if any; known
             at the end.
     """
@@ -502,6 +505,8 @@ class Decoding:
         self.source_fps: float | None = None
         self.source_duration: float | None = None
         self.times: list[float] = []
+        self.strays: set[int] = set()
+        self._back = False  # whether the last one was a stray
         self.damage: str | None = None
         self._only = only
         self._stream = stream
@@ -558,6 +563,10 @@ class Decoding:
         for shown in self._log.shown[len(self.times) :]:
             self._require_same_picture(shown)
             guess = latest + 1.0 / (self.source_fps or 25.0) if self.times else 0.0
+            least = latest - (0.0 if self._back else _BACK_SECONDS)
+            self._back = bool(self.times) and shown.time <= least
+            if self._back:
+                self.strays.add(len(self.times))
             # Times in damaged files may go back; frames are stored in the order they are shown.
             latest = max(latest, guess if math.isnan(shown.time) else shown.time)
             self.times.append(latest)

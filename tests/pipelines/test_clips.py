@@ -327,6 +327,16 @@ def test_what_does_not_decode_costs_little(
     assert len(records(tmp_path / "out")) >= 3
 
 
+def test_a_clock_that_begins_anew(tmp_path: Path) -> None:
+    """Two parts of a broadcast in one file: what has no second of its own goes into no clip."""
+    path = tmp_path / "raw" / "0.ts"
+    options = ("-c:v", "libx264", "-g", "50")
+    draw_video(path, frames=500, size="32x32", options=options)
+    path.write_bytes(path.read_bytes() * 2)
+    run(path.parent, tmp_path / "out", clip_seconds=10, frames=3, keep_damaged=True)
+    assert [record.source_frames for record in records(tmp_path / "out")] == [250, 250]
+
+
 def test_rows_may_name_any_end(tmp_path: Path) -> None:
     draw_video(tmp_path / "0.mp4", frames=100)
     (tmp_path / "rows.csv").write_text("path,start,end\n0.mp4,1,1e9\n")
