@@ -318,17 +318,21 @@ def decode_clips(
     spans = [video.span for video in piece if video.span is not None]
     start, end = spans[0][0], max(end for _, end in spans)
 
-    def attempt(margin: float, first: float) -> list[Stored | DecodeError] | None:
+    def attempt(
+        margin: float, first: float, sure: bool = True
+    ) -> list[Stored | DecodeError] | None:
         begin = max(0.0, start - margin)
         try:
             return _pass(piece[0], wanted, plan, encoder, begin=begin, first=first, end=end)
         except DecodeError as error:
-            if error.kind != "zero-frames" or not begin:
-                raise
-            return None  # near the end there may be no other key frame
+            # Near the end there may be no other key frame. And what is wrong may lie before the
+            # key frame that the clips need, where it is not sure which that is.
+            if begin and (error.kind == "zero-frames" or not (sure or error.kind in CUT_SHORT)):
+                return None
+            raise
 
     for margin in _MARGINS:
-        found = attempt(margin, start)
+        found = attempt(margin, start, sure=margin == 0.0)
         if found is not None:
             return found
     # Was it sought too far, or is there no frame at the start? Decoding would tell too slowly.

@@ -22,6 +22,7 @@ from pipelines._adapter import (
     Adapter,
     Discovery,
     Video,
+    VideoSet,
     adapter,
     coverage_csv,
     coverage_lines,
@@ -272,6 +273,8 @@ class PreparedSet:
     excluded: list[Exclusion]
     failed: int  # of the excluded, those that were found but could not be stored
     videos: int  # found
+    unread: int = 0  # recordings that could not be divided into clips
+    recordings: int = 0  # found; not counted if none is unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,14 +304,17 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         found = addressed(dataset.discover(local))
         with spooled(config) as spool:
             sets = _prepare_found(found, config, dataset, binary, spool)
-    failed, videos = (sum(getattr(row, name) for row in sets) for name in ("failed", "videos"))
-    if failed * 100 > config.max_failures * videos:
-        raise TooManyExcluded(
-            f"{failed} of {videos} videos ({failed * 100 / videos:.1f} %) could not be stored, "
-            f"more than --max-failures {config.max_failures:g}",
-            config.out,
-            "the shards are written; see *.errors.csv",
-        )
+    for lost, found_, what in (
+        (sum(row.failed for row in sets), sum(row.videos for row in sets), "videos"),
+        (sum(row.unread for row in sets), sum(row.recordings for row in sets), "recordings"),
+    ):
+        if lost * 100 > config.max_failures * found_:
+            raise TooManyExcluded(
+                f"{lost} of {found_} {what} ({lost * 100 / found_:.1f} %) could not be stored, "
+                f"more than --max-failures {config.max_failures:g}",
+                config.out,
+                "the shards are written; see *.errors.csv",
+            )
     return PrepareReport(sets=sets)
 
 
@@ -330,11 +336,18 @@ def _prepare_found(
                 "stopped: nothing has been decoded yet; run the same command again"
             ) from None
         found = replace(found, sets=divided)
+        for videos in divided:
+            if unread := _unread(videos):
+                _say(
+                    [
+                        f"{videos.name}: left out are {len(unread)} recordings whose length could "
+                        f"not be read, for example {unread[0].source}: {unread[0].kind}"
+                    ]
+                )
     for videos in found.sets:
         if not videos.videos:
             first = videos.excluded[0].source if videos.excluded else videos.name
-            unread = [row for row in videos.excluded if row.kind in CUT_SHORT]
-            if unread:
+            if unread := _unread(videos):
                 raise InputError(
                     f"no recording can be divided into clips, for example {unread[0].source}: "
                     f"{unread[0].kind}, {unread[0].message}",
@@ -373,6 +386,11 @@ def _prepare_found(
             _prepare_set(plan, done, config, storage, version)
             for plan, done in zip(plans, finished, strict=True)
         ]
+
+
+def _unread(videos: VideoSet) -> list[Exclusion]:
+    """The recordings that could not be divided into clips, for reasons that may pass."""
+    return [row for row in videos.excluded if row.kind in CUT_SHORT]
 
 
 def _require_whole(config: PrepareConfig, dataset: Adapter) -> None:
@@ -537,13 +555,16 @@ def _finish_set(
         indexes = (read_index(folder / f"{name}.idx") for name in plan.shards)
         write_videos(folder / f"{plan.name}.videos", VideoList.of(indexes))
     manifest = write_manifest(plan, infos, len(excluded), version, storage)
-    unread = sum(row.kind in CUT_SHORT for row in plan.videos.excluded)  # recordings, to divide
+    unread = len(_unread(plan.videos))
+    read = len({video.source for video in plan.videos.videos}) if unread else 0
     return PreparedSet(
         manifest=manifest,
         shards=infos,
         excluded=excluded,
-        failed=len(failures) + unread,
-        videos=len(plan.ordered) + unread,
+        failed=len(failures),
+        videos=len(plan.ordered),
+        unread=unread,
+        recordings=unread + read,
     )
 
 

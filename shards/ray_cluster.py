@@ -15,6 +15,7 @@ from shards.untrusted import VARIABLES
 
 MOST_RETRIES = 5  # per task, if its worker or node dies
 _POLL_SECONDS = 1.0
+_SETTLE_SECONDS = 1.0
 _PATIENCE_SECONDS = 10.0
 _Task = TypeVar("_Task")
 
@@ -99,12 +100,20 @@ def run_tasks(
                 result = _result(ray, reference)
                 on_done(running.pop(reference), result)
     except BaseException:
-        for reference in running:
+        # Ray aborts this process if it cancels a task that is just beginning or ending (its issue
+        # 54846). So those about to end may, and those that wait for a place are cancelled first.
+        for reference in reversed(_left(ray, running, _SETTLE_SECONDS)):
             ray.cancel(reference)
-        # Give the tasks time to clean up.
-        with contextlib.suppress(Exception):
-            ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE_SECONDS)
+        _left(ray, running, _PATIENCE_SECONDS)  # to clean up
         raise
+
+
+def _left(ray: Any, references: Iterable[Any], seconds: float) -> list[Any]:
+    """Wait for tasks; return those that have not ended by then."""
+    left = list(references)
+    with contextlib.suppress(Exception):
+        _, left = ray.wait(left, num_returns=len(left), timeout=seconds)
+    return left
 
 
 def _require_answer(address: str | None) -> None:

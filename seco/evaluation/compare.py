@@ -52,6 +52,7 @@ from seco.features.matrix import FeatureMatrix, FeaturesTooLarge, Scaling, fit_s
 from seco.features.store import Features, read_features
 from seco.models.backbones import (
     TIMM_PREFIX,
+    backbone_spec,
     feature_dim,
     require_size,
     require_timm_weights,
@@ -124,6 +125,8 @@ def parse_encoders(given: Sequence[str], arch: str | None) -> list[EncoderSpec]:
         InputError: a file is missing or is not an encoder, random weights have no architecture, or
             two encoders have the same name.
     """
+    if arch is not None:
+        backbone_spec(arch)  # raises for an unknown name
     specs = []
     for text in given:
         name, source = _named(text)

@@ -7,6 +7,7 @@ Another package adds backbones by the entry point ``seco.backbones``.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -324,7 +325,9 @@ def _plugin(arch: str) -> BackboneSpec:
         made = _plugins()[arch].load()
     except Exception as error:  # another package's code
         raise _plugin_fails(arch, error) from error
-    return made if isinstance(made, BackboneSpec) else BackboneSpec(PLUGINS, made, classifier=())
+    if isinstance(made, BackboneSpec):
+        return dataclasses.replace(made, family=PLUGINS)  # it may be derived from one of ours
+    return BackboneSpec(PLUGINS, made, classifier=())
 
 
 def _plugin_fails(arch: str, error: Exception) -> InputError:

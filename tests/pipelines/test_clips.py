@@ -246,13 +246,14 @@ def test_a_reading_that_is_killed_does_not_tell_the_length(tmp_path: Path) -> No
     dies = ffmpeg_that(f'"$real" "$@" | head -n 12; {DIES}', PROGRESS, tmp_path)
     with pytest.raises(InputError, match=r"divided into clips, for example live.mkv: crashed, len"):
         run(here, tmp_path / "none", ffmpeg=dies, **SETTINGS)
-    draw_video(here / "other.mp4", frames=100)
-    with pytest.raises(TooManyExcluded, match="1 of 2 videos"):
+    draw_video(here / "other.mp4", frames=300)
+    with pytest.raises(TooManyExcluded, match="1 of 2 recordings"):
         run(here, tmp_path / "some", ffmpeg=dies, **SETTINGS)
     assert errors(tmp_path / "some/raw.errors.csv") == [("live.mkv", "crashed")]
-    once = f"if mkdir {tmp_path}/once 2>/dev/null; then {DIES}; fi"
+    once = f"if mkdir {tmp_path}/died 2>/dev/null; then {DIES}; fi"
     run(here, tmp_path / "once", ffmpeg=ffmpeg_that(once, PROGRESS, tmp_path), **SETTINGS)
-    assert len(records(tmp_path / "once")) == 4
+    assert (tmp_path / "died").is_dir()
+    assert len(records(tmp_path / "once")) == 6
 
 
 @pytest.fixture
@@ -271,8 +272,9 @@ def test_a_reading_that_is_killed_does_not_tell_the_end(far_apart: Path, tmp_pat
     some = f'"$real" "$@" | head -n 60; {DIES}'
     with pytest.raises(InputError, match="crashed, ffmpeg was killed by signal 9"):
         run(far_apart, tmp_path / "out", ffmpeg=ffmpeg_that(some, PACKETS, tmp_path), **settings)
-    once = f"if mkdir {tmp_path}/once 2>/dev/null; then {some}; fi"
+    once = f"if mkdir {tmp_path}/died 2>/dev/null; then {some}; fi"
     run(far_apart, tmp_path / "once", ffmpeg=ffmpeg_that(once, PACKETS, tmp_path), **settings)
+    assert (tmp_path / "died").is_dir()
     assert hashes(tmp_path / "once") == hashes(tmp_path / "whole")
 
 
@@ -305,6 +307,26 @@ def test_a_reading_that_takes_too_long_is_replaced_by_decoding(
     waits = ffmpeg_that("sleep 600", PACKETS, tmp_path)
     run(far_apart, tmp_path / "out", ffmpeg=waits, **settings)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_damage_before_a_clip_is_not_its_own(tmp_path: Path) -> None:
+    """Of key frames alone: a clip that begins between two needs no more than the second."""
+    path = tmp_path / "raw" / "0.mp4"
+    options = ("-c:v", "libx264", "-g", "30", "-bf", "0", "-sc_threshold", "0")
+    draw_video(path, frames=2000, size="64x64", rate=10, options=options)
+    settings: dict[str, Any] = {"clip_seconds": 10, "frames": None, "keyframes": True}
+    settings |= {"min_frames": 1, "max_failures": 90}
+    run(path.parent, tmp_path / "whole", **settings)
+    told = run_ffmpeg(["-i", local_url(path), "-c", "copy", "-f", "framecrc", "pipe:1"]).decode()
+    sizes = [int(line.split(",")[4]) for line in told.splitlines() if line[0] != "#"]
+    data = bytearray(path.read_bytes())
+    at = data.index(b"mdat") + 4 + sum(sizes[:990])  # the key frame at 99 s
+    data[at + 8 : at + sizes[990]] = bytes(sizes[990] - 8)
+    path.write_bytes(data)
+    run(path.parent, tmp_path / "out", **settings)
+    left_out = {record.start for record in records(tmp_path / "whole")}
+    left_out -= {record.start for record in records(tmp_path / "out")}
+    assert left_out and all(90 <= start < 110 for start in left_out)
 
 
 @pytest.mark.parametrize("keep_damaged", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shlex
@@ -40,7 +41,6 @@ from seco.models import backbones
 from seco.models.backbones import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    BackboneSpec,
     backbone_shape,
     backbone_spec,
     backbone_tensors,
@@ -328,7 +328,7 @@ def test_a_network_that_is_not_there_is_not_taken_for_another(
 ) -> None:
     """Its tensors are those of a ResNet; what it makes of images is not."""
     normalised = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    theirs = BackboneSpec(backbones.PLUGINS, backbone_spec("resnet18").build, (), **normalised)
+    theirs = dataclasses.replace(backbone_spec("resnet18"), **normalised)
     with monkeypatch.context() as installed:
         entry = SimpleNamespace(load=lambda: theirs)
         installed.setattr(backbones, "_plugins", lambda: {"theirs": entry})

@@ -580,5 +580,8 @@ def test_compare_takes_names(published: Site) -> None:
         ("moco-v2", "moco-v2", None),
         ("random", "random", "resnet18"),
     ]
+    for arch in ("resnt101", "timm:nosuch"):
+        with pytest.raises(InputError, match=r"unknown architecture|no such model"):
+            parse_encoders(["imagenet-v1", "moco-v2"], arch)
     (spec,) = parse_encoders(["moco-v2"], "timm:test_vit")
     assert (spec.arch, spec.network) == (None, "resnet18")
