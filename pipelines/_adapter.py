@@ -157,8 +157,8 @@ class VideoSet:
 
     ``excluded`` are rows of ``NAME.errors.csv`` that are known without decoding: kinds
     ``missing``, ``not-in-annotations``, ``duplicate``; of recordings, also ``timeout`` and
-    ``crashed``. ``coverage`` counts the videos of the
-    official lists; ``notes`` are lines for people.
+    ``crashed``. ``coverage`` counts the videos of the official lists; ``notes`` are lines for
+    people.
     """
 
     name: str

@@ -345,9 +345,7 @@ CONTAINERS = (
 _MAX_RATIO = 64  # of a picture's sides; a file may claim any shape for its pixels
 _BACK_SECONDS = 1.0  # by which reordered frames may go back
 _MARKER = b"FRAME\n"  # before each picture of YUV4MPEG2
-
-
-CUT_SHORT = ("timeout", "crashed")  # kinds that say nothing about the video itself
+CUT_SHORT = ("timeout", "crashed")  # kinds of failure that may pass, whatever the video
 
 
 class DecodeError(Exception):

@@ -304,13 +304,13 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         found = addressed(dataset.discover(local))
         with spooled(config) as spool:
             sets = _prepare_found(found, config, dataset, binary, spool)
-    for lost, found_, what in (
+    for lost, total, what in (
         (sum(row.failed for row in sets), sum(row.videos for row in sets), "videos"),
         (sum(row.unread for row in sets), sum(row.recordings for row in sets), "recordings"),
     ):
-        if lost * 100 > config.max_failures * found_:
+        if lost * 100 > config.max_failures * total:
             raise TooManyExcluded(
-                f"{lost} of {found_} {what} ({lost * 100 / found_:.1f} %) could not be stored, "
+                f"{lost} of {total} {what} ({lost * 100 / total:.1f} %) could not be stored, "
                 f"more than --max-failures {config.max_failures:g}",
                 config.out,
                 "the shards are written; see *.errors.csv",

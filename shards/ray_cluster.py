@@ -100,8 +100,8 @@ def run_tasks(
                 result = _result(ray, reference)
                 on_done(running.pop(reference), result)
     except BaseException:
-        # Ray aborts this process if it cancels a task that is just beginning or ending (its issue
-        # 54846). So those about to end may, and those that wait for a place are cancelled first.
+        # Ray may abort this process if a task is cancelled just as it begins or ends (see its pull
+        # request 54798). So those about to end may, and those that wait for a place come first.
         for reference in reversed(_left(ray, running, _SETTLE_SECONDS)):
             ray.cancel(reference)
         _left(ray, running, _PATIENCE_SECONDS)  # to clean up

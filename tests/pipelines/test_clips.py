@@ -335,7 +335,7 @@ def test_what_does_not_decode_costs_little(
 ) -> None:
     """An interrupted download into a file of the right size: the rest of it is zeros."""
     path = tmp_path / "raw" / "0.mp4"
-    options = ("-c:v", "libx264", "-g", "50", "-movflags", "+faststart")
+    options = ("-c:v", "mpeg4", "-g", "50", "-movflags", "+faststart")
     draw_video(path, frames=6000, size="32x32", rate=10, options=options)
     data = bytearray(path.read_bytes())
     part = len(data) * 2 // 5
@@ -343,9 +343,8 @@ def test_what_does_not_decode_costs_little(
     path.write_bytes(data)
     settings = {"clip_seconds": 30, "frames": 3, "max_failures": 90}
     run(path.parent, tmp_path / "out", keep_damaged=keep_damaged, **settings)
-    whole = [at for n, at in enumerate(begins) if at == 0.0 and n > 0 and begins[n - 1] >= 300]
-    assert len(whole) <= 1
-    assert len(begins) < 60
+    # The first piece and its first clip begin there anyway; of the second, one pass does.
+    assert begins.count(0.0) <= 3
     assert len(records(tmp_path / "out")) >= 3
 
 
@@ -359,10 +358,12 @@ def test_a_clock_that_begins_anew(tmp_path: Path) -> None:
     assert [record.source_frames for record in records(tmp_path / "out")] == [250, 250]
 
 
-def test_rows_may_name_any_end(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_rows_may_name_any_end(tmp_path: Path, limits: list[float]) -> None:
     draw_video(tmp_path / "0.mp4", frames=100)
     (tmp_path / "rows.csv").write_text("path,start,end\n0.mp4,1,1e9\n")
-    run(tmp_path / "rows.csv", tmp_path / "out", dataset="list", frames=3, timeout=1e6)
+    run(tmp_path / "rows.csv", tmp_path / "out", dataset="list", frames=3, timeout=1e9)
+    assert limits == [24 * 60 * 1e9]  # more than a timer takes
     assert [record.frame_times[-1] for record in records(tmp_path / "out")] == [2.96]
 
 
@@ -440,6 +441,20 @@ def begins(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time limits of passes, in seconds."""
+    found: list[float] = []
+    made = _clips.decoding
+
+    def watched(*given: Any, timeout_seconds: float, **more: Any) -> Any:
+        found.append(timeout_seconds)
+        return made(*given, timeout_seconds=timeout_seconds, **more)
+
+    monkeypatch.setattr(_clips, "decoding", watched)
+    return found
+
+
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
 def test_what_a_recording_lacks_costs_little(
     tmp_path: Path, begins: list[float], suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -461,17 +476,7 @@ def test_what_a_recording_lacks_costs_little(
     ).read_text("utf-8")
 
 
-def test_the_time_limit_is_granted_for_every_minute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits = []
-    made = _clips.decoding
-
-    def watched(*given: Any, timeout_seconds: float, **more: Any) -> Any:
-        limits.append(timeout_seconds)
-        return made(*given, timeout_seconds=timeout_seconds, **more)
-
-    monkeypatch.setattr(_clips, "decoding", watched)
+def test_the_time_limit_is_granted_for_every_minute(tmp_path: Path, limits: list[float]) -> None:
     draw_video(tmp_path / "raw" / "0.mp4", frames=150, size="32x32", rate=1)
     run(tmp_path / "raw", tmp_path / "out", clip_seconds=10, frames=3, timeout=50)
     assert limits == [150.0]
