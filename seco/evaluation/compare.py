@@ -54,6 +54,7 @@ from seco.models.backbones import (
     TIMM_PREFIX,
     backbone_spec,
     feature_dim,
+    pretrained_timm,
     require_size,
     require_timm_weights,
     told_by_tensors,
@@ -188,8 +189,12 @@ def extract_missing(
     below = Path(config.out, FEATURES)
     found = []
     specs = parse_encoders(config.encoder, extraction.arch)
+    _require_baselines([spec.name for spec in specs], config.baseline)
     for spec in specs:  # before anything slow starts
         require_size(spec.network, extraction.crop_size)
+    for spec in specs:  # timm fetches the weights here, not after the others' hours of extraction
+        if spec.source.startswith(TIMM_PREFIX):
+            pretrained_timm(spec.source)
     for spec in specs:
         test = below / f"{spec.name}.test" if config.test_shards else None
         found.append(NamedFolders(spec.name, below / spec.name, test))
@@ -208,7 +213,7 @@ def given_folders(config: CompareConfig) -> list[NamedFolders]:
     """The folders given by ``--features`` and ``--test-features``.
 
     Raises:
-        InputError: two encoders have the same name.
+        InputError: two encoders have the same name, or a baseline is none of them.
     """
     tests = config.test_features or (None,) * len(config.features)
     found = []
@@ -216,7 +221,9 @@ def given_folders(config: CompareConfig) -> list[NamedFolders]:
         name, folder = _named(text)
         usual = _as_name(real_path(folder).name)
         found.append(NamedFolders(name or usual, Path(folder), Path(test) if test else None))
-    _require_different([one.name for one in found], "--features")
+    names = [one.name for one in found]
+    _require_different(names, "--features")
+    _require_baselines(names, config.baseline)
     return found
 
 
@@ -299,6 +306,14 @@ def _require_different(names: Sequence[str], option: str) -> None:
             raise InputError(
                 f"two encoders are named {name!r}", option, f"rename one, such as {option} other=…"
             )
+
+
+def _require_baselines(names: Sequence[str], wanted: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            raise InputError(f"no encoder is named {name!r}", "--baseline", ", ".join(names))
+    if len(names) > 1 and set(names) <= set(wanted):
+        raise InputError("names all encoders", "--baseline", "leave one to compare with them")
 
 
 def _order(first: Features, other: Features) -> NDArray[np.int64]:
@@ -741,15 +756,9 @@ def compare(config: CompareConfig, extraction: ExtractConfig, extract: Extract) 
 
 
 def _baselines(encoders: Sequence[Compared], wanted: Sequence[str]) -> list[str]:
-    """The names of the baselines."""
-    names = [encoder.name for encoder in encoders]
-    for name in wanted:
-        if name not in names:
-            raise InputError(f"no encoder is named {name!r}", "--baseline", ", ".join(names))
-    if len(encoders) > 1 and set(names) <= set(wanted):
-        raise InputError("names all encoders", "--baseline", "leave one to compare with them")
+    """The names of the baselines; without any, the first of random weights or the last."""
     random = (e.name for e in encoders if e.train.encoder.get("checkpoint") == RANDOM)
-    return list(dict.fromkeys(wanted)) or [next(random, names[-1])]
+    return list(dict.fromkeys(wanted)) or [next(random, encoders[-1].name)]
 
 
 class _Comparison:

@@ -544,8 +544,11 @@ def test_every_kind_of_batchnorm_is_frozen() -> None:
     assert not any(layer.training or layer.weight.requires_grad for layer in layers)
 
 
-def test_comparisons_refuse_what_timm_has_no_weights_for(
-    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_comparisons_refuse_what_cannot_work_before_any_extraction(
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(InputError, match=r"timm:vovnet57a: timm has no weights for it — give a fi"):
         parse_encoders(["timm:vovnet57a"], None)
@@ -556,6 +559,19 @@ def test_comparisons_refuse_what_timm_has_no_weights_for(
     torch.save(torchvision.models.get_model("vit_b_32").state_dict(), tmp_path / "vit.pt")
     assert cli.run(shlex.split(command.replace("timm:test_vit", f"{tmp_path}/vit.pt"))) == 1
     assert "--crop-size: vit_b_32 takes no images of 50 px" in capsys.readouterr().err
+    command = command.replace("50", "32")
+    assert cli.run(shlex.split(f"{command} --baseline randm")) == 1
+    assert "--baseline: no encoder is named 'randm'" in capsys.readouterr().err
+    made = timm.create_model
+
+    def unreachable(name: str, pretrained: bool = False, **given: object) -> nn.Module:
+        if pretrained:
+            raise OSError("the network is unreachable")
+        return made(name, **given)
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    assert cli.run(shlex.split(command)) == 1
+    assert "timm:test_vit: timm cannot load its weights (OSError" in capsys.readouterr().err
     assert not (tmp_path / "out" / "features").exists()
 
 
