@@ -324,6 +324,13 @@ def _tensorboard() -> Found:
     return Found(OK, metadata.version("tensorboard"))
 
 
+def _onnx() -> Found:
+    import onnx
+    import onnxscript  # noqa: F401
+
+    return Found(OK, onnx.__version__)
+
+
 # A check comes after those it needs.
 CHECKS: dict[str, Check] = {
     "torch": Check(_torch, "torch"),
@@ -345,6 +352,10 @@ CHECKS: dict[str, Check] = {
     "aiohttp": Check(_import_alone("aiohttp"), "aiohttp"),
     "gcsfs": Check(_import_alone("gcsfs"), "gcsfs"),
     "adlfs": Check(_import_alone("adlfs"), "adlfs"),
+    "pyarrow": Check(_import_alone("pyarrow.parquet"), "pyarrow"),
+    "timm": Check(_import_alone("timm"), "timm", ("torch", "torchvision")),
+    "ONNX": Check(_onnx, "onnx", ("torch",)),
+    "Hugging Face": Check(_import_alone("huggingface_hub"), "huggingface_hub"),
 }
 
 
@@ -514,6 +525,12 @@ KNOWN: dict[str, Known] = {
     "aiohttp": Known("https:// addresses do not work", "pip install aiohttp", ("https://",)),
     "gcsfs": Known("gs:// addresses do not work", "pip install gcsfs", ("gs://",)),
     "adlfs": Known("az:// addresses do not work", "pip install adlfs", ("az://",)),
+    "pyarrow": Known("lists in Parquet cannot be read", _extra("parquet"), ("Parquet",)),
+    "timm": Known(
+        "timm:NAME and export --format huggingface do not work", _extra("timm"), ("timm:NAME",)
+    ),
+    "ONNX": Known("export --format onnx does not work", _extra("onnx"), ("export to ONNX",)),
+    "Hugging Face": Known("publish --push does not work", _extra("hub"), ("publish --push",)),
 }
 
 

@@ -120,7 +120,9 @@ def test_the_report_is_true_here(here: tuple[int, dict[str, Any]]) -> None:
     assert binary in parts["ffmpeg"]["detail"]
     assert (parts["GPU"]["state"] == "ok") == torch.cuda.is_available()
     assert parts["nvJPEG"]["state"] == ("ok" if torch.cuda.is_available() else "not used")
-    for name, package in (("faiss", "faiss"), ("Ray", "ray"), ("s3fs", "s3fs"), ("gcsfs", "gcsfs")):
+    extras = {"Ray": "ray", "ONNX": "onnx", "Hugging Face": "huggingface_hub"}
+    extras |= {name: name for name in ("faiss", "s3fs", "gcsfs", "pyarrow", "timm")}
+    for name, package in extras.items():
         there = importlib.util.find_spec(package) is not None
         assert parts[name]["state"] == ("ok" if there else "missing"), name
 
