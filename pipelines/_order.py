@@ -42,6 +42,14 @@ class ListedVideo(NamedTuple):
     metadata: dict[str, str] | None
 
 
+class Repeated(NamedTuple):
+    """A row of a list that repeats the video of an earlier one, or the part of it."""
+
+    line: int
+    shown: str
+    other_label: bool
+
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ListedVideo).decode
 
@@ -97,11 +105,11 @@ class VideoTable(Sequence[Video]):
         self._rank.append(_rank(rank_text(row.source, row.span, key)))
         self._start.append(row.span[0] if row.span is not None else 0.0)
 
-    def finish(self, label_names: Sequence[str]) -> list[tuple[int, Video]]:
+    def finish(self, label_names: Sequence[str]) -> list[Repeated]:
         """Leave out repeated rows, find the keys and the order.
 
         Returns:
-            The repeated rows that were left out, with their lines.
+            The repeated rows that were left out, by line.
 
         Raises:
             InputError: two videos cannot be told apart.
@@ -112,13 +120,16 @@ class VideoTable(Sequence[Video]):
         dropped = np.zeros(len(self._places), bool)
         repeated = []
         for group in _equal(self._same):
-            seen: set[tuple[str, Span]] = set()
+            labels: dict[tuple[str, Span], str | None] = {}
             for number in group:
                 row = self._row(number)
-                if (row.source, row.span) in seen:
+                same = (row.source, row.span)
+                if same in labels:
                     dropped[number] = True
-                    repeated.append((row.line, self._video(number)))
-                seen.add((row.source, row.span))
+                    other = row.label_name != labels[same]
+                    repeated.append(Repeated(row.line, self._video(number).shown, other))
+                else:
+                    labels[same] = row.label_name
         kept = np.flatnonzero(~dropped)
         self._same = array("Q")
         self._extend_keys(self._plain, kept, 1)
@@ -128,7 +139,7 @@ class VideoTable(Sequence[Video]):
         starts = np.frombuffer(self._start)[kept]
         self._order = kept[np.lexsort((starts, ranks))]
         self._rank, self._start = array("Q"), array("d")
-        return sorted(repeated, key=lambda one: one[0])
+        return sorted(repeated)
 
     def _extend_keys(self, hashes: array[int], rows: NDArray[np.int64], level: int) -> None:
         """Give those of the rows whose keys are equal longer ones, and look at these again."""

@@ -14,7 +14,7 @@ import posixpath
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -29,7 +29,7 @@ from pipelines._adapter import (
     split_named,
 )
 from pipelines._config import PrepareConfig
-from pipelines._order import ListedVideo, VideoTable
+from pipelines._order import ListedVideo, Repeated, VideoTable
 from pipelines._remote import fetch_file, is_web
 from shards.errors import InputError
 from shards.format import Exclusion
@@ -111,18 +111,26 @@ def _discover(config: PrepareConfig, source: Path, root: str) -> Discovery:
         what = f"none of its {len(missing)} videos was found" if missing else "lists no videos"
         raise InputError(what, config.src, f"paths are relative to {place.root}; see --root")
     names = sorted(labels)
-    repeated: dict[str, Exclusion] = {}  # a row for each, however often it is repeated
-    for line, video in table.finish(names):
-        message = f"line {line} of the list repeats an earlier one"
-        row_of = Exclusion(source=video.shown, kind="duplicate", message=message)
-        repeated.setdefault(video.shown, row_of)
+    repeated: dict[str, list[Repeated]] = {}
+    for row_again in table.finish(names):  # by line
+        repeated.setdefault(row_again.shown, []).append(row_again)
     videos = VideoSet(
         name=config.name or slug(source.stem),
         videos=table,
         label_names=names,
-        excluded=missing_rows(missing) + list(repeated.values()),
+        excluded=missing_rows(missing) + [_duplicate(rows) for rows in repeated.values()],
     )
     return Discovery(sets=[videos], notes=[f"labels: {len(names)}, from the list"], root=place.root)
+
+
+def _duplicate(rows: Sequence[Repeated]) -> Exclusion:
+    """One exclusion for a video, however often it is repeated."""
+    message = f"line {rows[0].line} of the list repeats an earlier one"
+    if len(rows) > 1:
+        message += f" ({len(rows)} lines do)"
+    if any(row.other_label for row in rows):
+        message += ", with another label: the first line's is kept"
+    return Exclusion(source=rows[0].shown, kind="duplicate", message=message)
 
 
 _Located = tuple[str, str, str | None]  # as it is stored, as it is opened, and its address
@@ -271,9 +279,10 @@ def _csv(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
         if os.fstat(file.fileno()).st_size > _MOST_BYTES:
             raise InputError(f"is larger than {_MOST_BYTES >> 30} GiB", where)
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        rows = csv.reader(_lines(text, where), skipinitialspace=True)
+        rows = csv.reader(_lines(text, where), skipinitialspace=True, strict=True)
+        begin = 1
         try:
-            header = [name.strip() for name in next(rows, [])]
+            header = _header(next(rows, []))
             if "path" not in header:
                 others = any(mark in name for name in header for mark in ";\t")
                 fix = (
@@ -284,20 +293,32 @@ def _csv(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
                 raise InputError("has no column path", where, fix)
             if len(set(header)) < len(header):
                 raise InputError("has two columns of the same name", where)
+            begin = rows.line_num + 1
             for cells in rows:
                 if any(cells):
                     if len(cells) > len(header):
                         raise InputError(
-                            f"line {rows.line_num} has {len(cells)} cells, not {len(header)}",
+                            f"line {begin} has {len(cells)} cells, not {len(header)}",
                             where,
                             "put cells with commas in double quotes",
                         )
                     stripped = (cell.strip() for cell in cells)
-                    yield rows.line_num, dict(zip(header, stripped, strict=False))
+                    yield begin, dict(zip(header, stripped, strict=False))
+                begin = rows.line_num + 1
         except csv.Error as error:
-            raise InputError(f"line {rows.line_num} is not CSV ({error})", where) from error
+            raise InputError(
+                f"line {begin} is not CSV ({error})",
+                where,
+                "put a cell with quotes in it in double quotes, and write each of its own twice",
+            ) from error
         except UnicodeDecodeError as error:
             raise InputError("is not a text file", where, "save it as UTF-8") from error
+
+
+def _header(names: Iterable[str]) -> list[str]:
+    """The names of the columns; those that are known in small letters, as they are looked up."""
+    plain = [name.strip() for name in names]
+    return [name.lower() if name.lower() in COLUMNS else name for name in plain]
 
 
 def _lines(text: TextIO, where: object) -> Iterator[str]:
@@ -317,9 +338,9 @@ def _parquet(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
         ) from error
     try:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
-            if "path" not in file.schema_arrow.names:
+            names = _header(file.schema_arrow.names)
+            if "path" not in names:
                 raise InputError("has no column path", where)
-            names = file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise InputError("has two columns of the same name", where)
             if file.metadata.num_rows > _MOST_ROWS:
@@ -328,7 +349,8 @@ def _parquet(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     line += 1
-                    yield line, {k: str(v).strip() for k, v in row.items() if v is not None}
+                    cells = zip(names, row.values(), strict=True)
+                    yield line, {k: str(v).strip() for k, v in cells if v is not None}
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -160,6 +160,30 @@ def test_parts_that_differ_by_little_have_keys_of_their_own(videos: Path) -> Non
     assert len({video.key for video in found.videos}) == 4
 
 
+def test_repeated_rows_are_counted_and_other_labels_told(videos: Path) -> None:
+    shutil.copy(videos / "a.mp4", videos / "b.mp4")
+    text = "path,label\na.mp4,x\na.mp4,x\n./a.mp4,y\nb.mp4,z\nb.mp4,z\n"
+    (found,) = find("list", listed(videos, text)).sets
+    assert [(one.source, one.kind, one.message) for one in found.excluded] == [
+        (
+            "a.mp4",
+            "duplicate",
+            "line 3 of the list repeats an earlier one (2 lines do), with another label: the first "
+            "line's is kept",
+        ),
+        ("b.mp4", "duplicate", "line 6 of the list repeats an earlier one"),
+    ]
+
+
+def test_names_of_columns_in_any_case(videos: Path) -> None:
+    text = "Path,LABEL,Start,End,Camera\na.mp4,x,0,1,3\n"
+    (found,) = find("list", listed(videos, text)).sets
+    (video,) = found.videos
+    assert (video.label_name, video.span, video.metadata) == ("x", (0.0, 1.0), {"Camera": "3"})
+    with pytest.raises(InputError, match="two columns of the same name"):
+        find("list", listed(videos, "path,Label,label\na.mp4,x,y\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -181,7 +205,9 @@ def test_parts_that_differ_by_little_have_keys_of_their_own(videos: Path) -> Non
         ('path\n"concat:a.mp4|b.mp4"\n', "is an address, not a path"),
         ("path\nhttps://example.org/a.mp4\n", "is an address — give what it begins with"),
         ("path\nnone.mp4\n", "none of its 1 videos was found"),
-        ('path\n"a.mp4\n' + "x" * 140_000, "is not CSV"),
+        ('path\n"a.mp4\n' + "x" * 140_000, "line 2 is not CSV"),
+        ('path,label\na.mp4,x\n\nb.mp4,"y\nc.mp4,z\n', "line 4 is not CSV"),
+        ('path,label\na.mp4,"x"y"\n', "line 2 is not CSV"),
         ("path\nself.mp4\n", "none of its 1 videos was found"),
         ("path\n" + "x" * 5000 + ".mp4\n", "none of its 1 videos was found"),
         ("path,start,end\na.mp4,1,1e300\n", "line 2: start '1' and end '1e300'"),
@@ -472,13 +498,14 @@ def test_a_table_of_videos_is_a_sorted_list_of_them() -> None:
         again = []
         for line, video in enumerate(videos):
             if first.setdefault((video.source, video.span), video) is not video:
-                again.append((line, video.shown))
+                kept = first[video.source, video.span]
+                again.append((line, video.shown, video.label_name != kept.label_name))
         numbered = [
             replace(v, label=None if v.label_name is None else ["one", "two"].index(v.label_name))
             for v in first.values()
         ]
         assert list(table) == sorted(keyed(numbered), key=_rank)
-        assert [(line, video.shown) for line, video in repeated] == again
+        assert repeated == again
         assert table[-1:] == [table[len(table) - 1]]
 
 
