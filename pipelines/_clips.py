@@ -95,6 +95,7 @@ def with_clips(
     with ThreadPoolExecutor(workers) as pool:
         lengths = dict(zip(files, pool.map(length, files.values()), strict=True))
     clips: list[Video] = []
+    known: set[tuple[str, object, tuple[float, float]]] = set()
     excluded = list(videos.excluded)
     for video in videos.videos:
         first, last = video.span or (0.0, math.inf)
@@ -108,7 +109,15 @@ def with_clips(
         if found is not None and first < found:
             spans = clip_spans(first, min(last, found), config.clip_seconds, stride)
         group = video.group or video.source
-        clips += [replace(video, key="", group=group, span=span) for span in spans]
+        for span in spans:
+            clip = replace(video, key="", group=group, span=span)
+            same = (video.source, video.inside, span)
+            if same not in known:
+                clips.append(clip)
+            else:  # rows of a list may overlap
+                message = "a clip of an earlier row has these seconds"
+                excluded.append(Exclusion(source=clip.shown, kind="duplicate", message=message))
+            known.add(same)
     return replace(videos, videos=keyed(clips), excluded=excluded)
 
 

@@ -127,6 +127,20 @@ def test_a_list_is_divided_within_its_spans(videos: Path, tmp_path: Path) -> Non
     assert all(of_group[r.group] == number for r, number in zip(records, numbers, strict=True))
 
 
+def test_clips_of_rows_that_overlap_are_there_once(videos: Path, tmp_path: Path) -> None:
+    source = listed(tmp_path, "path,label,start,end\na.mp4,x,0,1\na.mp4,y,0.5,1.5\na.mp4,z,,\n")
+    out = tmp_path / "out"
+    run(source, out, dataset="list", root=str(videos), clip_seconds=0.5)
+    shards = open_shards(str(out))
+    records = [shards.record(video) for video in range(len(shards))]
+    assert sorted((r.start, r.label_name) for r in records) == [
+        (0.0, "x"), (0.52, "x"), (1.0, "y"), (1.52, "z")
+    ]  # fmt: skip
+    parts = ["[0 s, 0.5 s]", "[0.5 s, 1 s]", "[0.5 s, 1 s]", "[1 s, 1.5 s]"]
+    excluded = errors(out / "list.errors.csv")
+    assert sorted(excluded) == [(f"a.mp4 {part}", "duplicate") for part in parts]
+
+
 def test_splits_of_a_list(videos: Path) -> None:
     source = listed(videos, "path,split\na.mp4,train\nd/e.mp4,val\n")
     (found,) = find("list", source, split="validation").sets
