@@ -82,8 +82,9 @@ def forecast(plan: SetPlan, workers: int) -> Iterable[str]:
     shard = plan.shards[planned[0]]
     videos = len(plan.ordered)
     names = f"{shard.tar} to {planned[-1]}.tar" if len(planned) > 1 else shard.tar
+    labels = len(plan.videos.label_names)
     yield (
-        f"{plan.name}: {videos} videos, {len(plan.videos.label_names)} labels, "
+        f"{plan.name}: {videos} videos, {f'{labels} labels, ' if labels else ''}"
         f"{_frames_text(shard.choice)} -> {len(plan.shards)} shards, {names}"
     )
     costs = [cost for video in _sample(plan) if (cost := _cost(video, shard))]

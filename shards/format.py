@@ -117,7 +117,7 @@ class Manifest:
     dataset: str
     settings: dict[str, Any]
     ffmpeg_version: str
-    label_names: list[str]  # in index order; empty for a dataset without labels
+    label_names: list[str]  # in index order; empty if there are none, or numbers only
     shards: list[ShardInfo]
     excluded: Count
     format_version: int = FORMAT_VERSION

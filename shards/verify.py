@@ -369,7 +369,7 @@ def _across(checks: Sequence[ShardCheck], manifests: dict[Path, Manifest]) -> li
             if os.path.abspath(check.file) in files
             for label in check.labels
         ]
-        if labels and max(labels) >= len(manifest.label_names):
-            names = len(manifest.label_names)
+        names = len(manifest.label_names)
+        if names and labels and max(labels) >= names:  # or all classes have numbers only
             faults.append(f"{path}: names {names} labels, but label {max(labels)} occurs")
     return faults

@@ -23,6 +23,7 @@ from pipelines._order import ListedVideo, VideoTable
 from pipelines._plan import _rank
 from shards.errors import InputError
 from shards.opening import open_shards
+from shards.verify import verify
 from tests import commands
 from tests.data import lacking
 from tests.pipelines.made_videos import draw_video
@@ -432,6 +433,7 @@ def test_tars_of_videos_as_video2dataset_writes_them(videos: Path, tmp_path: Pat
         *("00000.tar/000000004.0.mp4", "00000.tar/000000004.1.mp4", "00000.tar/../../escape.mp4"),
         "00001.tar/000000000.webm",
     }
+    assert not verify(str(out / "web.json")).faults
     assert records["00000.tar/000000000.mp4"].metadata == {"txt": "a cat"}
     assert records["00000.tar/000000001.mp4"].metadata == {
         "caption": "a dog",
