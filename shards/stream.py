@@ -103,6 +103,7 @@ class NothingToRead(Exception):
 
 
 Sample = TripletFrames | UnreadableTriplet
+MAX_GAP = "--max-gap-seconds"  # in the reasons of samples that it excludes
 _MOST_SUBSTITUTES = 20
 _Read = TypeVar("_Read")
 
@@ -288,7 +289,8 @@ class TripletStream(IndexedStream):
         by_group: give samples the number of the video's group instead of the video's own.
 
     Raises:
-        InputError: fewer usable videos than one batch needs, or B is not divisible by the ranks.
+        InputError: fewer usable videos than one batch needs, or B is not divisible by the ranks;
+            all are of one group, with ``by_group``.
     """
 
     def __init__(
@@ -317,6 +319,14 @@ class TripletStream(IndexedStream):
         self._sampling = sampling
         self._max_gap_seconds = max_gap_seconds
         self._owners = shards.groups if by_group else None
+        if self._owners is not None:
+            used = self._owners[self.usable.numbers(np.arange(len(self.usable)))]
+            if (used == used[0]).all():
+                raise InputError(
+                    "all videos are of one group, which leaves no negatives",
+                    "--negatives other-groups",
+                    "prepare several recordings, or give other-videos",
+                )
 
     def read(self, epoch: int, step: int, rows: Sequence[int]) -> list[Sample]:
         return self.samples(epoch, self.videos(epoch, self.positions(step, rows)))
@@ -361,10 +371,10 @@ class TripletStream(IndexedStream):
                 continue
             times = np.array(record.frame_times)
             if len(times) != self.shards.frame_count(videos[row]) or (np.diff(times) < 0).any():
-                found.append(f"{record.key} has no times in order, which --max-gap-seconds needs")
+                found.append(f"no times in order, which {MAX_GAP} needs")
                 continue
             drawn = draw_near_triplet(uniform[row], times, seconds, self._sampling)
-            found.append(drawn or f"{record.key} has no three frames within {seconds:g} s")
+            found.append(drawn or f"no three frames within {seconds:g} s ({MAX_GAP})")
         return found
 
     def _read(

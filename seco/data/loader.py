@@ -30,7 +30,7 @@ from seco.data.triplets import FRAME_OF_VIEW, VIEWS, Chunk, ChunkMaker
 from seco.processes.stopping import kill_workers, leave_signals_to_parent
 from shards.errors import InputError
 from shards.signals import blocked, protected_children
-from shards.stream import Stream
+from shards.stream import MAX_GAP, Stream
 from shards.terminal import say
 
 _Done = TypeVar("_Done")
@@ -288,7 +288,10 @@ class TripletLoader:
 def _sound(chunk: Chunk) -> Chunk:
     """Return the chunk; raises InputError if the run cannot continue."""
     if chunk.fatal:
-        raise InputError(chunk.fatal, "--shards", "check the shards with `seco verify`")
+        advice = "check the shards with `seco verify`"
+        if MAX_GAP in chunk.fatal:  # which is no fault of theirs
+            advice = f"raise {MAX_GAP} or leave it out"
+        raise InputError(chunk.fatal, "--shards", advice)
     return chunk
 
 

@@ -28,6 +28,7 @@ from shards.errors import InputError, PeerLost, Stopped
 from shards.progress import Progress, progress
 from shards.settings import as_settings
 from shards.signals import StopRequest, StopWaiting
+from shards.stream import MAX_GAP
 from shards.terminal import say
 
 CONFIG = "config.toml"
@@ -283,13 +284,15 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         state, config = self.state, self.config
         state.unreadable += count
         judged = max(_SAMPLES_JUDGED, (state.step + 1) * config.batch_size)
+        gap = getattr(config, "max_gap_seconds", None)
+        or_raise = "" if gap is None else f", or raise {MAX_GAP}"
         if state.unreadable > config.max_unreadable / 100 * judged:
             raise self._rank_zero_error(
                 InputError(
                     f"{state.unreadable} samples could not be read by step {state.step + 1}, more "
                     f"than --max-unreadable {config.max_unreadable} % allows",
                     "--shards",
-                    "prepare or copy the shards named above again",
+                    "see the reasons above; prepare or copy these shards again" + or_raise,
                 )
             )
 

@@ -272,6 +272,12 @@ def open_index(tar: Path) -> Any:
     return read_index(tar.with_suffix(".idx"))
 
 
+def test_a_gap_that_no_video_keeps_is_no_fault_of_the_shards(tmp_path: Path) -> None:
+    stream = stream_of(make_set(tmp_path, videos=60, frames=4), max_gap_seconds=0.01)
+    with pytest.raises(InputError, match=r"no three frames within .* raise --max-gap-seconds or"):
+        load(stream, 0, 1)
+
+
 def test_a_set_that_is_gone_ends_in_one_line(tmp_path: Path) -> None:
     spec = make_set(tmp_path, videos=60, frames=4, per_shard=13)
     for workers in (0, 2):

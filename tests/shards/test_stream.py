@@ -282,7 +282,7 @@ def test_videos_without_three_frames_so_near_are_named(spec: str) -> None:
     stream = TripletStream(open_shards(spec), 60, "uniform", 3, max_gap_seconds=0.05)
     (sample,) = stream.read(0, 0, [0])
     assert isinstance(sample, UnreadableTriplet)
-    assert sample.reason == f"{sample.key} has no three frames within 0.05 s"
+    assert sample.reason == "no three frames within 0.05 s (--max-gap-seconds)"
 
 
 def test_times_out_of_order_are_named(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +314,14 @@ def test_samples_are_numbered_by_group(tmp_path: Path) -> None:
         owners.setdefault(f"g{video % 3}" if video < 15 else one.key, set()).add(other.video)
     assert len(owners) == 8 and all(len(numbers) == 1 for numbers in owners.values())
     assert len(set.union(*owners.values())) == 8
+
+
+def test_one_group_alone_has_no_negatives(tmp_path: Path) -> None:
+    spec = make_set(tmp_path, videos=20, per_shard=6, group=lambda v: f"g{v < 15}")
+    TripletStream(open_shards(spec), 20, "uniform", 3, by_group=True)
+    spec = make_set(tmp_path / "one", videos=20, per_shard=6, group=lambda _: "g")
+    with pytest.raises(InputError, match=r"--negatives other-groups: all videos are of one group"):
+        TripletStream(open_shards(spec), 20, "uniform", 3, by_group=True)
 
 
 def test_gaps_and_groups_need_an_index(tmp_path: Path) -> None:
