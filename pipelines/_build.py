@@ -490,8 +490,10 @@ def _write(
                 exclusions.append(outcome)
             else:
                 writer.add(outcome.record, outcome.frames)
-                clip = outcome.record.start is not None
-                long += not clip and (outcome.record.source_duration or 0.0) > LONG_SECONDS
+                record = outcome.record
+                part = record.start is not None
+                seconds = record.duration if part else record.source_duration
+                long += (seconds or 0.0) > LONG_SECONDS
     assert writer.info is not None
     return writer.info, exclusions, long
 

@@ -479,7 +479,7 @@ def _prepare_set(
                 seconds = bar.seconds
             _say([_rates(plan.name, done, seconds)])
             long = sum(results[name].long for name in todo.names)
-            if long and adapter(config.dataset).recordings:
+            if long and config.clip_seconds is None and adapter(config.dataset).recordings:
                 _say([_of_long_videos(plan.name, long)])
     except KeyboardInterrupt:
         finished = len(results)

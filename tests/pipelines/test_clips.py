@@ -583,6 +583,18 @@ def test_a_long_video_without_clips_gets_one_warning(tmp_path: Path) -> None:
     assert process.returncode == 0, error
     (line,) = [line for line in error.splitlines() if "--clip-seconds" in line]
     assert line.startswith("raw: 2 videos are longer than 60 s")
+    # Parts count by their own length; clips as long as was asked for do not.
+    (tmp_path / "raw" / "list.csv").write_text("path,start,end\n0.mp4,0,60.5\n1.mp4,0,9\n")
+    given = ["prepare", "list", "--src", tmp_path / "raw" / "list.csv", "--frames=3"]
+    for more, said in (
+        (["--out", tmp_path / "parts"], ["list: 1 videos are longer than 60 s"]),
+        (["--out", tmp_path / "clips", "--clip-seconds=100"], []),
+    ):
+        process = commands.start(*given, *more)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        lines = [line for line in error.splitlines() if "longer than" in line]
+        assert [line.partition(". ")[0] for line in lines] == said
 
 
 def test_clips_of_datasets_with_short_videos_are_refused(raw: Path, tmp_path: Path) -> None:
