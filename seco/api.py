@@ -12,11 +12,13 @@ import difflib
 import json
 import os
 import tempfile
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import numpy as np
 from torch import nn
 
@@ -108,6 +110,8 @@ def triplet_loader(
     seed: int = 0,
     sampling: str = "uniform",
     split: str | None = None,
+    max_gap_seconds: float | None = None,
+    negatives: str = "all",
     min_crop_area: float = 0.2,
     cache_dir: str | None = None,
     cache_gb: float = 100.0,
@@ -126,6 +130,9 @@ def triplet_loader(
         seed: of order, frames and augmentations.
         sampling: ``uniform`` (paper) or ``halves`` (authors' code).
         split: the training videos of this official split only.
+        max_gap_seconds: longest time from the first frame of a triplet to the last.
+        negatives: give :class:`SeCo` the same; with ``other-groups``, ``batch.video`` has the
+            numbers of groups, such as the clips of one recording.
         min_crop_area: smallest area of a random crop, of the frame's.
         cache_dir: keep remote shards in this folder, at most ``cache_gb`` gigabytes of them.
         window_shards: shuffle within so many shards; 0: all.
@@ -137,10 +144,11 @@ def triplet_loader(
     """
     # For its checks of ranges.
     config = resolve_pretrain(
-        PretrainConfig(
+        _given(
+            PretrainConfig,
             batch_size=batch_size, crop_size=crop_size, workers=workers, sampling=sampling,
-            min_crop_area=min_crop_area, cache_gb=cache_gb, window_shards=window_shards,
-            steps_per_epoch=steps_per_epoch,
+            max_gap_seconds=max_gap_seconds, negatives=negatives, min_crop_area=min_crop_area,
+            cache_gb=cache_gb, window_shards=window_shards, steps_per_epoch=steps_per_epoch,
         ),
         world_size,
     )  # fmt: skip
@@ -153,6 +161,8 @@ def triplet_loader(
         window_shards=window_shards,
         steps_per_epoch=steps_per_epoch,
         split=split,
+        max_gap_seconds=max_gap_seconds,
+        by_group=negatives == "other-groups",
         rank=rank,
         world_size=world_size,
     )
@@ -370,11 +380,13 @@ def publish(run: Run | str | Path, out: str | Path, **settings: Any) -> Publishe
 def _given(kind: type[_Config], **settings: Any) -> _Config:
     """Return settings that were given by name, as the command line would check them."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
     for name, value in settings.items():
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=3)
             advice = f"did you mean {' or '.join(close)}?" if close else "see --help of the command"
             raise InputError("there is no such setting", name, advice)
+        settings[name] = value = _of_type(hints[name], name, value)
         choices = fields[name].metadata.get("choices")
         if choices and value is not None and value not in choices:
             raise InputError(f"{value!r} is not one of {', '.join(choices)}", name)
@@ -386,6 +398,18 @@ def _given(kind: type[_Config], **settings: Any) -> _Config:
     for name in lacking:
         raise InputError("has to be given", name)
     return kind(**settings)
+
+
+def _of_type(hint: Any, name: str, value: Any) -> Any:
+    """A value as the type of its field: 10 seconds are 10.0, as on the command line."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Path):
+        value = str(value)
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error).replace("null", "None"), name) from error
 
 
 def _specification(shards: Specification) -> tuple[str, ...]:

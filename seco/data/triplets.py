@@ -220,6 +220,7 @@ class TripletDataset(Dataset[Triplet]):
         sampling: ``uniform`` (paper) or ``halves`` (authors' code).
         seed: for drawing frames.
         split: use only the training videos of this official split.
+        max_gap_seconds: longest time from the first frame of a triplet to the last.
 
     Raises:
         InputError: the shards cannot be used.
@@ -233,8 +234,11 @@ class TripletDataset(Dataset[Triplet]):
         sampling: str = "uniform",
         seed: int = 0,
         split: str | None = None,
+        max_gap_seconds: float | None = None,
     ) -> None:
-        self._stream = TripletStream(open_shards(shards), 1, sampling, seed, split=split)
+        self._stream = TripletStream(
+            *(open_shards(shards), 1, sampling, seed), split=split, max_gap_seconds=max_gap_seconds
+        )
         self._transform = transform
         self._epoch = 0
 

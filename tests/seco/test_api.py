@@ -26,7 +26,7 @@ from seco.config import PretrainConfig, resolve_pretrain
 from seco.data.loader import DeviceViews, TripletLoader
 from seco.data.transforms import draw_views, view_config
 from shards.opening import open_shards, open_stream
-from shards.stream import TripletStream
+from shards.stream import NothingToRead, TripletStream
 from tests.data import lacking
 from tests.made_shards import make_set
 from tests.seco.made_features import made_rows, write_clusters
@@ -375,9 +375,23 @@ def test_mistyped_settings_are_one_line(shards: str, tmp_path: Path) -> None:
         (lambda: seco.probe(folder, method="knnn"), "method: 'knnn' is not one of svm, knn"),
         (lambda: seco.extract("random", shards, short_edeg=3, arch="resnet10_w16"), "did you mean"),
         (lambda: seco.prepare("folder", "raw", fpz=3), "fpz: there is no such setting"),
+        (lambda: seco.prepare("folder", "raw", fps="3"), "fps: Expected `float | None`, got `str`"),
+        (lambda: seco.prepare("folder", "raw", cut_scenes=1), "cut_scenes: Expected `bool`, got"),
+        (lambda: seco.pretrain(shards=shards, epochs=1.5), "epochs: Expected `int`, got `float`"),
+        (lambda: seco.triplet_loader(shards, 8.0), "batch_size: Expected `int`"),  # type: ignore[arg-type]
     ):
         with pytest.raises(seco.InputError, match=said):
             call()
+
+
+def test_loaders_take_near_frames_and_groups(tmp_path: Path) -> None:
+    spec = make_set(tmp_path, videos=16, frames=20, group=lambda video: f"g{video // 4}")
+    given: dict[str, Any] = {"max_gap_seconds": 1.0, "negatives": "other-groups"}
+    batch = next(iter(seco.triplet_loader(spec, 16, 32, workers=0, **given)))
+    assert len(set(batch.video.tolist())) == 4
+    dataset = seco.TripletDataset(spec, max_gap_seconds=0.01)
+    with pytest.raises(NothingToRead, match=r"no three frames within 0\.01 s"):
+        dataset[0]
 
 
 def test_the_models_mistakes_are_one_line(shards: str) -> None:
