@@ -362,9 +362,10 @@ def compare(**settings: Any) -> None:
 def import_(**settings: Any) -> None:
     """Convert FILE to a checkpoint of this toolkit.
 
-    FILE is a checkpoint of MoCo v1 or v2 or of SeCo's authors, or a ResNet state dict (.pth or
-    safetensors), or a name: imagenet-v1:ARCH, imagenet-v2:ARCH, moco-v2, vclr. All tensor names
-    must match. --init and --checkpoint also read such files and names directly.
+    FILE is a checkpoint of MoCo v1 or v2 or of SeCo's authors, or a state dict (.pth or
+    safetensors; those of timm and of plug-ins need --arch), or a name: imagenet-v1:ARCH,
+    imagenet-v2:ARCH, moco-v2, vclr. All tensor names must match. --init and --checkpoint also read
+    such files and names directly.
 
     \b
     Example: seco import moco_v2_200ep_pretrain.pth.tar --out moco.pt
@@ -403,7 +404,7 @@ def publish(**settings: Any) -> None:
 
     RUN is a folder of `seco pretrain`. The folder holds model.safetensors, config.json and
     README.md, a card of what is known: data, recipe, results and their protocols, limits. timm and
-    transformers load torchvision's ResNets from it.
+    transformers load torchvision's ResNets and timm's networks from it.
 
     \b
     Example: seco publish runs/k400 --out publish/k400 --license apache-2.0 \\

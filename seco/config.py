@@ -440,7 +440,8 @@ class ExtractConfig:
     )
     arch: str | None = setting(
         None,
-        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
+        "backbone of random, of imagenet-v1, -v2 [default: resnet50] and of state dicts of timm or "
+        "a plug-in; else the checkpoint's",
     )
     frames: int | None = setting(
         None,
@@ -624,7 +625,8 @@ class FinetuneConfig(FinetuneTestConfig, TrainingConfig):
     split: str = setting("1", "official split")
     arch: str | None = setting(
         None,
-        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
+        "backbone of random, of imagenet-v1, -v2 [default: resnet50] and of state dicts of timm or "
+        "a plug-in; else the checkpoint's",
         resumable=True,
     )
     epochs: int = setting(_EPOCHS, "training epochs", source="authors' code")
@@ -817,7 +819,8 @@ class TrackTrainConfig(TrainingConfig):
     out: str | None = setting(None, "run folder [default: runs/track-DATASET]", resumable=True)
     arch: str | None = setting(
         None,
-        "backbone of random and imagenet-v1, -v2 [default: resnet50]; else the checkpoint's",
+        "backbone of random, of imagenet-v1, -v2 [default: resnet50] and of state dicts of timm or "
+        "a plug-in; else the checkpoint's",
     )
     feature_layer: str = setting(
         "layer4", "ResNet stage to take features from", source="paper §5.2", choices=FEATURE_LAYERS

@@ -147,7 +147,7 @@ def test_compare_extracts_what_is_missing_and_uses_it_again(
     assert cli.run([*arguments, *SMALL_FEATURES]) == 0
     shown = capfd.readouterr().out
     assert "seco is better than random at 0 of 5 measures" in shown  # six test videos are too few
-    assert len(shown.splitlines()) == 9
+    assert len(shown.splitlines()) == 10
     assert shown.count("cannot be told: 6 groups of videos; at least 10 are needed") == 1
     found = json.loads((out / "compare.json").read_text())
     assert found["encoders"]["random"]["arch"] == "resnet18"  # as the run's

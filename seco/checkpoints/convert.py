@@ -174,8 +174,13 @@ def take_backbone(tensors: NamedTensors, stated: object = None) -> tuple[str, di
             break
     if least > len(backbone_tensors(closest)) // 2:
         held = f"{tensors.prefix}* is" if tensors.prefix else "is"
-        kind = closest if len(candidates) == 1 else "network that is recognised by its tensors"
-        raise InputError(f"{held} not a {kind}", tensors.path)
+        if len(candidates) == 1:
+            raise InputError(f"{held} not a {closest}", tensors.path)
+        raise InputError(
+            f"{held} not a network that is recognised by its tensors",
+            tensors.path,
+            "give --arch if it is timm's or a plug-in's, for example --arch timm:NAME",
+        )
     if least:
         more = f", {least - 1} more differ" if least > 1 else ""
         raise InputError(f"{tensors.prefix}{first} (compared with a {closest}{more})", tensors.path)

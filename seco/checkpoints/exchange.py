@@ -91,6 +91,8 @@ def export_checkpoint(config: ExportConfig) -> str:
 
 
 def _read(source: Path, arch: str | None) -> Weights:
+    if arch is not None:
+        backbone_spec(arch)  # raises for an unknown name
     weights = read_weights(source, arch)
     if arch not in (None, weights.arch):
         raise InputError(f"holds a {weights.arch}, not a {arch}", source, "leave --arch out")

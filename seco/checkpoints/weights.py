@@ -20,6 +20,7 @@ from seco.checkpoints.named import NamedWeights, weights_file
 from seco.config import IMAGENET_MEAN, IMAGENET_STD, TrackTrainConfig
 from seco.models.backbones import (
     TIMM_PREFIX,
+    backbone_spec,
     build_backbone,
     built_empty,
     pretrained_timm,
@@ -127,6 +128,8 @@ def load_backbone(source: str | Path, arch: str | None = None, seed: int = 0) ->
         if arch not in (None, source):
             raise InputError(f"is not a {arch}", source, "leave --arch out")
         return Backbone(pretrained_timm(source), source, source)
+    if arch is not None:
+        backbone_spec(arch)  # raises for an unknown name
     path, named = weights_file(source, arch)
     weights = read_weights(path, arch)
     if named is not None and named.arch != weights.arch:

@@ -822,6 +822,7 @@ class _Comparison:
             labelled.test_rows if labelled else self._videos.all_rows, self._config.seed
         )
         if len(rows) < FEWEST_VIDEOS:
+            self._notes.append(f"no maps: fewer than {FEWEST_VIDEOS} test videos")
             return None
         first = self._encoders[0].test
         ordered = sorted(self._encoders, key=lambda e: e.name not in self._baselines)

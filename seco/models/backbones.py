@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -380,10 +381,14 @@ def pretrained_timm(arch: str) -> nn.Module:
     try:
         network = _timm_network(arch, pretrained=True)
     except Exception as error:  # of several packages that fetch files
+        said = _timm_package(arch).get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
+        where = f"https://huggingface.co/{said.hf_hub_id}" if said.hf_hub_id else said.url
+        reason = textwrap.shorten(str(error), 120, placeholder=" …")
         raise InputError(
-            f"timm cannot load its weights ({type(error).__name__}: {str(error)[:200]})",
+            f"timm cannot load its weights ({type(error).__name__}: {reason})",
             arch,
-            f"check its name and the network, or give a file of them with --arch {arch}",
+            f"check the network, or fetch the file from {where} elsewhere and give it with "
+            f"--arch {arch}",
         ) from error
     return _adapted(network, spec)
 

@@ -21,10 +21,11 @@ from seco.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PretrainConfig,
+    optimizer_of,
     resolve_pretrain,
     task_list,
 )
-from seco.models.backbones import RESNETS, TORCHVISION, backbone_spec
+from seco.models.backbones import PLUGINS, RESNETS, TORCHVISION, backbone_spec
 from seco.pages import render_markdown
 from seco.report.report import EvaluationRow, FeatureRow, report_content
 from seco.report.results import Comparison, Found, words
@@ -289,12 +290,14 @@ def loading_code(model: Model, repository: str | None) -> list[tuple[str, str]]:
     if (model.mean, model.std) != (IMAGENET_MEAN, IMAGENET_STD):
         mean, std = (", ".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
         title += f", whose input is minus ({mean}) and divided by ({std}) instead"
+    if spec.family == PLUGINS:
+        title += ", and the package that adds this backbone to it"
     return [*found, (title, toolkit)]
 
 
 def main_settings(config: PretrainConfig) -> list[tuple[str, str]]:
     """The settings that every reader asks for, as (name, value)."""
-    settings = as_settings(config)
+    settings = {**as_settings(config), "optimizer": optimizer_of(config)}
     return [(n.replace("_", " "), _text(settings[n])) for n in _MAIN if n in settings]
 
 

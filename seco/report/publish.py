@@ -89,6 +89,8 @@ def publish(config: PublishConfig) -> Published:
             "--license",
             "give one such as apache-2.0, cc-by-nc-4.0 or other",
         )
+    if not config.private and config.push is None:
+        raise InputError("has no effect without --push", "--public", "leave it out")
     out = real_path(config.out)
     replacing = _to_be_replaced(out)
     hub = _Hub(config.push, config.private) if config.push is not None else None

@@ -262,18 +262,14 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
     assert config.init is not None
     named = None
     if config.init.startswith(TIMM_PREFIX):
+        _require_arch(config.init, config)  # before it is fetched
         backbone = pretrained_timm(config.init).state_dict()
         query = EncoderWeights(backbone=backbone, heads={})
         weights = Weights(layout=STATE_DICT, arch=config.init, query=query)
     else:
         path, named = weights_file(config.init, config.arch)
         weights = read_weights(path, config.arch)
-    if weights.arch != config.arch:
-        raise InputError(
-            f"holds a {weights.arch}, not a {config.arch}",
-            config.init,
-            f"give --arch {weights.arch}",
-        )
+    _require_arch(weights.arch, config)
     query = weights.query
     key = weights.key if weights.layout == AUTHORS and weights.key is not None else query
     model.query_encoder.backbone.load_state_dict(query.backbone, strict=True)
@@ -286,6 +282,12 @@ def initialise(model: SeCo, config: PretrainConfig) -> None:
         said = _summary(weights, model, heads, classified, own_key=key is not query)
         licence = f" (licence: {named.licence})" if named else ""
         say(f"seco pretrain: --init {config.init}{licence}: {said}")
+
+
+def _require_arch(arch: str, config: PretrainConfig) -> None:
+    if arch != config.arch:
+        advice = f"give --arch {arch}"
+        raise InputError(f"holds a {arch}, not a {config.arch}", config.init, advice)
 
 
 def _take_head(model: SeCo, name: str, query: EncoderWeights, key: EncoderWeights) -> bool:

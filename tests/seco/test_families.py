@@ -316,6 +316,9 @@ def test_backbones_of_another_package(
     )
     assert load_backbone(str(tmp_path / "run/last.pt")).arch == "flat"
     assert 'optimizer = "adamw"' in (tmp_path / "run/config.toml").read_text()
+    run(f"publish {tmp_path}/run --out {tmp_path}/shared")
+    card = (tmp_path / "shared/README.md").read_text()
+    assert "With the toolkit, and the package that adds this backbone to it:" in card
     backbones._plugins.cache_clear()
     backbone_spec.cache_clear()
     (about / "entry_points.txt").unlink()
@@ -407,11 +410,15 @@ def test_sizes_that_do_not_fit(
     assert "--test-size: timm:test_vit takes no images of 40 px" in capsys.readouterr().err
 
 
-def test_files_of_timm_need_a_name(tmp_path: Path) -> None:
+def test_files_of_timm_need_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = timm.create_model("test_vit")
     torch.save(network.state_dict(), tmp_path / "t.pt")
-    with pytest.raises(InputError, match="not a network that is recognised by its tensors"):
+    with pytest.raises(InputError, match="is recognised by its tensors — give --arch if it is tim"):
         load_backbone(str(tmp_path / "t.pt"))
+    with pytest.raises(InputError, match="unknown architecture 'test_vit' — did you mean timm"):
+        load_backbone(str(tmp_path / "t.pt"), "test_vit")
+    assert cli.run(shlex.split(f"import {tmp_path}/t.pt --arch test_vit --out {tmp_path}/n")) == 1
+    assert "unknown architecture 'test_vit'" in capsys.readouterr().err
     found = load_backbone(str(tmp_path / "t.pt"), "timm:test_vit")
     network.reset_classifier(0)
     assert found.network.state_dict().keys() == network.state_dict().keys()
@@ -500,12 +507,14 @@ def test_timms_own_weights(
     assert "timm:test_vit: loaded the backbone" in capsys.readouterr().err
     trained = load_backbone(str(tmp_path / "run/last.pt")).network.state_dict()
     torch.testing.assert_close(trained["pos_embed"], weights["pos_embed"])
-    assert cli.run(shlex.split(f"{start}other --arch resnet18")) == 1
-    assert "give --arch timm:test_vit" in capsys.readouterr().err
     (tmp_path / "t.safetensors").unlink()
+    assert cli.run(shlex.split(f"{start}other --arch resnet18")) == 1  # nothing is fetched
+    said = capsys.readouterr().err
+    assert "holds a timm:test_vit, not a resnet18 — give --arch timm:test_vit" in said
     with pytest.raises(InputError, match=r"timm:test_vit: timm cannot load its weights") as told:
         load_backbone("timm:test_vit")
     assert "\n" not in str(told.value)
+    assert "https://huggingface.co/timm/test_vit.r160_in1k" in str(told.value)
 
 
 def test_places_of_a_swin_are_its_own(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_the_card_says_what_is_known(
 
     recipe = section(card, "Training")
     assert "| trained for | step 8 of 8, 2 of 2 epochs |" in recipe
+    assert "| optimizer | sgd |" in recipe
     toml = re.search(r"```toml\n(.*?)```", recipe, re.S)
     assert toml and toml[1].splitlines() == [
         'arch = "resnet10_w16"', "epochs = 2", "batch_size = 4", "queue_size = 12",
@@ -158,6 +159,7 @@ def test_the_card_says_what_is_known(
     assert f"top-1 {100 * probe['top1']:.1f}, top-5" in found
     assert f"R@1 {100 * retrieval['label']['1']:.1f}" in found
     compared = json.loads((results / "compared" / "compare.json").read_text())
+    assert "no maps: fewer than 12 test videos" in compared["notes"]
     assert "trained on 1 train, tested on 1 test; in parentheses 95 % intervals over 6" in found
     assert "| measure | seco (this model) | random |" in found
     for measure in compared["measures"][:3]:
@@ -223,6 +225,8 @@ def test_other_programs_load_it(shards: str, tmp_path: Path) -> None:
         assert torch.allclose(model(images), expected, atol=1e-6)
         sizes = timm.data.resolve_model_data_config(model)
         assert sizes["input_size"] == [3, 32, 32] and sizes["mean"] == [0.485, 0.456, 0.406]
+        resize = timm.data.create_transform(**sizes).transforms[0]
+        assert f"the shorter edge resized to {resize.size} px, the central 32 × 32 px" in card
         auto = transformers.AutoModel.from_pretrained(str(out)).eval()
         pooled = auto(pixel_values=images).pooler_output.flatten(1)
         assert torch.allclose(pooled, expected, atol=1e-6)
@@ -490,6 +494,8 @@ def test_a_push_that_fails_is_one_line(run: Path, tmp_path: Path) -> None:
 def test_without_the_package_one_line_says_how_to_get_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    line = complaint([run, "--out", tmp_path / "out", "--public"], capsys)
+    assert line.endswith("--public: has no effect without --push — leave it out")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     line = complaint([run, "--out", tmp_path / "out", "--push", "me/made"], capsys)
     assert line.endswith('huggingface_hub is not installed — pip install "seco-video[hub]"')
