@@ -98,7 +98,7 @@ VIDEO_SUFFIXES = frozenset(
 
 PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 PICTURE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )
 _ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json", ".parquet", ".ini", ".label", ".tsv"))
 
@@ -289,11 +289,15 @@ def source_folder(config: PrepareConfig) -> Path:
     return src.absolute()
 
 
-def walk(root: Path) -> Iterator[tuple[str, Path]]:
+def walk(root: Path, broken: list[str] | None = None) -> Iterator[tuple[str, Path]]:
     """Yield every regular file below ``root`` in a fixed order: its relative path and path.
 
     Links to files and folders are followed (datasets are often linked together), cycles are not.
     Hidden files and what macOS leaves in archives (``._name.mp4``, ``__MACOSX``) are left out.
+
+    Args:
+        root: a folder.
+        broken: the relative paths of links that lead to neither file nor folder are added to it.
 
     Raises:
         InputError: a folder cannot be read.
@@ -312,8 +316,15 @@ def walk(root: Path) -> Iterator[tuple[str, Path]]:
                 inside = [entry for entry in entries if not _is_litter(entry.name)]
             inside.sort(key=lambda entry: entry.name)
             # The folder listing knows what is a file: no disk access for each of 240,000.
-            files = [entry for entry in inside if _leads(entry.is_file)]
-            folders = [entry for entry in inside if _leads(entry.is_dir)]
+            files: list[os.DirEntry[str]] = []
+            folders: list[os.DirEntry[str]] = []
+            for entry in inside:
+                if _leads(entry.is_file):
+                    files.append(entry)
+                elif _leads(entry.is_dir):
+                    folders.append(entry)
+                elif broken is not None and entry.is_symlink():
+                    broken.append(shown_name(prefix + entry.name))
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", error.filename) from error
         for entry in files:
@@ -366,10 +377,17 @@ def refuse_splits_of_folders(config: PrepareConfig) -> None:
         )
 
 
-def labelled_by_folder(videos: Sequence[Video], config: PrepareConfig) -> Discovery:
+def labelled_by_folder(
+    videos: Sequence[Video], config: PrepareConfig, broken: Sequence[str]
+) -> Discovery:
     """Return one dataset, named after ``--src`` or ``--name``.
 
     Labels are the first-level folders if every video is in one.
+
+    Args:
+        videos: those found.
+        config: settings as given.
+        broken: links to videos or pictures that lead nowhere.
     """
     labelled = all("/" in video.source for video in videos)
     names = sorted({video.source.split("/", 1)[0] for video in videos}) if labelled else []
@@ -386,7 +404,11 @@ def labelled_by_folder(videos: Sequence[Video], config: PrepareConfig) -> Discov
         else "no labels: not every video is in a first-level folder"
     )
     name = config.name or slug(real_path(source_folder(config)).name)
-    found = VideoSet(name=name, videos=keyed(videos), label_names=names)
+    excluded = [
+        Exclusion(source=source, kind="missing", message="a link that leads nowhere")
+        for source in broken
+    ]
+    found = VideoSet(name=name, videos=keyed(videos), label_names=names, excluded=excluded)
     return Discovery(sets=[found], notes=[note])
 
 
@@ -413,18 +435,30 @@ def natural(name: str) -> tuple[list[tuple[int, str]], str]:
     return [(int(part), "") if number else (-1, part) for part, number in pairs], name
 
 
-def find_videos(root: Path) -> list[tuple[str, Path]]:
+def find_videos(root: Path, broken: list[str] | None = None) -> list[tuple[str, Path]]:
     """Return the videos below ``root`` as relative path and path, in a fixed order.
+
+    Args:
+        root: a folder.
+        broken: links to videos that lead nowhere are added to it.
 
     Raises:
         InputError: there are none.
     """
-    found = [(source, path) for source, path in walk(root) if is_video(source)]
+    links: list[str] = []
+    found = [(source, path) for source, path in walk(root, links) if is_video(source)]
+    links = [source for source in links if is_video(source)]
     if not found:
-        raise InputError(
-            "holds no videos", root, f"expected files such as *.mp4 or *.avi below {root.name}/"
-        )
+        expected = f"expected files such as *.mp4 or *.avi below {root.name}/"
+        raise InputError(f"holds no videos{but_links(links)}", root, expected)
+    if broken is not None:
+        broken += links
     return found
+
+
+def but_links(broken: Sequence[str]) -> str:
+    """What to add to the message that nothing was found."""
+    return f", but {len(broken)} links that lead nowhere, such as {broken[0]}" if broken else ""
 
 
 def keyed(videos: Sequence[Video]) -> list[Video]:

@@ -21,8 +21,10 @@ def discover(config: PrepareConfig) -> Discovery:
         InputError: no folder, no videos, or a split is requested.
     """
     refuse_splits_of_folders(config)
-    found = find_videos(source_folder(config))
-    return labelled_by_folder([Video(source=source, path=path) for source, path in found], config)
+    broken: list[str] = []
+    found = find_videos(source_folder(config), broken)
+    videos = [Video(source=source, path=path) for source, path in found]
+    return labelled_by_folder(videos, config, broken)
 
 
 # As for Kinetics: a plain folder is mostly used for pre-training.

@@ -14,6 +14,7 @@ from pipelines._adapter import (
     Discovery,
     FrameFolder,
     Video,
+    but_links,
     is_picture,
     labelled_by_folder,
     refuse_splits_of_folders,
@@ -33,19 +34,20 @@ def discover(config: PrepareConfig) -> Discovery:
     refuse_splits_of_folders(config)
     src = source_folder(config)
     folders: dict[str, Path] = {}
-    for source, path in walk(src):
+    links: list[str] = []
+    for source, path in walk(src, links):
         if is_picture(path.name):
             folders.setdefault(posixpath.dirname(source), path.parent)
+    broken = [source for source in links if is_picture(source)]
     if not folders:
-        raise InputError(
-            "holds no pictures", src, f"expected folders of *.jpg or *.png below {src.name}/"
-        )
+        expected = f"expected folders of *.jpg or *.png below {src.name}/"
+        raise InputError(f"holds no pictures{but_links(broken)}", src, expected)
     layout = FrameFolder(rate=config.frame_rate)
     videos = [
         Video(source=source or src.name, path=path, frames=layout)
         for source, path in folders.items()
     ]
-    return labelled_by_folder(videos, config)
+    return labelled_by_folder(videos, config, broken)
 
 
 ADAPTER = Adapter(discover=discover, default_frames=30, default_short_edge=None)

@@ -10,6 +10,7 @@ from pipelines._adapter import (
     Discovery,
     FrameFolder,
     Video,
+    but_links,
     is_picture,
     labelled_by_folder,
     refuse_splits_of_folders,
@@ -28,14 +29,17 @@ def discover(config: PrepareConfig) -> Discovery:
     """
     refuse_splits_of_folders(config)
     src = source_folder(config)
+    links: list[str] = []
     videos = [
         Video(source=source, path=path.parent, frames=FrameFolder(only=path.name))
-        for source, path in walk(src)
+        for source, path in walk(src, links)
         if is_picture(path.name)
     ]
+    broken = [source for source in links if is_picture(source)]
     if not videos:
-        raise InputError("holds no pictures", src, f"expected *.jpg or *.png below {src.name}/")
-    return labelled_by_folder(videos, config)
+        expected = f"expected *.jpg or *.png below {src.name}/"
+        raise InputError(f"holds no pictures{but_links(broken)}", src, expected)
+    return labelled_by_folder(videos, config, broken)
 
 
 ADAPTER = Adapter(discover=discover, default_frames=None, default_short_edge=None)

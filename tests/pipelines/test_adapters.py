@@ -394,3 +394,23 @@ def test_litter_pipes_and_broken_links_are_no_videos(tmp_path: Path) -> None:
     (found,) = find("folder", tmp_path).sets
     sources = [video.source for video in found.videos]
     assert sources == ["a.mp4", "b.mp4", "b/z.mp4", "folder.mp4/inner.mp4"]
+    assert {(row.source, row.kind) for row in found.excluded} == {
+        ("gone.mp4", "missing"),
+        ("self.mp4", "missing"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"), [("folder", "x.mp4"), ("frames", "x.jpg"), ("images", "x.png")]
+)
+def test_links_to_a_disk_that_is_not_there_are_named(
+    dataset: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    (tmp_path / "raw" / "a" / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "raw" / "a" / "notes.txt").symlink_to(tmp_path / "disk" / "notes.txt")
+    with pytest.raises(InputError, match=f"1 links that lead nowhere, such as a/{name}"):
+        find(dataset, tmp_path / "raw")
+    touch(tmp_path / "raw", f"b/{name}")
+    (found,) = find(dataset, tmp_path / "raw").sets
+    assert [row.source for row in found.excluded] == [f"a/{name}"]
