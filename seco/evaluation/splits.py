@@ -138,6 +138,8 @@ def train_test(
             )
         _require_same_labels(train, test)
     elif split == HELD_OUT and HELD_OUT not in train.splits:
+        if not (train.labels >= 0).any():
+            raise InputError("the videos have no labels", train.folder, "prepare them with labels")
         drawn = held_out_split(train)
         if not len(drawn.test_rows):
             raise InputError(

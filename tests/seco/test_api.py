@@ -229,6 +229,9 @@ def test_without_splits_a_part_of_the_videos_is_held_out(tmp_path: Path) -> None
     write_clusters(tmp_path / "few", videos=3, rows=made_rows([0, 1, 2], [{}] * 3))
     with pytest.raises(seco.InputError, match="no labelled video can be held out"):
         seco.probe(tmp_path / "few", split="held-out")
+    write_clusters(tmp_path / "none", videos=3, rows=made_rows([None] * 3, [{}] * 3))
+    with pytest.raises(seco.InputError, match="none: the videos have no labels"):
+        seco.probe(tmp_path / "none", split="held-out")
 
 
 def test_any_module_makes_features(shards: str) -> None:
