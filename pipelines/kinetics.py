@@ -126,7 +126,8 @@ def _by_split(paths: list[Path]) -> dict[str, list[Clip]]:
 
 def _read(path: Path) -> list[tuple[str, Clip]]:
     """Return (split, clip) of every row; columns are found by the header, because files differ."""
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    text = io.StringIO(read_text(path), newline="")
+    rows = csv.DictReader(text, skipinitialspace=True, strict=True)
     header = [name.strip() for name in rows.fieldnames or ()]
     if "youtube_id" not in header:
         raise InputError(

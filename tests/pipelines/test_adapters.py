@@ -256,6 +256,14 @@ def test_kinetics_layouts(tmp_path: Path, layout: str) -> None:
     assert not found.excluded
 
 
+def test_a_stray_quote_does_not_swallow_the_rest_of_kinetics(tmp_path: Path) -> None:
+    tree = kinetics_tree(tmp_path / "k")
+    (path, *_) = sorted(tree.rglob("*.csv"))
+    path.write_text(path.read_text() + '"shaking hands,abcdefghijk,1,2,val,0\r\n')
+    with pytest.raises(InputError, match=r"line \d+ is not CSV"):
+        find("kinetics", tree)
+
+
 def test_kinetics_one_split(tmp_path: Path) -> None:
     tree = kinetics_tree(tmp_path / "k")
     (only,) = find("kinetics", tree, split="val").sets
