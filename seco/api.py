@@ -191,8 +191,9 @@ def pretrain(
     command ``seco pretrain`` starts one process per GPU by itself.
 
     Args:
-        config: all settings; or
-        settings: options of the command by name, for example ``shards="k400.json", epochs=100``.
+        config: all settings.
+        settings: options of the command by name, for example ``shards="k400.json", epochs=100``;
+            they replace those of ``config``.
         callbacks: told of steps, epochs and checkpoints; only those of the first rank are.
 
     Raises:
@@ -203,15 +204,10 @@ def pretrain(
     """
     from seco.training.pretrain import pretrain as train
 
-    if config is None:
-        for name in ("shards", "knn_shards"):
-            if name in settings:
-                settings[name] = _specification(settings[name])
-        if settings.get("out") is not None:
-            settings["out"] = str(settings["out"])
-        config = _given(PretrainConfig, **settings)
-    elif settings:
-        config = dataclasses.replace(config, **settings)
+    for name in ("shards", "knn_shards"):
+        if name in settings:
+            settings[name] = _specification(settings[name])
+    config = _given(PretrainConfig, **(vars(config) if config else {}) | settings)
     last = train(config, callbacks)
     if os.environ.get("RANK", "0") == "0":
         _report(last.parent)

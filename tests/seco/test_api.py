@@ -381,6 +381,7 @@ def test_mistyped_settings_are_one_line(shards: str, tmp_path: Path) -> None:
         (lambda: seco.prepare("folder", "raw", fps="3"), "fps: Expected `float | None`, got `str`"),
         (lambda: seco.prepare("folder", "raw", cut_scenes=1), "cut_scenes: Expected `bool`, got"),
         (lambda: seco.pretrain(shards=shards, epochs=1.5), "epochs: Expected `int`, got `float`"),
+        (lambda: seco.pretrain(PretrainConfig(), epoch=1), "epoch: there is no such setting"),
         (lambda: seco.triplet_loader(shards, 8.0), "batch_size: Expected `int`"),  # type: ignore[arg-type]
     ):
         with pytest.raises(seco.InputError, match=said):
