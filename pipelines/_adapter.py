@@ -405,7 +405,7 @@ def labelled_by_folder(
     )
     name = config.name or slug(real_path(source_folder(config)).name)
     excluded = [
-        Exclusion(source=source, kind="missing", message="a link that leads nowhere")
+        Exclusion(source=source, kind="missing", message="a link that leads to no file")
         for source in broken
     ]
     found = VideoSet(name=name, videos=keyed(videos), label_names=names, excluded=excluded)
@@ -458,7 +458,7 @@ def find_videos(root: Path, broken: list[str] | None = None) -> list[tuple[str, 
 
 def but_links(broken: Sequence[str]) -> str:
     """What to add to the message that nothing was found."""
-    return f", but {len(broken)} links that lead nowhere, such as {broken[0]}" if broken else ""
+    return f", but {len(broken)} links that lead to no file, such as {broken[0]}" if broken else ""
 
 
 def keyed(videos: Sequence[Video]) -> list[Video]:

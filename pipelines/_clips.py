@@ -95,7 +95,8 @@ def with_clips(
     with ThreadPoolExecutor(workers) as pool:
         lengths = dict(zip(files, pool.map(length, files.values()), strict=True))
     clips: list[Video] = []
-    known: set[tuple[str, object, tuple[float, float]]] = set()
+    parts = any(video.span is not None for video in videos.videos)  # rows of a list may overlap
+    labels: dict[tuple[str, object, tuple[float, float]], str | None] = {}
     excluded = list(videos.excluded)
     for video in videos.videos:
         first, last = video.span or (0.0, math.inf)
@@ -112,12 +113,15 @@ def with_clips(
         for span in spans:
             clip = replace(video, key="", group=group, span=span)
             same = (video.source, video.inside, span)
-            if same not in known:
-                clips.append(clip)
-            else:  # rows of a list may overlap
-                message = "a clip of an earlier row has these seconds"
+            if same in labels:
+                message = "a clip of another row has these seconds"
+                if labels[same] != video.label_name:
+                    message += ", and another label"
                 excluded.append(Exclusion(source=clip.shown, kind="duplicate", message=message))
-            known.add(same)
+                continue
+            clips.append(clip)
+            if parts:
+                labels[same] = video.label_name
     return replace(videos, videos=keyed(clips), excluded=excluded)
 
 

@@ -309,7 +309,7 @@ def _csv(path: Path, where: object) -> Iterator[tuple[int, dict[str, str]]]:
             raise InputError(
                 f"line {begin} is not CSV ({error})",
                 where,
-                "put a cell with quotes in it in double quotes, and write each of its own twice",
+                "a quoted cell ends with its quote; write each quote within it twice",
             ) from error
         except UnicodeDecodeError as error:
             raise InputError("is not a text file", where, "save it as UTF-8") from error

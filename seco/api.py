@@ -204,10 +204,11 @@ def pretrain(
     """
     from seco.training.pretrain import pretrain as train
 
+    given = (vars(config) if config else {}) | settings
     for name in ("shards", "knn_shards"):
-        if name in settings:
-            settings[name] = _specification(settings[name])
-    config = _given(PretrainConfig, **(vars(config) if config else {}) | settings)
+        if name in given:
+            given[name] = _specification(given[name])
+    config = _given(PretrainConfig, **given)
     last = train(config, callbacks)
     if os.environ.get("RANK", "0") == "0":
         _report(last.parent)
@@ -397,15 +398,16 @@ def _given(kind: type[_Config], **settings: Any) -> _Config:
 
 
 def _of_type(hint: Any, name: str, value: Any) -> Any:
-    """A value as the type of its field: 10 seconds are 10.0, as on the command line."""
+    """A value of its field's type; 10 for a float stays 10, which is what digests of sets have."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Path):
         value = str(value)
     try:
-        return msgspec.convert(value, hint)
+        converted = msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
         raise InputError(str(error).replace("null", "None"), name) from error
+    return value if converted == value else converted
 
 
 def _specification(shards: Specification) -> tuple[str, ...]:

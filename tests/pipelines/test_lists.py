@@ -140,6 +140,8 @@ def test_clips_of_rows_that_overlap_are_there_once(videos: Path, tmp_path: Path)
     parts = ["[0 s, 0.5 s]", "[0.5 s, 1 s]", "[0.5 s, 1 s]", "[1 s, 1.5 s]"]
     excluded = errors(out / "list.errors.csv")
     assert sorted(excluded) == [(f"a.mp4 {part}", "duplicate") for part in parts]
+    told = "a clip of another row has these seconds, and another label"
+    assert (out / "list.errors.csv").read_text().count(told) == 4
 
 
 def test_splits_of_a_list(videos: Path) -> None:

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 import cli
 import seco
 import seco.api
+from pipelines._config import PrepareConfig
 from seco.config import PretrainConfig, resolve_pretrain
 from seco.data.loader import DeviceViews, TripletLoader
 from seco.data.transforms import draw_views, view_config
@@ -386,6 +387,19 @@ def test_mistyped_settings_are_one_line(shards: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(seco.InputError, match=said):
             call()
+
+
+def test_whole_numbers_keep_the_digests_of_sets(tmp_path: Path) -> None:
+    config = seco.api._given(PrepareConfig, dataset="folder", src="raw", fps=3, clip_seconds=10)
+    assert [repr(value) for value in (config.fps, config.clip_seconds)] == ["3", "10"]
+    config = seco.api._given(PrepareConfig, dataset="folder", src="raw", frames=np.int64(3))
+    assert type(config.frames) is int
+
+
+def test_a_config_takes_shards_like_a_setting(shards: str, tmp_path: Path) -> None:
+    config = PretrainConfig(shards=shards, out=str(tmp_path / "run"))  # type: ignore[arg-type]
+    run = seco.pretrain(config, **RUN)
+    assert run.checkpoint.is_file()
 
 
 def test_loaders_take_near_frames_and_groups(tmp_path: Path) -> None:
