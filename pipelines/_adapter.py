@@ -387,7 +387,7 @@ def labelled_by_folder(
     Args:
         videos: those found.
         config: settings as given.
-        broken: links to videos or pictures that lead nowhere.
+        broken: links to videos or pictures that lead to no file.
     """
     labelled = all("/" in video.source for video in videos)
     names = sorted({video.source.split("/", 1)[0] for video in videos}) if labelled else []
@@ -440,7 +440,7 @@ def find_videos(root: Path, broken: list[str] | None = None) -> list[tuple[str, 
 
     Args:
         root: a folder.
-        broken: links to videos that lead nowhere are added to it.
+        broken: links to videos that lead to no file are added to it.
 
     Raises:
         InputError: there are none.

@@ -12,7 +12,6 @@ import io
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +127,14 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
     """Return (split, clip) of every row; columns are found by the header, because files differ."""
     text = io.StringIO(read_text(path), newline="")
     rows = csv.DictReader(text, skipinitialspace=True, strict=True)
-    header = [name.strip() for name in _header(rows, path)]
+    try:
+        return _clips(rows, path)
+    except csv.Error as error:  # for example, a stray quote that swallows the rest
+        raise InputError(f"line {rows.line_num + 1} is not CSV ({error})", path) from error
+
+
+def _clips(rows: csv.DictReader[str], path: Path) -> list[tuple[str, Clip]]:
+    header = [name.strip() for name in rows.fieldnames or ()]
     if "youtube_id" not in header:
         raise InputError(
             "has no column youtube_id",
@@ -138,7 +144,7 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
     rows.fieldnames = header
     of_file = split_of_file(path)
     found = []
-    for row in _readable(rows, path):
+    for row in rows:
         youtube_id = (row["youtube_id"] or "").strip()
         split = of_file or split_named((row.get("split") or "").strip())
         if split not in SPLITS or not youtube_id:
@@ -151,25 +157,6 @@ def _read(path: Path) -> list[tuple[str, Clip]]:
         label = (row.get("label") or "").strip() or None
         found.append((split, Clip(youtube_id, start, end, label)))
     return found
-
-
-def _header(rows: csv.DictReader[str], path: Path) -> Sequence[str]:
-    try:
-        return rows.fieldnames or ()
-    except csv.Error as error:
-        raise _not_csv(rows, path, error) from error
-
-
-def _readable(rows: csv.DictReader[str], path: Path) -> Iterator[dict[str, str | None]]:
-    try:
-        yield from rows
-    except csv.Error as error:
-        raise _not_csv(rows, path, error) from error
-
-
-def _not_csv(rows: csv.DictReader[str], path: Path, error: csv.Error) -> InputError:
-    """For example, of a stray quote that swallows the rest; names the line it is in."""
-    return InputError(f"line {rows.line_num + 1} is not CSV ({error})", path)
 
 
 def _seconds(text: str | None) -> int | None:

@@ -284,9 +284,9 @@ class TrainingRun(ABC, Generic[_Batch, _Result]):
         state, config = self.state, self.config
         state.unreadable += count
         judged = max(_SAMPLES_JUDGED, (state.step + 1) * config.batch_size)
-        gap = getattr(config, "max_gap_seconds", None)
-        or_raise = "" if gap is None else f", or raise {MAX_GAP}"
         if state.unreadable > config.max_unreadable / 100 * judged:
+            gap = getattr(config, "max_gap_seconds", None)
+            or_raise = "" if gap is None else f", or raise {MAX_GAP}"
             raise self._rank_zero_error(
                 InputError(
                     f"{state.unreadable} samples could not be read by step {state.step + 1}, more "

@@ -568,7 +568,7 @@ def test_comparisons_refuse_what_cannot_work_before_any_extraction(
     torch.save(torchvision.models.get_model("vit_b_32").state_dict(), tmp_path / "vit.pt")
     assert cli.run(shlex.split(command.replace("timm:test_vit", f"{tmp_path}/vit.pt"))) == 1
     assert "--crop-size: vit_b_32 takes no images of 50 px" in capsys.readouterr().err
-    command = command.replace("50", "32")
+    command = command.replace("--crop-size 50", "--crop-size 32")
     assert cli.run(shlex.split(f"{command} --baseline randm")) == 1
     assert "--baseline: no encoder is named 'randm'" in capsys.readouterr().err
     made = timm.create_model
